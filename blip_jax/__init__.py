@@ -1,0 +1,3 @@
+"""BLIP and BLIP-2 in JAX/Flax."""
+
+__version__ = "0.1.0"

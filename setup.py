@@ -1,0 +1,39 @@
+"""Packaging: `pip install -e .` for use, `pip install -e ".[test]"` for the tests; launch/*.sh do this by themselves."""
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="blip-jax",
+    version="0.1.0",
+    description="BLIP and BLIP-2 in JAX/Flax for TPU pods and GPUs",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["blip_jax", "blip_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.15,<0.3",
+        "absl-py>=2.1,<3",
+        "ml-collections>=1.1,<2",
+        "tokenizers>=0.22,<0.24",
+        "safetensors>=0.6,<1",
+        "pillow>=11,<14",
+        "numpy>=2.0,<3",
+        "msgpack>=1.0.8,<2",
+        "tqdm>=4.66,<5",
+        "tensorboardX>=2.6,<3",
+    ],
+    extras_require={
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5"],
+        "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+    },
+    entry_points={"console_scripts": ["blip-jax = blip_jax.cli:main"]},
+    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3.11"],
+)
