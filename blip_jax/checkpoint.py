@@ -1,0 +1,111 @@
+"""Checkpoints of a run: train state, data position and config in one folder per step, written by orbax in the background.
+
+A folder appears under its final name only when it is complete (orbax writes beside it and renames), so a process killed at
+any moment leaves the previous checkpoint usable; `open_dir` removes what such a process left behind. The format knows
+nothing of the mesh: a state saved on one restores onto any other.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from blip_jax import optim
+
+SUBDIR = "checkpoints"
+
+
+def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
+    """The checkpoints of `workdir`, created if missing; only the `keep` newest stay. Close it (`with`) to finish saves."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state, data: dict, config: dict) -> None:
+    """Starts writing checkpoint `step` in the background; returns once the state is copied off the devices.
+
+    `data`: JSON-able position of everything beside the state (step, running sums); `config`: the resolved settings.
+    """
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
+                                               config=ocp.args.JsonSave(config)))
+
+
+def restore(manager: ocp.CheckpointManager, step: int, shapes, shardings) -> tuple[object, dict]:
+    """Checkpoint `step` as (state placed by `shardings`, data). `shapes`: the state's `jax.eval_shape`.
+
+    ValueError: the checkpoint holds other leaves or shapes than `shapes`; every one that differs is listed.
+    """
+    check_same(manager, step, shapes)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    got = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target),
+                                                        data=ocp.args.JsonRestore()))
+    return got["state"], got["data"]
+
+
+def saved_config(manager: ocp.CheckpointManager, step: int) -> dict:
+    """The settings that wrote checkpoint `step`."""
+    return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+
+def check_same(manager: ocp.CheckpointManager, step: int, shapes) -> None:
+    """ValueError listing the leaves in which checkpoint `step` differs from the state that `shapes` describes."""
+    found = _leaf_shapes(manager.item_metadata(step)["state"].tree)
+    expected = _leaf_shapes(jax.tree.map(_storage_shape, shapes))
+    lines = []
+    for path in sorted(found.keys() | expected.keys(), key=lambda p: (not p.startswith("params"), p)):
+        if path not in expected:
+            lines.append(f"  {path}: only in the checkpoint")
+        elif path not in found:
+            lines.append(f"  {path}: only in this config's state")
+        elif found[path] != expected[path]:
+            lines.append(f"  {path}: checkpoint {list(found[path])}, this config {list(expected[path])}")
+    if lines:
+        more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise ValueError("\n".join([f"checkpoint {step} in {manager.directory} holds another model or optimiser:",
+                                    *lines[:20], *more,
+                                    "use another workdir, or the settings that wrote it"]))
+
+
+def load_params(path) -> dict:
+    """Parameters, trained and frozen together, as a nested dict of numpy arrays, whatever mesh wrote them.
+
+    `path`: a workdir (its newest checkpoint), or one checkpoint folder. ValueError: no complete checkpoint there.
+    """
+    folder = newest(path) / "state"
+    handler = ocp.StandardCheckpointHandler()
+    tree = handler.metadata(folder).tree
+    item = {name: tree[name] for name in ("params", "frozen")}
+    with ocp.PyTreeCheckpointer() as reader:
+        got = reader.restore(folder, args=ocp.args.PyTreeRestore(
+            item=item, partial_restore=True,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)))
+    return optim.merge(got["params"] or {}, got["frozen"] or {})
+
+
+def newest(path) -> pathlib.Path:
+    """The newest complete checkpoint folder of a workdir, or `path` itself if it is one. ValueError: there is none."""
+    path = pathlib.Path(path).absolute()
+    if (path / "state").is_dir():
+        return path
+    for folder in (path / SUBDIR, path):
+        steps = sorted((p for p in folder.glob("*") if p.name.isdigit() and (p / "state").is_dir()),
+                       key=lambda p: int(p.name))
+        if steps:
+            return steps[-1]
+    raise ValueError(f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
+                     f"folders in its {SUBDIR}/")
+
+
+def _storage_shape(x):
+    """Random keys are stored as their uint32 data."""
+    return jax.eval_shape(jax.random.key_data, x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def _leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
