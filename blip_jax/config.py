@@ -7,6 +7,9 @@ unknown key is an error. Batch sizes are global; durations are steps, epochs are
 
 from __future__ import annotations
 
+import math
+import re
+
 from ml_collections import ConfigDict
 
 VIT_SIZES = {  # width, depth, heads, mlp, patch: reference ViT sizes (BLIP paper, section 4.1)
@@ -57,6 +60,7 @@ def base(size: str = "base") -> ConfigDict:
     c.model.img_size = 224  # pixels, square; a multiple of the patch
     c.model.embed_dim = 256  # E, width of the shared contrastive space
     c.model.drop_path = 0.1 if size == "large" else 0.0  # highest stochastic-depth rate of the ViT, linear over blocks
+    c.model.decoder = True  # text decoder and language-modelling head; False for retrieval, which has none
     c.model.dropout = 0.1  # MED: hidden states and attention probabilities
     c.model.dtype = "bfloat16"  # compute: bfloat16 | float32; parameters, softmax, layer norm and losses stay float32
     c.model.remat = "none"  # ViT blocks, what the backward pass recomputes: none | dots (keep matmul outputs) | full
@@ -124,3 +128,148 @@ def base(size: str = "base") -> ConfigDict:
     c.eval.rerank_texts = 16  # texts scored against one image per pass
     c.eval.limit = 0  # first n images only; 0: all
     return c.lock()
+
+
+CHOICES = {
+    "objective": ("pretrain", "retrieval"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "dots", "full"),
+    "loss.smoothing_over": ("valid", "all"),
+    "optim.schedule": ("epoch_decay", "epoch_cosine", "cosine", "constant"),
+    "optim.decay_mask": ("all", "kernels"),
+}
+SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
+RANGES = {  # leaf -> (least, most), both allowed
+    **dict.fromkeys(("train.batch", "train.steps", "train.log_every", "train.save_every", "train.keep", "optim.accumulate",
+                     "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words", "data.max_pixels",
+                     "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"), (1, math.inf)),
+    **dict.fromkeys(("train.eval_every", "eval.limit", "data.epoch_examples", "loss.queue", "loss.group_size",
+                     "loss.alpha_ramp_epochs", "optim.min_lr", "optim.warmup_steps", "optim.warmup_lr",
+                     "optim.weight_decay", "optim.clip"), (0, math.inf)),
+    **dict.fromkeys(("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"), (0, 1)),
+    **dict.fromkeys(("model.dropout", "model.drop_path", "optim.b1", "optim.b2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("optim.lr", "optim.eps"), (math.ulp(0), math.inf)),
+    "text.max_len": (3, math.inf),  # [CLS], one token, [SEP]
+}
+
+
+def validate(cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_count: int = 1,
+             device_count: int = 1) -> None:
+    """Checks a resolved config before anything compiles. ValueError: one that lists every problem with its remedy.
+
+    `tokenizer_vocab_size`: entries of the vocabulary with [DEC] and [ENC], or None where it is not read yet.
+    """
+    problems = [*_values(cfg), *_sizes(cfg, tokenizer_vocab_size), *_sources(cfg)]
+    if not any(p.startswith(("train.batch", "optim.accumulate")) for p in problems):
+        problems += _batch(cfg, process_count, device_count)
+    if problems:
+        raise ValueError(f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
+                         + "\n".join(f"  {p}" for p in problems))
+
+
+def _leaf(cfg, path: str):
+    for name in path.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _values(cfg) -> list[str]:
+    out = [f"{path} is {_leaf(cfg, path)!r}: choose one of {', '.join(choices)}"
+           for path, choices in CHOICES.items() if _leaf(cfg, path) not in choices]
+    for path, (least, most) in RANGES.items():
+        value = _leaf(cfg, path)
+        if not least <= value <= most:
+            allowed = {(1, math.inf): "must be at least 1", (0, math.inf): "must not be negative",
+                       (0, 1): "must lie between 0 and 1"}.get((least, most))
+            allowed = allowed or ("must be positive" if least < 1 < most else
+                                  f"must be at least {least}" if least > 0 else "must be at least 0 and below 1")
+            out.append(f"{path} is {value}: it {allowed}")
+    scale = tuple(cfg.data.crop_scale)
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        out.append(f"data.crop_scale is {scale}: give two shares of the area, 0 < least <= most <= 1")
+    for pattern in cfg.optim.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
+    if cfg.loss.queue > 0 and not cfg.loss.momentum:
+        out.append(f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
+                   "set loss.queue=0 or loss.momentum=True")
+    return out
+
+
+def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
+    m, out = cfg.model, []
+    if m.vit.patch < 1 or m.img_size < 1 or m.img_size % m.vit.patch:
+        out.append(f"model.img_size is {m.img_size}: it must be a multiple of model.vit.patch = {m.vit.patch}, "
+                   f"as {_nearest(m.img_size, m.vit.patch)}")
+    for name, part in (("vit", m.vit), ("med", m.med)):
+        if part.heads < 1 or part.width < 1 or part.width % part.heads:
+            out.append(f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = {part.heads}, "
+                       f"as {_nearest(part.width, part.heads)}")
+    if m.med.positions < cfg.text.max_len:
+        out.append(f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = {m.med.positions}: "
+                   f"lower the first to {m.med.positions} or raise the second")
+    if not cfg.text.vocab:
+        out.append("text.vocab is empty: give a vocab.txt or tokenizer.json; `blip-jax vocab` trains one from captions")
+    if tokenizer_vocab_size is not None and tokenizer_vocab_size != m.med.vocab_size:
+        out.append(f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} entries "
+                   f"with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another text.vocab")
+    return out
+
+
+def _sources(cfg) -> list[str]:
+    out = [] if len(cfg.data.train) else ["data.train is empty: add a source, c.data.train.name = source(kind, path)"]
+    for part in ("train", "eval"):
+        for name, src in cfg.data[part].items():
+            where = f"data.{part}.{name}"
+            if src.kind not in SOURCE_KINDS:
+                out.append(f"{where}.kind is {src.kind!r}: choose one of {', '.join(SOURCE_KINDS)}")
+            elif src.kind == "scenes" and src.count < 1:
+                out.append(f"{where}.count is {src.count}: a scenes source needs a number of records, at least 1")
+            elif src.kind != "scenes" and not src.path:
+                out.append(f"{where}.path is empty: a source of kind {src.kind} needs a file or a glob of shards")
+            if not src.weight > 0:
+                out.append(f"{where}.weight is {src.weight}: it must be positive; to leave the source out, delete it")
+    return out
+
+
+def _batch(cfg, process_count: int, device_count: int) -> list[str]:
+    out, batch, accumulate = [], cfg.train.batch, cfg.optim.accumulate
+    axes = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    known = math.prod(a for a in axes if a > 0)
+    if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
+        return [f"mesh (data, fsdp, tensor) is {axes}: axes are positive, at most one of them is -1 (the rest)"]
+    if device_count % known or (-1 not in axes and known != device_count):
+        return [f"mesh (data, fsdp, tensor) is {axes}, {known} devices{' or a multiple' if -1 in axes else ''}, but "
+                f"{device_count} are here: the product must equal it, as ({device_count}, 1, 1) or (-1, 1, 1) does"]
+    rows = device_count // (cfg.mesh.tensor if cfg.mesh.tensor > 0 else device_count // known)
+    unit = math.lcm(rows, process_count) * accumulate
+    if batch % unit:
+        out.append(f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
+                   f"{process_count} processes, optim.accumulate = {accumulate}), as {_nearest(batch, unit)}")
+    if cfg.loss.queue > 0 and cfg.loss.queue % batch:
+        out.append(f"loss.queue is {cfg.loss.queue}: it must be a multiple of train.batch = {batch}, "
+                   f"as {_nearest(cfg.loss.queue, batch)}, or 0 for none")
+    if batch % accumulate == 0:
+        out += _group(cfg.loss.group_size, batch // accumulate)
+    return out
+
+
+def _group(group: int, micro: int) -> list[str]:
+    if micro < 2:
+        return [f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples for a negative; raise train.batch"]
+    if group > 0 and (micro % group or group < 2):
+        valid = [d for d in range(2, micro + 1) if micro % d == 0]
+        near = sorted(sorted(valid, key=lambda d: abs(d - group))[:2])
+        return [f"loss.group_size is {group}: it must be at least 2 and divide the micro-batch of {micro} examples, "
+                f"as {' or '.join(map(str, near))}, or be 0 for all of it"]
+    return []
+
+
+def _nearest(value: int, unit: int) -> str:
+    """The multiples of `unit` on either side of `value`."""
+    if unit < 1:
+        return "a multiple of a positive number"
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below > 0 else f"{unit}"

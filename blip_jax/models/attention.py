@@ -1,0 +1,96 @@
+"""Attention on plain arrays and the projections around it. Masks are bool, True = keep."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blip_jax.sharding import constrain
+
+INIT = nn.initializers.normal(0.02)  # BERT's, and timm's truncated normal, whose bounds of +-2 lie 100 sigma away
+
+
+def attention(q, k, v, mask=None, drop: Callable = lambda p: p):
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+      q: [B,T,N,H]; k, v: [B,S,N,H].
+      mask: bool, broadcastable to [B,N,T,S], True = attend; None = all.
+      drop: applied to the probabilities [B,N,T,S].
+    Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
+    """
+    s = jnp.einsum("BTNH,BSNH->BNTS", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
+    p = drop(jax.nn.softmax(s, axis=-1).astype(v.dtype))
+    return jnp.einsum("BNTS,BSNH->BTNH", p, v)
+
+
+def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable = lambda p: p):
+    """Attention of G texts per image to that image's keys and values, which are never repeated per text.
+
+    Args:
+      q: [G*B,T,N,H], row g*B + b; k, v: [B,P,N,H], one row per image.
+      img_idx: one entry per group: None (row b looks at image b) or i32[B] (row b looks at image img_idx[b]).
+    Returns: [G*B,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
+    """
+    G, (B, _, N, H), T = len(img_idx), k.shape, q.shape[1]
+    q = q.reshape(G, B, T, N, H)
+    own = [g for g in range(G) if img_idx[g] is None]
+    outs: list[Any] = [None] * G
+    if own:
+        folded = jnp.concatenate([q[g] for g in own], axis=1)  # B, len(own)*T, N, H
+        for g, o in zip(own, jnp.split(attention(folded, k, v, drop=drop), len(own), axis=1)):
+            outs[g] = o
+    for g in range(G):
+        if img_idx[g] is not None:
+            outs[g] = attention(q[g], k[img_idx[g]], v[img_idx[g]], drop=drop)
+    return jnp.concatenate(outs, axis=0)
+
+
+class HeadedAttention(nn.Module):
+    """Projections q, k, v (kernels [D,N,H]) and out ([N,H,D]) around an attention function; the attention itself is a
+    function that the caller puts between `project_q`, `project_kv` and `project_out`."""
+
+    width: int
+    heads: int
+    dtype: Any
+
+    def setup(self):
+        headed = lambda: nn.DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=INIT)
+        self.q, self.k, self.v = headed(), headed(), headed()
+        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, kernel_init=INIT)
+
+    def project_q(self, x):
+        """[B,T,D] -> [B,T,N,H]"""
+        return constrain(self.q(x), "act_batch", None, "act_heads", None)
+
+    def project_kv(self, x):
+        """[B,S,D'] -> (k, v), each [B,S,N,H]"""
+        pin = lambda y: constrain(y, "act_batch", None, "act_heads", None)
+        return pin(self.k(x)), pin(self.v(x))
+
+    def project_out(self, x):
+        """[B,T,N,H] -> [B,T,D]"""
+        return constrain(self.out(x), "act_batch", None, "act_embed")
+
+
+class Mlp(nn.Module):
+    """fc1, exact-erf GELU, fc2: [B,T,D] -> [B,T,D], hidden width F."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=INIT, name="fc1")(x)
+        h = jax.nn.gelu(constrain(h, "act_batch", None, "act_mlp"), approximate=False)
+        return constrain(nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=INIT, name="fc2")(h), "act_batch", None, "act_embed")
+
+
+def layer_norm(eps: float, dtype, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with biased variance computed in float32 as mean((x - mean)^2), as torch does."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -1,0 +1,99 @@
+"""BLIP: vision transformer, MED, projections and matching head (paper section 3; sizes from the config)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from blip_jax.models.med import Med
+from blip_jax.models.vit import Vit, _torch_uniform
+
+
+class Blip(nn.Module):
+    """All parts of BLIP as methods on arrays; parameters vit, med, vision_proj, text_proj, itm_head, temp.
+
+    [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
+    """
+
+    vit_sizes: Any
+    med_sizes: Any
+    img_size: int
+    embed_dim: int
+    decoder: bool = True
+    drop_path: float = 0.0
+    dropout: float = 0.1
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, model) -> "Blip":
+        """Builds from `cfg.model` of blip_jax.config."""
+        return cls(dict(model.vit), dict(model.med), model.img_size, model.embed_dim, model.decoder, model.drop_path,
+                   model.dropout, model.remat, jnp.dtype(model.dtype))
+
+    def setup(self):
+        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, drop_path=self.drop_path, remat=self.remat, dtype=self.dtype)
+        self.med = Med(**self.med_sizes, decoder=self.decoder, dropout=self.dropout, dtype=self.dtype)
+        dense = lambda n, fan_in: nn.Dense(n, kernel_init=_torch_uniform(fan_in), bias_init=_torch_uniform(fan_in))
+        self.vision_proj = dense(self.embed_dim, self.vit_sizes["width"])
+        self.text_proj = dense(self.embed_dim, self.med_sizes["width"])
+        self.itm_head = dense(2, self.med_sizes["width"])
+        self.temp = self.param("temp", nn.initializers.constant(0.07), ())
+
+    @property
+    def dec_id(self) -> int:
+        return self.med_sizes["vocab_size"] - 2
+
+    @property
+    def enc_id(self) -> int:
+        return self.med_sizes["vocab_size"] - 1
+
+    def __call__(self, img, ids, txt_mask):
+        """Runs every branch once, so that `init` creates every parameter."""
+        img_tok = self.encode_image(img)
+        kv = self.image_kv(img_tok)
+        out = self.project_image(img_tok), self.encode_text(ids, txt_mask), self.match(ids, txt_mask, kv)
+        return (*out, self.lm_logits(ids, txt_mask, kv)) if self.decoder else out
+
+    def encode_image(self, img, *, deterministic: bool = True):
+        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D]"""
+        return self.vit(img, deterministic=deterministic)
+
+    def project_image(self, img_tok):
+        """img_tok [B,P,D] -> img_emb f32[B,E], unit norm, from [CLS]"""
+        return unit(self.vision_proj(img_tok[:, 0].astype(jnp.float32)))
+
+    def encode_text(self, ids, txt_mask, *, deterministic: bool = True):
+        """ids i32[B,T] starting with [CLS], txt_mask bool[B,T] -> txt_tok [B,T,D], txt_emb f32[B,E] of unit norm"""
+        txt_tok = self.med(ids, txt_mask, deterministic=deterministic)
+        return txt_tok, unit(self.text_proj(txt_tok[:, 0].astype(jnp.float32)))
+
+    def image_kv(self, img_tok):
+        """img_tok [B,P,D] -> per MED layer (k, v), each [B,P,N,H]"""
+        return self.med.image_kv(img_tok)
+
+    def match(self, ids, txt_mask, kv, *, img_idx: tuple | None = None, first_id: int | None = None,
+              deterministic: bool = True):
+        """Matching logits f32[G*B,2] (column 1: the text belongs to the image) of ids i32[G*B,T] against B images.
+
+        Row g*B + b is a text for image b, or for image img_idx[g][b] (`grouped_cross_attention`). Position 0 is set to [ENC],
+        as in training; `first_id` puts another id there (the original's stand-alone ITM class leaves [CLS]).
+        """
+        if img_idx is None:
+            img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
+        ids = ids.at[:, 0].set(self.enc_id if first_id is None else first_id)
+        txt_tok = self.med(ids, txt_mask, kv=kv, img_idx=img_idx, deterministic=deterministic)
+        return self.itm_head(txt_tok[:, 0].astype(jnp.float32))
+
+    def lm_logits(self, ids, txt_mask, kv, *, deterministic: bool = True):
+        """Next-token logits f32[B,T-1,Vp] of ids i32[B,T], one text per image; position 0 is set to [DEC]."""
+        ids = ids.at[:, 0].set(self.dec_id)[:, :-1]
+        txt_tok = self.med(ids, txt_mask[:, :-1], kv=kv, causal=True, deterministic=deterministic)
+        return self.med.lm_logits(txt_tok)
+
+
+def unit(x):
+    """x f32[B,E] / max(|x|, 1e-12)"""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,163 @@
+"""MED: one BERT-style transformer as text encoder, image-grounded encoder and image-grounded decoder (BLIP paper, section 3.1).
+
+Everything is shared between encoder and decoder but the self-attention block: `self_attn` belongs to the encoder,
+`self_attn_dec` to the decoder (paper table 3; reference: every leaf whose path holds no "/attention").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blip_jax.models.attention import INIT, HeadedAttention, Mlp, attention, grouped_cross_attention, layer_norm
+from blip_jax.sharding import constrain
+
+EPS = 1e-12
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """Rows of the stored embedding: the vocabulary rounded up to a multiple of 128."""
+    return -(-vocab_size // 128) * 128
+
+
+class PostNormAttention(HeadedAttention):
+    """Attention with residual and LayerNorm behind it: ln(x + drop(out(attention(x))))."""
+
+    dropout: float = 0.1
+
+    def setup(self):
+        super().setup()
+        self.ln = layer_norm(EPS, self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    def self_attention(self, x, mask, deterministic):
+        """x [B,T,D], mask bool[B,1,1|T,T] -> [B,T,D]"""
+        drop = lambda p: self.drop(p, deterministic=deterministic)
+        y = attention(self.project_q(x), *self.project_kv(x), mask=mask, drop=drop)
+        return self._close(x, y, deterministic)
+
+    def cross_attention(self, x, kv, img_idx, deterministic):
+        """x [G*B,T,D], kv of B images, img_idx as in `grouped_cross_attention` -> [G*B,T,D]"""
+        drop = lambda p: self.drop(p, deterministic=deterministic)
+        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, drop=drop)
+        return self._close(x, y, deterministic)
+
+    def _close(self, x, y, deterministic):
+        return self.ln(x + self.drop(self.project_out(y), deterministic=deterministic))
+
+
+class MedLayer(nn.Module):
+    """Self-attention, cross-attention (where there is an image), feed-forward; each closed by residual and LayerNorm."""
+
+    width: int
+    heads: int
+    mlp_width: int
+    decoder: bool  # whether the decoder's own self-attention exists
+    dropout: float
+    dtype: Any
+
+    def setup(self):
+        block = lambda: PostNormAttention(self.width, self.heads, self.dtype, self.dropout)
+        self.self_attn, self.cross_attn = block(), block()
+        if self.decoder:
+            self.self_attn_dec = block()
+        self.mlp = Mlp(self.mlp_width, self.dtype)
+        self.mlp_ln = layer_norm(EPS, self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, x, mask, kv, img_idx, causal: bool, deterministic: bool):
+        x = (self.self_attn_dec if causal else self.self_attn).self_attention(x, mask, deterministic)
+        if kv is not None:
+            x = self.cross_attn.cross_attention(x, kv, img_idx, deterministic)
+        return self.mlp_ln(x + self.drop(self.mlp(x), deterministic=deterministic))
+
+    def image_kv(self, img_tok):
+        return self.cross_attn.project_kv(img_tok)
+
+
+class Embed(nn.Module):
+    """Word plus position embedding, LayerNorm, dropout; also the output matrix of the language-modelling head."""
+
+    width: int
+    vocab_size: int
+    positions: int
+    dropout: float
+    dtype: Any
+
+    def setup(self):
+        self.word = nn.Embed(padded_vocab(self.vocab_size), self.width, dtype=self.dtype, embedding_init=INIT)
+        self.pos = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=INIT)
+        self.ln = layer_norm(EPS, self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, ids, deterministic):
+        x = self.word(ids) + self.pos(jnp.arange(ids.shape[1]))
+        return constrain(self.drop(self.ln(x), deterministic=deterministic), "act_batch", None, "act_embed")
+
+    def attend(self, x):
+        return self.word.attend(x)
+
+
+class LmHead(nn.Module):
+    """Dense, GELU, LayerNorm, then the word embedding transposed plus a bias of its own."""
+
+    width: int
+    vocab_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, attend):
+        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="dense")(x)
+        h = layer_norm(EPS, self.dtype, "ln")(jax.nn.gelu(h, approximate=False))
+        bias = self.param("bias", nn.initializers.zeros, (padded_vocab(self.vocab_size),))
+        logits = constrain(attend(h).astype(jnp.float32) + bias, "act_batch", None, "act_vocab")
+        return jnp.where(jnp.arange(bias.size) < self.vocab_size, logits, jnp.finfo(jnp.float32).min)
+
+
+class Med(nn.Module):
+    """Ids to token states in the three modes of the paper, told apart by `kv` and `causal`."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    positions: int
+    vocab_size: int
+    decoder: bool = True
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.embed = Embed(self.width, self.vocab_size, self.positions, self.dropout, self.dtype)
+        for i in range(self.layers):
+            setattr(self, f"layer_{i:02d}",
+                    MedLayer(self.width, self.heads, self.mlp, self.decoder, self.dropout, self.dtype))
+        if self.decoder:
+            self.lm_head = LmHead(self.width, self.vocab_size, self.dtype)
+
+    def __call__(self, ids, txt_mask, *, kv=None, img_idx: tuple = (None,), causal: bool = False, deterministic: bool = True):
+        """Token states [B,T,D] of ids i32[B,T] with txt_mask bool[B,T] (True = real token).
+
+        kv None: text encoder. kv from `image_kv`: image-grounded, rows in len(img_idx) groups of one text per image (see
+        `grouped_cross_attention`). causal True: the decoder with its own self-attention and a causal mask.
+        """
+        T = ids.shape[1]
+        mask = txt_mask[:, None, None, :]
+        if causal:
+            mask = mask & jnp.tril(jnp.ones((T, T), bool))
+        x = self.embed(ids, deterministic)
+        for i in range(self.layers):
+            layer = getattr(self, f"layer_{i:02d}")
+            x = layer(x, mask, None if kv is None else kv[i], img_idx, causal, deterministic)
+        return x
+
+    def image_kv(self, img_tok):
+        """img_tok [B,P,D'] -> per layer (k, v), each [B,P,N,H]: computed once, used by every text pass over these images."""
+        return tuple(getattr(self, f"layer_{i:02d}").image_kv(img_tok) for i in range(self.layers))
+
+    def lm_logits(self, txt_tok):
+        """txt_tok [B,T,D] -> f32[B,T,Vp]; columns from vocab_size on (padding of the stored vocabulary) are float32's lowest."""
+        return self.lm_head(txt_tok, self.embed.attend)
