@@ -130,7 +130,7 @@ def _ordered(rng, objects: list[dict]) -> str | None:
     if not free:
         return None
     phrase = pick(rng, free)
-    return f"{phrase} {_listed([_named(rng, o) for o in sorted(objects, key=lambda o: _line(o, ORDERS[phrase]))])}"
+    return f"{_listed([_named(rng, o) for o in sorted(objects, key=lambda o: _line(o, ORDERS[phrase]))])} {phrase}"
 
 
 def _listed(parts: list[str]) -> str:
