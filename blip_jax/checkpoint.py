@@ -1,8 +1,8 @@
-"""Checkpoints of a run: train state, data position and config in one folder per step, written by orbax in the background.
+"""Checkpoints of a run: train state, data position and config, one folder per step, written by orbax in the background.
 
-A folder appears under its final name only when it is complete (orbax writes beside it and renames), so a process killed at
-any moment leaves the previous checkpoint usable; `open_dir` removes what such a process left behind. The format knows
-nothing of the mesh: a state saved on one restores onto any other.
+A folder appears under its final name only when it is complete (orbax writes beside it and renames), so a process killed
+at any moment leaves the previous checkpoint usable; `open_dir` removes what such a process left behind. The format
+knows nothing of the mesh: a state saved on one restores onto any other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SUBDIR = "checkpoints"
 
 
 def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of `workdir`, created if missing; only the `keep` newest stay. Close it (`with`) to finish saves."""
+    """The checkpoints of `workdir`, created if missing; the `keep` newest stay. Close it (`with`) to finish saves."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler()}

@@ -1,8 +1,8 @@
 """Configuration: every leaf once, with its unit, and one `validate` that lists all failures before anything compiles.
 
-A config file is a python module with `get_config() -> ConfigDict`; it starts from `base()` and changes leaves. On the command
-line a leaf is overridden with `--config.optim.lr=2e-4`. Code reads `cfg.optim.lr`, never `.get`; a config is locked, so an
-unknown key is an error. Batch sizes are global; durations are steps, epochs are derived from `data.epoch_examples`.
+A config file is a python module with `get_config() -> ConfigDict`; it starts from `base()` and changes leaves. On the
+command line a leaf is overridden with `--config.optim.lr=2e-4`. Code reads `cfg.optim.lr`, never `.get`; a config is
+locked, so an unknown key is an error. Batch sizes are global; durations are steps, epochs are derived from `data.epoch_examples`.
 """
 
 from __future__ import annotations
@@ -83,19 +83,19 @@ def base(size: str = "base") -> ConfigDict:
     c.data.prefetch = 4  # batches decoded ahead
 
     c.loss = ConfigDict()
-    c.loss.momentum = True  # momentum encoder with soft targets; False: negatives from the batch's own features, hard targets
+    c.loss.momentum = True  # momentum encoder, soft targets; False: negatives from the batch's own features, hard targets
     c.loss.queue = 57600  # K, feature queue length, a multiple of the batch; 0: none. Needs loss.momentum
     c.loss.ema = 0.995  # momentum m <- ema * m + (1 - ema) * p, once per step, before the momentum pass
     c.loss.alpha = 0.4  # weight of the soft targets after the ramp
     c.loss.alpha_ramp_epochs = 2.0  # linear ramp of alpha from 0
     c.loss.group_size = 0  # examples among which columns and hard negatives are drawn (one GPU's, originally); 0: all
     c.loss.label_smoothing = 0.1  # of the language modelling loss
-    c.loss.smoothing_over = "valid"  # smoothing term averaged over: valid positions | all (torch 1.10, as published runs)
+    c.loss.smoothing_over = "valid"  # mean of that term over: valid positions | all (torch 1.10, the published runs)
 
     c.optim = ConfigDict()
     c.optim.lr = 3e-4  # peak
     c.optim.min_lr = 1e-6
-    c.optim.schedule = "epoch_decay"  # epoch_decay (lr * decay_rate^epoch) | epoch_cosine | cosine (per step) | constant
+    c.optim.schedule = "epoch_decay"  # epoch_decay: lr * decay_rate^epoch | epoch_cosine | cosine (per step) | constant
     c.optim.decay_rate = 0.9  # per epoch, for epoch_decay
     c.optim.warmup_steps = 3000  # linear from warmup_lr; in the epoch_* schedules only within epoch 0, as the original
     c.optim.warmup_lr = 1e-6
@@ -140,13 +140,14 @@ CHOICES = {
 }
 SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
 RANGES = {  # leaf -> (least, most), both allowed
-    **dict.fromkeys(("train.batch", "train.steps", "train.log_every", "train.save_every", "train.keep", "optim.accumulate",
-                     "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words", "data.max_pixels",
-                     "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"), (1, math.inf)),
+    **dict.fromkeys(("train.batch", "train.steps", "train.log_every", "train.save_every", "train.keep",
+                     "optim.accumulate", "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words",
+                     "data.max_pixels", "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"), (1, math.inf)),
     **dict.fromkeys(("train.eval_every", "eval.limit", "data.epoch_examples", "loss.queue", "loss.group_size",
                      "loss.alpha_ramp_epochs", "optim.min_lr", "optim.warmup_steps", "optim.warmup_lr",
                      "optim.weight_decay", "optim.clip"), (0, math.inf)),
-    **dict.fromkeys(("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"), (0, 1)),
+    **dict.fromkeys(("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"),
+                    (0, 1)),
     **dict.fromkeys(("model.dropout", "model.drop_path", "optim.b1", "optim.b2"), (0, math.nextafter(1, 0))),
     **dict.fromkeys(("optim.lr", "optim.eps"), (math.ulp(0), math.inf)),
     "text.max_len": (3, math.inf),  # [CLS], one token, [SEP]
@@ -192,6 +193,9 @@ def _values(cfg) -> list[str]:
             re.compile(pattern)
         except re.error as e:
             out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
+    if (cfg.objective == "pretrain") != cfg.model.decoder:
+        out.append(f"objective is {cfg.objective} but model.decoder is {cfg.model.decoder}: pre-training needs the "
+                   "decoder, retrieval has none")
     if cfg.loss.queue > 0 and not cfg.loss.momentum:
         out.append(f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
                    "set loss.queue=0 or loss.momentum=True")
@@ -205,16 +209,17 @@ def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
                    f"as {_nearest(m.img_size, m.vit.patch)}")
     for name, part in (("vit", m.vit), ("med", m.med)):
         if part.heads < 1 or part.width < 1 or part.width % part.heads:
-            out.append(f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = {part.heads}, "
-                       f"as {_nearest(part.width, part.heads)}")
+            out.append(f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = "
+                       f"{part.heads}, as {_nearest(part.width, part.heads)}")
     if m.med.positions < cfg.text.max_len:
-        out.append(f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = {m.med.positions}: "
-                   f"lower the first to {m.med.positions} or raise the second")
+        out.append(f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = "
+                   f"{m.med.positions}: lower the first to {m.med.positions} or raise the second")
     if not cfg.text.vocab:
         out.append("text.vocab is empty: give a vocab.txt or tokenizer.json; `blip-jax vocab` trains one from captions")
     if tokenizer_vocab_size is not None and tokenizer_vocab_size != m.med.vocab_size:
-        out.append(f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} entries "
-                   f"with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another text.vocab")
+        out.append(f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} "
+                   f"entries with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another "
+                   "text.vocab")
     return out
 
 
@@ -258,7 +263,8 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
 
 def _group(group: int, micro: int) -> list[str]:
     if micro < 2:
-        return [f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples for a negative; raise train.batch"]
+        return [f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples, one for the other's "
+                "negative; raise train.batch"]
     if group > 0 and (micro % group or group < 2):
         valid = [d for d in range(2, micro + 1) if micro % d == 0]
         near = sorted(sorted(valid, key=lambda d: abs(d - group))[:2])

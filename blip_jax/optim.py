@@ -6,7 +6,7 @@ Accumulation over micro-batches is the step's business: what arrives here is the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def schedule(cfg, epoch_steps: int) -> Callable:
 
 
 def decay_mask(name: str) -> Callable | None:
-    """Which leaves decay: "all" (None: every one, as the original) or "kernels" (leaves named `kernel`, the matrices)."""
+    """Which leaves decay: "all" (None: every one, as the original) or "kernels" (leaves named `kernel`, matrices)."""
     if name not in DECAY_MASKS:
         raise ValueError(f"optim.decay_mask is {name!r}: choose one of {DECAY_MASKS}")
     if name == "all":
@@ -77,7 +77,7 @@ def decay_mask(name: str) -> Callable | None:
 
 
 def split_frozen(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
-    """Nested dict -> (trained, frozen); frozen are the leaves whose path, as "vit/pos_embed", a pattern matches in full.
+    """Nested dict -> (trained, frozen); frozen are leaves whose path, as "vit/pos_embed", a pattern matches in full.
 
     ValueError: a pattern that matches no leaf, or patterns that leave nothing to train.
     """
@@ -89,9 +89,9 @@ def split_frozen(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
                          f"the top-level names are {tops}")
     frozen = {path for path, _ in leaves if any(re.fullmatch(p, path) for p in patterns)}
     if leaves and len(frozen) == len(leaves):
-        raise ValueError(f"optim.freeze: {list(patterns)} freeze every parameter, nothing is left to train: remove some")
-    return (_nest([(path, x) for path, x in leaves if path not in frozen]),
-            _nest([(path, x) for path, x in leaves if path in frozen]))
+        raise ValueError(f"optim.freeze: {list(patterns)} freeze every parameter, nothing is left to train: drop some")
+    return (nest([(path, x) for path, x in leaves if path not in frozen]),
+            nest([(path, x) for path, x in leaves if path in frozen]))
 
 
 def merge(trained: dict, frozen: dict) -> dict:
@@ -100,7 +100,7 @@ def merge(trained: dict, frozen: dict) -> dict:
     both = sorted({p for p, _ in first} & {p for p, _ in second})
     if both:
         raise ValueError(f"trained and frozen parameters share {both[:5]}: every leaf belongs to one of them")
-    return _nest(sorted(first + second, key=lambda leaf: leaf[0]))
+    return nest(sorted(first + second, key=lambda leaf: leaf[0]))
 
 
 def paths(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -112,7 +112,8 @@ def paths(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{name}", value
 
 
-def _nest(leaves: Sequence[tuple[str, object]]) -> dict:
+def nest(leaves: Iterable[tuple[str, object]]) -> dict:
+    """The inverse of `paths`."""
     tree: dict = {}
     for path, leaf in leaves:
         *parents, name = path.split("/")

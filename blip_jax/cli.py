@@ -1,0 +1,172 @@
+"""blip-jax train | evaluate | vocab | demo: flags become a config, a config goes to one function.
+
+A mistake is one line, `error: ...`, and exit status 2; BLIP_JAX_DEBUG=1 shows where it came from. A run that diverges
+ends with status 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pathlib
+import re
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+USAGE = """usage: blip-jax <command> [flags]
+
+  train     --config=configs/x.py --workdir=DIR      train, or resume what DIR holds
+  evaluate  --config=configs/x.py --workdir=DIR      retrieval on data.eval, newest checkpoint of DIR
+            [--checkpoint=FOLDER]                    ... or this one
+  vocab     --captions=FILE.json|FILE.txt ...        train a WordPiece vocabulary from captions (repeat the flag)
+            [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
+  demo      --workdir=DIR                            the built-in world: vocabulary, training, evaluation, table
+
+Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config.py lists them with their units.
+"""
+
+
+def train(argv: list[str]) -> int:
+    """blip-jax train."""
+    cfg, values = _config_and_flags(argv)
+    from blip_jax import train as training
+    try:
+        training.fit(cfg, values.workdir)
+    except training.NonFiniteLoss as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """blip-jax evaluate."""
+    cfg, values = _config_and_flags(argv, checkpoint="a checkpoint folder or workdir; default: the newest of --workdir")
+    from blip_jax import demo, train as training
+    result = training.evaluate(cfg, values.workdir, values.checkpoint or "")
+    print(demo.retrieval_table(result))
+    print(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
+    return 0
+
+
+def vocab(argv: list[str]) -> int:
+    """blip-jax vocab."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("captions", [], "text, a caption a line, or JSON rows with `caption`", flag_values=values)
+    flags.DEFINE_integer("scenes", 0, "captions of this many built-in scenes", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", None, "file to write", flag_values=values)
+    _parse(values, argv, required=("out",))
+    from blip_jax.data import scenes, text
+    if not values.captions and not values.scenes:
+        raise ValueError("give captions: --captions=FILE (.txt or .json, may be repeated) or --scenes=N")
+    captions = _captions(values.captions) + list(scenes.vocab_captions(values.scenes))
+    text.train_vocab(captions, values.size, values.out)
+    print(f"{values.out}: {values.size} entries from {len(captions)} captions; set text.vocab={values.out} and "
+          f"model.med.vocab_size={text.Tokenizer(values.out).vocab_size}")
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    """blip-jax demo."""
+    default = ROOT / "configs" / "scenes.py"
+    if not any(re.match(r"--?config(=|$)", arg) for arg in argv):
+        if not default.exists():
+            raise ValueError(f"{default} is missing: run from a checkout of the project, or give --config")
+        argv = [argv[0], f"--config={default}", *argv[1:]]
+    cfg, values = _config_and_flags(argv)
+    from blip_jax import demo as demonstration
+    demonstration.run(cfg, values.workdir)
+    return 0
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "vocab": vocab, "demo": demo}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]](argv)
+    except (ValueError, OSError, flags.Error) as e:
+        if os.environ.get("BLIP_JAX_DEBUG"):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _config_and_flags(argv: list[str], **extra: str) -> tuple[ConfigDict, flags.FlagValues]:
+    """The locked config of --config with its overrides, and --workdir with the `extra` flags (name -> help)."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "python file with get_config()", lock_config=True,
+                                    flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, logs", flag_values=values)
+    for name, text in extra.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    _parse(values, argv, required=("config", "workdir"))
+    return values.config, values
+
+
+def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...]) -> None:
+    try:
+        rest = values(argv)
+    except (AttributeError, KeyError) as e:  # an override, or the config file itself, names a leaf that does not exist
+        raise ValueError(_unknown_leaf(argv) or f"{_config_path(argv)}: {e.args[0]}") from e
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value; `blip-jax --help` lists them")
+    missing = [f"--{name}" for name in required if getattr(values, name) is None]
+    if missing:
+        raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
+
+
+def _captions(files: list[str]) -> list[str]:
+    """Captions of .txt files, one a line, and of .json files in BLIP's layout: rows with `caption`, one or a list."""
+    out = []
+    for name in files:
+        content = pathlib.Path(name).read_text(encoding="utf-8")
+        if not name.endswith(".json"):
+            out += content.splitlines()
+            continue
+        try:
+            found = [row["caption"] for row in json.loads(content)]
+        except (json.JSONDecodeError, TypeError, KeyError) as e:
+            raise ValueError(f"{name} is no list of rows with a `caption` ({e!r}): give BLIP's JSON, or a .txt") from e
+        out += [c for caption in found for c in (caption if isinstance(caption, list) else [caption])]
+    return out
+
+
+def _config_path(argv: list[str]) -> str:
+    for i, arg in enumerate(argv):
+        if match := re.match(r"--?config(?:=(.*))?$", arg):
+            return match[1] if match[1] is not None else "".join(argv[i + 1:i + 2])
+    return ""
+
+
+def _unknown_leaf(argv: list[str]) -> str | None:
+    """What is wrong with the first --config.a.b that the config file does not have; None if all exist."""
+    plain = flags.FlagValues()
+    only = [argv[0], f"--config={_config_path(argv)}"]
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=plain, sys_argv=only)
+    try:
+        plain(only)
+    except (AttributeError, KeyError):
+        return None
+    for arg in argv:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+        node, done = plain.config, []
+        for name in match[1].split(".") if match else ():
+            if not isinstance(node, ConfigDict) or name not in node:
+                have = sorted(node) if isinstance(node, ConfigDict) else []
+                close = [".".join([*done, c]) for c in difflib.get_close_matches(name, have, 3, 0.5)]
+                hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(have) or 'no leaves'}"
+                return f"{arg}: {'.'.join(done) or 'the config'} has no key {name!r}; {hint}"
+            node, done = node[name], [*done, name]
+    return None

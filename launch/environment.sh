@@ -1,0 +1,37 @@
+# Sourced by the other scripts: makes .venv beside the project's files and installs the project into it, once per version
+# of setup.py. `install_project test` adds the extra "test". Leaves $python, the interpreter to use.
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$root/.venv/bin/python"
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 or newer on PATH: install one, then run this again" >&2
+    return 1
+}
+
+install_project() {
+    local extra="$1" base stamp wanted
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        base="$(find_python)"
+        echo "== making $root/.venv with $("$base" --version)"
+        "$base" -m venv --clear "$root/.venv" || {
+            echo "error: $base cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2
+            return 1
+        }
+    fi
+    stamp="$root/.venv/installed${extra:+-$extra}"
+    wanted="$(cksum < "$root/setup.py") $root"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        echo "== using $root/.venv (setup.py has not changed since the install)"
+        return
+    fi
+    echo "== installing the project${extra:+ with [$extra]} and its dependencies into $root/.venv (about 1 GB, some minutes)"
+    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}")
+    echo "$wanted" > "$stamp"
+}
