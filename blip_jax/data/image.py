@@ -1,8 +1,8 @@
 """Pictures: decoding of untrusted bytes, and the original's transforms for training and evaluation.
 
-Everything works on 8-bit RGB and stays 8-bit: pixels are normalised on the device. Resizing is PIL's bicubic filter, and
-the warps of RandAugment use 5-bit fixed-point bilinear sampling between pixel centres, which is what OpenCV's warpAffine
-computes in the published runs. Orientation tags are left alone, as they were there.
+Everything works on 8-bit RGB and stays 8-bit: pixels are normalised on the device. Resizing is PIL's bicubic filter,
+and the warps of RandAugment use 5-bit fixed-point bilinear sampling between pixel centres, which is what OpenCV's
+warpAffine computes in the published runs. Orientation tags are left alone, as they were there.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class BadImage(Exception):
 def decode(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
     """The first frame of an encoded picture as PIL RGB, and notes on what is irregular but usable.
 
-    The size is compared with `max_pixels` on the header, before any pixel is decoded. Greyscale, CMYK, palette and alpha
-    (which is dropped) are ordinary and not noted; 16-bit greyscale is scaled to 8 bits and noted, as are animations, pictures
-    below 8x8 and aspect ratios above 20. Raises BadImage: empty file, not a picture, decompression bomb, truncated, broken.
+    The size is compared with `max_pixels` on the header, before any pixel is decoded. Greyscale, CMYK, palette and
+    alpha (which is dropped) are ordinary and not noted; 16-bit greyscale is scaled to 8 bits and noted, as are
+    animations, pictures below 8x8 and aspect ratios above 20. Raises BadImage: empty file, not a picture, decompression
+    bomb, truncated, broken.
     """
     if not data:
         raise BadImage("empty image file")
@@ -89,7 +90,7 @@ def eval_transform(im: Image.Image, size: int) -> np.ndarray:
 
 
 def train_transform(im: Image.Image, size: int, rng: np.random.Generator, *, scale, flip: bool, randaugment: bool):
-    """PIL RGB -> u8[size,size,3]: random-resized crop, flip with probability 1/2, RandAugment(2, 5), drawn from `rng`."""
+    """PIL RGB -> u8[size,size,3]: random-resized crop, flip with probability 1/2, RandAugment(2, 5)."""
     img = crop_resize(im, size, random_crop(*im.size, scale, rng))
     if flip and rng.random() < 0.5:
         img = np.ascontiguousarray(img[:, ::-1])
@@ -99,8 +100,8 @@ def train_transform(im: Image.Image, size: int, rng: np.random.Generator, *, sca
 def random_crop(w: int, h: int, scale, rng: np.random.Generator, ratio=(3 / 4, 4 / 3)) -> tuple[int, int, int, int]:
     """Box (left, top, width, height) by torchvision's RandomResizedCrop rule, in pixels of a w x h picture.
 
-    Ten tries of an area share uniform in `scale` with a log-uniform aspect ratio; then the largest centred box whose ratio
-    is inside `ratio`.
+    Ten tries of an area share uniform in `scale` with a log-uniform aspect ratio; then the largest centred box whose
+    ratio is inside `ratio`.
     """
     for _ in range(10):
         area = w * h * rng.uniform(*scale)
@@ -152,7 +153,7 @@ def shear_y(img, sign):
 def translate_x(img, sign):
     out, n = np.full_like(img, FILL), sign * TRANSLATE
     if abs(n) < img.shape[1]:
-        out[:, max(n, 0):img.shape[1] + min(n, 0)] = img[:, max(-n, 0):img.shape[1] - max(n, 0)]
+        out[:, max(n, 0) : img.shape[1] + min(n, 0)] = img[:, max(-n, 0) : img.shape[1] - max(n, 0)]
     return out
 
 
@@ -174,7 +175,8 @@ OPS = (identity, auto_contrast, identity, identity, equalize, shear_x, shear_y, 
 def warp(img: np.ndarray, matrix) -> np.ndarray:
     """u8[h,w,3] moved by the forward map [[a,b,c],[d,e,f]] of pixel centres (x, y), bilinear, FILL outside.
 
-    Source positions are rounded to 1/32 pixel and blended with integer weights, with FILL for neighbours off the picture.
+    Source positions are rounded to 1/32 pixel and blended with integer weights, with FILL for neighbours off the
+    picture.
     """
     h, w = img.shape[:2]
     (a, b, c), (d, e, f) = np.float64(matrix)
@@ -186,7 +188,9 @@ def warp(img: np.ndarray, matrix) -> np.ndarray:
     sy = (_fixed(e * y + f) + 16 + _fixed(d * x)) >> 5
     fx, fy = (sx & 31).astype(np.uint64), (sy & 31).astype(np.uint64)
     at = (np.clip(sy >> 5, -2, h) + 2) * (w + 4) + np.clip(sx >> 5, -2, w) + 2
-    word = np.full((h + 4, w + 4), _pack(np.full(3, FILL, np.uint8)))  # a pixel is one word: one multiplication for 3 channels
+    word = np.full(
+        (h + 4, w + 4), _pack(np.full(3, FILL, np.uint8))
+    )  # a pixel is one word: one multiplication for 3 channels
     word[2:-2, 2:-2] = _pack(img)
     word = word.ravel()
     top = word[at] * (32 - fx) + word[at + 1] * fx

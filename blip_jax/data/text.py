@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pathlib
 import re
-from typing import Iterable
+from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, trainers
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers import decoders, trainers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -42,15 +41,18 @@ def clean_question(s: str, max_words: int = 50) -> str:
 class Tokenizer:
     """BERT's uncased WordPiece with [DEC] and [ENC]. Attributes: vocab_size and the ids pad, unk, cls, sep, dec, enc.
 
-    `path` is a vocab.txt (one token a line, the line number is the id) or a tokenizer.json. Text is only text: "[SEP]" inside
-    a caption is not the special token. Raises ValueError for a file that is neither or that lacks a special token.
+    `path` is a vocab.txt (one token a line, the line number is the id) or a tokenizer.json. Text is only text: "[SEP]"
+    inside a caption is not the special token. Raises ValueError for a file that is neither or that lacks a special
+    token.
     """
 
     def __init__(self, path: str | pathlib.Path):
         path = pathlib.Path(path)
         if not path.is_file():
-            raise ValueError(f"text.vocab={str(path)!r}: no such file; give a vocab.txt or tokenizer.json, or make one from "
-                             "your captions with `blip-jax vocab`")
+            raise ValueError(
+                f"text.vocab={str(path)!r}: no such file; give a vocab.txt or tokenizer.json, or make one from "
+                "your captions with `blip-jax vocab`"
+            )
         tok = _from_json(path) if path.suffix == ".json" else _from_lines(path)
         tok.no_truncation()
         tok.no_padding()
@@ -61,10 +63,12 @@ class Tokenizer:
         self.pad, self.unk, self.cls, self.sep = (tok.token_to_id(t) for t in SPECIAL[:4])
         self.dec, self.enc = (tok.token_to_id(t) for t in EXTRA)
         if tok.encode("").ids != [self.cls, self.sep]:
-            raise ValueError(f"text.vocab={str(path)!r} does not frame a text as [CLS] ... [SEP]: give the vocab.txt instead")
+            raise ValueError(
+                f"text.vocab={str(path)!r} does not frame a text as [CLS] ... [SEP]: give the vocab.txt instead"
+            )
 
     def encode(self, texts: list[str], max_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[n,T], mask bool[n,T] (True = real) of "[CLS] ... [SEP]", cut to T = `max_len` and padded, as BERT's."""
+        """ids i32[n,T], mask bool[n,T] (True = real): "[CLS] ... [SEP]", cut to T = `max_len` and padded."""
         if max_len < 2:
             raise ValueError(f"max_len={max_len} leaves no room for [CLS] and [SEP]: give 2 or more")
         rows = [self._tok.encode(t).ids for t in texts]
@@ -72,8 +76,8 @@ class Tokenizer:
         mask = np.zeros((len(rows), max_len), bool)
         for i, row in enumerate(rows):
             if len(row) > max_len:
-                row = row[:max_len - 1] + [self.sep]
-            ids[i, :len(row)], mask[i, :len(row)] = row, True
+                row = row[: max_len - 1] + [self.sep]
+            ids[i, : len(row)], mask[i, : len(row)] = row, True
         return ids, mask
 
     def decode(self, ids) -> str:
@@ -85,11 +89,15 @@ def _from_lines(path: pathlib.Path) -> _Tokenizer:
     try:
         lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as e:
-        raise ValueError(f"text.vocab={str(path)!r} is not UTF-8 text ({e}): give a vocab.txt with one token a line") from None
+        raise ValueError(
+            f"text.vocab={str(path)!r} is not UTF-8 text ({e}): give a vocab.txt with one token a line"
+        ) from None
     vocab = {t: i for i, t in enumerate(lines)}
     if len(vocab) < len(lines):
         twice = [t for i, t in enumerate(lines) if vocab[t] != i]
-        raise ValueError(f"text.vocab={str(path)!r} holds tokens twice, such as {twice[:3]}: ids would be ambiguous; remove them")
+        raise ValueError(
+            f"text.vocab={str(path)!r} holds tokens twice, such as {twice[:3]}: ids would be ambiguous; remove them"
+        )
     _require_special(vocab, path)
     return BertWordPieceTokenizer(vocab, lowercase=True)._tokenizer
 
@@ -108,25 +116,36 @@ def _from_json(path: pathlib.Path) -> _Tokenizer:
 def _require_special(vocab: dict[str, int], path: pathlib.Path) -> None:
     missing = [t for t in SPECIAL if t not in vocab]
     if missing:
-        raise ValueError(f"text.vocab={str(path)!r} lacks the special tokens {missing}: use BERT's uncased vocabulary, or make "
-                         "one from your captions with `blip-jax vocab`")
+        raise ValueError(
+            f"text.vocab={str(path)!r} lacks the special tokens {missing}: use BERT's uncased vocabulary, or make "
+            "one from your captions with `blip-jax vocab`"
+        )
 
 
 def train_vocab(captions: Iterable[str], size: int, path: str | pathlib.Path) -> None:
-    """Writes a vocab.txt of exactly `size` lines learnt from `captions` (BERT's WordPiece, uncased; the same for the same input).
+    """Writes a vocab.txt of exactly `size` lines learnt from `captions` (BERT's WordPiece, uncased; the same for the
+    same input).
 
-    Lines that the captions do not fill are [unused0], [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the tokenizer
-    then has size + 2 ids. Raises ValueError when the characters alone need more lines than `size`, or there is no text.
+    Lines that the captions do not fill are [unused0], [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the
+    tokenizer then has size + 2 ids. Raises ValueError when the characters alone need more lines than `size`, or there
+    is no text.
     """
     tok = BertWordPieceTokenizer(lowercase=True)
-    trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False,
-                                        continuing_subword_prefix="##")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        continuing_subword_prefix="##",
+    )
     tok._tokenizer.train_from_iterator((plain_text(c)[0] for c in captions), trainer)
     vocab = tok.get_vocab()
     lines = sorted(vocab, key=vocab.get)
     if len(lines) == len(SPECIAL):
         raise ValueError("captions hold no text: nothing to learn a vocabulary from")
     if len(lines) > size:
-        raise ValueError(f"size={size} is too small: special tokens and single characters alone need {len(lines)} lines")
+        raise ValueError(
+            f"size={size} is too small: special tokens and single characters alone need {len(lines)} lines"
+        )
     lines += [f"[unused{i}]" for i in range(size - len(lines))]
     pathlib.Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
