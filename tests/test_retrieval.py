@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from blip_jax import config, sharding
+from blip_jax.data.pipeline import EvalData
+from blip_jax.data.records import open_source
+from blip_jax.data.text import Tokenizer, train_vocab
 from blip_jax.eval import retrieval
 from blip_jax.models.blip import Blip
 from blip_jax.models.vit import normalize_pixels
@@ -233,6 +236,21 @@ def test_evaluate_reports_both_stages_and_a_clipped_k(caplog):
     assert result["img_r1"] == pytest.approx(100 * ((cosine + logit).argmax(axis=0) == data.text_image).mean())
     names = [f"{way}_{r}" for way in ("txt", "img") for r in ("r1", "r5", "r10", "r_mean")] + ["r_mean"]
     assert sorted(result) == sorted(names + [f"itc_{n}" for n in names])
+
+
+def test_pictures_and_captions_of_a_source(tmp_path):
+    """Against the real data classes: scenes, of which the world's truth is not needed, through tokenizer and decoder."""
+    cfg, model, params, _ = tiny()
+    cfg = cfg.copy_and_resolve_references()
+    cfg.eval.k = 3
+    sources = {"world": config.source("scenes", count=10, seed=1, size=32)}
+    captions = [c for record in open_source("world", sources["world"]) for c in record["captions"]]
+    train_vocab(captions, 118, tmp_path / "vocab.txt")
+    tokenizer = Tokenizer(tmp_path / "vocab.txt")
+    data = EvalData(cfg, tokenizer, sources, skipped_path=tmp_path / "skipped.jsonl")
+    scores = retrieval.two_stage_scores(cfg, model, params, data, tokenizer, sharding.make_mesh(cfg.mesh))
+    assert scores.cosine.shape == (10, len(captions)) and scores.text_image.tolist() == data.text_image.tolist()
+    assert ((scores.i2t > -100).sum(axis=1) == 3).all() and ((scores.t2i > -100).sum(axis=0) == 3).all()
 
 
 def test_functions_compile_once(caplog):

@@ -1,7 +1,7 @@
 """Full size really runs: `python -m blip_jax.bench.fullsize` prints what it measured and what the formulas say.
 
 ViT-B/16 at 224 pixels takes three real pre-training steps (batch 8, float32, queue 57600, random pixels, texts of caption
-length) on the devices there are: minutes and about 9 GB on two CPU cores. ViT-L/16 is traced and lowered, not run.
+length) on the devices there are: some minutes and 12 GB on two CPU cores. ViT-L/16 is traced and lowered, not run.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ def _bytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 
+def _peak_memory() -> str:
+    return f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
+
+
 def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
@@ -87,7 +91,7 @@ def _say_flops(cfg, traced) -> float:
 
 
 def run_base() -> None:
-    """Three real steps of ViT-B/16 at 224; prints counts, memory, times, rates and losses."""
+    """Three real steps of ViT-B/16 at 224; prints counts, memory (GB = 1e9 bytes), times, rates and losses."""
     cfg = full_config("base")
     print(f"ViT-B/16, {cfg.model.img_size} px, batch {BATCH}, T {cfg.text.max_len}, {cfg.model.dtype}, queue {cfg.loss.queue}; "
           f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
@@ -104,7 +108,10 @@ def run_base() -> None:
         step_flops = _say_flops(cfg, traced)
         start = time.perf_counter()
         compiled = traced.lower().compile()
-        print(f"compiled in {time.perf_counter() - start:.1f} s; temporaries {compiled.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB")
+        memory = compiled.memory_analysis()
+        print(f"compiled in {time.perf_counter() - start:.1f} s: state in and out {memory.argument_size_in_bytes / 1e9:.2f} GB, of "
+              f"which {memory.alias_size_in_bytes / 1e9:.2f} GB in place, temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB; "
+              f"{_peak_memory()} so far")
         for i in range(STEPS):
             batch = place(i)
             start = time.perf_counter()
@@ -114,8 +121,7 @@ def run_base() -> None:
                   + ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items()))
             if not all(np.isfinite(float(value)) for value in metrics.values()):
                 raise ValueError(f"step {i} gave a metric that is not finite: {metrics}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak resident memory of the process {peak / 1e9:.2f} GB")
+    print(_peak_memory())
 
 
 def lower_large() -> None:
