@@ -96,7 +96,7 @@ def _captions(record: dict, max_words: int) -> tuple[list[str], list[str]]:
         if caption.count(" ") > 10 * max_words:
             notes.append(f"long caption, cut to {max_words} words")
         out.append(text.clean_caption(caption, max_words))
-    out = [c for c in out if c]
+    out = [c for c in out if any(letter.isprintable() and not letter.isspace() for letter in c)]
     if not out:
         raise BadRecord(record["key"], "empty caption")
     return out, list(dict.fromkeys(notes))
@@ -287,7 +287,8 @@ class EvalData:
             self._where.append((name, r))
         if not self._where:
             raise ValueError(
-                f"evaluation: no record of {sorted(self.sources)} can be used: {self.counts()['skipped']}, named in {skipped_path}"
+                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
+                f"named in {skipped_path}"
             )
         self.text_image = np.array(text_image, np.int64)
         self._reported: set[int] = set()

@@ -22,6 +22,7 @@ from blip_jax.data.records import MAX_BYTES, BadRecord, Source, as_captions, exp
 
 log = logging.getLogger(__name__)
 
+BLOCK = 512  # bytes of a tar block
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif")
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7z": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 ROW = np.dtype(
@@ -34,7 +35,7 @@ class TarShards(Source):
     opening.
 
     The key is "<shard>/<sample>"; a sample name that appears again in its shard gets "~2", "~3", .... Of a shard that
-    ends in the middle, the samples before the cut are used and the one that is cut is a BadRecord. About 40 bytes a
+    ends in the middle, the samples before the cut are used and what is cut is one BadRecord. About 40 bytes a
     sample are kept.
     """
 
@@ -84,15 +85,7 @@ def _index(path: str) -> tuple[bytes, np.ndarray, np.ndarray]:
     latest: dict[str, dict] = {}  # sample name -> its newest row
     seen: collections.Counter = collections.Counter()
     with _open(path) as tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.TarError as e:
-                log.warning("%s is cut or broken after %d samples (%s): those before are used", path, len(rows), e)
-                break
-            if member is None:
-                break
-            tar.members = []  # the file would remember every member
+        while (member := _next(tar)) is not None:
             folder, base = posixpath.split(member.name)
             stem, _, ext = base.partition(".")
             slot = "image" if ext.lower() in PICTURES else ext.lower() if ext.lower() in ("txt", "json") else None
@@ -106,7 +99,22 @@ def _index(path: str) -> tuple[bytes, np.ndarray, np.ndarray]:
                 rows.append(latest[sample])
             latest[sample][slot] = (member.offset_data, min(member.size, 2**32 - 1))
             latest[sample]["cut"] |= member.offset_data + member.size > size
+        if read_at(path, tar.offset, BLOCK) != bytes(BLOCK):  # a tar ends with blocks of zeros
+            log.warning("%s is cut or broken after %d samples: those before are used", path, len(rows))
+            if rows and not ("image" in rows[-1] and ("txt" in rows[-1] or "json" in rows[-1])):
+                rows[-1]["cut"] = True
+            elif not (rows and rows[-1]["cut"]):
+                rows.append({"key": "(rest)", "cut": True})
     return _pack(rows)
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    try:
+        member = tar.next()
+    except tarfile.TarError:
+        return None
+    tar.members = []  # the file would remember every member
+    return member
 
 
 def _pack(rows: list[dict]) -> tuple[bytes, np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import re
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 EXTRA = ("[DEC]", "[ENC]")  # begin of a decoded text, begin of an image-grounded text: appended in this order
+ALPHABET = 1000  # characters of a trained vocabulary, as in BERT's own
 PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 
 
@@ -123,29 +125,35 @@ def _require_special(vocab: dict[str, int], path: pathlib.Path) -> None:
 
 
 def train_vocab(captions: Iterable[str], size: int, path: str | pathlib.Path) -> None:
-    """Writes a vocab.txt of exactly `size` lines learnt from `captions` (BERT's WordPiece, uncased; the same for the
-    same input).
+    """Writes a vocab.txt of exactly `size` lines learnt from `captions`: BERT's WordPiece, uncased, the same for the
+    same captions.
 
-    Lines that the captions do not fill are [unused0], [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the
-    tokenizer then has size + 2 ids. Raises ValueError when the characters alone need more lines than `size`, or there
-    is no text.
+    Of the characters, the ALPHABET most frequent ones count. Lines that the captions do not fill are [unused0],
+    [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the tokenizer then has size + 2 ids. ValueError: the
+    characters alone need more lines than `size`, or there is no text.
     """
-    tok = BertWordPieceTokenizer(lowercase=True)
+    tok = BertWordPieceTokenizer(lowercase=True)._tokenizer
+    words: collections.Counter = collections.Counter()
+    for caption in captions:
+        normal = tok.normalizer.normalize_str(plain_text(caption)[0])
+        words.update(word for word, _ in tok.pre_tokenizer.pre_tokenize_str(normal))
+    letters: collections.Counter = collections.Counter()
+    for word, n in words.items():
+        letters.update({c: n * word.count(c) for c in set(word)})
+    if not letters:
+        raise ValueError("captions hold no text: nothing to learn a vocabulary from")
+    kept = set(sorted(letters, key=lambda c: (-letters[c], c))[:ALPHABET])
+    words = {w: n for w, n in words.items() if kept.issuperset(w)}
+    # the trainer numbers pieces that continue a word in hash order, and breaks ties by number: number them beforehand
+    pieces = sorted(kept) + sorted({f"##{c}" for w in words for c in w[1:]})
+    least = len(SPECIAL) + len(pieces)
+    if least > size:
+        raise ValueError(f"size={size} is too small: special tokens and single characters alone need {least} lines")
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        special_tokens=list(SPECIAL),
-        show_progress=False,
-        continuing_subword_prefix="##",
+        vocab_size=size, min_frequency=2, special_tokens=[*SPECIAL, *pieces], show_progress=False
     )
-    tok._tokenizer.train_from_iterator((plain_text(c)[0] for c in captions), trainer)
+    tok.train_from_iterator((w for w in sorted(words) for _ in range(words[w])), trainer)
     vocab = tok.get_vocab()
     lines = sorted(vocab, key=vocab.get)
-    if len(lines) == len(SPECIAL):
-        raise ValueError("captions hold no text: nothing to learn a vocabulary from")
-    if len(lines) > size:
-        raise ValueError(
-            f"size={size} is too small: special tokens and single characters alone need {len(lines)} lines"
-        )
     lines += [f"[unused{i}]" for i in range(size - len(lines))]
     pathlib.Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
