@@ -250,8 +250,8 @@ def test_translate_by_hand():
 
 
 def test_shear_by_hand():
-    # x' = x + 0.15 y about the top-left pixel, so row 2 is moved by 0.3 pixel: sampled at x - 0.3, which is 22/32 of the
-    # way from x - 1 to x after rounding to 1/32 (0.7 * 32 = 22.4)
+    # x' = x + 0.15 y about the top-left pixel: row 2 is moved by 0.3, so sampled at x - 0.3, which is 22/32 of the way
+    # from x - 1 to x after rounding to 1/32 (0.7 * 32 = 22.4)
     img = grey([[0, 32, 64, 96]] * 3)
     got = I.shear_x(img, 1)[..., 0]
     np.testing.assert_array_equal(got[0], [0, 32, 64, 96])

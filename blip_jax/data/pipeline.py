@@ -48,7 +48,7 @@ class Ledger:
             for line in lines.splitlines():
                 try:
                     row = json.loads(line)
-                    self._written.add(hash((row["source"], row["key"], row["used"])))
+                    self._written.add(_event(row["source"], row["key"], row["reason"], row["used"]))
                 except (ValueError, TypeError, KeyError):
                     continue  # the half line: its record is written again when it is met
 
@@ -58,7 +58,7 @@ class Ledger:
         rows = []
         for source, key, reason, used in events:
             (self.noted if used else self.skipped)[reason.split(":")[0]] += 1
-            if (name := hash((source, key, used))) not in self._written:
+            if (name := _event(source, key, reason, used)) not in self._written:
                 self._written.add(name)
                 rows.append(json.dumps({"source": source, "key": key, "reason": reason, "used": used}) + "\n")
         if rows:
@@ -79,6 +79,11 @@ class Ledger:
 
     def counts(self) -> dict:
         return {"read": self.read, "skipped": dict(self.skipped), "noted": dict(self.noted)}
+
+
+def _event(source: str, key: str, reason: str, used: bool) -> int:
+    """What is written once: a bad record, or one note of a used one. A number, as there may be millions."""
+    return hash((source, key, reason if used else None))
 
 
 def _open_all(sources) -> dict[str, Source]:
