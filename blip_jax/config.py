@@ -193,7 +193,7 @@ def _values(cfg) -> list[str]:
             re.compile(pattern)
         except re.error as e:
             out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
-    if (cfg.objective == "pretrain") != cfg.model.decoder:
+    if cfg.model.decoder != {"pretrain": True, "retrieval": False}.get(cfg.objective, cfg.model.decoder):
         out.append(f"objective is {cfg.objective} but model.decoder is {cfg.model.decoder}: pre-training needs the "
                    "decoder, retrieval has none")
     if cfg.loss.queue > 0 and not cfg.loss.momentum:
@@ -267,7 +267,7 @@ def _group(group: int, micro: int) -> list[str]:
                 "negative; raise train.batch"]
     if group > 0 and (micro % group or group < 2):
         valid = [d for d in range(2, micro + 1) if micro % d == 0]
-        near = sorted(sorted(valid, key=lambda d: abs(d - group))[:2])
+        near = [d for d in valid if d < group][-1:] + [d for d in valid if d > group][:1]
         return [f"loss.group_size is {group}: it must be at least 2 and divide the micro-batch of {micro} examples, "
                 f"as {' or '.join(map(str, near))}, or be 0 for all of it"]
     return []

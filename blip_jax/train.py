@@ -153,7 +153,7 @@ def prepare(cfg, workdir) -> Run:
                          "lower train.batch, or set data.epoch_examples to what the schedule should call an epoch")
     model = Blip.from_config(cfg.model)
     tx, lr = optim.make(cfg, epoch_steps)
-    shapes = jax.eval_shape(lambda key: train_state.create(cfg, model, tx, key), jax.random.key(cfg.seed))
+    shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
     shardings = sharding.shardings_for(shapes, mesh)
     return Run(cfg, workdir, tokenizer, mesh, model, tx, lr, epoch_steps, shapes, shardings, data, eval_data)
 
@@ -172,7 +172,7 @@ def evaluate(cfg, workdir, path="") -> dict:
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     mesh, model = sharding.make_mesh(cfg.mesh), Blip.from_config(cfg.model)
-    shapes = jax.eval_shape(lambda key: train_state.init_params(cfg, model, key), jax.random.key(cfg.seed))
+    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(cfg.seed)))
     data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / "skipped-eval.jsonl")
     params = jax.device_put(fit_params(checkpoint.load_params(folder), shapes, str(folder)),
                             sharding.shardings_for(shapes, mesh))
@@ -301,7 +301,7 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
         timing = (f"  {row['examples_per_s']:.1f} examples/s  eta {int(left // 3600)}:{int(left % 3600 // 60):02}:"
                   f"{int(left % 60):02}  waiting {100 * waiting:.0f} %")
     writer.row(step, "train", row)
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name in numbers["sum"])
+    losses = "  ".join(f"{name} {row[name]:.4f}" for name in sorted(numbers["sum"], key=lambda n: ("loss" not in n, n)))
     say(f"step {step}/{run.cfg.train.steps}  {losses}  lr {row['lr']:.3e}{timing}")
     return row
 

@@ -1,5 +1,58 @@
-"""Eight fake CPU devices for every test: the environment must be set before jax is imported for the first time."""
+"""Eight fake CPU devices and quick compilation for every test: the environment is set before jax is imported.
+
+What XLA compiles is kept for the length of a test run, also for the processes that tests start.
+"""
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+                           " --xla_backend_optimization_level=0")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from blip_jax.config import base, source  # noqa: E402
+from blip_jax.data import scenes, text  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """One cache of compiled programs for this run of the tests and the processes it starts."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.5,
+                "jax_persistent_cache_min_entry_size_bytes": -1}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vocab(tmp_path_factory):
+    """vocab.txt of 118 entries, from the captions of the built-in world."""
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    text.train_vocab(scenes.vocab_captions(300), 118, path)
+    return path
+
+
+@pytest.fixture
+def tiny_cfg(tiny_vocab):
+    """A complete config of the smallest model that has every part, on 64 scenes; 6 steps of 16."""
+    c = base("tiny")
+    c.model.vit.depth = c.model.med.layers = 1
+    c.model.img_size = 16
+    c.model.embed_dim = 16
+    c.model.dtype = "float32"
+    c.text.vocab = str(tiny_vocab)
+    c.text.max_len = 12
+    with c.data.unlocked():
+        c.data.train.world = source("scenes", count=64, size=24)
+    c.data.threads = c.data.prefetch = 2
+    c.loss.queue = 32
+    c.optim.warmup_steps = 2
+    c.optim.eps = 1e-4  # else Adam turns the rounding noise of gradients that are zero into steps of lr
+    c.train.batch = 16
+    c.train.steps = 6
+    c.train.log_every = 2
+    c.train.save_every = 3
+    return c
