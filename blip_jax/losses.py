@@ -21,9 +21,9 @@ def similarity(emb, cols, queue, temp):
 
     emb, cols: f32[G,g,E] unit norm; queue f32[K,E] or None; temp f32[]. Returns f32[G,g,g+K].
     """
-    sim = jnp.einsum("GiE,GjE->Gij", emb, cols)
+    sim = jnp.einsum("GiE,GjE->Gij", emb, cols, precision="highest")
     if queue is not None:
-        sim = jnp.concatenate([sim, jnp.einsum("GiE,KE->GiK", emb, queue)], axis=-1)
+        sim = jnp.concatenate([sim, jnp.einsum("GiE,KE->GiK", emb, queue, precision="highest")], axis=-1)
     return sim / temp
 
 

@@ -15,13 +15,14 @@ from blip_jax.momentum import ema, enqueue, momentum_params
 TEMP_RANGE = (0.001, 0.5)  # the stored temperature is clamped to this at the start of every step
 
 
-def pretrain_loss(model, cfg, params, momentum, batch, alpha, key, first_row, draw):
+def pretrain_loss(model, cfg, params, momentum, batch, alpha, keys, first_row, draw):
     """ITC + ITM + LM of one (micro-)batch (paper section 3.2).
 
-    batch: img f32[B,S,S,3] normalised, ids i32[B,T], txt_mask bool[B,T]. Returns loss f32[], (metrics, features to enqueue).
+    batch: img f32[B,S,S,3] normalised, ids i32[B,T], txt_mask bool[B,T]. keys: (of this micro-batch's dropout, of the step's hard
+    negatives); first_row: of this micro-batch within the step's batch. Returns loss f32[], (metrics, features to enqueue).
     """
     apply = functools.partial(model.apply, {"params": params})
-    dropout, ids, txt_mask, loss = _dropout_keys(key), batch["ids"], batch["txt_mask"], cfg.loss
+    dropout, ids, txt_mask, loss = _dropout_keys(keys[0]), batch["ids"], batch["txt_mask"], cfg.loss
     img_tok = apply(batch["img"], method="encode_image", deterministic=False, rngs=dropout("vit"))
     img_emb = apply(img_tok, method="project_image")
     _, txt_emb = apply(ids, txt_mask, method="encode_text", deterministic=False, rngs=dropout("text"))
@@ -30,8 +31,8 @@ def pretrain_loss(model, cfg, params, momentum, batch, alpha, key, first_row, dr
     itc, sims, features = _contrastive(model, cfg, params["temp"], momentum, batch, img_emb, txt_emb, same, alpha, dropout)
     width = same.shape[-1]
     weights_t2i, weights_i2t = (losses.hard_negative_weights(s[..., :width], same, 1e-4) for s in (sims["t2i"], sims["i2t"]))
-    neg_img = draw(jax.random.fold_in(key, 1), weights_t2i, first_row)
-    neg_txt = draw(jax.random.fold_in(key, 2), weights_i2t, first_row)
+    neg_img = draw(jax.random.fold_in(keys[1], 0), weights_t2i, first_row)
+    neg_txt = draw(jax.random.fold_in(keys[1], 1), weights_i2t, first_row)
 
     kv = apply(img_tok, method="image_kv")  # once, for the three matching groups and the decoder
     itm, itm_acc = _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, dropout)
@@ -42,14 +43,14 @@ def pretrain_loss(model, cfg, params, momentum, batch, alpha, key, first_row, dr
     return metrics["loss"], (metrics, features)
 
 
-def retrieval_loss(model, cfg, params, momentum, batch, alpha, key, first_row, draw):
+def retrieval_loss(model, cfg, params, momentum, batch, alpha, keys, first_row, draw):
     """ITC with all texts of the same image as positives, plus ITM (fine-tuning; reference: BLIP's blip_retrieval).
 
     batch as in `pretrain_loss`, with image_id i32[B]. Hard negatives come from the online features; texts of the same image are
     never negatives. A row whose whole group shows its image has no negative and is left out of the ITM mean.
     """
     apply = functools.partial(model.apply, {"params": params})
-    dropout, ids, txt_mask, loss = _dropout_keys(key), batch["ids"], batch["txt_mask"], cfg.loss
+    dropout, ids, txt_mask, loss = _dropout_keys(keys[0]), batch["ids"], batch["txt_mask"], cfg.loss
     img_tok = apply(batch["img"], method="encode_image", deterministic=False, rngs=dropout("vit"))
     img_emb = apply(img_tok, method="project_image")
     _, txt_emb = apply(ids, txt_mask, method="encode_text", deterministic=False, rngs=dropout("text"))
@@ -58,9 +59,9 @@ def retrieval_loss(model, cfg, params, momentum, batch, alpha, key, first_row, d
     same = image_id[:, :, None] == image_id[:, None, :]
     itc, _, features = _contrastive(model, cfg, params["temp"], momentum, batch, img_emb, txt_emb, same, alpha, dropout)
     img, txt = (losses.grouped(x, loss.group_size) for x in (img_emb, txt_emb))
-    neg_img = draw(jax.random.fold_in(key, 1),
+    neg_img = draw(jax.random.fold_in(keys[1], 0),
                    losses.hard_negative_weights(losses.similarity(txt, img, None, params["temp"]), same, 0.0), first_row)
-    neg_txt = draw(jax.random.fold_in(key, 2),
+    neg_txt = draw(jax.random.fold_in(keys[1], 1),
                    losses.hard_negative_weights(losses.similarity(img, txt, None, params["temp"]), same, 0.0), first_row)
 
     kv = apply(img_tok, method="image_kv")
@@ -110,17 +111,18 @@ def _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, dropout):
 
     neg_img, neg_txt: i32[B], -1 = no negative exists: that row is left out. Returns loss f32[], accuracy f32[].
     """
-    stack = lambda x: jnp.concatenate([x, x[neg_txt], x])
+    B = len(ids)
+    stack = lambda x: jnp.stack([x, x[neg_txt], x], axis=1).reshape(3 * B, -1)
     logits = apply(stack(ids), stack(txt_mask), kv, img_idx=(None, None, neg_img), method="match", deterministic=False,
                    rngs=dropout("match"))
-    B = len(ids)
-    labels = jnp.concatenate([jnp.ones(B, jnp.int32), jnp.zeros(2 * B, jnp.int32)])
-    return losses.itm(logits, labels, jnp.concatenate([jnp.ones(B), neg_txt >= 0, neg_img >= 0]).astype(jnp.float32))
+    labels = jnp.tile(jnp.array([1, 0, 0]), B)
+    counted = jnp.stack([jnp.ones(B, bool), neg_txt >= 0, neg_img >= 0], axis=1).reshape(3 * B)
+    return losses.itm(logits, labels, counted.astype(jnp.float32))
 
 
 def _dropout_keys(key):
     names = ("vit", "text", "match", "decoder", "momentum_vit", "momentum_text")
-    keys = dict(zip(names, jax.random.split(jax.random.fold_in(key, 0), len(names))))
+    keys = dict(zip(names, jax.random.split(key, len(names))))
     return lambda name: {"dropout": keys[name]}
 
 
@@ -141,16 +143,16 @@ def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
             online = momentum_params(optim.merge(params, state.frozen))
             momentum = momentum | {"params": ema(momentum["params"], online, cfg.loss.ema)}
             alpha = cfg.loss.alpha * jnp.minimum(1.0, state.step / ramp_steps)
-        key = jax.random.fold_in(state.rng, state.step)
+        dropout_key, draw_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
         rows = batch["ids"].shape[1 if accumulate > 1 else 0]
 
         def micro(a, batch):
             if batch["img"].dtype == jnp.uint8:
                 batch = batch | {"img": normalize_pixels(batch["img"])}
-            dropout_key = jax.random.fold_in(key, a) if accumulate > 1 else key
+            keys = jax.random.fold_in(dropout_key, a), draw_key
 
             def of_trained(trained):
-                return loss_fn(model, cfg, optim.merge(trained, state.frozen), momentum, batch, alpha, dropout_key, a * rows, draw)
+                return loss_fn(model, cfg, optim.merge(trained, state.frozen), momentum, batch, alpha, keys, a * rows, draw)
 
             (_, (metrics, features)), grads = jax.value_and_grad(of_trained, has_aux=True)(params)
             return grads, metrics, features
@@ -159,7 +161,7 @@ def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
         updates, opt = tx.update(grads, state.opt, params)
         if features and momentum["queue"] is not None:
             momentum = momentum | {"queue": enqueue(momentum["queue"], features)}
-        metrics |= {"alpha": alpha, "temp": optim.merge(params, state.frozen)["temp"], "grad_norm": optax.global_norm(grads)}
+        metrics |= {"alpha": alpha, "temp": optim.merge(params, state.frozen)["temp"], "grad_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1, params=optax.apply_updates(params, updates), opt=opt, momentum=momentum), metrics
 
     return step

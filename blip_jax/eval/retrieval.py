@@ -103,44 +103,28 @@ def rerank_units(needed: np.ndarray, texts_per_unit: int) -> tuple[np.ndarray, n
     return np.repeat(np.arange(len(needed)), units_of), texts
 
 
-class _Static:
-    """A model as a static argument of jit: models of equal configuration share one compilation, in later calls too."""
-
-    def __init__(self, model):
-        self.model, self.key = model, repr(model)
-
-    def __eq__(self, other):
-        return self.key == other.key
-
-    def __hash__(self):
-        return hash(self.key)
-
-    def bind(self, params):
-        return functools.partial(self.model.apply, {"params": params})
-
-
 @functools.partial(jax.jit, static_argnames=("model", "whole"))
 def _embed_texts(model, whole, params, ids, txt_mask):
-    _, emb = model.bind(params)(ids, txt_mask, method="encode_text")
+    _, emb = model.apply({"params": params}, ids, txt_mask, method="encode_text")
     return jax.lax.with_sharding_constraint(emb, whole)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "whole"))
 def _encode_images(model, whole, params, img):
     """u8[B,img_h,img_w,3] -> (img_tok [B,P,D] in the compute dtype, img_emb f32[B,E])"""
-    apply = model.bind(params)
+    apply = functools.partial(model.apply, {"params": params})
     img_tok = apply(normalize_pixels(img), method="encode_image")
     return jax.lax.with_sharding_constraint((img_tok, apply(img_tok, method="project_image")), (whole, whole))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "whole"))
 def _match(model, whole, params, img_tok, ids, txt_mask):
-    """img_tok [B,P,D], ids i32[G,B,T], txt_mask bool[G,B,T] -> f32[G,B], the logits of "match"."""
-    apply = model.bind(params)
-    G, B, T = ids.shape
+    """img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T] -> f32[B,G], the logits of "match"."""
+    apply = functools.partial(model.apply, {"params": params})
+    B, G, T = ids.shape
     kv = apply(img_tok, method="image_kv")
-    logits = apply(ids.reshape(G * B, T), txt_mask.reshape(G * B, T), kv, method="match")
-    return jax.lax.with_sharding_constraint(logits[:, 1].astype(jnp.float32).reshape(G, B), whole)
+    logits = apply(ids.reshape(B * G, T), txt_mask.reshape(B * G, T), kv, method="match")
+    return jax.lax.with_sharding_constraint(logits[:, 1].astype(jnp.float32).reshape(B, G), whole)
 
 
 def _on_mesh(mesh, dims: tuple, *arrays):
@@ -211,14 +195,12 @@ def _match_scores(model, params, img_tok, ids, txt_mask, needed, mesh, batch, te
         for start in _progress(range(0, len(image), batch), "re-ranking", math.ceil(len(image) / batch)):
             units = np.arange(start, min(start + batch, len(image)))
             filled = _filled(units, batch)
-            rows = np.maximum(text[filled], 0).T  # G B
-            states, = _on_mesh(mesh, ("act_batch",), img_tok[image[filled]])
-            texts = _on_mesh(mesh, (None, "act_batch"), ids[rows], txt_mask[rows])
-            yield units, _match(model, whole, params, states, *texts)
+            rows = np.maximum(text[filled], 0)  # B G
+            yield units, _match(model, whole, params, *_on_mesh(mesh, ("act_batch",), img_tok[image[filled]], ids[rows], txt_mask[rows]))
 
     scores = np.zeros(needed.shape, np.float32)
     for units, logits in _one_behind(passes()):
-        of_units = logits.T[: len(units)]  # U G
+        of_units = logits[: len(units)]  # U G
         real = text[units] >= 0
         scores[np.broadcast_to(image[units, None], real.shape)[real], text[units][real]] = of_units[real]
     return scores
@@ -258,7 +240,6 @@ def two_stage_scores(cfg, model, params, data, tokenizer, mesh) -> Scores:
     _check(cfg, data)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = -(-cfg.eval.batch // split) * split
-    model = _Static(model)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.shardings_for(params, mesh))
         img_tok, img_emb, readable = _image_features(model, params, data, mesh, batch)

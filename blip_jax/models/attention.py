@@ -33,22 +33,22 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable = lambda p: 
     """Attention of G texts per image to that image's keys and values, which are never repeated per text.
 
     Args:
-      q: [G*B,T,N,H], row g*B + b; k, v: [B,P,N,H], one row per image.
-      img_idx: one entry per group: None (row b looks at image b) or i32[B] (row b looks at image img_idx[b]).
-    Returns: [G*B,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
+      q: [B*G,T,N,H], row b*G + g (so that rows stay with their image when B is split over devices); k, v: [B,P,N,H].
+      img_idx: one entry per group: None (text g of image b looks at image b) or i32[B] (it looks at image img_idx[g][b]).
+    Returns: [B*G,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
     """
     G, (B, _, N, H), T = len(img_idx), k.shape, q.shape[1]
-    q = q.reshape(G, B, T, N, H)
+    q = q.reshape(B, G, T, N, H)
     own = [g for g in range(G) if img_idx[g] is None]
     outs: list[Any] = [None] * G
     if own:
-        folded = jnp.concatenate([q[g] for g in own], axis=1)  # B, len(own)*T, N, H
+        folded = jnp.concatenate([q[:, g] for g in own], axis=1)  # B, len(own)*T, N, H
         for g, o in zip(own, jnp.split(attention(folded, k, v, drop=drop), len(own), axis=1)):
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
-            outs[g] = attention(q[g], k[img_idx[g]], v[img_idx[g]], drop=drop)
-    return jnp.concatenate(outs, axis=0)
+            outs[g] = attention(q[:, g], k[img_idx[g]], v[img_idx[g]], drop=drop)
+    return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
 
 
 class HeadedAttention(nn.Module):

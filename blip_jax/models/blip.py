@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from blip_jax.models.med import Med
 from blip_jax.models.vit import Vit, _torch_uniform
@@ -30,13 +31,13 @@ class Blip(nn.Module):
     @classmethod
     def from_config(cls, model) -> "Blip":
         """Builds from `cfg.model` of blip_jax.config."""
-        return cls(dict(model.vit), dict(model.med), model.img_size, model.embed_dim, model.decoder, model.drop_path,
+        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.embed_dim, model.decoder, model.drop_path,
                    model.dropout, model.remat, jnp.dtype(model.dtype))
 
     def setup(self):
         self.vit = Vit(**self.vit_sizes, img_size=self.img_size, drop_path=self.drop_path, remat=self.remat, dtype=self.dtype)
         self.med = Med(**self.med_sizes, decoder=self.decoder, dropout=self.dropout, dtype=self.dtype)
-        dense = lambda n, fan_in: nn.Dense(n, kernel_init=_torch_uniform(fan_in), bias_init=_torch_uniform(fan_in))
+        dense = lambda n, fan_in: nn.Dense(n, precision="highest", kernel_init=_torch_uniform(fan_in), bias_init=_torch_uniform(fan_in))
         self.vision_proj = dense(self.embed_dim, self.vit_sizes["width"])
         self.text_proj = dense(self.embed_dim, self.med_sizes["width"])
         self.itm_head = dense(2, self.med_sizes["width"])
@@ -76,9 +77,9 @@ class Blip(nn.Module):
 
     def match(self, ids, txt_mask, kv, *, img_idx: tuple | None = None, first_id: int | None = None,
               deterministic: bool = True):
-        """Matching logits f32[G*B,2] (column 1: the text belongs to the image) of ids i32[G*B,T] against B images.
+        """Matching logits f32[B*G,2] (column 1: the text belongs to the image) of ids i32[B*G,T] against B images.
 
-        Row g*B + b is a text for image b, or for image img_idx[g][b] (`grouped_cross_attention`). Position 0 is set to [ENC],
+        Row b*G + g is a text for image b, or for image img_idx[g][b] (`grouped_cross_attention`). Position 0 is set to [ENC],
         as in training; `first_id` puts another id there (the original's stand-alone ITM class leaves [CLS]).
         """
         if img_idx is None:

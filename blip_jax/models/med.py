@@ -40,7 +40,7 @@ class PostNormAttention(HeadedAttention):
         return self._close(x, y, deterministic)
 
     def cross_attention(self, x, kv, img_idx, deterministic):
-        """x [G*B,T,D], kv of B images, img_idx as in `grouped_cross_attention` -> [G*B,T,D]"""
+        """x [B*G,T,D], kv of B images, img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
         drop = lambda p: self.drop(p, deterministic=deterministic)
         y = grouped_cross_attention(self.project_q(x), *kv, img_idx, drop=drop)
         return self._close(x, y, deterministic)
@@ -98,7 +98,9 @@ class Embed(nn.Module):
         return constrain(self.drop(self.ln(x), deterministic=deterministic), "act_batch", None, "act_embed")
 
     def attend(self, x):
-        return self.word.attend(x)
+        """x [B,T,D] -> f32[B,T,Vp], products with every word's embedding, summed in float32"""
+        table = self.word.embedding.astype(self.dtype)
+        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
 
 
 class LmHead(nn.Module):
@@ -113,7 +115,7 @@ class LmHead(nn.Module):
         h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="dense")(x)
         h = layer_norm(EPS, self.dtype, "ln")(jax.nn.gelu(h, approximate=False))
         bias = self.param("bias", nn.initializers.zeros, (padded_vocab(self.vocab_size),))
-        logits = constrain(attend(h).astype(jnp.float32) + bias, "act_batch", None, "act_vocab")
+        logits = constrain(attend(h) + bias, "act_batch", None, "act_vocab")
         return jnp.where(jnp.arange(bias.size) < self.vocab_size, logits, jnp.finfo(jnp.float32).min)
 
 
@@ -141,7 +143,7 @@ class Med(nn.Module):
     def __call__(self, ids, txt_mask, *, kv=None, img_idx: tuple = (None,), causal: bool = False, deterministic: bool = True):
         """Token states [B,T,D] of ids i32[B,T] with txt_mask bool[B,T] (True = real token).
 
-        kv None: text encoder. kv from `image_kv`: image-grounded, rows in len(img_idx) groups of one text per image (see
+        kv None: text encoder. kv from `image_kv`: image-grounded, len(img_idx) texts per image (see
         `grouped_cross_attention`). causal True: the decoder with its own self-attention and a causal mask.
         """
         T = ids.shape[1]
