@@ -85,7 +85,7 @@ class Blip(nn.Module):
         if img_idx is None:
             img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
         ids = ids.at[:, 0].set(self.enc_id if first_id is None else first_id)
-        txt_tok = self.med(ids, txt_mask, kv=kv, img_idx=img_idx, deterministic=deterministic)
+        txt_tok = self.med(ids, txt_mask, kv=kv, img_idx=img_idx, first_only=True, deterministic=deterministic)
         return self.itm_head(txt_tok[:, 0].astype(jnp.float32))
 
     def lm_logits(self, ids, txt_mask, kv, *, deterministic: bool = True):

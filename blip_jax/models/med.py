@@ -33,11 +33,12 @@ class PostNormAttention(HeadedAttention):
         self.ln = layer_norm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
-    def self_attention(self, x, mask, deterministic):
-        """x [B,T,D], mask bool[B,1,1|T,T] -> [B,T,D]"""
+    def self_attention(self, x, mask, deterministic, first_only=False):
+        """x [B,T,D], mask bool[B,1,1|T,T] -> [B,T,D], or [B,1,D], the first position alone"""
         drop = lambda p: self.drop(p, deterministic=deterministic)
-        y = attention(self.project_q(x), *self.project_kv(x), mask=mask, drop=drop)
-        return self._close(x, y, deterministic)
+        queries = x[:, :1] if first_only else x
+        y = attention(self.project_q(queries), *self.project_kv(x), mask=mask, drop=drop)
+        return self._close(queries, y, deterministic)
 
     def cross_attention(self, x, kv, img_idx, deterministic):
         """x [B*G,T,D], kv of B images, img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
@@ -68,8 +69,8 @@ class MedLayer(nn.Module):
         self.mlp_ln = layer_norm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
-    def __call__(self, x, mask, kv, img_idx, causal: bool, deterministic: bool):
-        x = (self.self_attn_dec if causal else self.self_attn).self_attention(x, mask, deterministic)
+    def __call__(self, x, mask, kv, img_idx, causal: bool, deterministic: bool, first_only: bool):
+        x = (self.self_attn_dec if causal else self.self_attn).self_attention(x, mask, deterministic, first_only)
         if kv is not None:
             x = self.cross_attn.cross_attention(x, kv, img_idx, deterministic)
         return self.mlp_ln(x + self.drop(self.mlp(x), deterministic=deterministic))
@@ -140,11 +141,13 @@ class Med(nn.Module):
         if self.decoder:
             self.lm_head = LmHead(self.width, self.vocab_size, self.dtype)
 
-    def __call__(self, ids, txt_mask, *, kv=None, img_idx: tuple = (None,), causal: bool = False, deterministic: bool = True):
+    def __call__(self, ids, txt_mask, *, kv=None, img_idx: tuple = (None,), causal: bool = False, first_only: bool = False,
+                 deterministic: bool = True):
         """Token states [B,T,D] of ids i32[B,T] with txt_mask bool[B,T] (True = real token).
 
         kv None: text encoder. kv from `image_kv`: image-grounded, len(img_idx) texts per image (see
-        `grouped_cross_attention`). causal True: the decoder with its own self-attention and a causal mask.
+        `grouped_cross_attention`). causal True: the decoder with its own self-attention and a causal mask. first_only True: only
+        the first position's state is wanted, [B,1,D], so the last layer computes no other.
         """
         T = ids.shape[1]
         mask = txt_mask[:, None, None, :]
@@ -153,7 +156,8 @@ class Med(nn.Module):
         x = self.embed(ids, deterministic)
         for i in range(self.layers):
             layer = getattr(self, f"layer_{i:02d}")
-            x = layer(x, mask, None if kv is None else kv[i], img_idx, causal, deterministic)
+            first = first_only and i == self.layers - 1
+            x = layer(x, mask, None if kv is None else kv[i], img_idx, causal, deterministic, first)
         return x
 
     def image_kv(self, img_tok):
