@@ -1,0 +1,68 @@
+"""The sharding tables cover every leaf of every preset, split the large ones, and say what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from blip_jax import config, optim, sharding, train_state
+from blip_jax.models.blip import Blip
+
+
+def state_shapes(size):
+    cfg = config.base(size)
+    with cfg.unlocked():
+        cfg.train.steps = 10
+        cfg.model.img_size = 16 * cfg.model.vit.patch // 2
+    model = Blip.from_config(cfg.model)
+    tx, _ = optim.make(cfg, 10)
+    return jax.eval_shape(lambda key: train_state.create(cfg, model, tx, key), jax.random.key(0))
+
+
+def mesh_of(data, fsdp, tensor):
+    cfg = config.base().mesh
+    with cfg.unlocked():
+        cfg.update(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.make_mesh(cfg)
+
+
+@pytest.mark.parametrize("size", sorted(config.VIT_SIZES))
+def test_every_leaf_has_a_row(size):
+    shapes = state_shapes(size)
+    specs = sharding.shardings_for(shapes, mesh_of(2, 2, 2))
+    assert jax.tree.structure(specs) == jax.tree.structure(shapes)
+
+
+def test_large_on_fsdp_keeps_at_most_two_percent_of_parameters_and_optimiser_whole():
+    shapes = state_shapes("large")
+    mesh = mesh_of(1, 8, 1)
+    for tree in ({"params": shapes.params}, {"opt": shapes.opt}):
+        sizes = [(x.size, s.is_fully_replicated) for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(sharding.shardings_for(tree, mesh)))]
+        assert sum(n for n, whole in sizes if whole) <= 0.02 * sum(n for n, _ in sizes)
+    assert "kept whole on every device" in sharding.report(shapes, mesh)
+
+
+def test_kernels_are_split_over_both_axes():
+    specs = sharding.shardings_for(state_shapes("base").params, mesh_of(1, 4, 2))
+    assert specs["vit"]["blocks"]["attn"]["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
+    assert specs["med"]["layer_07"]["cross_attn"]["out"]["kernel"].spec == P("tensor", None, "fsdp")
+    assert specs["med"]["embed"]["word"]["embedding"].spec == P("tensor", "fsdp")
+
+
+def test_unknown_parameters_and_uneven_dimensions_are_listed_together():
+    tree = {"vit": {"pos_embed": jax.ShapeDtypeStruct((5, 6), jnp.float32)}, "mystery": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+    with pytest.raises(ValueError) as e:
+        sharding.shardings_for(tree, mesh_of(1, 8, 1))
+    assert "vit/pos_embed: dimension embed = 6 does not divide by mesh axis fsdp = 8" in str(e.value)
+    assert "mystery/kernel" in str(e.value) and "PARAMS" in str(e.value)
+
+
+def test_a_logical_name_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="no_such_dim"):
+        sharding.partition_spec(("embed", "no_such_dim"))
+
+
+def test_a_mesh_that_does_not_multiply_names_the_devices():
+    with pytest.raises(ValueError, match=r"\(3, 1, 1\) does not multiply to the 8 devices"):
+        mesh_of(3, 1, 1)
+    assert dict(mesh_of(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
