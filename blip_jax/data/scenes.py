@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from blip_jax.data import scene_text
 from blip_jax.data.scene_text import COLOURS, pick
 
-DIAMETERS = {"large": (0.27, 0.31), "small": (0.17, 0.20)}  # of the picture's side; a cell of the grid is 0.333
+DIAMETERS = {"large": (0.29, 0.32), "small": (0.20, 0.23)}  # of the picture's side; a cell of the grid is 0.333
 CONTRAST = 20  # a pattern's two shades are the tone -+ this
 
 # web noise: kind -> share of the noisy captions
