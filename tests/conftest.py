@@ -46,7 +46,7 @@ def tiny_cfg(tiny_vocab):
     c.text.vocab = str(tiny_vocab)
     c.text.max_len = 12
     with c.data.unlocked():
-        c.data.train.world = source("scenes", count=64, size=24)
+        c.data.train.world = source("scenes", count=64, size=32)
     c.data.threads = c.data.prefetch = 2
     c.loss.queue = 32
     c.optim.warmup_steps = 2

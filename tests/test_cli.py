@@ -1,0 +1,133 @@
+"""The command line: mistakes are one line, commands do what they say; the demo ends with its table."""
+import json
+import re
+
+import numpy as np
+import pytest
+
+from blip_jax import checkpoint, cli, demo
+from blip_jax.config import source
+from blip_jax.data import text
+from test_kill import write_config
+
+
+@pytest.fixture
+def config_file(tiny_cfg, tmp_path):
+    with tiny_cfg.data.unlocked():
+        tiny_cfg.data.eval.world = source("scenes", count=20, size=32, seed=1)
+    tiny_cfg.eval.batch, tiny_cfg.eval.k = 16, 4
+    return write_config(tiny_cfg, tmp_path / "config.py")
+
+
+def fails(capsys, *argv) -> str:
+    """The one line that the command says before it ends with status 2."""
+    assert cli.main(list(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("flag, expected", [
+    ("--config.optim.lrr=1", "optim has no key 'lrr'; did you mean optim.lr?"),
+    ("--config.optm.lr=1", "the config has no key 'optm'; did you mean optim?"),
+    ("--config.loss.zzz=1", "loss has no key 'zzz'; it has alpha,"),
+    ("--config.optim.lr.x=1", "optim.lr has no key 'x'; it has no leaves"),
+    ("--config.data.train.web.path=x", "data.train has no key 'web'; it has world"),
+    ("--noconfig.loss.momentun", "did you mean loss.momentum?"),
+    ("--config.optim.lr=fast", "could not convert string to float: 'fast'"),
+    ("--config.train.batch=8.5", "--config.train.batch=8.5"),
+    ("--workdi=x", "workdi"),
+    ("extra", "unexpected argument 'extra'"),
+    ("--config.loss.queue=7", "loss.queue is 7"),
+])
+def test_a_wrong_flag_is_one_clear_line(config_file, tmp_path, capsys, flag, expected):
+    err = fails(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", flag)
+    assert expected in err
+    assert err.count("\n") == 1 or "problem" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_commands_and_files(config_file, tmp_path, capsys):
+    assert "unknown command 'trian'" in fails(capsys, "trian")
+    assert "needs --config and --workdir" in fails(capsys, "train")
+    assert "needs --workdir" in fails(capsys, "evaluate", f"--config={config_file}")
+    assert "nowhere.py" in fails(capsys, "train", f"--config={tmp_path / 'nowhere.py'}", "--workdir=x")
+    assert "holds no complete checkpoint" in fails(capsys, "evaluate", f"--config={config_file}", f"--workdir={tmp_path}")
+    bad = tmp_path / "bad.py"
+    bad.write_text("from blip_jax.config import base\ndef get_config():\n    c = base('tiny')\n    c.optim.lrr = 1\n")
+    assert "lrr" in fails(capsys, "train", f"--config={bad}", "--workdir=x")
+    assert cli.main([]) == 2 and cli.main(["--help"]) == 0 and "usage" in capsys.readouterr().out
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch):
+    monkeypatch.setenv("BLIP_JAX_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown command"):
+        cli.main(["trian"])
+
+
+def test_vocab_from_files_and_scenes(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a red dog\na red cat\n" * 3)
+    (tmp_path / "b.json").write_text(json.dumps([{"caption": ["blue zebra"] * 4}, {"caption": "blue zebra"}]))
+    out = tmp_path / "vocab.txt"
+    assert cli.main(["vocab", f"--captions={tmp_path / 'a.txt'}", f"--captions={tmp_path / 'b.json'}", "--size=60",
+                     f"--out={out}"]) == 0
+    assert "60 entries from 11 captions" in capsys.readouterr().out
+    words = out.read_text().split("\n")
+    assert "zebra" in words and "dog" in words
+    assert cli.main(["vocab", "--scenes=200", "--size=100", f"--out={out}"]) == 0
+    assert "model.med.vocab_size=102" in capsys.readouterr().out and text.Tokenizer(out).vocab_size == 102
+    assert "give captions" in fails(capsys, "vocab", "--size=60", f"--out={out}")
+    (tmp_path / "c.json").write_text('{"caption": "x"}')
+    assert "c.json is no list of rows" in fails(capsys, "vocab", f"--captions={tmp_path / 'c.json'}", f"--out={out}")
+    assert "gone.txt" in fails(capsys, "vocab", f"--captions={tmp_path / 'gone.txt'}", f"--out={out}")
+
+
+def test_train_evaluate_and_demo(config_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [f"--config={config_file}", f"--workdir={run}"]
+    assert cli.main(["train", *flags, "--config.train.log_every=3"]) == 0
+    assert '"log_every": 3' in (run / "config.json").read_text()
+    evaluated = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+
+    assert cli.main(["evaluate", *flags]) == 0
+    result = json.loads((run / "retrieval.json").read_text())
+    assert result["checkpoint"] == str(run / "checkpoints" / "6")
+    for name, value in evaluated.items():
+        if name != "step":
+            assert result[name.removeprefix("eval/")] == pytest.approx(value), name
+    assert re.search(r"text to image, chance +5\.0 +25\.0 +50\.0", capsys.readouterr().out)
+    assert cli.main(["evaluate", *flags, f"--checkpoint={run / 'checkpoints' / '3'}"]) == 0
+    assert json.loads((run / "retrieval.json").read_text())["checkpoint"].endswith("/3")
+    capsys.readouterr()
+
+    assert cli.main(["demo", f"--config={config_file}", f"--workdir={tmp_path / 'demo'}", "--config.text.vocab="]) == 0
+    table = capsys.readouterr().out
+    for part in ("vocabulary from the captions of", "loss_itc", "image to text, cosine alone", "images/s in training",
+                 "outputs in"):
+        assert part in table, part
+    assert text.Tokenizer(tmp_path / "demo" / "vocab.txt").vocab_size == 120
+    params = checkpoint.load_params(tmp_path / "demo")
+    assert np.isfinite(params["temp"])
+    assert cli.main(["demo", f"--config={config_file}", f"--workdir={tmp_path / 'demo'}", "--config.text.vocab="]) == 0
+    assert capsys.readouterr().out.endswith(table[table.rindex("\n\n"):])  # nothing but the same table again
+
+
+def test_a_run_that_diverges_ends_with_status_1(config_file, tmp_path, capsys, monkeypatch):
+    from blip_jax import train
+
+    def diverges(cfg, workdir):
+        raise train.NonFiniteLoss("step 7: a loss is not finite")
+
+    monkeypatch.setattr(train, "fit", diverges)
+    assert cli.main(["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err == "error: step 7: a loss is not finite\n"
+
+
+def test_chance():
+    """Against counting: 10 images with 5 texts each; a random order of 50 texts has one of 5 among the first k."""
+    assert demo.chance_recall(10, 50, 5, "img") == 50
+    rng = np.random.default_rng(0)
+    hits = np.mean([(rng.permutation(50)[:5] < 5).any() for _ in range(20_000)])
+    assert demo.chance_recall(10, 50, 5, "txt") == pytest.approx(100 * hits, abs=1.2)
+    assert demo.chance_recall(4, 4, 10, "txt") == demo.chance_recall(4, 4, 10, "img") == 100
