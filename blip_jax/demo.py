@@ -52,14 +52,13 @@ def summary(trained: list[dict], evaluated: list[dict], workdir: pathlib.Path) -
 def retrieval_table(result: dict) -> str:
     """Recalls of both directions in percent, re-ranked and by cosine alone, beside what chance would give."""
     images, texts = result["images"], result["texts"]
-    lines = [f"{images} images, {texts} captions   {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
-    width = len(lines[0]) - 24
+    lines = [f"{f'{images} images, {texts} captions':28} {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
     for name, side in (("image to text", "txt"), ("text to image", "img")):
         for suffix, prefix in (("", ""), (", cosine alone", "itc_")):
             numbers = [result[f"{prefix}{side}_r{k}"] for k in (1, 5, 10)]
-            lines.append(f"{name + suffix:{width}} " + " ".join(f"{n:7.1f}" for n in numbers))
+            lines.append(f"{name + suffix:28} " + " ".join(f"{n:7.1f}" for n in numbers))
         chance = [chance_recall(images, texts, k, side) for k in (1, 5, 10)]
-        lines.append(f"{name + ', chance':{width}} " + " ".join(f"{n:7.1f}" for n in chance))
+        lines.append(f"{name + ', chance':28} " + " ".join(f"{n:7.1f}" for n in chance))
     return "\n".join(lines)
 
 

@@ -90,7 +90,7 @@ def test_configs_are_valid_and_documented(path):
         cfg.text.vocab = "vocab.txt"
     validate(cfg, cfg.model.med.vocab_size, 1, 1)
     header = runpy.run_path(str(path))["__doc__"]
-    for part in ("Command", "Hardware", "Expected"):
+    for part in ("Command", "Data"):
         assert part in header, f"{path.name}: its header lacks {part}"
     assert f"`{path.name}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
 
