@@ -18,6 +18,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "grain>=0.2.15,<0.3",
+        "array-record>=0.8,<1",
         "absl-py>=2.1,<3",
         "ml-collections>=1.1,<2",
         "tokenizers>=0.22,<0.24",

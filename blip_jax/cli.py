@@ -63,7 +63,7 @@ def vocab(argv: list[str]) -> int:
     from blip_jax.data import scenes, text
     if not values.captions and not values.scenes:
         raise ValueError("give captions: --captions=FILE (.txt or .json, may be repeated) or --scenes=N")
-    captions = _captions(values.captions) + list(scenes.vocab_captions(values.scenes))
+    captions = _captions(values.captions) + (list(scenes.vocab_captions(values.scenes)) if values.scenes else [])
     text.train_vocab(captions, values.size, values.out)
     print(f"{values.out}: {values.size} entries from {len(captions)} captions; set text.vocab={values.out} and "
           f"model.med.vocab_size={text.Tokenizer(values.out).vocab_size}")
