@@ -2,7 +2,8 @@
 
 A config file is a python module with `get_config() -> ConfigDict`; it starts from `base()` and changes leaves. On the
 command line a leaf is overridden with `--config.optim.lr=2e-4`. Code reads `cfg.optim.lr`, never `.get`; a config is
-locked, so an unknown key is an error. Batch sizes are global; durations are steps, epochs are derived from `data.epoch_examples`.
+locked, so an unknown key is an error. Batch sizes are global; durations are steps, epochs are derived from
+`data.epoch_examples`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def base(size: str = "base") -> ConfigDict:
     c.data.prefetch = 4  # batches decoded ahead
 
     c.loss = ConfigDict()
-    c.loss.momentum = True  # momentum encoder, soft targets; False: negatives from the batch's own features, hard targets
+    c.loss.momentum = True  # momentum encoder and soft targets; False: hard targets, the batch's own features
     c.loss.queue = 57600  # K, feature queue length, a multiple of the batch; 0: none. Needs loss.momentum
     c.loss.ema = 0.995  # momentum m <- ema * m + (1 - ema) * p, once per step, before the momentum pass
     c.loss.alpha = 0.4  # weight of the soft targets after the ramp
@@ -142,7 +143,8 @@ SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
 RANGES = {  # leaf -> (least, most), both allowed
     **dict.fromkeys(("train.batch", "train.steps", "train.log_every", "train.save_every", "train.keep",
                      "optim.accumulate", "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words",
-                     "data.max_pixels", "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"), (1, math.inf)),
+                     "data.max_pixels", "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"),
+                    (1, math.inf)),
     **dict.fromkeys(("train.eval_every", "eval.limit", "data.epoch_examples", "loss.queue", "loss.group_size",
                      "loss.alpha_ramp_epochs", "optim.min_lr", "optim.warmup_steps", "optim.warmup_lr",
                      "optim.weight_decay", "optim.clip"), (0, math.inf)),

@@ -46,7 +46,8 @@ def summary(trained: list[dict], evaluated: list[dict], workdir: pathlib.Path) -
     lines.append(retrieval_table(result))
     rates = sorted(r["train/examples_per_s"] for r in trained if "train/examples_per_s" in r)
     rate = f"{rates[len(rates) // 2]:.1f} images/s in training (median)" if rates else "too few steps for images/s"
-    return "\n".join([*lines, "", rate, f"outputs in {workdir}: checkpoints/, metrics.jsonl, tb/, config.json, vocab.txt"])
+    outputs = f"outputs in {workdir}: checkpoints/, metrics.jsonl, tb/, config.json, vocab.txt"
+    return "\n".join([*lines, "", rate, outputs])
 
 
 def retrieval_table(result: dict) -> str:

@@ -105,7 +105,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
             due = step > 0 and (step >= last or every.eval_every > 0 and step % every.eval_every == 0)
             if due and run.eval_data and not stopping and step not in at.evaluated:
                 with clock.paused():
-                    out["eval"] = _evaluate(run, state)
+                    out["eval"] = _evaluate(run, step, state, sums)
                     writer.row(step, "eval", out["eval"])
             if step > at.step and (step >= last or step % every.save_every == 0 or stopping):
                 with clock.paused():
@@ -289,8 +289,7 @@ def _to_devices(local: dict, mesh, accumulate: int) -> dict:
 
 def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock) -> dict:
     """Writes and returns the means since the last log. NonFiniteLoss: one of these steps had a value not finite."""
-    numbers = metrics.fetch(sums)
-    _check_finite(run, step, numbers)
+    numbers = _finite(run, step, sums)
     row = {**metrics.means(numbers), "lr": float(run.lr(step - 1)), "epoch": step / run.epoch_steps,
            "examples": step * run.cfg.train.batch, "examples_crc": crc}
     timing, measured = "", clock.take()
@@ -307,36 +306,39 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
 
 
 def _save(run: Run, manager, step: int, state, sums: dict | None, crc: int) -> None:
-    numbers = None if sums is None else metrics.fetch(sums)
-    if numbers:
-        _check_finite(run, step, numbers)
+    numbers = _finite(run, step, sums)
     checkpoint.save(manager, step, state, {"step": step, "crc": crc, "sums": numbers, "revision": revision()},
                     plain(run.cfg))
     say(f"step {step}: saving checkpoint")
 
 
-def _check_finite(run: Run, step: int, numbers: dict) -> None:
-    if numbers["bad"]:
+def _finite(run: Run, step: int, sums: dict | None) -> dict | None:
+    """The running sums as plain numbers, None if there are none. NonFiniteLoss: a value among them was not finite."""
+    numbers = None if sums is None else metrics.fetch(sums)
+    if numbers and numbers["bad"]:
         bad = step - numbers["count"] + numbers["bad"]
         raise NonFiniteLoss(f"step {bad}: a loss or the gradient norm is not finite; nothing after it was saved, the "
                             f"newest checkpoint in {run.workdir / checkpoint.SUBDIR} is good; lower optim.lr, set "
                             "optim.clip, or use model.dtype=float32, and run again to resume from it")
+    return numbers
 
 
-def _evaluate(run: Run, state) -> dict:
+def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
+    _finite(run, step, sums)
     result = retrieval.evaluate(run.cfg, run.model, state.all_params, run.eval_data, run.tokenizer, run.mesh)
     say("retrieval: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
     return {"images": run.eval_data.n_images, "texts": len(run.eval_data.captions), **result}
 
 
 def _keep_vocabulary(cfg, workdir: pathlib.Path) -> None:
-    """Copies the vocabulary into the workdir; ValueError where the one there, of an earlier start, is another."""
+    """Copies the vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
     source = pathlib.Path(cfg.text.vocab)
     copy = workdir / f"vocab{source.suffix}"
-    if copy.exists() and copy.read_bytes() != source.read_bytes():
+    same = copy.exists() and copy.read_bytes() == source.read_bytes()
+    if copy.exists() and not same and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
         raise ValueError(f"text.vocab is {source}, but this workdir was trained with another vocabulary, kept in "
                          f"{copy}: set text.vocab={copy} or use another workdir")
-    if not copy.exists() and jax.process_index() == 0:
+    if not same and jax.process_index() == 0:
         beside = copy.with_name(copy.name + ".tmp")
         shutil.copyfile(source, beside)
         beside.replace(copy)

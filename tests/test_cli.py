@@ -52,7 +52,8 @@ def test_wrong_commands_and_files(config_file, tmp_path, capsys):
     assert "needs --config and --workdir" in fails(capsys, "train")
     assert "needs --workdir" in fails(capsys, "evaluate", f"--config={config_file}")
     assert "nowhere.py" in fails(capsys, "train", f"--config={tmp_path / 'nowhere.py'}", "--workdir=x")
-    assert "holds no complete checkpoint" in fails(capsys, "evaluate", f"--config={config_file}", f"--workdir={tmp_path}")
+    flags = [f"--config={config_file}", f"--workdir={tmp_path}"]
+    assert "holds no complete checkpoint" in fails(capsys, "evaluate", *flags)
     bad = tmp_path / "bad.py"
     bad.write_text("from blip_jax.config import base\ndef get_config():\n    c = base('tiny')\n    c.optim.lrr = 1\n")
     assert "lrr" in fails(capsys, "train", f"--config={bad}", "--workdir=x")

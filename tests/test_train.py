@@ -151,7 +151,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         state, data = checkpoint.restore(manager, 3, run.shapes, run.shardings)
         broken = jax.tree.map(lambda x: x, state.params)
         broken["text_proj"]["bias"] = broken["text_proj"]["bias"].at[0].set(jnp.nan)
-        checkpoint.save(manager, 4, state.replace(params=broken, step=jnp.int32(4)), data | {"step": 4, "sums": None}, {})
+        data |= {"step": 4, "sums": None}
+        checkpoint.save(manager, 4, state.replace(params=broken, step=jnp.int32(4)), data, {})
     with pytest.raises(train.NonFiniteLoss, match="step 5: a loss or the gradient norm is not finite"):
         train.fit(cfg, cut_run)
     assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["3", "4"]
@@ -214,6 +215,9 @@ def test_a_workdir_of_another_vocabulary_is_refused(cut_run, cfg, tmp_path):
     cfg.text.vocab = str(tmp_path / "other.txt")
     with pytest.raises(ValueError, match="trained with another vocabulary"):
         train.fit(cfg, cut_run)
+    shutil.rmtree(cut_run / "checkpoints")  # nothing was trained with it yet: it may change
+    assert train.prepare(cfg, cut_run).tokenizer.vocab_size == 120
+    assert (cut_run / "vocab.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()
 
 
 def test_init_from_takes_parameters_and_momentum_copies(full_run, cfg, tmp_path):
@@ -253,7 +257,8 @@ def test_parameters_of_another_image_size_are_resized_and_of_another_width_refus
     del params["temp"]
     with pytest.raises(ValueError) as e:
         train.fit_params(params, shapes(), "here")
-    for part in ("here holds another model", "text_proj/kernel is [32, 16], this config needs [32, 8]", "temp is missing"):
+    for part in ("here holds another model", "text_proj/kernel is [32, 16], this config needs [32, 8]",
+                 "temp is missing"):
         assert part in str(e.value)
 
 
