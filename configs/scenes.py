@@ -1,0 +1,41 @@
+"""A tiny BLIP on the built-in world (blip_jax/data/scenes.py), the job of the demo: text finds pictures in minutes.
+
+Data: drawn as needed, 48 px; a tenth of the training captions is web noise. No crop, flip or RandAugment: places, sides and
+colours are what the captions speak of. Negatives come from the batch alone, and many small steps teach more than few large.
+Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary, training, evaluation, table; by hand
+          blip-jax vocab --scenes=20000 --size=256 --out=runs/scenes/vocab.txt
+          blip-jax train --config=configs/scenes.py --workdir=runs/scenes --config.text.vocab=runs/scenes/vocab.txt
+"""
+from blip_jax.config import base, source
+
+
+def get_config():
+    c = base("tiny")
+    c.model.vit = dict(width=128, depth=2, heads=4, mlp=256, patch=8)
+    c.model.med = dict(width=96, layers=2, heads=4, mlp=192, positions=32, vocab_size=258)  # 256, [DEC] and [ENC]
+    c.model.img_size = 48
+    c.model.embed_dim = 128
+    c.model.dropout = 0.0
+    c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
+    c.text.max_len = 24
+    with c.data.unlocked():
+        c.data.train.scenes = source("scenes", count=200_000, seed=0, size=48, noise=0.1)
+        c.data.eval.scenes = source("scenes", count=200, seed=1, size=48)
+    c.data.crop_scale = (1.0, 1.0)
+    c.data.randaugment = False
+    c.data.flip = False
+    c.loss.momentum = False
+    c.loss.queue = 0
+    c.optim.lr = 2e-3
+    c.optim.min_lr = 1e-5
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 200
+    c.optim.b2 = 0.98
+    c.optim.decay_mask = "kernels"
+    c.optim.clip = 1.0
+    c.train.batch = 16
+    c.train.steps = 4500
+    c.train.log_every = 250
+    c.train.save_every = 1500
+    c.eval.k = 64
+    return c
