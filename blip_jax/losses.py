@@ -82,7 +82,7 @@ def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, g
       logits: f32[B,T,Vp], columns from vocab_size on are padding (hugely negative) and take no part.
       targets, mask: i32[B,T], bool[B,T]; False positions are ignored (ignore_index of torch).
       over: "valid": the smoothing term is averaged over valid positions (torch >= 1.11); "all": over every position, ignored ones
-        included, as torch 1.10 did when the published models were trained (pytorch issue 73205).
+        included, as torch 1.10 did when the published models were trained (pytorch#73205).
     """
     logz = jax.nn.logsumexp(logits, axis=-1)
     nll = logz - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -21,6 +21,7 @@ import pathlib
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import msgpack
 import numpy as np
@@ -40,7 +41,7 @@ class BadRecord(Exception):
         self.key, self.reason = key, reason
 
 
-class Source:
+class Source(Protocol):
     """Random access by index, safe from several threads. `self[i]` is a record or raises BadRecord:
 
     {"key": str, unique in the source; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
@@ -49,11 +50,9 @@ class Source:
 
     name: str
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> dict:
-        raise NotImplementedError
+    def __getitem__(self, i: int) -> dict: ...
 
 
 def open_source(name: str, cfg) -> Source:
