@@ -34,8 +34,8 @@ def get_config():
     c.optim.decay_mask = "kernels"
     c.optim.clip = 1.0
     c.train.batch = 16
-    c.train.steps = 4500
+    c.train.steps = 7000
     c.train.log_every = 250
-    c.train.save_every = 1500
+    c.train.save_every = 1750
     c.eval.k = 64
     return c

@@ -106,3 +106,24 @@ def test_retrieval_step_on_a_mesh():
     queue = alone[2].momentum["queue"]
     np.testing.assert_array_equal(queue["image_id"][:B], make_batch()["image_id"])
     assert (np.asarray(queue["image_id"][B:]) == -100).all() and int(queue["ptr"]) == B
+
+
+def test_bfloat16_compute_keeps_float32_state_and_nearly_the_same_losses(alone):
+    metrics, _, state, _ = run(tiny(**{"model.dtype": "bfloat16"}))
+    exact, _, exact_state, _ = alone[True]
+    for name in ("loss_itc", "loss_lm"):  # itm depends on which negatives rounding makes it draw
+        assert abs(metrics[name] - exact[name]) < 0.02 * exact[name], name
+    assert metrics["loss_lm"] != exact["loss_lm"]
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, exact_state)
+
+
+def test_frozen_parts_stay_and_have_no_optimiser_state(alone):
+    cfg = tiny(**{"optim.freeze": ("vit/.*", "temp")})
+    start = train_state.create(cfg, Blip.from_config(cfg.model), optim.make(cfg, 5)[0], jax.random.key(0))
+    metrics, _, state, grads = run(cfg)
+    assert "vit" not in state.params and "vit" not in grads and set(state.frozen) == {"vit", "temp"}
+    for a, b in zip(jax.tree.leaves(start.frozen), jax.tree.leaves(state.frozen)):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(start.params["itm_head"]["kernel"] - state.params["itm_head"]["kernel"]).max() > 0
+    assert abs(metrics["loss"] - alone[True][0]["loss"]) < 1e-5  # the loss is that of the same parameters
+    np.testing.assert_allclose(grads["itm_head"]["kernel"], alone[True][3]["itm_head"]["kernel"], atol=1e-5)
