@@ -1,6 +1,6 @@
 """A tiny BLIP on the built-in world (blip_jax/data/scenes.py), the job of the demo: text finds pictures in minutes.
 
-Data: drawn as needed, 48 px; a tenth of the training captions is web noise. No crop, flip or RandAugment: places, sides
+Data: drawn as needed, 48 px; a twentieth of the training captions is web noise. No crop, flip or RandAugment: places, sides
 and colours are what the captions speak of. Negatives come from the batch alone; many small steps beat few large ones.
 Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary, training, evaluation, table; by hand
           blip-jax vocab --scenes=20000 --size=256 --out=runs/scenes/vocab.txt
@@ -22,7 +22,7 @@ def get_config():
     c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
     c.text.max_len = 24
     with c.data.unlocked():
-        c.data.train.scenes = source("scenes", count=200_000, seed=0, size=48, noise=0.1)
+        c.data.train.scenes = source("scenes", count=200_000, seed=0, size=48, noise=0.05)
         c.data.eval.scenes = source("scenes", count=200, seed=1, size=48)
     c.data.crop_scale = (1.0, 1.0)
     c.data.randaugment = False
@@ -37,8 +37,8 @@ def get_config():
     c.optim.decay_mask = "kernels"
     c.optim.clip = 1.0
     c.train.batch = 16
-    c.train.steps = 7000
+    c.train.steps = 6500
     c.train.log_every = 250
-    c.train.save_every = 1750
+    c.train.save_every = 2000
     c.eval.k = 64
     return c

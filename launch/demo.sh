@@ -5,9 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_project ""
 cd "$root"
-# Steps this small keep one CPU core busy; two devices of the CPU, data parallel, keep two. Other platforms ignore the flag.
-export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
-# Keep large buffers between steps instead of returning them to the system and faulting them in again.
+# glibc: keep large buffers between steps instead of returning them to the system and faulting them in again (a third faster).
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1000000000}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4000000000}"
 echo "== blip-jax demo --workdir=runs/demo $*"
 exec "$python" -m blip_jax demo --workdir=runs/demo "$@"
