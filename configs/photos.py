@@ -5,7 +5,8 @@ Data: BLIP's JSON layout, data/photos/train.json (3600 photographs) and data/pho
 Commands: blip-jax vocab --captions=data/photos/train.json --size=3000 --out=data/photos/vocab.txt
           export XLA_FLAGS=--xla_force_host_platform_device_count=2    # data parallel over two CPU cores
           blip-jax train --config=configs/photos.py --workdir=runs/photos
-Hardware: 2 CPU cores, 15 minutes. Result: @@
+Hardware: 2 CPU cores, 13 minutes (2800 steps). R@10 of 500 unseen photographs, re-ranked: image to text 11.8, text to image 13.9;
+by cosine alone 13.4 and 14.4 (chance 2.0).
 """
 from blip_jax.config import base, source
 
