@@ -4,6 +4,7 @@ Data: BLIP's JSON layout, data/photos/train.json (3600 photographs) and data/pho
 "caption", "image_id"}, image paths relative to data/photos; --config.data.train.photos.path and .images point elsewhere.
 Commands: blip-jax vocab --captions=data/photos/train.json --size=3000 --out=data/photos/vocab.txt
           export XLA_FLAGS=--xla_force_host_platform_device_count=2    # data parallel over two CPU cores
+          export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000    # glibc: keep large buffers
           blip-jax train --config=configs/photos.py --workdir=runs/photos
 Hardware: 2 CPU cores, 13 minutes (2800 steps). R@10 of 500 unseen photographs, re-ranked: image to text 11.8, text to image 13.9;
 by cosine alone 13.4 and 14.4 (chance 2.0).
@@ -25,14 +26,15 @@ def get_config():
         c.data.train.photos = source("json", "data/photos/train.json", images="data/photos")
         c.data.eval.photos = source("json", "data/photos/val.json", images="data/photos")
     c.data.crop_scale = (0.5, 1.0)
+    c.data.randaugment = False  # in so few epochs, colours teach more than their distortion does
     c.data.threads = 2
     c.loss.momentum = False  # negatives from the batch: at this size the momentum pass costs more than it gives
     c.loss.queue = 0
     c.train.batch = 32
-    c.train.steps = 2800
+    c.train.steps = 3000
     c.train.log_every = 100
-    c.train.save_every = 700
-    c.optim.lr = 1.5e-3
+    c.train.save_every = 1000
+    c.optim.lr = 1e-3
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 200
     c.optim.b2 = 0.98
