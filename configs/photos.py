@@ -18,7 +18,7 @@ def get_config():
     c.model.med.update(width=128, layers=2, heads=4, mlp=256, positions=32, vocab_size=3002)  # 3000, [DEC] and [ENC]
     c.model.img_size = 96
     c.model.embed_dim = 128
-    c.model.dropout = 0.0  # each photograph is seen some 25 times, mostly with another caption
+    c.model.dropout = 0.0  # each caption is seen some 5 times
     c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
     c.text.vocab = "data/photos/vocab.txt"
     c.text.max_len = 24
@@ -26,7 +26,7 @@ def get_config():
         c.data.train.photos = source("json", "data/photos/train.json", images="data/photos")
         c.data.eval.photos = source("json", "data/photos/val.json", images="data/photos")
     c.data.crop_scale = (0.5, 1.0)
-    c.data.randaugment = False  # in so few epochs, colours teach more than their distortion does
+    c.data.randaugment = False  # made no clear difference in so few epochs
     c.data.threads = 2
     c.loss.momentum = False  # negatives from the batch: at this size the momentum pass costs more than it gives
     c.loss.queue = 0
