@@ -61,6 +61,7 @@ def base(size: str = "base") -> ConfigDict:
     c.model.img_size = 224  # pixels, square; a multiple of the patch
     c.model.embed_dim = 256  # E, width of the shared contrastive space
     c.model.drop_path = 0.1 if size == "large" else 0.0  # highest stochastic-depth rate of the ViT, linear over blocks
+    c.model.encoder = True  # text encoder, projections, matching head and temperature; False for a captioner
     c.model.decoder = True  # text decoder and language-modelling head; False for retrieval, which has none
     c.model.dropout = 0.1  # MED: hidden states and attention probabilities
     c.model.dtype = "bfloat16"  # compute: bfloat16 | float32; parameters, softmax, layer norm and losses stay float32
@@ -128,6 +129,42 @@ def base(size: str = "base") -> ConfigDict:
     c.eval.batch = 64  # images or texts per encoder pass
     c.eval.rerank_texts = 16  # texts scored against one image per pass
     c.eval.limit = 0  # first n images only; 0: all
+    return c.lock()
+
+
+def capfilt() -> ConfigDict:
+    """Every leaf of a CapFilt run (`blip-jax capfilt`) with the paper's values; the models bring their own settings."""
+    c = ConfigDict()
+    c.captioner = ""  # workdir or checkpoint folder of a model with a decoder
+    c.filter = ""  # workdir or checkpoint folder of a model with an encoder; its vocabulary must be the captioner's
+    c.dtype = ""  # compute of both models: bfloat16 | float32; "": as trained
+    c.seed = 42  # root of the random streams; each picture has its own, from its key
+    c.threshold = 0.5  # matching probability from which a text is kept
+    c.device_batch = 64  # pictures per device and pass; scores may differ in the last bit between sizes
+    c.shard_examples = 10_000  # records per output shard, the unit of work that is redone after a kill
+
+    c.method = ConfigDict()  # how captions are made; lengths are tokens and count the prompt
+    c.method.kind = "nucleus"  # nucleus | beam
+    c.method.n = 1  # captions per picture; at most method.beams with beam
+    c.method.top_p = 0.9  # nucleus: probability that the drawn tokens come from
+    c.method.top_k = 50  # nucleus: most probable tokens that are drawn from, the original's hidden default; 0: all
+    c.method.temperature = 1.0  # nucleus
+    c.method.repetition_penalty = 1.1  # the original: 1.1 with nucleus, 1.0 with beam
+    c.method.min_length = 5
+    c.method.max_length = 20
+    c.method.beams = 3  # beam: width
+    c.method.length_penalty = 1.0  # beam: exponent of the length that divides a score
+
+    c.text = ConfigDict()
+    c.text.prompt = "a picture of "  # what each caption continues, as the captioner was trained
+    c.text.max_words = 30  # words kept by the original's cleaning
+
+    c.data = ConfigDict()
+    c.data.sources = ConfigDict()  # name -> source(...); all records of each, weights do not count
+    c.data.max_pixels = 89_478_485  # larger pictures are listed as unreadable
+    c.data.max_bad_share = 0.05  # more unreadable records than this share of those read (100 at least): stop
+    c.data.threads = 4  # decoding threads per process
+    c.data.prefetch = 4  # batches decoded ahead
     return c.lock()
 
 

@@ -99,12 +99,17 @@ FAMILIES = {  # family -> rows; paths start at the train state's `params` or `mo
     "retrieval": (("temp", "params/temp", "same"), *_ENCODER, *_MOMENTUM, ("idx_queue", "momentum/queue/image_id", "lead"),
                   ("ptr_queue", "momentum/queue/ptr", "scalar")),
     "itm": _ENCODER,
+    "caption": (*_under("visual_encoder.", "params/vit/", VIT),
+                *_under("text_decoder.bert.", "params/med/", TEXT_SHARED + DECODER_SELF_ATTENTION),
+                *_under("text_decoder.cls.predictions.", "params/med/lm_head/", LM_HEAD)),
 }
+_TIED_HEAD = ("text_decoder.cls.predictions.decoder.bias", "text_decoder.cls.predictions.bias")
 TIED = {  # family -> (torch key of the copy, torch key of the original): equal on reading, written again on export
     "pretrain": (*((f"text_decoder.bert.{t}", f"text_encoder.{t}") for t, _, _ in TEXT_SHARED),
                  ("text_decoder.cls.predictions.decoder.weight", "text_encoder.embeddings.word_embeddings.weight"),
-                 ("text_decoder.cls.predictions.decoder.bias", "text_decoder.cls.predictions.bias")),
+                 _TIED_HEAD),
     "retrieval": (),
     "itm": (),
+    "caption": (("text_decoder.cls.predictions.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"), _TIED_HEAD),
 }
 IGNORED = (r"position_ids$",)  # buffers that carry no information

@@ -15,6 +15,7 @@ from blip_jax.models.vit import Vit, _torch_uniform
 class Blip(nn.Module):
     """All parts of BLIP as methods on arrays; parameters vit, med, vision_proj, text_proj, itm_head, temp.
 
+    Without `encoder` (a captioner) only vit and med exist, without `decoder` (retrieval, matching) no lm_logits.
     [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
     """
 
@@ -22,6 +23,7 @@ class Blip(nn.Module):
     med_sizes: Any
     img_size: int
     embed_dim: int
+    encoder: bool = True
     decoder: bool = True
     drop_path: float = 0.0
     dropout: float = 0.1
@@ -31,12 +33,15 @@ class Blip(nn.Module):
     @classmethod
     def from_config(cls, model) -> "Blip":
         """Builds from `cfg.model` of blip_jax.config."""
-        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.embed_dim, model.decoder, model.drop_path,
-                   model.dropout, model.remat, jnp.dtype(model.dtype))
+        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.embed_dim, model.encoder, model.decoder,
+                   model.drop_path, model.dropout, model.remat, jnp.dtype(model.dtype))
 
     def setup(self):
         self.vit = Vit(**self.vit_sizes, img_size=self.img_size, drop_path=self.drop_path, remat=self.remat, dtype=self.dtype)
-        self.med = Med(**self.med_sizes, decoder=self.decoder, dropout=self.dropout, dtype=self.dtype)
+        self.med = Med(**self.med_sizes, encoder=self.encoder, decoder=self.decoder, dropout=self.dropout,
+                       dtype=self.dtype)
+        if not self.encoder:
+            return
         dense = lambda n, fan_in: nn.Dense(n, precision="highest", kernel_init=_torch_uniform(fan_in), bias_init=_torch_uniform(fan_in))
         self.vision_proj = dense(self.embed_dim, self.vit_sizes["width"])
         self.text_proj = dense(self.embed_dim, self.med_sizes["width"])
@@ -55,7 +60,9 @@ class Blip(nn.Module):
         """Runs every branch once, so that `init` creates every parameter."""
         img_tok = self.encode_image(img)
         kv = self.image_kv(img_tok)
-        out = self.project_image(img_tok), self.encode_text(ids, txt_mask), self.match(ids, txt_mask, kv)
+        out = ()
+        if self.encoder:
+            out = self.project_image(img_tok), self.encode_text(ids, txt_mask), self.match(ids, txt_mask, kv)
         return (*out, self.lm_logits(ids, txt_mask, kv)) if self.decoder else out
 
     def encode_image(self, img, *, deterministic: bool = True):
@@ -93,6 +100,21 @@ class Blip(nn.Module):
         ids = ids.at[:, 0].set(self.dec_id)[:, :-1]
         txt_tok = self.med(ids, txt_mask[:, :-1], kv=kv, causal=True, deterministic=deterministic)
         return self.med.lm_logits(txt_tok)
+
+    def empty_cache(self, rows: int, length: int):
+        """Self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each [rows,length,N,H] of zeros."""
+        med = self.med_sizes
+        zeros = jnp.zeros((rows, length, med["heads"], med["width"] // med["heads"]), self.dtype)
+        return ((zeros, zeros),) * med["layers"]
+
+    def extend(self, ids, start, cache, kv):
+        """Cached decoding: (next-token logits f32[R,Vp] after the last of ids i32[R,t], cache).
+
+        ids are positions start..start+t-1 of R = B*n texts, rows b*n+i for image b; [DEC] is the caller's. Works without dropout.
+        """
+        texts = ids.shape[0] // kv[0][0].shape[0]
+        txt_tok, cache = self.med.extend(ids, start, cache, kv, (None,) * texts)
+        return self.med.lm_logits(txt_tok[:, -1:])[:, 0], cache
 
 
 def unit(x):

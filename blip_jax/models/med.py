@@ -40,6 +40,13 @@ class PostNormAttention(HeadedAttention):
         y = attention(self.project_q(queries), *self.project_kv(x), mask=mask, drop=drop)
         return self._close(queries, y, deterministic)
 
+    def cached_attention(self, x, cache, start):
+        """Causal, for positions start..start+t-1: x [R,t,D], cache (k, v) [R,S,N,H] -> ([R,t,D], cache with these t filled in)."""
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+        cache = tuple(write(old, new) for old, new in zip(cache, self.project_kv(x)))
+        seen = jnp.arange(cache[0].shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
+        return self._close(x, attention(self.project_q(x), *cache, mask=seen), True), cache
+
     def cross_attention(self, x, kv, img_idx, deterministic):
         """x [B*G,T,D], kv of B images, img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
         drop = lambda p: self.drop(p, deterministic=deterministic)
@@ -56,13 +63,16 @@ class MedLayer(nn.Module):
     width: int
     heads: int
     mlp_width: int
+    encoder: bool  # whether the encoder's own self-attention exists
     decoder: bool  # whether the decoder's own self-attention exists
     dropout: float
     dtype: Any
 
     def setup(self):
         block = lambda: PostNormAttention(self.width, self.heads, self.dtype, self.dropout)
-        self.self_attn, self.cross_attn = block(), block()
+        self.cross_attn = block()
+        if self.encoder:
+            self.self_attn = block()
         if self.decoder:
             self.self_attn_dec = block()
         self.mlp = Mlp(self.mlp_width, self.dtype)
@@ -74,6 +84,11 @@ class MedLayer(nn.Module):
         if kv is not None:
             x = self.cross_attn.cross_attention(x, kv, img_idx, deterministic)
         return self.mlp_ln(x + self.drop(self.mlp(x), deterministic=deterministic))
+
+    def extend(self, x, cache, start, kv, img_idx):
+        x, cache = self.self_attn_dec.cached_attention(x, cache, start)
+        x = self.cross_attn.cross_attention(x, kv, img_idx, True)
+        return self.mlp_ln(x + self.mlp(x)), cache
 
     def image_kv(self, img_tok):
         return self.cross_attn.project_kv(img_tok)
@@ -94,8 +109,8 @@ class Embed(nn.Module):
         self.ln = layer_norm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
-    def __call__(self, ids, deterministic):
-        x = self.word(ids) + self.pos(jnp.arange(ids.shape[1]))
+    def __call__(self, ids, deterministic, start=0):
+        x = self.word(ids) + self.pos(start + jnp.arange(ids.shape[1]))
         return constrain(self.drop(self.ln(x), deterministic=deterministic), "act_batch", None, "act_embed")
 
     def attend(self, x):
@@ -129,6 +144,7 @@ class Med(nn.Module):
     mlp: int
     positions: int
     vocab_size: int
+    encoder: bool = True
     decoder: bool = True
     dropout: float = 0.1
     dtype: Any = jnp.float32
@@ -137,7 +153,7 @@ class Med(nn.Module):
         self.embed = Embed(self.width, self.vocab_size, self.positions, self.dropout, self.dtype)
         for i in range(self.layers):
             setattr(self, f"layer_{i:02d}",
-                    MedLayer(self.width, self.heads, self.mlp, self.decoder, self.dropout, self.dtype))
+                    MedLayer(self.width, self.heads, self.mlp, self.encoder, self.decoder, self.dropout, self.dtype))
         if self.decoder:
             self.lm_head = LmHead(self.width, self.vocab_size, self.dtype)
 
@@ -159,6 +175,18 @@ class Med(nn.Module):
             first = first_only and i == self.layers - 1
             x = layer(x, mask, None if kv is None else kv[i], img_idx, causal, deterministic, first)
         return x
+
+    def extend(self, ids, start, cache, kv, img_idx: tuple):
+        """The decoder on t more tokens, without dropout: (token states [R,t,D], cache), R = B * len(img_idx).
+
+        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: per layer (k, v), each [R,S,N,H], holds
+        the self-attention of the positions before. The same states as a causal pass over the whole text.
+        """
+        x, new = self.embed(ids, True, start), []
+        for i in range(self.layers):
+            x, layer_cache = getattr(self, f"layer_{i:02d}").extend(x, cache[i], start, kv[i], img_idx)
+            new.append(layer_cache)
+        return x, tuple(new)
 
     def image_kv(self, img_tok):
         """img_tok [B,P,D'] -> per layer (k, v), each [B,P,N,H]: computed once, used by every text pass over these images."""
