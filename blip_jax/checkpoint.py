@@ -87,6 +87,12 @@ def load_params(path) -> dict:
     return optim.merge(got["params"] or {}, got["frozen"] or {})
 
 
+def load_config(path) -> dict:
+    """The settings that wrote a checkpoint; `path` and errors as `load_params`."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(newest(path) / "config")
+
+
 def newest(path) -> pathlib.Path:
     """The newest complete checkpoint folder of a workdir, or `path` itself if it is one. ValueError: there is none."""
     path = pathlib.Path(path).absolute()

@@ -40,6 +40,8 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square
     c.noise = 0.0  # scenes: share of captions replaced by web noise
+    c.captions = 1  # scenes: captions of each record
+    c.objects = 3  # scenes: most objects in a picture, 1 to 3
     unknown = sorted(set(leaves) - set(c))
     if unknown:
         raise ValueError(f"source() has no leaf {unknown}: it has {sorted(c)}")
@@ -52,7 +54,7 @@ def base(size: str = "base") -> ConfigDict:
     if size not in VIT_SIZES:
         raise ValueError(f"model size {size!r} is unknown: choose one of {sorted(VIT_SIZES)}")
     c = ConfigDict()
-    c.objective = "pretrain"  # which step of blip_jax.steps trains: pretrain | retrieval
+    c.objective = "pretrain"  # which step of blip_jax.steps trains: pretrain | retrieval | caption
     c.seed = 42  # root of every random stream: initialisation, dropout, negatives, data order, augmentation
 
     c.model = ConfigDict()
@@ -71,6 +73,7 @@ def base(size: str = "base") -> ConfigDict:
     c.text.vocab = ""  # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size
     c.text.max_len = 30  # T, tokens, padded
     c.text.max_words = 30  # words kept by the original's cleaning
+    c.text.prompt = ""  # caption: begins every training text, unscored, as "a picture of "; captioning starts from it
 
     c.data = ConfigDict()
     c.data.train = ConfigDict()  # name -> source(...); the weights mix them
@@ -169,12 +172,17 @@ def capfilt() -> ConfigDict:
 
 
 CHOICES = {
-    "objective": ("pretrain", "retrieval"),
+    "objective": ("pretrain", "retrieval", "caption"),
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
     "loss.smoothing_over": ("valid", "all"),
     "optim.schedule": ("epoch_decay", "epoch_cosine", "cosine", "constant"),
     "optim.decay_mask": ("all", "kernels"),
+}
+PARTS = {  # objective -> (model.encoder, model.decoder), and in words
+    "pretrain": (True, True, "pre-training needs the text encoder and the decoder"),
+    "retrieval": (True, False, "retrieval needs the text encoder and has no decoder"),
+    "caption": (False, True, "a captioner needs the decoder and has no text encoder"),
 }
 SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
 RANGES = {  # leaf -> (least, most), both allowed
@@ -232,12 +240,34 @@ def _values(cfg) -> list[str]:
             re.compile(pattern)
         except re.error as e:
             out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
-    if cfg.model.decoder != {"pretrain": True, "retrieval": False}.get(cfg.objective, cfg.model.decoder):
-        out.append(f"objective is {cfg.objective} but model.decoder is {cfg.model.decoder}: pre-training needs the "
-                   "decoder, retrieval has none")
+    out += _objective(cfg)
     if cfg.loss.queue > 0 and not cfg.loss.momentum:
         out.append(f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
                    "set loss.queue=0 or loss.momentum=True")
+    return out
+
+
+def _objective(cfg) -> list[str]:
+    """What the objective asks of the other leaves."""
+    if cfg.objective not in PARTS:
+        return []
+    out, (encoder, decoder, why) = [], PARTS[cfg.objective]
+    for name, want in (("encoder", encoder), ("decoder", decoder)):
+        if cfg.model[name] != want:
+            out.append(f"model.{name} is {cfg.model[name]} but objective is {cfg.objective}: {why}; set model.{name}={want}")
+    prompt = cfg.text.prompt
+    if cfg.objective == "caption":
+        if cfg.loss.momentum:
+            out.append("loss.momentum is True but objective is caption, whose loss has no momentum encoder: set "
+                       "loss.momentum=False and loss.queue=0")
+        if len(cfg.data.eval):
+            out.append(f"data.eval holds {', '.join(sorted(cfg.data.eval))} but objective is caption: retrieval evaluation needs "
+                       "the text encoder, which a captioner has not; leave data.eval empty")
+        if prompt and not prompt.endswith(" "):
+            out.append(f"text.prompt is {prompt!r}: end it with a space, or its last word runs into the caption's first")
+    elif prompt:
+        out.append(f"text.prompt is {prompt!r} but objective is {cfg.objective}: only a captioner is trained with a prompt; "
+                   "set text.prompt to the empty string")
     return out
 
 
@@ -296,18 +326,19 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
         out.append(f"loss.queue is {cfg.loss.queue}: it must be a multiple of train.batch = {batch}, "
                    f"as {_nearest(cfg.loss.queue, batch)}, or 0 for none")
     if batch % accumulate == 0:
-        out += _group(cfg.loss.group_size, batch // accumulate)
+        out += _group(cfg.loss.group_size, batch // accumulate, 1 if cfg.objective == "caption" else 2)
     return out
 
 
-def _group(group: int, micro: int) -> list[str]:
-    if micro < 2:
+def _group(group: int, micro: int, least: int) -> list[str]:
+    """`least`: examples of a group; contrastive losses need another's as the negative."""
+    if micro < least:
         return [f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples, one for the other's "
                 "negative; raise train.batch"]
-    if group > 0 and (micro % group or group < 2):
-        valid = [d for d in range(2, micro + 1) if micro % d == 0]
+    if group > 0 and (micro % group or group < least):
+        valid = [d for d in range(least, micro + 1) if micro % d == 0]
         near = [d for d in valid if d < group][-1:] + [d for d in valid if d > group][:1]
-        return [f"loss.group_size is {group}: it must be at least 2 and divide the micro-batch of {micro} examples, "
+        return [f"loss.group_size is {group}: it must be at least {least} and divide the micro-batch of {micro} examples, "
                 f"as {' or '.join(map(str, near))}, or be 0 for all of it"]
     return []
 

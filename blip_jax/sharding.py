@@ -141,9 +141,12 @@ def batch_sharding(mesh: Mesh, accumulate: int = 1) -> NamedSharding:
 
 
 def constrain(x, *dims):
-    """Pins an activation to the mesh of `jax.set_mesh`, by logical dimensions (None: whole); without a mesh it does nothing."""
-    spec = partition_spec(dims)
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation to the mesh of `jax.set_mesh`, by logical dimensions (None: whole).
+
+    Without a mesh it does nothing, nor inside `jax.shard_map`, where an array is one device's part already.
+    """
+    spec, mesh = partition_spec(dims), jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 

@@ -70,7 +70,23 @@ def retrieval_loss(model, cfg, params, momentum, batch, alpha, keys, first_row, 
     return metrics["loss"], (metrics, features | ({"image_id": batch["image_id"]} if features else {}))
 
 
-LOSSES = {"pretrain": pretrain_loss, "retrieval": retrieval_loss}
+def caption_loss(model, cfg, params, momentum, batch, alpha, keys, first_row, draw):
+    """LM alone (captioner fine-tuning; reference: BLIP's blip_decoder): the captioner has no encoder, momentum or negatives.
+
+    batch: img f32[B,S,S,3] normalised, ids i32[B,T], txt_mask, lm_mask bool[B,T]; only positions of lm_mask are scored, which
+    leaves out the prompt. `momentum`, `alpha`, `first_row` and `draw` play no part. Returns loss f32[], (metrics, {}).
+    """
+    apply = functools.partial(model.apply, {"params": params})
+    dropout, ids, loss = _dropout_keys(keys[0]), batch["ids"], cfg.loss
+    img_tok = apply(batch["img"], method="encode_image", deterministic=False, rngs=dropout("vit"))
+    kv = apply(img_tok, method="image_kv")
+    logits = apply(ids, batch["txt_mask"], kv, method="lm_logits", deterministic=False, rngs=dropout("decoder"))
+    lm = losses.lm(logits, ids[:, 1:], batch["lm_mask"][:, 1:], model.med_sizes["vocab_size"], smoothing=loss.label_smoothing,
+                   over=loss.smoothing_over, group_size=loss.group_size)
+    return lm, ({"loss": lm, "loss_lm": lm}, {})
+
+
+LOSSES = {"pretrain": pretrain_loss, "retrieval": retrieval_loss, "caption": caption_loss}
 
 
 def _contrastive(model, cfg, temp, momentum, batch, img_emb, txt_emb, same, alpha, dropout):
@@ -129,7 +145,7 @@ def _dropout_keys(key):
 def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
     """The train step of `cfg.objective`: (TrainState, batch) -> (TrainState, metrics); to be jitted with the state donated.
 
-    batch: img u8 (or normalised f32) [B,S,S,3], ids i32[B,T], txt_mask bool[B,T], image_id i32[B]; with
+    batch: img u8 (or normalised f32) [B,S,S,3], ids i32[B,T], txt_mask, lm_mask (captioner) bool[B,T], image_id i32[B]; with
     optim.accumulate = A > 1 every array is [A, B/A, ...] and each of the A micro-batches is a batch of its own for ITC and ITM,
     all against the queue as it stood before the step. metrics: f32[] each. `draw` chooses the hard negatives.
     """
@@ -161,7 +177,9 @@ def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
         updates, opt = tx.update(grads, state.opt, params)
         if features and momentum["queue"] is not None:
             momentum = momentum | {"queue": enqueue(momentum["queue"], features)}
-        metrics |= {"alpha": alpha, "temp": optim.merge(params, state.frozen)["temp"], "grad_norm": optax.tree.norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
+        if model.encoder:
+            metrics |= {"alpha": alpha, "temp": optim.merge(params, state.frozen)["temp"]}
         return state.replace(step=state.step + 1, params=optax.apply_updates(params, updates), opt=opt, momentum=momentum), metrics
 
     return step

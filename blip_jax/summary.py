@@ -43,8 +43,7 @@ def describe(run, newest: int | None) -> None:
         (run.workdir / "config.json").write_text(resolved + "\n", encoding="utf-8")
     say(parameter_table(run.shapes.params, run.shapes.frozen, cfg.model.med.vocab_size))
     say(sharding.report(run.shapes, run.mesh))
-    count = flops.pretrain_step if cfg.objective == "pretrain" else flops.retrieval_step
-    pair = count(cfg)["step"]
+    pair = flops.STEPS[cfg.objective](cfg)["step"]
     say(f"FLOPs: {pair / 1e9:.2f} G per pair, {pair * cfg.train.batch / 1e12:.3f} T per step of {cfg.train.batch}")
     say(memory_report(run))
     say(f"one epoch is {run.data.epoch_examples} examples = {run.epoch_steps} steps; {cfg.train.steps} steps are "

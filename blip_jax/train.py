@@ -254,10 +254,15 @@ class Interrupt:
 
 
 def _init_params(run: Run) -> dict | None:
-    """Parameters of `train.init_from` fitted to this model, or None for a random start."""
+    """Parameters of `train.init_from` fitted to this model, or None for a random start. ValueError: another vocabulary's."""
     origin = run.cfg.train.init_from
     if not origin:
         return None
+    vocab = pathlib.Path(run.cfg.text.vocab)
+    copy = checkpoint.newest(origin).parent.parent / f"vocab{vocab.suffix}"
+    if copy.exists() and copy.read_bytes() != vocab.read_bytes():
+        raise ValueError(f"text.vocab is {vocab}, but train.init_from={origin} was trained with another vocabulary, kept in "
+                         f"{copy}: set text.vocab={copy}")
     return fit_params(checkpoint.load_params(origin), optim.merge(run.shapes.params, run.shapes.frozen), origin)
 
 
@@ -284,7 +289,7 @@ def _to_devices(local: dict, mesh, accumulate: int) -> dict:
         x = x.reshape(accumulate, -1, *x.shape[1:]) if accumulate > 1 else x
         return jax.make_array_from_process_local_data(place, x)
 
-    return {name: put(local[name]) for name in ("img", "ids", "txt_mask", "image_id")}
+    return {name: put(x) for name, x in local.items() if name != "key"}
 
 
 def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock) -> dict:

@@ -1,11 +1,12 @@
 """ViT-B/16, 14M images, 20 epochs.
 
-Paper row: ViT-B, 14M (BLIP, arXiv 2201.12086).
+Paper row: ViT-B, 14M, without CapFilt (BLIP, arXiv 2201.12086).
 Command: blip-jax train --config=configs/pretrain_vitb_14m.py --workdir=runs/pretrain_vitb_14m
-Data: COCO 567k and Visual Genome 769k captions as JSON with image folders, CC3M + CC12M + SBU (filtered and synthetic
-captions of CapFilt) as ArrayRecord shards.
+Data: COCO 567k and Visual Genome 769k captions as JSON with image folders, CC3M + CC12M + SBU with their web
+texts as ArrayRecord shards. This is the first round; the second,
+on what CapFilt makes of it, is pretrain_vitb_14m_bootstrapped.py.
 Hardware: the paper's authors used 32 A100, 3 to 4 days. Unverified here: no run of this size was made.
-Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 80.6 text, 63.1 image.
+Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 78.4 text, 60.7 image.
 Differences: the paper starts the ViT from ImageNet weights and the text model from BERT-base; this starts from random
 weights unless `train.init_from` names a checkpoint. The paper's text says decay 0.85 per epoch, its code 0.9, used here.
 """

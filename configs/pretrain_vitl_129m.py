@@ -1,12 +1,13 @@
 """ViT-L/16, 129M images, 20 epochs.
 
-Paper row: ViT-L, 129M (BLIP, arXiv 2201.12086).
+Paper row: ViT-L, 129M, without CapFilt (BLIP, arXiv 2201.12086).
 Command: blip-jax train --config=configs/pretrain_vitl_129m.py --workdir=runs/pretrain_vitl_129m
-Data: COCO 567k and Visual Genome 769k captions as JSON with image folders, CC3M + CC12M + SBU (filtered and synthetic
-captions of CapFilt) as ArrayRecord shards; LAION 115M pairs as tar
-shards. The paper reads a fifth of LAION per epoch, so an epoch is 14M + 23M pairs.
+Data: COCO 567k and Visual Genome 769k captions as JSON with image folders, CC3M + CC12M + SBU with their web
+texts as ArrayRecord shards; LAION 115M pairs as tar shards. The paper reads a fifth of LAION per
+epoch, so an epoch is 14M + 23M pairs. This is the first round, without CapFilt.
+Captioner and filter of CapFilt-L start from it.
 Hardware: the paper's authors used 32 A100, with gradient checkpointing. Unverified here: no run of this size was made.
-Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 82.4 text, 65.1 image.
+Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 80.6 text, 64.1 image.
 Differences: the paper starts the ViT from ImageNet weights and the text model from BERT-base; this starts from random
 weights unless `train.init_from` names a checkpoint. The paper's text says decay 0.85 per epoch, its code 0.9, used here.
 """

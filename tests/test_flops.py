@@ -47,6 +47,15 @@ def test_step_of_retrieval_fine_tuning():
     assert giga(flops.retrieval_step(sized("large", 35, 384), True), 0)["step"] == 1817
 
 
+def test_step_of_captioner_fine_tuning():
+    """Texts of 18 tokens: the prompt's four, and COCO's 10 to 13 with [SEP]."""
+    assert giga(flops.caption_step(sized("base", 18, 384), True), 1)["step"] == 395.7
+    assert giga(flops.caption_step(sized("large", 18, 384), True), 0)["step"] == 1225
+    count = flops.caption_step(sized("base", 40, 384))
+    assert set(count) == {"vision", "image_kv", "decoder", "lm_head", "forward", "step"}
+    assert count["vision"] == flops.retrieval_step(sized("base", 40, 384))["vision"]
+
+
 def test_parts_add_up_and_momentum_can_be_off():
     cfg = sized("base", 30)
     count = flops.pretrain_step(cfg)

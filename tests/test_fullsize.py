@@ -13,7 +13,12 @@ from blip_jax.bench import flops, fullsize
 def shapes_and_step(size, objective):
     cfg = fullsize.full_config(size)
     with cfg.unlocked():
-        cfg.objective, cfg.model.decoder = objective, objective == "pretrain"
+        cfg.objective = objective
+        cfg.model.encoder, cfg.model.decoder = objective != "caption", objective != "retrieval"
+        if objective != "pretrain":
+            cfg.model.img_size = 384  # as fine-tuned
+        if objective == "caption":
+            cfg.loss.momentum, cfg.loss.queue, cfg.text.max_len = False, 0, 40
     create, step = fullsize.make(cfg)
     return cfg, jax.eval_shape(create, jax.random.key(0)), step
 
@@ -21,7 +26,9 @@ def shapes_and_step(size, objective):
 @pytest.mark.parametrize("size, objective, trainable, total", [
     ("base", "pretrain", 252_441_919, 475_892_799),
     ("large", "pretrain", 474_729_023, 920_467_007),
-    ("base", "retrieval", 223_744_259 - 577 * 768 + 197 * 768, None),  # published at 384 pixels: 577 positions, here 197
+    ("base", "retrieval", 223_744_259, None),
+    ("base", "caption", 223_971_644, 223_971_644),
+    ("large", "caption", 446_290_492, 446_290_492),
 ])
 def test_parameter_counts_of_the_published_models(size, objective, trainable, total):
     cfg, shapes, _ = shapes_and_step(size, objective)
@@ -29,11 +36,14 @@ def test_parameter_counts_of_the_published_models(size, objective, trainable, to
     assert counts[0] == trainable and total in (None, counts[1])
 
 
-@pytest.mark.parametrize("size, objective", [("base", "pretrain"), ("large", "pretrain"), ("base", "retrieval")])
+@pytest.mark.parametrize("size, objective", [("base", "pretrain"), ("large", "pretrain"), ("base", "retrieval"),
+                                             ("base", "caption"), ("large", "caption")])
 def test_traced_step_agrees_with_the_formula(size, objective):
     cfg, shapes, step = shapes_and_step(size, objective)
-    traced = flops.count_function(step, shapes, fullsize.random_batch(cfg, 0)) / cfg.train.batch
-    formula = {"pretrain": flops.pretrain_step, "retrieval": flops.retrieval_step}[objective](cfg)["step"]
+    batch = fullsize.random_batch(cfg, 0)
+    batch["lm_mask"] = batch["txt_mask"]
+    traced = flops.count_function(step, shapes, batch) / cfg.train.batch
+    formula = flops.STEPS[objective](cfg)["step"]
     assert traced == pytest.approx(formula, rel=0.02)
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from blip_jax import config, optim, steps, train_state
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules import TIED
+from blip_jax.decode import beam, generate, sampling
 from blip_jax.models.blip import Blip
 from blip_jax.models.vit import resize_pos_embed
 
@@ -34,10 +35,11 @@ class Case:
         s, self.family = self.meta["config"], family
         self.cfg = cfg = config.base("tiny")
         with cfg.unlocked():
-            cfg.objective = "retrieval" if family == "retrieval" else "pretrain"
+            cfg.objective = family if family in ("retrieval", "caption") else "pretrain"
             cfg.model.vit.update(width=s["vw"], depth=s["vdepth"], heads=s["vheads"], mlp=4 * s["vw"], patch=s["patch"])
             cfg.model.med.update(width=s["tw"], layers=s["tl"], heads=s["th"], mlp=s["ti"], positions=s["pos"], vocab_size=s["vocab"])
-            cfg.model.update(img_size=s["img"], embed_dim=s["embed"], decoder=family == "pretrain", dropout=0.0, dtype="float32")
+            cfg.model.update(img_size=s["img"], embed_dim=s["embed"], dropout=0.0, dtype="float32")
+            cfg.model.update(encoder=family != "caption", decoder=family in ("pretrain", "caption"))
             cfg.loss.update(queue=s["queue"], smoothing_over="valid")
             cfg.text.max_len = s["L"]
         self.model = Blip.from_config(cfg.model)
@@ -243,3 +245,72 @@ def test_golden_weights_round_trip_bitwise(family):
     assert set(back) == set(kept)
     for name, x in kept.items():
         np.testing.assert_array_equal(back[name], x, err_msg=name)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+def caption_case():
+    case = Case("caption", "caption")
+    img_tok = case.apply("encode_image", case.batch()["img"])
+    return case, case.apply("image_kv", img_tok), case.meta["tokens"]
+
+
+def extend_of(case, kv):
+    return lambda ids, start, cache: case.apply("extend", ids, start, cache, kv)
+
+
+def searched(case, kv, tokens, how):
+    """ids i32[B,L] of the best beam, from the prompt that the golden outputs begin with."""
+    B = len(case.io["greedy"])
+    prompt = jnp.asarray(case.io["greedy"][:, : int(case.io["prompt_length"])], jnp.int32)
+    logits, cache = extend_of(case, kv)(prompt, 0, case.model.empty_cache(B, how.max_length))
+    cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=0), cache)
+    ids, _, _ = jax.jit(lambda: beam.search(extend_of(case, kv), logits, cache, prompt, how, 1, eos=tokens["sep"], pad=tokens["pad"]))()
+    return ids[:, 0]
+
+
+def test_golden_caption_loss_and_logits():
+    case, kv, _ = caption_case()
+    batch = case.batch()
+    prompt = int(case.io["prompt_length"])
+    batch["lm_mask"] = batch["txt_mask"] & (jnp.arange(batch["ids"].shape[1]) >= prompt)
+    grads, metrics = jax.grad(lambda p: steps.caption_loss(case.model, case.cfg, p, None, batch, 0.0, (jax.random.key(0),) * 2, 0, None),
+                              has_aux=True)(case.loaded["params"])
+    close(metrics[0]["loss_lm"], case.io["loss_lm"])
+    close(case.apply("lm_logits", batch["ids"], batch["txt_mask"], kv)[..., : case.meta["config"]["vocab"]], case.io["logits"][:, :-1])
+    check_grads(case, to_torch("caption", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=case.meta["config"]["vocab"]))
+
+
+@pytest.mark.parametrize("name, how", [
+    ("greedy", beam.Beam(beams=1, min_length=0)),
+    ("beam3", beam.Beam(beams=3)),
+    ("beam3_rep15", beam.Beam(beams=3, repetition_penalty=1.5, min_length=10, max_length=16)),
+    ("beam5_len0", beam.Beam(beams=5, length_penalty=0.0, min_length=0)),
+])
+def test_golden_caption_beams(name, how):
+    case, kv, tokens = caption_case()
+    theirs = case.io[name]
+    ours = np.asarray(searched(case, kv, tokens, how))
+    np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
+    assert (ours[:, theirs.shape[1] :] == tokens["pad"]).all()
+
+
+def test_golden_caption_greedy_sampling():
+    case, kv, tokens = caption_case()
+    prompt = jnp.asarray(case.io["greedy"][:, : int(case.io["prompt_length"])], jnp.int32)
+    logits, cache = extend_of(case, kv)(prompt, 0, case.model.empty_cache(len(prompt), 20))
+    ids, _ = generate.sample(extend_of(case, kv), logits, cache, prompt, jax.random.split(jax.random.key(0), len(prompt)),
+                             generate.GREEDY._replace(min_length=0), eos=tokens["sep"], pad=tokens["pad"])
+    np.testing.assert_array_equal(ids[:, : case.io["greedy"].shape[1]], case.io["greedy"])
+
+
+def test_golden_caption_nucleus_step():
+    case, kv, tokens = caption_case()
+    prefix = jnp.asarray(case.io["nucleus_prefix"], jnp.int32)
+    logits, _ = extend_of(case, kv)(prefix, 0, case.model.empty_cache(*prefix.shape))
+    scores = sampling.repetition_penalty(logits, generate.tokens_seen(prefix, logits.shape[-1]), 1.1)
+    scores, order = sampling.top_k(sampling.min_length(scores, prefix.shape[1], 6, tokens["sep"]), 0)
+    probs = jax.nn.softmax(sampling.top_p(scores, 0.9), axis=-1)
+    ours = np.zeros(logits.shape, np.float32)
+    np.put_along_axis(ours, np.asarray(order), np.asarray(probs), axis=1)
+    close(ours[:, : case.meta["config"]["vocab"]], case.io["nucleus_probs"], 1e-6)
+    assert not ours[:, case.meta["config"]["vocab"] :].any()

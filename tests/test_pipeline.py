@@ -64,13 +64,43 @@ def test_a_batch(tok, web, tmp_path):
     batch = run(make(cfg, tok, tmp_path), 1)[0]
     assert {k: (v.shape, v.dtype) for k, v in batch.items() if k != "key"} == {
         "img": ((8, 16, 16, 3), np.uint8), "ids": ((8, 12), np.int32), "txt_mask": ((8, 12), bool),
-        "image_id": ((8,), np.int64)
+        "lm_mask": ((8, 12), bool), "image_id": ((8,), np.int64)
     }  # fmt: skip
     for key, ids, mask in zip(batch["key"], batch["ids"], batch["txt_mask"]):
         n = int(key.split("/")[1][:4])
         assert tok.decode(ids).replace(" ", "") in (f"picturenumber{n}", f"noiseofseed{n}")
         assert ids[0] == tok.cls and ids[mask][-1] == tok.sep and (ids[~mask] == tok.pad).all()
     assert len(set(batch["image_id"].tolist())) == len(set(batch["key"])) == 8
+
+
+@pytest.mark.parametrize("prompt, prompt_len", [("", 1), ("a picture of ", 4)])
+def test_texts_begin_with_the_prompt_which_is_not_scored(tok, web, tmp_path, prompt, prompt_len):
+    batch = run(make(settings({"web": web}, **{"text.prompt": prompt}), tok, tmp_path), 1)[0]
+    plain = run(make(settings({"web": web}), tok, tmp_path), 1)[0]
+    assert batch["key"] == plain["key"]
+    np.testing.assert_array_equal(batch["img"], plain["img"])
+    begin = tok.encode([prompt], 12)[0][0, :prompt_len]
+    for ids, mask, scored, without in zip(batch["ids"], batch["txt_mask"], batch["lm_mask"], plain["ids"]):
+        np.testing.assert_array_equal(ids[:prompt_len], begin)
+        words = ids[prompt_len:][mask[prompt_len:]]  # caption and [SEP], the same as without a prompt
+        np.testing.assert_array_equal(words, without[1 : 1 + len(words)])
+        assert words[-1] == tok.sep and len(words) > 2
+        np.testing.assert_array_equal(np.flatnonzero(scored), np.arange(prompt_len, prompt_len + len(words)))
+
+
+def test_a_long_caption_after_the_prompt_is_cut_before_sep(tok, tmp_path):
+    rows = [{**r, "captions": ["number noise of seed 1 2 3 4 5 6 7 8 9"]} for r in records(8)]
+    cfg = settings({"web": config.source("json", str(write_json(tmp_path, rows)))}, **{"text.prompt": "a picture of "})
+    batch = run(make(cfg, tok, tmp_path), 1)[0]
+    assert (batch["ids"][:, -1] == tok.sep).all() and (batch["lm_mask"] == (np.arange(12) >= 4)).all()
+
+
+def test_a_prompt_that_leaves_no_room(tok, web, tmp_path):
+    leaves = {"text.prompt": "a picture of "}
+    least = run(make(settings({"web": web}, **leaves, **{"text.max_len": 6}), tok, tmp_path), 1)[0]
+    assert least["lm_mask"].sum(1).tolist() == [2] * 8
+    with pytest.raises(ValueError, match=r"text.prompt='a picture of ' takes 4 of text.max_len=5 .* set text.max_len to 6"):
+        make(settings({"web": web}, **leaves, **{"text.max_len": 5}), tok, tmp_path)
 
 
 def test_every_random_choice_comes_from_the_examples_own_stream(tok, web, tmp_path):

@@ -29,8 +29,9 @@ def tiny(**leaves):
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, T + 1, B)
+    txt_mask = np.arange(T) < lengths[:, None]
     return {"img": rng.integers(0, 256, (B, SIZE, SIZE, 3)).astype(np.uint8), "ids": rng.integers(5, 58, (B, T)).astype(np.int32),
-            "txt_mask": np.arange(T) < lengths[:, None], "image_id": rng.integers(0, 6, B).astype(np.int32)}
+            "txt_mask": txt_mask, "lm_mask": txt_mask & (np.arange(T) >= 2), "image_id": rng.integers(0, 6, B).astype(np.int32)}
 
 
 def shaped(batch, accumulate):
@@ -106,6 +107,20 @@ def test_retrieval_step_on_a_mesh():
     queue = alone[2].momentum["queue"]
     np.testing.assert_array_equal(queue["image_id"][:B], make_batch()["image_id"])
     assert (np.asarray(queue["image_id"][B:]) == -100).all() and int(queue["ptr"]) == B
+
+
+CAPTION = {"objective": "caption", "model.encoder": False, "loss.momentum": False, "loss.queue": 0}
+
+
+def test_caption_step_on_a_mesh():
+    alone = run(tiny(**CAPTION))
+    assert set(alone[0]) == {"loss", "loss_lm", "grad_norm"} and not alone[1]
+    assert_same(alone, run(tiny(**CAPTION), (2, 2, 2)))
+
+
+def test_caption_micro_batches_equal_groups():
+    still = {**CAPTION, "model.dropout": 0.0, "model.drop_path": 0.0, "loss.group_size": B // 4}
+    assert_same(run(tiny(**still)), run(tiny(**still, **{"optim.accumulate": 4}), (2, 1, 1)))
 
 
 def test_bfloat16_compute_keeps_float32_state_and_nearly_the_same_losses(alone):

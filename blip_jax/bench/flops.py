@@ -15,12 +15,16 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
+def _positions(cfg) -> int:
+    """P, image positions."""
+    return (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
+
+
 def _vision(cfg) -> tuple[float, float]:
     """(FLOPs of the ViT for one image, of which patch embedding)."""
     v = cfg.model.vit
-    patches = (cfg.model.img_size // v.patch) ** 2
-    positions = patches + 1
-    embed = 2 * patches * v.width * 3 * v.patch**2
+    positions = _positions(cfg)
+    embed = 2 * (positions - 1) * v.width * 3 * v.patch**2
     dense = 2 * positions * (4 * v.width**2 + 2 * v.width * v.mlp)  # q, k, v, out, two of the mlp
     mixing = 4 * positions**2 * v.width  # scores, weighted sum
     return embed + v.depth * (dense + mixing), embed
@@ -36,8 +40,7 @@ def _text_layer(med, T: int, queries: int, P: int = 0) -> float:
 
 def _image_kv(cfg) -> float:
     """Cross-attention keys and values of one image, in all MED layers."""
-    positions = (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
-    return cfg.model.med.layers * 2 * positions * cfg.model.vit.width * 2 * cfg.model.med.width
+    return cfg.model.med.layers * 2 * _positions(cfg) * cfg.model.vit.width * 2 * cfg.model.med.width
 
 
 def _contrastive(cfg) -> tuple[float, float]:
@@ -52,38 +55,49 @@ def _contrastive(cfg) -> tuple[float, float]:
     return 2 * project + 4 * similarity, 2 * project + 2 * similarity
 
 
-def _parts(cfg, T: int, decoder: bool, original: bool) -> tuple[dict[str, float], float]:
-    """(forward FLOPs by part, backward FLOPs of the whole) for one pair."""
-    med = cfg.model.med
-    vision, embed = _vision(cfg)
-    P = (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
-    text = med.layers * _text_layer(med, T, T)
-    full = med.layers * _text_layer(med, T, T, P)
+def _image_parts(cfg, original: bool) -> dict[str, float]:
+    """Forward FLOPs of the ViT, and of the keys and values that all text passes share."""
+    return {"vision": _vision(cfg)[0], "image_kv": 0.0 if original else _image_kv(cfg)}
+
+
+def _encoder_parts(cfg, original: bool) -> tuple[dict[str, float], float]:
+    """(forward FLOPs by part, backward FLOPs of the similarities) of ITC and ITM for one pair."""
+    med, T, P = cfg.model.med, cfg.text.max_len, _positions(cfg)
+    text, full = (med.layers * _text_layer(med, T, T, p) for p in (0, P))
     # the matching head reads position 0 alone, so the last layer needs no other query
-    group = full if original else full - _text_layer(med, T, T, P) + _text_layer(med, T, 1, P)
-    head = 2 * med.width**2 + 2 * med.width * med.vocab_size  # transform, logits
-    kv = _image_kv(cfg)
+    group = full + _image_kv(cfg) if original else full - _text_layer(med, T, T, P) + _text_layer(med, T, 1, P)
     itc, itc_backward = _contrastive(cfg)
     momentum = 1 if cfg.loss.momentum else 0
-    parts = {
-        "vision": vision,
-        "momentum_vision": momentum * vision,
+    return {
+        "momentum_vision": momentum * _vision(cfg)[0],
         "text": text,
         "momentum_text": momentum * text,
-        "image_kv": 0.0 if original else kv,
-        "match": 3 * (group + (kv if original else 0) + 2 * med.width * 2),
-        "decoder": decoder * (full + (kv if original else 0)),
-        "lm_head": decoder * (T if original else T - 1) * head,  # the last position predicts nothing
+        "match": 3 * (group + 2 * med.width * 2),
         "itc": itc,
+    }, itc_backward
+
+
+def _decoder_parts(cfg, original: bool) -> dict[str, float]:
+    """Forward FLOPs of language modelling for one pair."""
+    med, T = cfg.model.med, cfg.text.max_len
+    full = med.layers * _text_layer(med, T, T, _positions(cfg))
+    head = 2 * med.width**2 + 2 * med.width * med.vocab_size  # transform, logits
+    return {
+        "decoder": full + (_image_kv(cfg) if original else 0),
+        "lm_head": (T if original else T - 1) * head,  # the last position predicts nothing
     }
-    trained = sum(parts[p] for p in ("vision", "text", "image_kv", "match", "decoder", "lm_head"))
-    return parts, 2 * trained - embed + itc_backward
 
 
-def _step(cfg, decoder: bool, original: bool) -> dict[str, float]:
-    parts, backward = _parts(cfg, cfg.text.max_len, decoder, original)
+def _step(cfg, encoder: bool, decoder: bool, original: bool) -> dict[str, float]:
+    parts, itc_backward = _image_parts(cfg, original), 0.0
+    if encoder:
+        encoder_parts, itc_backward = _encoder_parts(cfg, original)
+        parts |= encoder_parts
+    if decoder:
+        parts |= _decoder_parts(cfg, original)
     forward = sum(parts.values())
-    return {**parts, "forward": forward, "step": forward + backward}
+    trained = sum(n for part, n in parts.items() if part not in ("momentum_vision", "momentum_text", "itc"))
+    return {**parts, "forward": forward, "step": forward + 2 * trained - _vision(cfg)[1] + itc_backward}
 
 
 def pretrain_step(cfg, original: bool = False) -> dict[str, float]:
@@ -94,12 +108,20 @@ def pretrain_step(cfg, original: bool = False) -> dict[str, float]:
     that of every position; these products are then in the rows of those passes. Otherwise keys and values are one row.
     Returns the forward count by part (momentum parts are 0 where `loss.momentum` is off), "forward" and "step".
     """
-    return _step(cfg, True, original)
+    return _step(cfg, True, True, original)
 
 
 def retrieval_step(cfg, original: bool = False) -> dict[str, float]:
     """FLOPs per image-text pair of a retrieval fine-tuning step (ITC and ITM); arguments and result as `pretrain_step`."""
-    return _step(cfg, False, original)
+    return _step(cfg, True, False, original)
+
+
+def caption_step(cfg, original: bool = False) -> dict[str, float]:
+    """FLOPs per image-text pair of a captioner's fine-tuning step (LM alone); arguments and result as `pretrain_step`."""
+    return _step(cfg, False, True, original)
+
+
+STEPS = {"pretrain": pretrain_step, "retrieval": retrieval_step, "caption": caption_step}
 
 
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> float:

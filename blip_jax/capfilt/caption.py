@@ -15,7 +15,7 @@ from blip_jax.models.vit import normalize_pixels
 
 
 class Method(NamedTuple):
-    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths are tokens and count the prompt."""
+    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in `generate.Sampling`."""
 
     kind: str = "nucleus"  # nucleus | beam
     n: int = 1

@@ -144,14 +144,16 @@ class TrainData:
         self._first = process_index * self._part
         self.sources = _open_all(cfg.data.train)
         self.epoch_examples = cfg.data.epoch_examples or sum(map(len, self.sources.values()))
+        self._prompt_len = _prompt_len(cfg, tokenizer)
         self._order = _mixture(cfg, self.sources)
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
 
     def batches(self, start_step: int = 0) -> Batches:
         """Iterator over the local batches of steps start_step, start_step + 1, ...; decoding begins at once. Close it.
 
-        {"img": u8[b,H,W,3], "ids": i32[b,T], "txt_mask": bool[b,T], "image_id": i64[b], "key": list of str}; b = B /
-        processes. Raises ValueError when more than data.max_bad_share of at least 100 records are unusable.
+        {"img": u8[b,H,W,3], "ids": i32[b,T], "txt_mask": bool[b,T], "lm_mask": bool[b,T], "image_id": i64[b], "key": list
+        of str}; b = B / processes. Texts begin with cfg.text.prompt; lm_mask is txt_mask without [CLS] and the prompt.
+        Raises ValueError when more than data.max_bad_share of at least 100 records are unusable.
         """
         local = grain.MapDataset.range(start_step * self.local_batch, sys.maxsize).map(self._global).map(self.example)
         return Batches(
@@ -198,15 +200,26 @@ class TrainData:
             flip=cfg.data.flip,
             randaugment=cfg.data.randaugment,
         )
-        ids, mask = self.tokenizer.encode([caption], cfg.text.max_len)
+        ids, mask = self.tokenizer.encode([cfg.text.prompt + caption], cfg.text.max_len)
         row = {
             "img": img,
             "ids": ids[0],
             "txt_mask": mask[0],
+            "lm_mask": mask[0] & (np.arange(cfg.text.max_len) >= self._prompt_len),
             "image_id": _number(name, record["image_id"]),
             "key": record["key"],
         }
         return row, record["key"], found + notes
+
+
+def _prompt_len(cfg, tokenizer) -> int:
+    """Positions of [CLS] and cfg.text.prompt. ValueError: none would be left for a word and [SEP]."""
+    prompt, T = cfg.text.prompt, cfg.text.max_len
+    n = int(tokenizer.encode([prompt], len(prompt) + 2)[1].sum()) - 1
+    if n + 2 > T:
+        raise ValueError(f"text.prompt={prompt!r} takes {n} of text.max_len={T} positions with [CLS], so that no word fits "
+                         f"before [SEP]: set text.max_len to {n + 2} at the very least, or shorten the prompt")
+    return n
 
 
 def _mixture(cfg, sources: dict[str, Source]):
@@ -248,7 +261,7 @@ class Batches:
                     f"{TRIES} records in a row of source {r['events'][0][0]!r} cannot be used, the last because of "
                     f"{r['events'][-1][2]!r}; they are named in {self._ledger.path}: repair or remove the source"
                 )
-        batch = {k: np.stack([r[k] for r in rows]) for k in ("img", "ids", "txt_mask")}
+        batch = {k: np.stack([r[k] for r in rows]) for k in ("img", "ids", "txt_mask", "lm_mask")}
         return {**batch, "image_id": np.array([r["image_id"] for r in rows], np.int64), "key": [r["key"] for r in rows]}
 
     def close(self) -> None:

@@ -43,12 +43,12 @@ def _stream(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Gen
 
 
 # --- the world --------------------------------------------------------------------------------------------------------
-def draw_scene(rng: np.random.Generator, size: int) -> dict:
-    """What is in a picture of `size` pixels: {"objects": [...], "background": {...}}, plain values only.
+def draw_scene(rng: np.random.Generator, size: int, most: int = 3) -> dict:
+    """What is in a picture of `size` pixels with 1 to `most` objects: {"objects": [...], "background": {...}}, plain values only.
 
     Objects lie in different cells and wholly inside them, so none hides another; their colours differ.
     """
-    count = 1 + int(rng.choice(3, p=(0.35, 0.4, 0.25)))
+    count = min(1 + int(rng.choice(3, p=(0.35, 0.4, 0.25))), most)
     cells, colours = rng.permutation(9)[:count], rng.permutation(len(COLOURS))[:count]
     objects = []
     for cell, colour in zip(cells.tolist(), colours.tolist()):
@@ -134,13 +134,15 @@ def render(scene: dict, size: int) -> Image.Image:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 class Scenes:
-    """A source of `count` records of world `seed`: each a picture and one caption, `noise` of them web noise.
+    """A source of `count` records of world `seed`: each a picture of 1 to `objects` shapes and `captions` captions, of which the
+    share `noise` is web noise.
 
     A record is {"key", "image": PNG bytes, "captions": [str], "image_id", "truth"}; its truth is {"objects",
-    "background", "noise": kind of noise or None, "true_caption"}, all plain values.
+    "background", "noise": kind of noise of the first caption or None, "true_caption"}, all plain values.
     """
 
-    def __init__(self, seed: int, count: int, size: int = 64, noise: float = 0.0, name: str = "scenes"):
+    def __init__(self, seed: int, count: int, size: int = 64, noise: float = 0.0, captions: int = 1, objects: int = 3,
+                 name: str = "scenes"):
         """seed: 0 or more; size: pixels, at least 32, so that shapes can be told; noise: share of captions, 0..1."""
         problems = [
             f"{argument} is {value!r}, expected {expected}"
@@ -149,12 +151,15 @@ class Scenes:
                 ("count", count, "at least 1: set the number of records", count >= 1),
                 ("size", size, "at least 32 pixels", size >= 32),
                 ("noise", noise, "a share between 0 and 1", 0 <= noise <= 1),
+                ("captions", captions, "at least 1 a record", captions >= 1),
+                ("objects", objects, "1, 2 or 3", 1 <= objects <= 3),
             )
             if not good
         ]
         if problems:
             raise ValueError(f"source {name!r} of scenes: {'; '.join(problems)}")
         self.name, self.seed, self.count, self.size, self.noise = name, seed, count, size, noise
+        self.captions, self.objects = captions, objects
 
     def __len__(self) -> int:
         return self.count
@@ -162,27 +167,28 @@ class Scenes:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.count:
             raise IndexError(f"record {index} of {self.count} of source {self.name!r}")
-        scene = self.scene(index)
-        true_caption = self.clean_captions(index, 1)[0]
-        kind, caption = self._web_caption(index, scene, true_caption)
-        png = io.BytesIO()
+        scene, png = self.scene(index), io.BytesIO()
         render(scene, self.size).save(png, "PNG", compress_level=1)
-        key = f"scene-{self.seed}-{index}"
-        truth = {**scene, "noise": kind, "true_caption": true_caption}
-        return {"key": key, "image": png.getvalue(), "captions": [caption], "image_id": key, "truth": truth}
+        key, told = f"scene-{self.seed}-{index}", self.web_captions(index)
+        truth = {**scene, "noise": told[0][0], "true_caption": self.clean_captions(index, 1)[0]}
+        return {"key": key, "image": png.getvalue(), "captions": [c for _, c in told], "image_id": key, "truth": truth}
 
     def scene(self, index: int) -> dict:
         """What is in picture `index`."""
-        return draw_scene(_stream(self.seed, index, _WORLD), self.size)
+        return draw_scene(_stream(self.seed, index, _WORLD), self.size, self.objects)
 
     def clean_captions(self, index: int, n: int) -> list[str]:
         """n true captions of record `index`, not necessarily different; the first is its truth's "true_caption"."""
         scene = self.scene(index)
         return [scene_text.describe(_stream(self.seed, index, _CAPTION, part), scene) for part in range(n)]
 
-    def _web_caption(self, index: int, scene: dict, true_caption: str) -> tuple[str | None, str]:
-        """(kind of noise or None, caption as the web has it)."""
-        rng = _stream(self.seed, index, _NOISE)
+    def web_captions(self, index: int) -> list[tuple[str | None, str]]:
+        """(kind of noise or None, caption) of every caption that record `index` comes with, without drawing the picture."""
+        scene = self.scene(index)
+        return [self._web_caption(index, part, scene, c) for part, c in enumerate(self.clean_captions(index, self.captions))]
+
+    def _web_caption(self, index: int, part: int, scene: dict, true_caption: str) -> tuple[str | None, str]:
+        rng = _stream(self.seed, index, _NOISE, part)
         if rng.random() >= self.noise:
             return None, true_caption
         kind = tuple(NOISE)[int(rng.choice(len(NOISE), p=tuple(NOISE.values())))]

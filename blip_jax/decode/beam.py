@@ -19,7 +19,7 @@ NEVER = -1e9  # score of the beams that start empty, so that the first expansion
 
 
 class Beam(NamedTuple):
-    """How a text is searched (defaults: BLIP on COCO). Lengths are tokens and count the prompt, but not [SEP]."""
+    """How a text is searched (defaults: BLIP on COCO). Lengths as in `generate.Sampling`."""
 
     beams: int = 3
     length_penalty: float = 1.0

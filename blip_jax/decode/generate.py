@@ -15,7 +15,10 @@ from blip_jax.decode import sampling
 
 
 class Sampling(NamedTuple):
-    """How a text is sampled (defaults: BLIP's captioner). Lengths are tokens and count the prompt, but not [SEP]."""
+    """How a text is sampled (defaults: BLIP's captioner). Lengths are tokens and count the prompt.
+
+    [SEP] can follow from min_length tokens on; max_length is everything, [SEP] included where it is reached.
+    """
 
     top_p: float = 0.9
     top_k: int = 50  # the original's hidden default; 0: off

@@ -10,7 +10,7 @@ from blip_jax.report.markup import escape
 
 # what each part may hold, and what each of its rows must; a part that is not named here is plain text or (name, value) pairs
 NOISE = {"before", "after", "web_before", "web_after", "synthetic_before", "synthetic_after", "rows", "threshold", "precision",
-         "recall", "auc", "roc", "hist"}
+         "recall", "auc", "auc_wrong", "roc", "hist"}
 ROWS = {
     "table1": ({"captioner", "filter", "metrics"}, {"images", "texts", "noise"}),
     "table2": ({"method", "metrics"}, {"noise_removed", "true"}),
@@ -34,6 +34,7 @@ def write(path, results: dict) -> None:
           "rows": [(kind of noise, texts, share dropped)]; "threshold": least ITM probability that is kept;
           "precision": share of the kept texts that are true; "recall": share of the true texts that are kept;
           "roc": [(share of false texts kept, share of true texts kept)]; "auc": area under it;
+          "auc_wrong": the same for clean web captions against captions of other pictures;
           "hist": {"edges": [n + 1 ITM probabilities], "true": [n counts], "false": [n counts]}}
       gallery: [{"image": PNG or JPEG bytes, "web": str, "web_kept": bool, "web_itm": probability, "web_true": bool, and
           the same four of "synthetic"}]

@@ -148,6 +148,9 @@ def _filter_numbers(part: dict) -> str:
         told.append(f"of the texts it kept, <b>{percent(part['precision'])}</b> are true (precision)")
     if part.get("recall") is not None:
         told.append(f"of the true texts, it kept <b>{percent(part['recall'])}</b> (recall)")
+    if part.get("auc_wrong") is not None:
+        told.append(f"the area under its ROC curve is <b>{number(part['auc_wrong'], 3)}</b> for clean web captions against captions "
+                    "of other pictures")
     if not told:
         return ""
     threshold = part.get("threshold")
