@@ -19,6 +19,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "grain>=0.2.15,<0.3",
         "array-record>=0.8,<1",
+        "pyarrow>=17,<27",
         "absl-py>=2.1,<3",
         "ml-collections>=1.1,<2",
         "tokenizers>=0.22,<0.24",
@@ -32,6 +33,7 @@ setup(
     extras_require={
         "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5"],
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+        "peers": ["torch>=2.4,<3", "transformers>=4.50,<6"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
     },

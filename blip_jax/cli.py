@@ -1,4 +1,4 @@
-"""blip-jax train | evaluate | vocab | demo: flags become a config, a config goes to one function.
+"""blip-jax train | evaluate | capfilt | vocab | demo | bench: flags become a config, a config goes to one function.
 
 A mistake is one line, `error: ...`, and exit status 2; BLIP_JAX_DEBUG=1 shows where it came from. A run that diverges
 ends with status 1.
@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import sys
 
 from absl import flags
@@ -22,8 +23,13 @@ USAGE = """usage: blip-jax <command> [flags]
   train     --config=configs/x.py --workdir=DIR      train, or resume what DIR holds
   evaluate  --config=configs/x.py --workdir=DIR      retrieval on data.eval, newest checkpoint of DIR
             [--checkpoint=FOLDER]                    ... or this one
+  capfilt   --config=configs/x.py --out=DIR          caption and filter data.sources into DIR, or go on with it
+            [--process=K --processes=N]              ... as one of N processes that share DIR
+  capfilt refilter --run=DIR --threshold=0.7 --out=DIR2   another threshold for a finished run, without a model
   vocab     --captions=FILE.json|FILE.txt ...        train a WordPiece vocabulary from captions (repeat the flag)
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
+  bench     caption [--against=transformers]         captions per second on this machine; benchmarks/README.md
+            [--out=FILE.json]
   demo      --workdir=DIR                            the built-in world: vocabulary, training, evaluation, table
 
 Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config.py lists them with their units.
@@ -49,6 +55,35 @@ def evaluate(argv: list[str]) -> int:
     result = training.evaluate(cfg, values.workdir, values.checkpoint or "")
     print(demo.retrieval_table(result))
     print(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
+    return 0
+
+
+def capfilt(argv: list[str]) -> int:
+    """blip-jax capfilt, and blip-jax capfilt refilter."""
+    if argv[1:2] == ["refilter"]:
+        return _refilter(["capfilt refilter", *argv[2:]])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "python file with get_config()", lock_config=True,
+                                    flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("out", None, "folder of the run: decision tables and shards", flag_values=values)
+    flags.DEFINE_integer("process", None, "number of this process; default: JAX's", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes share the work; default: JAX's", flag_values=values)
+    _parse(values, argv, required=("config", "out"))
+    if (values.process is None) != (values.processes is None):
+        raise ValueError("give both --process and --processes, or neither")
+    from blip_jax.capfilt.run import run
+    run(values.config, values.out, values.process, values.processes)
+    return 0
+
+
+def _refilter(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("run", None, "folder of a finished `blip-jax capfilt` run", flag_values=values)
+    flags.DEFINE_float("threshold", None, "matching probability from which a text is kept", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    _parse(values, argv, required=("run", "threshold", "out"))
+    from blip_jax.capfilt.refilter import refilter
+    refilter(values.run, values.threshold, values.out)
     return 0
 
 
@@ -83,7 +118,30 @@ def demo(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "vocab": vocab, "demo": demo}
+def bench(argv: list[str]) -> int:
+    """blip-jax bench caption."""
+    if argv[1:2] != ["caption"]:
+        raise ValueError(f"blip-jax bench measures one thing: caption, not {argv[1] if argv[1:] else 'nothing'!r}")
+    from blip_jax.bench import caption
+    from blip_jax.config import VIT_SIZES
+    values, default = flags.FlagValues(), caption.Settings()
+    flags.DEFINE_enum("size", default.size, sorted(VIT_SIZES), "of the model", flag_values=values)
+    flags.DEFINE_multi_integer("img_size", list(default.img_sizes), "pixels; may be repeated", lower_bound=1, flag_values=values)
+    flags.DEFINE_multi_enum("dtype", list(default.dtypes), list(default.dtypes), "may be repeated", flag_values=values)
+    flags.DEFINE_multi_integer("captions", list(default.captions), "per image; may be repeated", lower_bound=1, flag_values=values)
+    for name, text in (("batch", "images"), ("tokens", "new tokens per caption"), ("rounds", "of which medians are taken"),
+                       ("threads", "of each side")):
+        flags.DEFINE_integer(name, getattr(default, name), text, lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("against", "", ["", "transformers"], "the peer", flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
+    _parse(values, ["bench caption", *argv[2:]], required=())
+    settings = caption.Settings(values.size, tuple(values.img_size), tuple(values.dtype), tuple(values.captions), values.batch,
+                                values.tokens, values.rounds, values.threads, values.against)
+    caption.run(settings, shlex.join(["blip-jax", *argv]), values.out)
+    return 0
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "capfilt": capfilt, "vocab": vocab, "demo": demo, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,70 @@
+"""Another threshold for a finished run: new decisions from its tables and the original records, without a model."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from blip_jax.capfilt import decisions, settings, shards, tally
+from blip_jax.capfilt.decisions import BELOW, MATCHED, Row
+from blip_jax.data import pipeline
+from blip_jax.data.records import BadRecord
+
+
+def refilter(run_dir, threshold: float, out) -> dict:
+    """The run in `run_dir` with another threshold, in the folder `out`: the same bytes as a run with it would give.
+
+    Finished shards in `out` are kept, so that it can be stopped and called again. Returns the summary, also in
+    out/summary.json. ValueError: threshold, an unfinished run, or sources that are not those of the run.
+    """
+    run_dir, out = pathlib.Path(run_dir).absolute(), pathlib.Path(out).absolute()
+    record = settings.read(run_dir)
+    if out == run_dir:
+        raise ValueError(f"out is {out}, the run itself: give another folder")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}: it must be between 0 and 1")
+    plan = shards.Plan(record["records"], record["settings"]["shard_examples"])
+    missing = len(plan) - len(shards.finished(run_dir, len(plan)))
+    if missing:
+        raise ValueError(f"{run_dir} is not finished, {missing} of {len(plan)} shards are missing: run `blip-jax capfilt` on it "
+                         "until it prints its summary")
+    sources = pipeline._open_all(ConfigDict(record["settings"]["data"]["sources"]))
+    lengths = {name: len(source) for name, source in sources.items()}
+    if lengths != record["records"]:
+        raise ValueError(f"the sources hold {lengths} records, the run had {record['records']}: give back the data it was made "
+                         "from")
+    record["settings"]["threshold"] = float(threshold)
+    with shards.writing("the settings", out):
+        settings.settle(out, record)
+    done = set(shards.finished(out, len(plan)))
+    for shard in tqdm([k for k in range(len(plan)) if k not in done], desc="refilter", unit="shard"):
+        _make(shard, run_dir, out, sources, threshold)
+    return tally.finish(out, len(plan), threshold)
+
+
+def _make(shard: int, run_dir: pathlib.Path, out: pathlib.Path, sources: dict, threshold: float) -> None:
+    writer = shards.ShardWriter(out, shard)
+    try:
+        rows = decisions.rows_of(shards.folder(run_dir, shard) / shards.TABLE)
+        for (dataset, number), own in itertools.groupby(rows, lambda row: (row.dataset, row.record)):
+            own = [decisions.by_threshold(row, threshold) if row.reason in (MATCHED, BELOW) else row for row in own]
+            writer.add(_record(sources[dataset], number, own) if any(row.kept for row in own) else None, own)
+        writer.commit()
+    except BaseException:
+        writer.drop()
+        raise
+
+
+def _record(source, number: int, rows: list[Row]) -> dict:
+    """The record that the rows are about, as the run wrote it. ValueError: the source holds another one."""
+    try:
+        fields = shards.storable(source[number])
+    except BadRecord as e:
+        raise ValueError(f"record {number} of source {source.name!r} could be read in the run and cannot be now: {e}") from e
+    if fields["key"] != rows[0].key:
+        raise ValueError(f"record {number} of source {source.name!r} is {fields['key']!r}, in the run it was {rows[0].key!r}: "
+                         "give back the data it was made from")
+    return fields
