@@ -30,7 +30,7 @@ USAGE = """usage: blip-jax <command> [flags]
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
   bench     caption [--against=transformers]         captions per second on this machine; benchmarks/README.md
             [--out=FILE.json]
-  demo      --workdir=DIR                            the built-in world: vocabulary, training, evaluation, table
+  demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report
 
 Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config.py lists them with their units.
 """
@@ -51,9 +51,10 @@ def train(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
     cfg, values = _config_and_flags(argv, checkpoint="a checkpoint folder or workdir; default: the newest of --workdir")
-    from blip_jax import demo, train as training
+    from blip_jax import train as training
+    from blip_jax.eval import retrieval
     result = training.evaluate(cfg, values.workdir, values.checkpoint or "")
-    print(demo.retrieval_table(result))
+    print(retrieval.table(result))
     print(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
     return 0
 
@@ -126,9 +127,9 @@ def bench(argv: list[str]) -> int:
     from blip_jax.config import VIT_SIZES
     values, default = flags.FlagValues(), caption.Settings()
     flags.DEFINE_enum("size", default.size, sorted(VIT_SIZES), "of the model", flag_values=values)
-    flags.DEFINE_multi_integer("img_size", list(default.img_sizes), "pixels; may be repeated", lower_bound=1, flag_values=values)
-    flags.DEFINE_multi_enum("dtype", list(default.dtypes), list(default.dtypes), "may be repeated", flag_values=values)
-    flags.DEFINE_multi_integer("captions", list(default.captions), "per image; may be repeated", lower_bound=1, flag_values=values)
+    flags.DEFINE_multi_integer("img_size", list(default.img_sizes), "pixels; repeatable", lower_bound=1, flag_values=values)
+    flags.DEFINE_multi_enum("dtype", list(default.dtypes), list(default.dtypes), "repeatable", flag_values=values)
+    flags.DEFINE_multi_integer("captions", list(default.captions), "per image; repeatable", lower_bound=1, flag_values=values)
     for name, text in (("batch", "images"), ("tokens", "new tokens per caption"), ("rounds", "of which medians are taken"),
                        ("threads", "of each side")):
         flags.DEFINE_integer(name, getattr(default, name), text, lower_bound=1, flag_values=values)

@@ -13,11 +13,11 @@ import re
 
 from ml_collections import ConfigDict
 
-VIT_SIZES = {  # width, depth, heads, mlp, patch: reference ViT sizes (BLIP paper, section 4.1)
-    "base": dict(width=768, depth=12, heads=12, mlp=3072, patch=16),
-    "large": dict(width=1024, depth=24, heads=16, mlp=4096, patch=16),
-    "small": dict(width=256, depth=4, heads=8, mlp=1024, patch=8),
-    "tiny": dict(width=48, depth=2, heads=4, mlp=192, patch=8),
+VIT_SIZES = {  # reference ViT sizes (BLIP paper, section 4.1); pos_std: standard deviation of the initial position table
+    "base": dict(width=768, depth=12, heads=12, mlp=3072, patch=16, pos_std=0.02),
+    "large": dict(width=1024, depth=24, heads=16, mlp=4096, patch=16, pos_std=0.02),
+    "small": dict(width=256, depth=4, heads=8, mlp=1024, patch=8, pos_std=0.02),
+    "tiny": dict(width=48, depth=2, heads=4, mlp=192, patch=8, pos_std=0.02),
 }
 MED_SIZES = {  # BERT-base for both published sizes (BLIP paper, section 3.1)
     "base": dict(width=768, layers=12, heads=12, mlp=3072, positions=512, vocab_size=30524),
@@ -41,7 +41,7 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     c.size = 64  # scenes: pixels, square
     c.noise = 0.0  # scenes: share of captions replaced by web noise
     c.captions = 1  # scenes: captions of each record
-    c.objects = 3  # scenes: most objects in a picture, 1 to 3
+    c.easy = False  # scenes: one or two large objects of four shapes and six colours on a plain background, no word of places
     unknown = sorted(set(leaves) - set(c))
     if unknown:
         raise ValueError(f"source() has no leaf {unknown}: it has {sorted(c)}")
@@ -62,6 +62,7 @@ def base(size: str = "base") -> ConfigDict:
     c.model.med = ConfigDict(MED_SIZES[size])
     c.model.img_size = 224  # pixels, square; a multiple of the patch
     c.model.embed_dim = 256  # E, width of the shared contrastive space
+    c.model.init_std = 0.02  # of kernels and embeddings at the start; narrow models learn sooner with about 0.6 / sqrt(width)
     c.model.drop_path = 0.1 if size == "large" else 0.0  # highest stochastic-depth rate of the ViT, linear over blocks
     c.model.encoder = True  # text encoder, projections, matching head and temperature; False for a captioner
     c.model.decoder = True  # text decoder and language-modelling head; False for retrieval, which has none
@@ -196,7 +197,7 @@ RANGES = {  # leaf -> (least, most), both allowed
     **dict.fromkeys(("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"),
                     (0, 1)),
     **dict.fromkeys(("model.dropout", "model.drop_path", "optim.b1", "optim.b2"), (0, math.nextafter(1, 0))),
-    **dict.fromkeys(("optim.lr", "optim.eps"), (math.ulp(0), math.inf)),
+    **dict.fromkeys(("optim.lr", "optim.eps", "model.init_std", "model.vit.pos_std"), (math.ulp(0), math.inf)),
     "text.max_len": (3, math.inf),  # [CLS], one token, [SEP]
 }
 

@@ -1,71 +1,170 @@
-"""`blip-jax demo`: from nothing to a trained, evaluated model on the built-in world, and a table of what came out."""
+"""`blip-jax demo`: the paper in miniature on the built-in world, from nothing to an HTML report (paper sections 3.3, 4.2, 4.3).
+
+Pre-train on human and noisy web captions; fine-tune captioner and filter on the human ones; CapFilt, by nucleus sampling and
+by beam search; pre-train anew, with as many steps, on the corpora of the paper's tables 1 and 2; evaluate; report. Every stage
+has a folder of its own in the workdir and is the same call that the commands `train` and `capfilt` make; a demo run again goes on
+where it was.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
+import os
 import pathlib
+import time
 
-from blip_jax import train
+import jax
+from ml_collections import ConfigDict
+
+from blip_jax import config, findings, train
+from blip_jax.capfilt.refilter import refilter
+from blip_jax.capfilt.run import run as capfilt
+from blip_jax.config import source
 from blip_jax.data import scenes, text
 from blip_jax.summary import say
 
 VOCAB_SCENES = 20_000  # captions that the vocabulary is trained on
+PROMPT = "a picture of "
+FINE_TUNING = {"captioner": 0.5, "filter": 0.6}  # steps, as shares of the pre-training's
+CORPORA = {  # pre-training -> (texts of the web: all, kept or none, synthetic texts: of which run, all or kept)
+    "neither": ("all", None),
+    "filter": ("kept", None),
+    "captioner": ("all", ("capfilt-unfiltered", "all")),
+    "both": ("kept", ("capfilt", "kept")),
+    "both-beam": ("kept", ("capfilt-beam", "kept")),
+}
+
+
+class Stopped(Exception):
+    """A signal ended a stage; what it had done is saved."""
 
 
 def run(cfg, workdir) -> dict:
-    """Trains a vocabulary of `cfg.model.med.vocab_size`, then the config, in `workdir`, and prints the table.
+    """Runs or goes on with all stages in `workdir`; `cfg` is the pre-training (configs/scenes.py) on the sources human and web.
 
-    Run again, it resumes; a finished run only prints its table. Returns `train.fit`'s result.
+    Returns {"stopped": bool, "results": what the report shows}. Writes results.json and report.html beside the stages.
     """
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    if not cfg.text.vocab:
-        cfg.text.vocab = str(workdir / "vocab.txt")
-        if not pathlib.Path(cfg.text.vocab).exists():
-            beside = workdir / "vocab.txt.tmp"
-            text.train_vocab(scenes.vocab_captions(VOCAB_SCENES), cfg.model.med.vocab_size - len(text.EXTRA), beside)
-            beside.replace(cfg.text.vocab)
-            say(f"vocabulary from the captions of {VOCAB_SCENES} scenes: {cfg.text.vocab}")
-    out = train.fit(cfg, workdir)
-    if out["stopped"]:
-        return out
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    say("\n" + summary([r for r in rows if "train/loss" in r], [r for r in rows if "eval/r_mean" in r], workdir))
-    return out
+    if not jax.config.jax_compilation_cache_dir:  # the pre-trainings are one program
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    _vocabulary(cfg, workdir)
+    clock = Clock(workdir / "seconds.json")
+    try:
+        _stages(cfg, workdir, clock)
+    except Stopped:
+        return {"stopped": True}
+    with clock.phase("report"):
+        results = findings.collect(cfg, workdir, list(CORPORA), clock.seconds)
+    findings.publish(results, workdir)
+    return {"stopped": False, "results": results}
 
 
-def summary(trained: list[dict], evaluated: list[dict], workdir: pathlib.Path) -> str:
-    """The table of a finished run from its metrics rows: losses first and last, recalls against chance, images/s."""
-    first, last = trained[0], trained[-1]
-    names = [n for n in ("train/loss", "train/loss_itc", "train/loss_itm", "train/loss_lm") if n in first]
-    lines = [f"{'':14} {'first':>9} {'last':>9}   log rows of steps {first['step']} and {last['step']}"]
-    lines += [f"{n.removeprefix('train/'):14} {first[n]:9.3f} {last[n]:9.3f}" for n in names]
-    lines.append("")
-    result = {n.removeprefix("eval/"): v for n, v in evaluated[-1].items()}
-    lines.append(retrieval_table(result))
-    rates = sorted(r["train/examples_per_s"] for r in trained if "train/examples_per_s" in r)
-    rate = f"{rates[len(rates) // 2]:.1f} images/s in training (median)" if rates else "too few steps for images/s"
-    outputs = f"outputs in {workdir}: checkpoints/, metrics.jsonl, tb/, config.json, vocab.txt"
-    return "\n".join([*lines, "", rate, outputs])
+def _stages(cfg, workdir: pathlib.Path, clock: Clock) -> None:
+    with clock.phase("pre-train on the web as it is"):
+        _fit(pretraining(cfg, workdir, "neither"), workdir / "pretrain-neither")
+    for name in FINE_TUNING:
+        with clock.phase(f"fine-tune the {name}"):
+            _fit(fine_tuning(cfg, workdir, name), workdir / name)
+    for folder, kind in (("capfilt", "nucleus"), ("capfilt-beam", "beam")):
+        with clock.phase(f"CapFilt, {kind}"):
+            _stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
+    with clock.phase("CapFilt without the filter"):
+        _stop_if(refilter(workdir / "capfilt", 0.0, workdir / "capfilt-unfiltered"))
+    for name in list(CORPORA)[1:]:
+        with clock.phase(f"pre-train anew: {name}"):
+            _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}")
 
 
-def retrieval_table(result: dict) -> str:
-    """Recalls of both directions in percent, re-ranked and by cosine alone, beside what chance would give."""
-    images, texts = result["images"], result["texts"]
-    lines = [f"{f'{images} images, {texts} captions':28} {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
-    for name, side in (("image to text", "txt"), ("text to image", "img")):
-        for suffix, prefix in (("", ""), (", cosine alone", "itc_")):
-            numbers = [result[f"{prefix}{side}_r{k}"] for k in (1, 5, 10)]
-            lines.append(f"{name + suffix:28} " + " ".join(f"{n:7.1f}" for n in numbers))
-        chance = [chance_recall(images, texts, k, side) for k in (1, 5, 10)]
-        lines.append(f"{name + ', chance':28} " + " ".join(f"{n:7.1f}" for n in chance))
-    return "\n".join(lines)
+def pretraining(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
+    """The config of one pre-training: human captions and the corpus `name`, in the balance of their numbers of texts."""
+    web, synthetic = CORPORA[name]
+    c = _copy(cfg)
+    if web == "kept":
+        c.data.train.web = _kept(workdir / "capfilt", "web")
+    if synthetic:
+        c.data.train.synthetic = _kept(workdir / synthetic[0], "synthetic")
+    return c.lock()
 
 
-def chance_recall(images: int, texts: int, k: int, side: str) -> float:
-    """R@k in percent of a random order. side "img": one image is right; "txt": texts/images of the texts are right."""
-    if side == "img":
-        return 100.0 * min(k, images) / images
-    right = max(1, round(texts / images))
-    return 100.0 * (1 - math.comb(texts - right, min(k, texts)) / math.comb(texts, min(k, texts)))
+def fine_tuning(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
+    """The config of the captioner or the filter: the human captions, starting from the first pre-training."""
+    c = _copy(cfg)
+    c.objective = {"captioner": "caption", "filter": "retrieval"}[name]
+    del c.data.train["web"]
+    c.data.eval = ConfigDict()
+    if name == "captioner":
+        c.model.encoder = False
+        c.text.prompt = PROMPT
+        c.text.max_len += len(PROMPT.split())
+    else:
+        c.model.decoder = False
+    c.train.steps = max(1, round(FINE_TUNING[name] * cfg.train.steps))
+    c.train.init_from = str(workdir / "pretrain-neither")
+    return c.lock()
+
+
+def capfilt_config(cfg, workdir: pathlib.Path, kind: str) -> ConfigDict:
+    """The CapFilt run over the web source with captions by `kind`: nucleus or beam."""
+    c = config.capfilt().unlock()
+    c.captioner, c.filter = str(workdir / "captioner"), str(workdir / "filter")
+    c.data.sources.web = cfg.data.train.web
+    c.data.threads, c.seed = cfg.data.threads, cfg.seed
+    c.device_batch, c.shard_examples = 100, 2000
+    c.method.kind = kind
+    c.method.repetition_penalty = 1.0  # the captions of this world repeat words: "a", "red", "on the left"
+    c.method.max_length = cfg.text.max_len + len(PROMPT.split())
+    c.text.prompt = PROMPT
+    return c.lock()
+
+
+def _kept(run: pathlib.Path, part: str) -> ConfigDict:
+    """The source of what CapFilt run `run` kept; weighs as many as it has texts."""
+    texts = json.loads((run / "summary.json").read_text(encoding="utf-8"))[part]["kept"]
+    return source("array_record", str(run / "shards" / "*" / f"{part}.array_record"), weight=float(texts))
+
+
+def _copy(cfg) -> ConfigDict:
+    return ConfigDict(cfg).copy_and_resolve_references().unlock()
+
+
+def _fit(cfg, workdir) -> None:
+    _stop_if(train.fit(cfg, workdir))
+
+
+def _stop_if(out: dict) -> None:
+    if out.get("stopped"):
+        raise Stopped
+
+
+def _vocabulary(cfg, workdir: pathlib.Path) -> None:
+    if cfg.text.vocab:
+        return
+    cfg.text.vocab = str(workdir / "vocab.txt")
+    if not pathlib.Path(cfg.text.vocab).exists():
+        beside = workdir / "vocab.txt.tmp"
+        text.train_vocab(scenes.vocab_captions(VOCAB_SCENES), cfg.model.med.vocab_size - len(text.EXTRA), beside)
+        beside.replace(cfg.text.vocab)
+        say(f"vocabulary from the captions of {VOCAB_SCENES} scenes: {cfg.text.vocab}")
+
+
+class Clock:
+    """Seconds spent in each phase, over all starts of a demo."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Says what begins; adds the time spent inside."""
+        say(f"\n== {name}")
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begun, 1)
+            beside = self.path.with_name(self.path.name + ".tmp")
+            beside.write_text(json.dumps(self.seconds, indent=1) + "\n")
+            os.replace(beside, self.path)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Pre-trains a small BLIP on the built-in world, evaluates it and prints a table; needs only Python >= 3.11 and git.
+# The paper in miniature on the built-in world: pre-training, captioner and filter, CapFilt, pre-training anew, an HTML report;
+# needs only Python >= 3.11 and git.
 # Outputs go to runs/demo; run again, it resumes. Arguments are passed on: bash launch/demo.sh --config.train.steps=100
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -118,6 +118,28 @@ def test_objects_stay_in_their_cells_at_any_size(size):
                 assert line * size // 3 <= first and first + o["diameter"] <= (line + 1) * size // 3
 
 
+def test_an_easy_world_has_one_or_two_large_objects_on_a_plain_background():
+    world = scenes.Scenes(seed=5, count=300, size=48, easy=True, captions=3)
+    pictures = [world.scene(i) for i in range(300)]
+    objects = [o for s in pictures for o in s["objects"]]
+    assert {len(s["objects"]) for s in pictures} == {1, 2} and {s["background"]["kind"] for s in pictures} == {"plain"}
+    assert {o["shape"] for o in objects} == set(scenes.EASY_SHAPES) and {o["colour"] for o in objects} == set(scenes.EASY_COLOURS)
+    assert {o["size"] for o in objects} == {"large"}
+    assert {(o["row"], o["col"]) for o in objects} == {(r, c) for r in range(3) for c in range(3)}
+    for i in range(20):
+        captions = world[i]["captions"]
+        assert len(captions) == 3 and len(set(captions)) > 1 and all(scene_text.is_true(pictures[i], c) for c in captions)
+        assert not any(place in caption for place in scene_text.PLACES for caption in captions)
+
+
+def test_each_of_several_captions_has_noise_of_its_own():
+    world = scenes.Scenes(seed=5, count=300, size=48, noise=0.5, captions=2)
+    told = [world.web_captions(i) for i in range(300)]
+    assert {tuple(kind is None for kind, _ in of_one) for of_one in told} == {(a, b) for a in (True, False) for b in (True, False)}
+    assert 0.4 < np.mean([kind is None for of_one in told for kind, _ in of_one]) < 0.6
+    assert [c for _, c in told[7]] == world[7]["captions"]
+
+
 def test_every_colour_stands_out_from_every_background():
     shades = [np.array(tone) + s for tone in scene_text.TONES.values() for s in (-scenes.CONTRAST, 0, scenes.CONTRAST)]
     for name, colour in scene_text.COLOURS.items():

@@ -1,4 +1,4 @@
-"""Captions of images: one pass of the vision tower, keys and values once per image, n texts that share them (paper section 3.3)."""
+"""Captions of images: one pass of the vision tower, keys and values once, n texts that share them (paper section 3.3)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
     """A function (params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, for jax.jit.
 
-    Caption i of an image is drawn with fold_in(its key, i): it depends on nothing else in the batch. ids: [DEC], prompt, caption, [SEP] if it
-    ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed over caption and [SEP].
+    Caption i of an image is drawn with fold_in(its key, i): it depends on nothing else in the batch. ids: [DEC], prompt, caption,
+    [SEP] if it ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed over caption and [SEP].
     """
     start = prompt_ids(tokenizer, prompt)
     decode = decoder(model, start, method, eos=tokenizer.sep, pad=tokenizer.pad)
@@ -66,7 +66,10 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
 
     def decode(params, kv, keys):
         B, n, t = kv[0][0].shape[0], rows_per_image, len(prompt)
-        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, kv, method="extend")
+        # stored with P last, as the products of the loop read it: else every token transposes all of it again
+        stored = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.moveaxis(x, 1, -1), kv))
+        as_kv = lambda: jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), stored)
+        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, as_kv(), method="extend")
         start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
         repeat = lambda x: jnp.repeat(x, n, axis=0)  # the prompt is the same for all texts of an image: one pass
@@ -77,8 +80,9 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
             return {"ids": ids, "log_prob": log_prob}
         how = generate.Sampling(method.top_p, method.top_k, method.temperature, method.repetition_penalty, method.min_length,
                                 method.max_length)
-        own = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key)))(jnp.arange(n)))
-        ids, log_prob = generate.sample(extend, repeat(logits), cache, repeat(start), own(keys).reshape(-1), how, eos=eos, pad=pad)
+        of_row = lambda key, row: jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
+        own = jax.vmap(of_row)(repeat(keys), jnp.arange(B * n))
+        ids, log_prob = generate.sample(extend, repeat(logits), cache, repeat(start), own, how, eos=eos, pad=pad)
         return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
 
     return decode

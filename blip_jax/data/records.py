@@ -311,17 +311,17 @@ def write_array_record(path: str | os.PathLike, records: Iterable[dict]) -> int:
     writer = ArrayRecordWriter(str(part), "group_size:1")
     n = 0
     for record in records:
-        writer.write(pack(record))
+        writer.write(pack(n, record))
         n += 1
     writer.close()
     part.replace(path)
     return n
 
 
-def pack(record: dict) -> bytes:
-    """A record {key: str, image: bytes, captions: [str], ...} as ArrayRecord files hold it."""
+def pack(n: int, record: dict) -> bytes:
+    """Record number `n` {key: str, image: bytes, captions: [str], ...} as an ArrayRecord file holds it."""
     if not isinstance(record.get("key"), str) or not isinstance(record.get("image"), bytes):
-        raise ValueError(f"record {record.get('key')!r} needs a text `key` and an `image` of bytes, got the fields {sorted(record)}")
+        raise ValueError(f"record {n} needs a text `key` and an `image` of bytes, got the fields {sorted(record)}")
     return msgpack.packb(record)
 
 
@@ -384,7 +384,7 @@ def _scenes(name: str, cfg) -> Source:
     from blip_jax.data.scenes import Scenes
 
     return Scenes(seed=cfg.seed, count=cfg.count, size=cfg.size, noise=cfg.noise, captions=cfg.captions,
-                  objects=cfg.objects)
+                  easy=cfg.easy)
 
 
 KINDS = {"json": JsonRows, "tar": _tar, "array_record": ArrayRecords, "tfds": Tfds, "scenes": _scenes}

@@ -62,10 +62,10 @@ def pick(rng: np.random.Generator, options):
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-def describe(rng: np.random.Generator, scene: dict) -> str:
-    """One true caption of a scene, of at most MAX_WORDS words."""
+def describe(rng: np.random.Generator, scene: dict, places: bool = True) -> str:
+    """One true caption of a scene, of at most MAX_WORDS words; without `places` it does not say where anything is."""
     while True:
-        text = _sentence(rng, scene)
+        text = _sentence(rng, scene, places)
         if len(text.replace(",", " ,").split()) <= MAX_WORDS:
             return _articles(text)
 
@@ -74,13 +74,15 @@ def _articles(text: str) -> str:
     return re.sub(r"\ban? (?=(.))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
 
 
-def _sentence(rng, scene: dict) -> str:
+def _sentence(rng, scene: dict, places: bool) -> str:
     objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))]
     if len(objects) == 3 and rng.random() < 0.25:
         objects.pop()
     opening, ending = _frame(rng, scene, len(objects))
     style = rng.random()
-    if len(objects) == 1:
+    if not places:
+        body = _listed([_named(rng, o) for o in objects])
+    elif len(objects) == 1:
         body = _placed(rng, objects[0], 1.0)
     elif style < 0.35 and (related := _relation(rng, *objects[:2])):
         body = " and ".join([related] + [_placed(rng, o, 0.8) for o in objects[2:]])
@@ -134,7 +136,7 @@ def _ordered(rng, objects: list[dict]) -> str | None:
 
 
 def _listed(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1]
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
 def _line(o: dict, axis: int) -> int:

@@ -18,6 +18,8 @@ from blip_jax.data import scene_text
 from blip_jax.data.scene_text import COLOURS, pick
 
 DIAMETERS = {"large": (0.29, 0.32), "small": (0.20, 0.23)}  # of the picture's side; a cell of the grid is 0.333
+EASY_SHAPES = ("circle", "square", "triangle", "cross")
+EASY_COLOURS = ("red", "yellow", "green", "blue", "white", "black")
 CONTRAST = 20  # a pattern's two shades are the tone -+ this
 
 # web noise: kind -> share of the noisy captions
@@ -43,24 +45,31 @@ def _stream(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Gen
 
 
 # --- the world --------------------------------------------------------------------------------------------------------
-def draw_scene(rng: np.random.Generator, size: int, most: int = 3) -> dict:
-    """What is in a picture of `size` pixels with 1 to `most` objects: {"objects": [...], "background": {...}}, plain values only.
+def draw_scene(rng: np.random.Generator, size: int, easy: bool = False) -> dict:
+    """What is in a picture of `size` pixels: {"objects": [...], "background": {...}}, plain values only.
 
-    Objects lie in different cells and wholly inside them, so none hides another; their colours differ.
+    Objects lie in different cells and wholly inside them, so none hides another; their colours differ. `easy`: one or
+    two large objects of EASY_SHAPES and EASY_COLOURS on a plain background.
     """
-    count = min(1 + int(rng.choice(3, p=(0.35, 0.4, 0.25))), most)
-    cells, colours = rng.permutation(9)[:count], rng.permutation(len(COLOURS))[:count]
+    if easy:
+        return _draw(rng, size, 1 + int(rng.random() < 0.7), EASY_COLOURS, EASY_SHAPES, ("large",), ("plain",))
+    count = 1 + int(rng.choice(3, p=(0.35, 0.4, 0.25)))
+    return _draw(rng, size, count, tuple(COLOURS), tuple(scene_text.SHAPES), tuple(DIAMETERS), tuple(scene_text.BACKGROUNDS))
+
+
+def _draw(rng, size: int, count: int, all_colours: tuple, shapes: tuple, kinds: tuple, backgrounds: tuple) -> dict:
+    cells, colours = rng.permutation(9)[:count], rng.permutation(len(all_colours))[:count]
     objects = []
     for cell, colour in zip(cells.tolist(), colours.tolist()):
-        kind = pick(rng, tuple(DIAMETERS))
+        kind = pick(rng, kinds)
         row, col = divmod(cell, 3)
         diameter = round(size * rng.uniform(*DIAMETERS[kind]))
         left, top = (_offset(rng, line, diameter, size) for line in (col, row))
         objects.append({
-            "shape": pick(rng, tuple(scene_text.SHAPES)), "colour": tuple(COLOURS)[colour], "size": kind,
+            "shape": pick(rng, shapes), "colour": all_colours[colour], "size": kind,
             "row": row, "col": col, "left": left, "top": top, "diameter": diameter,
         })  # fmt: skip
-    background = {"kind": pick(rng, tuple(scene_text.BACKGROUNDS)), "tone": pick(rng, tuple(scene_text.TONES))}
+    background = {"kind": pick(rng, backgrounds), "tone": pick(rng, tuple(scene_text.TONES))}
     return {"objects": objects, "background": {**background, "pattern_seed": int(rng.integers(2**32))}}
 
 
@@ -134,14 +143,13 @@ def render(scene: dict, size: int) -> Image.Image:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 class Scenes:
-    """A source of `count` records of world `seed`: each a picture of 1 to `objects` shapes and `captions` captions, of which the
-    share `noise` is web noise.
+    """A source of `count` records of world `seed`: each a picture and `captions` captions, of which the share `noise` is web noise.
 
     A record is {"key", "image": PNG bytes, "captions": [str], "image_id", "truth"}; its truth is {"objects",
     "background", "noise": kind of noise of the first caption or None, "true_caption"}, all plain values.
     """
 
-    def __init__(self, seed: int, count: int, size: int = 64, noise: float = 0.0, captions: int = 1, objects: int = 3,
+    def __init__(self, seed: int, count: int, size: int = 64, noise: float = 0.0, captions: int = 1, easy: bool = False,
                  name: str = "scenes"):
         """seed: 0 or more; size: pixels, at least 32, so that shapes can be told; noise: share of captions, 0..1."""
         problems = [
@@ -152,14 +160,13 @@ class Scenes:
                 ("size", size, "at least 32 pixels", size >= 32),
                 ("noise", noise, "a share between 0 and 1", 0 <= noise <= 1),
                 ("captions", captions, "at least 1 a record", captions >= 1),
-                ("objects", objects, "1, 2 or 3", 1 <= objects <= 3),
             )
             if not good
         ]
         if problems:
             raise ValueError(f"source {name!r} of scenes: {'; '.join(problems)}")
         self.name, self.seed, self.count, self.size, self.noise = name, seed, count, size, noise
-        self.captions, self.objects = captions, objects
+        self.captions, self.easy = captions, easy
 
     def __len__(self) -> int:
         return self.count
@@ -175,12 +182,12 @@ class Scenes:
 
     def scene(self, index: int) -> dict:
         """What is in picture `index`."""
-        return draw_scene(_stream(self.seed, index, _WORLD), self.size, self.objects)
+        return draw_scene(_stream(self.seed, index, _WORLD), self.size, self.easy)
 
     def clean_captions(self, index: int, n: int) -> list[str]:
         """n true captions of record `index`, not necessarily different; the first is its truth's "true_caption"."""
         scene = self.scene(index)
-        return [scene_text.describe(_stream(self.seed, index, _CAPTION, part), scene) for part in range(n)]
+        return [scene_text.describe(_stream(self.seed, index, _CAPTION, part), scene, places=not self.easy) for part in range(n)]
 
     def web_captions(self, index: int) -> list[tuple[str | None, str]]:
         """(kind of noise or None, caption) of every caption that record `index` comes with, without drawing the picture."""

@@ -46,7 +46,8 @@ def search(extend: Callable, logits, cache, prompt, how: Beam, n: int, *, eos: i
     """The n best continuations of each prompt, best first.
 
     Args:
-      logits f32[B,V]: what follows the prompt; cache: of B*M rows, each image's repeated M times; prompt i32[B,t]; n <= how.beams.
+      logits f32[B,V]: what follows the prompt; cache: of B*M rows, each image's repeated M times; prompt i32[B,t];
+      n <= how.beams.
     Returns: ids i32[B,n,L] as `generate.sample`; log_prob f32[B,n], the model's own, the end included; score f32[B,n].
     """
     (B, t), M, L = prompt.shape, how.beams, how.max_length
@@ -85,7 +86,8 @@ def search(extend: Callable, logits, cache, prompt, how: Beam, n: int, *, eos: i
         new_ids = jax.lax.dynamic_update_slice(chosen.ids, token[..., None], (0, 0, s.length))
         keep = lambda old, new: jnp.where(s.done.reshape(B, *[1] * (new.ndim - 1)), old, new)
         live, finished = jax.tree.map(keep, (s.live, s.finished), (chosen._replace(ids=new_ids), finished))
-        return s._replace(length=s.length + 1, live=live, finished=finished, done=s.done | (worst >= ahead)), _take(beam, going)
+        done = s.done | (worst >= ahead)
+        return s._replace(length=s.length + 1, live=live, finished=finished, done=done), _take(beam, going)
 
     def body(s: _Search) -> _Search:
         last = jax.lax.dynamic_slice_in_dim(s.live.ids, s.length - 1, 1, axis=2).reshape(B * M, 1)

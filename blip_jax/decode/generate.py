@@ -45,8 +45,8 @@ def sample(extend: Callable, logits, cache, prompt, keys, how: Sampling, *, eos:
 
     Args:
       logits f32[R,V], cache: what `extend` gave for the prompt. prompt i32[R,t], t < how.max_length; keys: random keys [R].
-    Returns: ids i32[R,L], L = how.max_length: prompt, text, `eos` if it ended before L, then `pad`; log_prob f32[R], the sum of the
-    model's own log-probabilities of what was chosen, the end included (without penalty, temperature and truncation).
+    Returns: ids i32[R,L], L = how.max_length: prompt, text, `eos` if it ended before L, then `pad`; log_prob f32[R], the sum of
+    the model's own log-probabilities of what was chosen, the end included (without penalty, temperature and truncation).
     """
     R, t = prompt.shape
     if not t < how.max_length:

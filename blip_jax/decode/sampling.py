@@ -27,7 +27,8 @@ def temperature(scores, value: float):
 
 def top_k(scores, k: int):
     """The k largest scores, descending, and their tokens: f32[R,k], i32[R,k]. k = 0: all, sorted."""
-    return jax.lax.top_k(scores, min(k, scores.shape[-1]) or scores.shape[-1])
+    best = jax.lax.top_k(scores, min(k, scores.shape[-1]) or scores.shape[-1])
+    return jax.lax.optimization_barrier(tuple(best))  # else XLA may merge it with what follows and sort the whole vocabulary
 
 
 def top_p(scores, p: float):
@@ -37,15 +38,16 @@ def top_p(scores, p: float):
     """
     probs = jax.nn.softmax(scores, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    return jnp.where(before > p, -jnp.inf, scores).at[:, 0].set(scores[:, 0])
+    return jnp.where(before > p, -jnp.inf, scores)
 
 
 def draw(keys, scores, tokens):
     """One token i32[R] per row with probability softmax(scores).
 
-    keys: R random keys, one per row; scores f32[R,k]; tokens i32[R,k]. The noise belongs to (key, token): neither the other rows nor
-    the rank of a token change what is drawn.
+    keys: R random keys, one per row; scores f32[R,k]; tokens i32[R,k]. The noise belongs to (key, token): neither the other rows
+    nor the rank of a token change what is drawn.
     """
-    noise = jax.vmap(lambda key, row: jax.vmap(lambda t: jax.random.gumbel(jax.random.fold_in(key, t)))(row))(keys, tokens)
+    noise_of = lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token))
+    noise = jax.vmap(lambda key, row: jax.vmap(lambda token: noise_of(key, token))(row))(keys, tokens)
     best = jnp.argmax(scores + noise, axis=-1)
     return jnp.take_along_axis(tokens, best[:, None], axis=-1)[:, 0]

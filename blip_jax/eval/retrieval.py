@@ -289,3 +289,27 @@ def _check_finite(x, what):
     if not np.isfinite(x).all():
         raise ValueError(f"retrieval evaluation: {what} are not finite: the parameters hold NaN or infinity, or model.dtype "
                          "overflows; evaluate an earlier checkpoint or use float32")
+
+
+def table(result: dict) -> str:
+    """Recalls of both directions in percent, re-ranked and by cosine alone, beside what chance would give.
+
+    result: of `evaluate`, with "images" and "texts", how many there are.
+    """
+    images, texts = result["images"], result["texts"]
+    lines = [f"{f'{images} images, {texts} captions':28} {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
+    for name, side in (("image to text", "txt"), ("text to image", "img")):
+        for suffix, prefix in (("", ""), (", cosine alone", "itc_")):
+            numbers = [result[f"{prefix}{side}_r{k}"] for k in RECALLS]
+            lines.append(f"{name + suffix:28} " + " ".join(f"{n:7.1f}" for n in numbers))
+        chance = [chance_recall(images, texts, k, side) for k in RECALLS]
+        lines.append(f"{name + ', chance':28} " + " ".join(f"{n:7.1f}" for n in chance))
+    return "\n".join(lines)
+
+
+def chance_recall(images: int, texts: int, k: int, side: str) -> float:
+    """R@k in percent of a random order. side "img": one image is right; "txt": texts/images of the texts are right."""
+    if side == "img":
+        return 100.0 * min(k, images) / images
+    right = max(1, round(texts / images))
+    return 100.0 * (1 - math.comb(texts - right, min(k, texts)) / math.comb(texts, min(k, texts)))

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 from blip_jax.sharding import constrain
 
-INIT = nn.initializers.normal(0.02)  # BERT's, and timm's truncated normal, whose bounds of +-2 lie 100 sigma away
-
 
 def attention(q, k, v, mask=None, drop: Callable = lambda p: p):
     """Scaled dot-product attention, softmax in float32.
@@ -57,12 +55,14 @@ class HeadedAttention(nn.Module):
 
     width: int
     heads: int
+    init_std: float
     dtype: Any
 
     def setup(self):
-        headed = lambda: nn.DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=INIT)
+        init = nn.initializers.normal(self.init_std)
+        headed = lambda: nn.DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
         self.q, self.k, self.v = headed(), headed(), headed()
-        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, kernel_init=INIT)
+        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, kernel_init=init)
 
     def project_q(self, x):
         """[B,T,D] -> [B,T,N,H]"""
@@ -82,13 +82,15 @@ class Mlp(nn.Module):
     """fc1, exact-erf GELU, fc2: [B,T,D] -> [B,T,D], hidden width F."""
 
     hidden: int
+    init_std: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x):
-        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=INIT, name="fc1")(x)
+        init = nn.initializers.normal(self.init_std)
+        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         h = jax.nn.gelu(constrain(h, "act_batch", None, "act_mlp"), approximate=False)
-        return constrain(nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=INIT, name="fc2")(h), "act_batch", None, "act_embed")
+        return constrain(nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(h), "act_batch", None, "act_embed")
 
 
 def layer_norm(eps: float, dtype, name: str | None = None) -> nn.LayerNorm:

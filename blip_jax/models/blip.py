@@ -25,6 +25,7 @@ class Blip(nn.Module):
     embed_dim: int
     encoder: bool = True
     decoder: bool = True
+    init_std: float = 0.02
     drop_path: float = 0.0
     dropout: float = 0.1
     remat: str = "none"
@@ -34,11 +35,12 @@ class Blip(nn.Module):
     def from_config(cls, model) -> "Blip":
         """Builds from `cfg.model` of blip_jax.config."""
         return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.embed_dim, model.encoder, model.decoder,
-                   model.drop_path, model.dropout, model.remat, jnp.dtype(model.dtype))
+                   model.init_std, model.drop_path, model.dropout, model.remat, jnp.dtype(model.dtype))
 
     def setup(self):
-        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, drop_path=self.drop_path, remat=self.remat, dtype=self.dtype)
-        self.med = Med(**self.med_sizes, encoder=self.encoder, decoder=self.decoder, dropout=self.dropout,
+        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, init_std=self.init_std, drop_path=self.drop_path,
+                       remat=self.remat, dtype=self.dtype)
+        self.med = Med(**self.med_sizes, encoder=self.encoder, decoder=self.decoder, init_std=self.init_std, dropout=self.dropout,
                        dtype=self.dtype)
         if not self.encoder:
             return

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.attention import INIT, HeadedAttention, Mlp, attention, grouped_cross_attention, layer_norm
+from blip_jax.models.attention import HeadedAttention, Mlp, attention, grouped_cross_attention, layer_norm
 from blip_jax.sharding import constrain
 
 EPS = 1e-12
@@ -41,7 +41,7 @@ class PostNormAttention(HeadedAttention):
         return self._close(queries, y, deterministic)
 
     def cached_attention(self, x, cache, start):
-        """Causal, for positions start..start+t-1: x [R,t,D], cache (k, v) [R,S,N,H] -> ([R,t,D], cache with these t filled in)."""
+        """Causal, at positions start..start+t-1: x [R,t,D], cache (k, v) [R,S,N,H] -> ([R,t,D], cache with these t in it)."""
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
         cache = tuple(write(old, new) for old, new in zip(cache, self.project_kv(x)))
         seen = jnp.arange(cache[0].shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
@@ -63,19 +63,20 @@ class MedLayer(nn.Module):
     width: int
     heads: int
     mlp_width: int
+    init_std: float
     encoder: bool  # whether the encoder's own self-attention exists
     decoder: bool  # whether the decoder's own self-attention exists
     dropout: float
     dtype: Any
 
     def setup(self):
-        block = lambda: PostNormAttention(self.width, self.heads, self.dtype, self.dropout)
+        block = lambda: PostNormAttention(self.width, self.heads, self.init_std, self.dtype, self.dropout)
         self.cross_attn = block()
         if self.encoder:
             self.self_attn = block()
         if self.decoder:
             self.self_attn_dec = block()
-        self.mlp = Mlp(self.mlp_width, self.dtype)
+        self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
         self.mlp_ln = layer_norm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
@@ -100,12 +101,13 @@ class Embed(nn.Module):
     width: int
     vocab_size: int
     positions: int
+    init_std: float
     dropout: float
     dtype: Any
 
     def setup(self):
-        self.word = nn.Embed(padded_vocab(self.vocab_size), self.width, dtype=self.dtype, embedding_init=INIT)
-        self.pos = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=INIT)
+        embed = lambda rows: nn.Embed(rows, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(self.init_std))
+        self.word, self.pos = embed(padded_vocab(self.vocab_size)), embed(self.positions)
         self.ln = layer_norm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
@@ -124,11 +126,12 @@ class LmHead(nn.Module):
 
     width: int
     vocab_size: int
+    init_std: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x, attend):
-        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="dense")(x)
+        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std), name="dense")(x)
         h = layer_norm(EPS, self.dtype, "ln")(jax.nn.gelu(h, approximate=False))
         bias = self.param("bias", nn.initializers.zeros, (padded_vocab(self.vocab_size),))
         logits = constrain(attend(h) + bias, "act_batch", None, "act_vocab")
@@ -146,16 +149,17 @@ class Med(nn.Module):
     vocab_size: int
     encoder: bool = True
     decoder: bool = True
+    init_std: float = 0.02  # BERT's
     dropout: float = 0.1
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.embed = Embed(self.width, self.vocab_size, self.positions, self.dropout, self.dtype)
+        self.embed = Embed(self.width, self.vocab_size, self.positions, self.init_std, self.dropout, self.dtype)
         for i in range(self.layers):
-            setattr(self, f"layer_{i:02d}",
-                    MedLayer(self.width, self.heads, self.mlp, self.encoder, self.decoder, self.dropout, self.dtype))
+            layer = MedLayer(self.width, self.heads, self.mlp, self.init_std, self.encoder, self.decoder, self.dropout, self.dtype)
+            setattr(self, f"layer_{i:02d}", layer)
         if self.decoder:
-            self.lm_head = LmHead(self.width, self.vocab_size, self.dtype)
+            self.lm_head = LmHead(self.width, self.vocab_size, self.init_std, self.dtype)
 
     def __call__(self, ids, txt_mask, *, kv=None, img_idx: tuple = (None,), causal: bool = False, first_only: bool = False,
                  deterministic: bool = True):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax.models.attention import INIT, HeadedAttention, Mlp, attention, layer_norm
+from blip_jax.models.attention import HeadedAttention, Mlp, attention, layer_norm
 from blip_jax.sharding import constrain
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
@@ -65,16 +65,17 @@ class Block(nn.Module):
     width: int
     heads: int
     mlp: int
+    init_std: float
     drops: bool  # whether stochastic depth is active
     dtype: Any
 
     @nn.compact
     def __call__(self, x, rate):
-        attn = HeadedAttention(self.width, self.heads, self.dtype, name="attn")
+        attn = HeadedAttention(self.width, self.heads, self.init_std, self.dtype, name="attn")
         h = layer_norm(1e-6, self.dtype, "ln1")(x)
         x = x + self._drop_path(attn.project_out(attention(attn.project_q(h), *attn.project_kv(h))), rate)
         h = layer_norm(1e-6, self.dtype, "ln2")(x)
-        return x + self._drop_path(Mlp(self.mlp, self.dtype, name="mlp")(h), rate), None
+        return x + self._drop_path(Mlp(self.mlp, self.init_std, self.dtype, name="mlp")(h), rate), None
 
     def _drop_path(self, y, rate):
         """Drops the whole branch of an example with probability `rate`, else scales it by 1 / (1 - rate)."""
@@ -93,6 +94,8 @@ class Vit(nn.Module):
     mlp: int
     patch: int
     img_size: int
+    pos_std: float = 0.02
+    init_std: float = 0.02  # timm's normal is cut at +-2, 100 deviations away
     drop_path: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -111,8 +114,8 @@ class Vit(nn.Module):
         embed = nn.DenseGeneral(self.width, axis=(2, 4, 5), dtype=self.dtype, kernel_init=_torch_uniform(p * p * 3),
                                 bias_init=_torch_uniform(p * p * 3), name="patch_embed")
         x = embed(patches).reshape(B, n * n, self.width)
-        cls = self.param("cls", INIT, (self.width,)).astype(self.dtype)
-        pos = self.param("pos_embed", INIT, (1 + n * n, self.width)).astype(self.dtype)
+        cls = self.param("cls", nn.initializers.normal(self.init_std), (self.width,)).astype(self.dtype)
+        pos = self.param("pos_embed", nn.initializers.normal(self.pos_std), (1 + n * n, self.width)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, self.width)), x], axis=1) + pos
         x = constrain(x, "act_batch", None, "act_embed")
 
@@ -120,5 +123,5 @@ class Vit(nn.Module):
         blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth)
         drops = not deterministic and self.drop_path > 0
         rates = jnp.linspace(0.0, self.drop_path, self.depth)
-        x, _ = blocks(self.width, self.heads, self.mlp, drops, self.dtype, name="blocks")(x, rates)
+        x, _ = blocks(self.width, self.heads, self.mlp, self.init_std, drops, self.dtype, name="blocks")(x, rates)
         return layer_norm(1e-6, self.dtype, "ln_post")(x)

@@ -182,7 +182,7 @@ def gallery(results: dict) -> str:
     return section(
         "gallery", "Pictures, texts and decisions",
         "<p>T<sub>w</sub> is the text from the web, T<sub>s</sub> the captioner’s. The filter’s decision, its matching "
-        'probability, and whether the text is true. <span class="kept">✓ accepted</span>, '
+        'probability, and whether the text is true; pictures of every combination of decisions in turn. <span class="kept">✓ accepted</span>, '
         '<span class="dropped">✕ <del>rejected</del></span>; <em>mistaken</em> marks a decision against the truth.</p>',
         f'<div class="cards">{"".join(cards)}</div>')
 
