@@ -10,8 +10,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-import signal
-import threading
 import time
 import zlib
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from blip_jax.config import validate
 from blip_jax.data.pipeline import EvalData, TrainData
 from blip_jax.data.text import Tokenizer
 from blip_jax.eval import retrieval
+from blip_jax.interrupt import Interrupt
 from blip_jax.models.blip import Blip
 from blip_jax.models.vit import resize_pos_embed
 from blip_jax.summary import describe, plain, revision, say
@@ -71,7 +70,9 @@ def fit(cfg, workdir) -> dict:
     """
     run = prepare(cfg, workdir)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Interrupt())
+        stop = Interrupt("finishing this step, then saving")
+        if jax.process_count() == 1:  # else a signal may reach one of them only, and JAX's coordination service tells all
+            stack.enter_context(stop)
         stack.enter_context(jax.set_mesh(run.mesh))
         manager = stack.enter_context(checkpoint.open_dir(run.workdir, cfg.train.keep))
         newest = manager.latest_step()
@@ -101,7 +102,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
     out, clock, ahead = {}, metrics.Clock(), None
     with contextlib.closing(batches):
         while True:
-            stopping = stop.asked(manager, step)
+            stopping = manager.reached_preemption(step) if jax.process_count() > 1 else stop.asked
             due = step > 0 and (step >= last or every.eval_every > 0 and step % every.eval_every == 0)
             if due and run.eval_data and not stopping and step not in at.evaluated:
                 with clock.paused():
@@ -225,32 +226,6 @@ def check_resume(manager, step: int, run: Run) -> None:
         listing = "\n  ".join(changed) or "none"
         raise ValueError(f"{e}\nsettings that changed since it was written:\n  {listing}") from None
     say(f"resuming from checkpoint {step}; settings changed since: {'; '.join(changed) or 'none'}")
-
-
-class Interrupt:
-    """SIGTERM and the first SIGINT ask for an orderly end; a second SIGINT ends at once.
-
-    With several processes the signal may reach one of them only, so they agree through JAX's coordination service.
-    """
-
-    def __enter__(self) -> Interrupt:
-        self._asked, self._before = False, {}
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _frame) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{signal.Signals(number).name}: finishing this step, then saving", flush=True)
-
-    def asked(self, manager, step: int) -> bool:
-        """Whether to save and stop now, before step number `step`; the same answer on every process."""
-        return manager.reached_preemption(step) if jax.process_count() > 1 else self._asked
 
 
 def _init_params(run: Run) -> dict | None:

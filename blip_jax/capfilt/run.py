@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +24,7 @@ from blip_jax.capfilt.reading import Batch, Records
 from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
 from blip_jax.data import pipeline, text
 from blip_jax.data.text import Tokenizer
+from blip_jax.interrupt import Interrupt
 from blip_jax.summary import say
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
@@ -199,7 +198,7 @@ def _write(cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Pa
     with writing("the list of unreadable records", out):
         ledger = pipeline.Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
     progress, writer = Progress(sum(len(plan.span(k)) for k in todo)), None
-    with Interrupt() as interrupt:
+    with Interrupt("finishing this batch, then stopping") as interrupt:
         try:
             for batch, rows in stream:
                 writer = writer or ShardWriter(out, batch.shard)
@@ -248,22 +247,3 @@ class Progress:
             left = int((self._total - self._done) / rate)
             timing = f"  {rate:.1f} images/s  eta {left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
         return f"capfilt: {self._done}/{self._total} images{timing}  noise so far: {noise}"
-
-
-class Interrupt:
-    """SIGTERM and the first SIGINT set `asked`; a second SIGINT ends at once."""
-
-    def __enter__(self) -> Interrupt:
-        self.asked, self._before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _frame) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{signal.Signals(number).name}: finishing this batch, then stopping", flush=True)
