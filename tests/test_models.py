@@ -122,7 +122,7 @@ def test_remat_changes_neither_value_nor_gradient(remat):
 
 
 def test_stochastic_depth_drops_whole_branches_of_examples_and_keeps_the_mean():
-    block = Block(width=8, heads=2, mlp=16, drops=True, dtype=jnp.float32)
+    block = Block(width=8, heads=2, mlp=16, init_std=0.02, drops=True, dtype=jnp.float32)
     rate, x = jnp.float32(0.25), jnp.zeros((4000, 2, 8))
     params = block.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x[:1], rate)
     params["params"]["mlp"]["fc2"]["bias"] += jnp.arange(1.0, 9.0)  # of zero tokens, the MLP's branch is this, attention's is zero
