@@ -12,6 +12,7 @@ import pathlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from blip_jax import optim
 
@@ -33,6 +34,27 @@ def save(manager: ocp.CheckpointManager, step: int, state, data: dict, config: d
     """
     manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
                                                config=ocp.args.JsonSave(config)))
+
+
+def write(workdir, state: dict, data: dict, config: dict) -> None:
+    """Checkpoint 0 of a new workdir from numpy arrays, which must not change meanwhile: they are not copied first.
+
+    Each array gets a file of its own, so that nothing is collected in memory; readers tell the two layouts apart by themselves.
+    """
+    said = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # orbax warns of every layout but its default
+    try:
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
+        handlers = {"state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry),
+                    "data": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(jax.tree.map(np.asarray, state)), data=ocp.args.JsonSave(data),
+                                   config=ocp.args.JsonSave(config))
+        with ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers) as manager:
+            manager.save(0, args=items)
+    finally:
+        logging.set_verbosity(said)
 
 
 def restore(manager: ocp.CheckpointManager, step: int, shapes, shardings) -> tuple[object, dict]:
@@ -76,21 +98,41 @@ def load_params(path) -> dict:
 
     `path`: a workdir (its newest checkpoint), or one checkpoint folder. ValueError: no complete checkpoint there.
     """
-    folder = newest(path) / "state"
-    handler = ocp.StandardCheckpointHandler()
-    tree = handler.metadata(folder).tree
-    item = {name: tree[name] for name in ("params", "frozen")}
-    with ocp.PyTreeCheckpointer() as reader:
-        got = reader.restore(folder, args=ocp.args.PyTreeRestore(
-            item=item, partial_restore=True,
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)))
+    got = _load(path, "params", "frozen")
     return optim.merge(got["params"] or {}, got["frozen"] or {})
+
+
+def load_momentum(path) -> dict | None:
+    """{"params": momentum copies, "queue": {"img", "txt", "ptr", ...} or None} of numpy arrays, or None where there is none."""
+    return _load(path, "momentum").get("momentum") or None
+
+
+def _load(path, *names: str) -> dict:
+    folder = newest(path) / "state"
+    tree = ocp.StandardCheckpointHandler().metadata(folder).tree
+    item = {name: tree[name] for name in names if tree.get(name)}
+    got = dict.fromkeys(names)
+    if item:
+        with ocp.PyTreeCheckpointer() as reader:
+            got |= reader.restore(folder, args=ocp.args.PyTreeRestore(
+                item=item, partial_restore=True,
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)))
+    return got
 
 
 def load_config(path) -> dict:
     """The settings that wrote a checkpoint; `path` and errors as `load_params`."""
+    return _load_json(path, "config")
+
+
+def load_data(path) -> dict:
+    """What a checkpoint holds beside state and settings; one that was converted says so under "converted"."""
+    return _load_json(path, "data")
+
+
+def _load_json(path, name: str) -> dict:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(newest(path) / "config")
+        return reader.restore(newest(path) / name)
 
 
 def newest(path) -> pathlib.Path:

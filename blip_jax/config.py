@@ -54,7 +54,7 @@ def base(size: str = "base") -> ConfigDict:
     if size not in VIT_SIZES:
         raise ValueError(f"model size {size!r} is unknown: choose one of {sorted(VIT_SIZES)}")
     c = ConfigDict()
-    c.objective = "pretrain"  # which step of blip_jax.steps trains: pretrain | retrieval | caption
+    c.objective = "pretrain"  # which step of blip_jax.steps trains: pretrain | retrieval | caption; converted models: vqa | nlvr too
     c.seed = 42  # root of every random stream: initialisation, dropout, negatives, data order, augmentation
 
     c.model = ConfigDict()
@@ -126,7 +126,7 @@ def base(size: str = "base") -> ConfigDict:
     c.train.save_every = 1000  # steps; the last step is always saved
     c.train.eval_every = 0  # steps; 0: only at the end (if data.eval is not empty)
     c.train.keep = 3  # newest checkpoints kept
-    c.train.init_from = ""  # workdir or checkpoint folder whose parameters start this run; "": random
+    c.train.init_from = ""  # workdir or checkpoint folder whose parameters start this run, or several with commas; "": random
 
     c.eval = ConfigDict()
     c.eval.k = 128  # candidates per query that the matching head re-ranks

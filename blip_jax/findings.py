@@ -30,8 +30,8 @@ def collect(cfg, workdir: pathlib.Path, corpora: list[str], seconds: dict[str, f
     """The `results` of report.write, from the folders that the stages of blip_jax/demo.py left in `workdir`."""
     worlds = {"web": open_source("web", cfg.data.train.web)}
     threshold = json.loads((workdir / "capfilt" / "summary.json").read_text(encoding="utf-8"))["threshold"]
-    nucleus, beam = (truth.noise_of(workdir / name, worlds, threshold) for name in ("capfilt", "capfilt-beam"))
     texts = {name: truth.judged(workdir / name, worlds) for name in ("capfilt", "capfilt-beam")}
+    nucleus, beam = (truth.noise_of(t, threshold) for t in texts.values())
     logs = {name: _rows(workdir / f"pretrain-{name}") for name in corpora}
     metrics = {name: _evaluation(rows) for name, rows in logs.items()}
     return {

@@ -84,11 +84,40 @@ def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, g
       over: "valid": the smoothing term is averaged over valid positions (torch >= 1.11); "all": over every position, ignored ones
         included, as torch 1.10 did when the published models were trained (pytorch#73205).
     """
-    logz = jax.nn.logsumexp(logits, axis=-1)
-    nll = logz - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    mean_z = jnp.sum(logits, axis=-1, where=jnp.arange(logits.shape[-1]) < vocab_size) / vocab_size
-    smooth = logz - mean_z
+    nll, smooth = _cross_entropy(logits, targets, vocab_size)
     nll, smooth, mask = (grouped(x, group_size) for x in (nll, smooth, mask))
     mean = lambda x, m: jnp.sum(x * m, axis=(1, 2)) / jnp.maximum(jnp.sum(m, axis=(1, 2)), 1)
     smooth_mean = mean(smooth, mask) if over == "valid" else jnp.mean(smooth, axis=(1, 2))
     return jnp.mean((1 - smoothing) * mean(nll, mask) + smoothing * smooth_mean)
+
+
+def text_ce(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, counted=None):
+    """Label-smoothed cross-entropy of each text, a sum over its positions: f32[A].
+
+    Args:
+      logits f32[A,T,Vp], targets i32[A,T], mask bool[A,T], over: as in `lm`.
+      counted: bool[T], the positions that "all" means; None: up to the longest text here, as in a batch padded to its longest.
+    """
+    nll, smooth = _cross_entropy(logits, targets, vocab_size)
+    everywhere = mask.any(0) if counted is None else counted
+    smoothed = mask if over == "valid" else everywhere
+    return jnp.sum((1 - smoothing) * nll * mask + smoothing * smooth * smoothed, axis=-1)
+
+
+def answers(logits, targets, mask, weights, questions: int, vocab_size: int, *, smoothing: float, over: str):
+    """VQA's loss f32[]: sum of weight * `text_ce` over the answers / number of questions (reference: BLIP's blip_vqa).
+
+    Args:
+      logits f32[A,T,Vp], targets i32[A,T], mask bool[A,T]: A answers of all the questions; smoothing, over: as in `text_ce`.
+      weights: f32[A], the share of people who gave the answer; 0 for a row that only fills the batch.
+      questions: number of questions (and images), by which the sum is divided, not by the answers.
+    """
+    return jnp.sum(weights * text_ce(logits, targets, mask, vocab_size, smoothing=smoothing, over=over)) / questions
+
+
+def _cross_entropy(logits, targets, vocab_size: int):
+    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T]; logits f32[B,T,Vp], targets i32[B,T]."""
+    logz = jax.nn.logsumexp(logits, axis=-1)
+    nll = logz - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    mean_z = jnp.sum(logits, axis=-1, where=jnp.arange(logits.shape[-1]) < vocab_size) / vocab_size
+    return nll, logz - mean_z

@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 
 from blip_jax import checkpoint, metrics, optim, sharding, steps, train_state
 from blip_jax.config import validate
+from blip_jax.convert.apply import folded
+from blip_jax.convert.rules import INITIAL
 from blip_jax.data.pipeline import EvalData, TrainData
 from blip_jax.data.text import Tokenizer
 from blip_jax.eval import retrieval
@@ -187,17 +189,17 @@ def evaluate(cfg, workdir, path="") -> dict:
     return result
 
 
-def fit_params(loaded: dict, shapes: dict, origin: str) -> dict:
+def fit_params(loaded: dict, shapes: dict, origin: str, partial: bool = False) -> dict:
     """Parameters of another run as this model's: the ViT's position table is resized, anything else must agree.
 
-    Leaves that this model has no place for (the decoder, when fine-tuning for retrieval) are left out and named.
-    ValueError: every parameter that is missing from `loaded` or has another shape.
+    Leaves that this model has no place for (the decoder, when fine-tuning for retrieval) are left out and named, with `partial` those
+    that are missing from `loaded`, too. ValueError: every parameter that is missing (without `partial`) or has another shape.
     """
-    found, out, problems = dict(optim.paths(loaded)), {}, []
+    found, out, problems, missing = dict(optim.paths(loaded)), {}, [], []
     for path, want in optim.paths(shapes):
         have = found.pop(path, None)
         if have is None:
-            problems.append(f"{path} is missing")
+            missing.append(path)
             continue
         if path == "vit/pos_embed" and have.shape != want.shape and have.shape[-1] == want.shape[-1]:
             say(f"{origin}: position table resized from {have.shape[0]} to {want.shape[0]} positions")
@@ -205,10 +207,13 @@ def fit_params(loaded: dict, shapes: dict, origin: str) -> dict:
         if have.shape != want.shape:
             problems.append(f"{path} is {list(have.shape)}, this config needs {list(want.shape)}")
         out[path] = np.asarray(have, want.dtype)
+    problems += [] if partial else [f"{path} is missing" for path in missing]
     if problems:
         raise ValueError("\n  ".join([f"{origin} holds another model:", *problems[:20],
                                       *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []),
                                       "give the model.* settings it was trained with, or another checkpoint"]))
+    if missing:
+        say(f"{origin}: {len(missing)} parameters are not in these initial weights and start random: {', '.join(folded(missing))}")
     if found:
         say(f"{origin}: {len(found)} parameters have no place in this model and are left out: "
             + ", ".join(sorted(found)[:8]) + (", ..." if len(found) > 8 else ""))
@@ -229,27 +234,84 @@ def check_resume(manager, step: int, run: Run) -> None:
 
 
 def _init_params(run: Run) -> dict | None:
-    """Parameters of `train.init_from` fitted to this model, or None for a random start. ValueError: another vocabulary's."""
-    origin = run.cfg.train.init_from
-    if not origin:
+    """Parameters of `train.init_from` fitted to this model, or None for a random start. ValueError: another vocabulary's.
+
+    Several origins, separated by commas, add up; of a parameter that two of them have, the later one's counts.
+    """
+    origins, vocab, loaded = _origins(run), pathlib.Path(run.cfg.text.vocab), {}
+    if not origins:
         return None
-    vocab = pathlib.Path(run.cfg.text.vocab)
-    copy = checkpoint.newest(origin).parent.parent / f"vocab{vocab.suffix}"
-    if copy.exists() and copy.read_bytes() != vocab.read_bytes():
-        raise ValueError(f"text.vocab is {vocab}, but train.init_from={origin} was trained with another vocabulary, kept in "
-                         f"{copy}: set text.vocab={copy}")
-    return fit_params(checkpoint.load_params(origin), optim.merge(run.shapes.params, run.shapes.frozen), origin)
+    for origin in origins:
+        copy = checkpoint.newest(origin).parent.parent / f"vocab{vocab.suffix}"
+        if copy.exists() and copy.read_bytes() != vocab.read_bytes():
+            raise ValueError(f"text.vocab is {vocab}, but train.init_from={origin} was trained with another vocabulary, kept in "
+                             f"{copy}: set text.vocab={copy}")
+        new = dict(optim.paths(checkpoint.load_params(origin)))
+        if both := sorted(new.keys() & loaded.keys()):
+            say(f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}")
+        loaded |= new
+    initial = all(_converted(origin).get("family") in INITIAL for origin in origins)
+    return fit_params(optim.nest(loaded.items()), optim.merge(run.shapes.params, run.shapes.frozen), " + ".join(origins), initial)
+
+
+def _origins(run: Run) -> list[str]:
+    return [origin.strip() for origin in run.cfg.train.init_from.split(",") if origin.strip()]
+
+
+def _converted(origin: str) -> dict:
+    """What `blip-jax convert` recorded in a checkpoint; {} for one of a run."""
+    return checkpoint.load_data(origin).get("converted", {})
 
 
 def _create(run: Run, loaded: dict | None):
     """A new state on the mesh; with `loaded`, parameters and momentum copies start from it."""
+    key = jax.random.key(run.cfg.seed)
     if loaded is None:
-        make = jax.jit(lambda key: train_state.create(run.cfg, run.model, run.tx, key), out_shardings=run.shardings)
-        return make(jax.random.key(run.cfg.seed))
+        return jax.jit(lambda key: train_state.create(run.cfg, run.model, run.tx, key), out_shardings=run.shardings)(key)
     say(f"parameters start from {run.cfg.train.init_from}")
-    make = jax.jit(lambda key, params: train_state.create(run.cfg, run.model, run.tx, key, params),
-                   out_shardings=run.shardings)
-    return make(jax.random.key(run.cfg.seed), jax.device_put(loaded, sharding.shardings_for(loaded, run.mesh)))
+    lacking = dict(optim.paths(optim.merge(run.shapes.params, run.shapes.frozen))).keys() - dict(optim.paths(loaded)).keys()
+
+    def create(key, params):
+        if lacking:
+            fresh = dict(optim.paths(train_state.init_params(run.cfg, run.model, jax.random.split(key, 3)[0])))
+            params = optim.merge(params, optim.nest((path, fresh[path]) for path in lacking))
+        return train_state.create(run.cfg, run.model, run.tx, key, params)
+
+    make = jax.jit(create, out_shardings=run.shardings)
+    state = make(key, jax.device_put(loaded, sharding.shardings_for(loaded, run.mesh)))
+    momentum = _init_momentum(run)
+    if momentum:
+        momentum = {name: x | momentum[name] if name in momentum else x for name, x in state.momentum.items()}
+        state = state.replace(momentum=jax.device_put(momentum, run.shardings.momentum))
+    return state
+
+
+def _init_momentum(run: Run) -> dict | None:
+    """Momentum copies and queue of a converted `train.init_from`, as far as this config has a place for them, else None.
+
+    What a run of ours left continues by resuming that run; a converted checkpoint can only be begun from.
+    """
+    want = run.shapes.momentum
+    origins = [origin for origin in _origins(run) if _converted(origin)]
+    momentum = checkpoint.load_momentum(origins[-1]) if want and origins else None
+    if not momentum:
+        return None
+    out, origin = {}, origins[-1]
+    if momentum.get("params"):
+        say(f"{origin}: the momentum encoder starts from its momentum encoder")
+        out["params"] = fit_params(momentum["params"], want["params"], f"momentum encoder of {origin}")
+    if momentum.get("queue") and want["queue"]:
+        have, need = momentum["queue"], want["queue"]
+        if have["img"].shape != need["img"].shape:
+            say(f"{origin}: its queues are of {len(have['img'])} features, loss.queue is {len(need['img'])}: they start anew")
+        else:
+            out["queue"] = {name: np.asarray(have[name]).astype(x.dtype) for name, x in need.items() if name in have}
+            if "image_id" in need and "image_id" not in have:  # of pre-training: as the original, from the beginning, of no image
+                del out["queue"]["ptr"]
+            else:  # enqueuing never wraps in the middle of a batch
+                out["queue"]["ptr"] -= out["queue"]["ptr"] % run.cfg.train.batch
+            say(f"{origin}: the queues start from its {len(have['img'])} features")
+    return out
 
 
 def _to_devices(local: dict, mesh, accumulate: int) -> dict:

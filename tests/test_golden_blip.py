@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from blip_jax import config, optim, steps, train_state
+from blip_jax import config, losses, optim, steps, train_state
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules import TIED
 from blip_jax.decode import beam, generate, sampling
-from blip_jax.models.blip import Blip
+from blip_jax.models.build import build
 from blip_jax.models.vit import resize_pos_embed
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent / "golden") / "blip"
@@ -35,17 +35,18 @@ class Case:
         s, self.family = self.meta["config"], family
         self.cfg = cfg = config.base("tiny")
         with cfg.unlocked():
-            cfg.objective = family if family in ("retrieval", "caption") else "pretrain"
+            cfg.objective = "pretrain" if family == "itm" else family
             cfg.model.vit.update(width=s["vw"], depth=s["vdepth"], heads=s["vheads"], mlp=4 * s["vw"], patch=s["patch"])
-            cfg.model.med.update(width=s["tw"], layers=s["tl"], heads=s["th"], mlp=s["ti"], positions=s["pos"], vocab_size=s["vocab"])
+            layers = s["nl_tl"] if family == "nlvr" else s["tl"]
+            cfg.model.med.update(width=s["tw"], layers=layers, heads=s["th"], mlp=s["ti"], positions=s["pos"], vocab_size=s["vocab"])
             cfg.model.update(img_size=s["img"], embed_dim=s["embed"], dropout=0.0, dtype="float32")
-            cfg.model.update(encoder=family != "caption", decoder=family in ("pretrain", "caption"))
+            cfg.model.update(encoder=family != "caption", decoder=family in ("pretrain", "caption", "vqa"))
             cfg.loss.update(queue=s["queue"], smoothing_over="valid")
             cfg.text.max_len = s["L"]
-        self.model = Blip.from_config(cfg.model)
+        self.model = build(cfg)
         tensors = load_file(GOLDEN / (weights or name) / "weights.safetensors")
         self.loaded = jax.tree.map(jnp.asarray, from_torch(family, tensors, vit_heads=s["vheads"], med_heads=s["th"]))
-        assert (self.model.dec_id, self.model.enc_id) == (self.meta["tokens"]["dec"], self.meta["tokens"]["enc"])
+        assert self.model.enc_id == self.meta["tokens"]["enc"] == self.meta["tokens"]["dec"] + 1
 
     def batch(self, suffix=""):
         img = jnp.asarray(self.io["image" + suffix]).transpose(0, 2, 3, 1)
@@ -236,7 +237,7 @@ def test_golden_pos_embed_resize():
         close(resize_pos_embed(io[sources[0]][0], io[target].shape[1]), io[target][0], what=target)
 
 
-@pytest.mark.parametrize("family", ["pretrain", "retrieval", "itm"])
+@pytest.mark.parametrize("family", ["pretrain", "retrieval", "itm", "vqa", "nlvr"])
 def test_golden_weights_round_trip_bitwise(family):
     case = Case(family, family)
     tensors = load_file(GOLDEN / family / "weights.safetensors")
@@ -314,3 +315,77 @@ def test_golden_caption_nucleus_step():
     np.put_along_axis(ours, np.asarray(order), np.asarray(probs), axis=1)
     close(ours[:, : case.meta["config"]["vocab"]], case.io["nucleus_probs"], 1e-6)
     assert not ours[:, case.meta["config"]["vocab"] :].any()
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+def vqa_case():
+    """The case, question states [B,S,D] and the questions' mask bool[B,S]."""
+    case = Case("vqa", "vqa")
+    kv = case.apply("image_kv", case.apply("encode_image", jnp.asarray(case.io["image"]).transpose(0, 2, 3, 1)))
+    mask = jnp.asarray(case.io["question_mask"] > 0)
+    return case, case.apply("encode_question", jnp.asarray(case.io["question_ids"], jnp.int32), mask, kv), mask
+
+
+def answer_loss(case, params):
+    """The weighted loss of all answers, with question and image encoded inside, so that it has a gradient in every parameter."""
+    io, V = case.io, case.meta["config"]["vocab"]
+    apply = lambda method, *args, **kwargs: case.model.apply({"params": params}, *args, method=method, **kwargs)
+    mask, ids, txt_mask = jnp.asarray(io["question_mask"] > 0), jnp.asarray(io["answer_ids"], jnp.int32), jnp.asarray(io["answer_mask"] > 0)
+    kv = apply("image_kv", apply("encode_image", jnp.asarray(io["image"]).transpose(0, 2, 3, 1)))
+    states = apply("encode_question", jnp.asarray(io["question_ids"], jnp.int32), mask, kv)
+    question = np.repeat(np.arange(len(io["n"])), io["n"])
+    logits = apply("lm_logits", ids, txt_mask, apply("question_kv", states), mask, of=jnp.asarray(question))
+    return losses.answers(logits, ids[:, 1:], txt_mask[:, 1:], jnp.asarray(io["weights"]), len(io["n"]), V, smoothing=0.1, over="valid")
+
+
+def test_golden_vqa_states_loss_and_gradients():
+    case, states, _ = vqa_case()
+    close(states, case.io["question_states"])
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: answer_loss(case, p)))(case.loaded["params"])
+    close(loss, case.io["loss"])
+    if any(k.startswith("grad/") for k in case.io.files):
+        check_grads(case, to_torch("vqa", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=case.meta["config"]["vocab"]))
+
+
+def test_golden_vqa_rank():
+    case, states, mask = vqa_case()
+    kv = case.apply("question_kv", states)
+    ids, txt_mask = jnp.asarray(case.io["candidate_ids"], jnp.int32), jnp.asarray(case.io["candidate_mask"] > 0)
+    ks = [int(name[len("rank_k"):]) for name in case.io.files if re.fullmatch(r"rank_k\d+", name)]
+    assert ks
+    for k in ks:
+        best, _ = case.apply("rank_answers", ids, txt_mask, kv, mask, k=k, smoothing_over="valid")
+        assert best.shape == (len(states), min(k, len(ids)))
+        np.testing.assert_array_equal(best[:, 0], case.io[f"rank_k{k}"])
+
+
+def test_golden_vqa_beams():
+    case, states, _ = vqa_case()
+    kv, tokens, B = case.apply("question_kv", states), case.meta["tokens"], len(states)
+    names = [name for name in case.io.files if name.startswith("generate_beam")]
+    assert names
+    for name in names:  # questions' padding is not masked here, as the original
+        how, prompt = beam.Beam(beams=int(name[len("generate_beam"):]), min_length=1, max_length=10), jnp.full((B, 1), tokens["dec"])
+        logits, cache = extend_of(case, kv)(prompt, 0, case.model.empty_cache(B, how.max_length))
+        cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=0), cache)
+        ids, _, _ = jax.jit(lambda: beam.search(extend_of(case, kv), logits, cache, prompt, how, 1, eos=tokens["sep"], pad=tokens["pad"]))()
+        theirs = case.io[name]
+        np.testing.assert_array_equal(ids[:, 0, : theirs.shape[1]], theirs)
+        assert (ids[:, 0, theirs.shape[1] :] == tokens["pad"]).all()
+
+
+# --- two images -------------------------------------------------------------------------------------------------------
+def test_golden_nlvr_prediction_loss_and_gradients():
+    case = Case("nlvr", "nlvr")
+    batch, targets = case.batch(), jnp.asarray(case.io["targets"], jnp.int32)
+
+    def loss(params):
+        img_tok = case.model.apply({"params": params}, batch["img"], method="encode_image")
+        logits = case.model.apply({"params": params}, batch["ids"], batch["txt_mask"], *jnp.split(img_tok, 2), method="classify")
+        return losses.itm(logits, targets)[0], logits
+
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.loaded["params"])
+    close(logits, case.io["prediction"])
+    close(value, case.io["loss"])
+    if any(k.startswith("grad/") for k in case.io.files):
+        check_grads(case, to_torch("nlvr", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=case.meta["config"]["vocab"]))

@@ -38,7 +38,7 @@ def test_noise_is_measured_against_what_is_in_the_pictures(tmp_path):
                Row(f"k{i}", "web", i, world.clean_captions(i, 2)[1] if i % 3 else "a purple cow", "synthetic", 0.7 if i % 2 else 0.3, 0.0, -3.0)]
         rows += decisions.judge(own, 0.5)
     write_run(tmp_path, rows + decisions.unreadable("lost", "web", 0, [], "truncated picture"))
-    found = truth.noise_of(tmp_path, {"web": world}, 0.5)
+    found = truth.noise_of(truth.judged(tmp_path, {"web": world}), 0.5)
     kinds = [world.web_captions(i)[0][0] for i in range(60)]
     false_web = sum(k is not None for k in kinds)
     assert found["before"] == pytest.approx(false_web / 60) and found["web_after"] == 0 and found["auc_wrong"] == 1
@@ -57,5 +57,5 @@ def test_nothing_kept_has_no_precision(tmp_path):
     rows = [r for i in range(20) for r in decisions.judge(
         [Row(f"k{i}", "web", i, text.clean_caption(world.web_captions(i)[0][1], 30) or "x", "web", i / 100, 0.0)], 0.5)]
     write_run(tmp_path, rows)
-    found = truth.noise_of(tmp_path, {"web": world}, 0.5)
+    found = truth.noise_of(truth.judged(tmp_path, {"web": world}), 0.5)
     assert found["precision"] is None and found["after"] is None and found["recall"] == 0

@@ -1,46 +1,24 @@
-"""transformers' BLIP captioner with our weights, the peer of `bench/caption.py`: the only module here that needs torch."""
+"""transformers' BLIP captioner with our weights, the peer of `bench/caption.py`; needs torch and transformers."""
 
 from __future__ import annotations
 
-import re
 from typing import Mapping
 
 import numpy as np
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 from blip_jax.convert.apply import to_torch
+from blip_jax.convert.hf import to_hf
+from blip_jax.convert.hf_config import model_json
 from blip_jax.models.vit import PIXEL_MEAN, PIXEL_STD
 
-VISION_NAMES = (  # the original's names of the vision tower -> transformers', in this order
-    (r"^visual_encoder\.(cls_token|pos_embed|patch_embed\.proj)", r"vision_model.embeddings.\1"),
-    (r"embeddings\.cls_token", "embeddings.class_embedding"),
-    (r"embeddings\.pos_embed", "embeddings.position_embedding"),
-    (r"embeddings\.patch_embed\.proj", "embeddings.patch_embedding"),
-    (r"^visual_encoder\.norm", "vision_model.post_layernorm"),
-    (r"^visual_encoder\.blocks", "vision_model.encoder.layers"),
-    (r"^(vision_model\.encoder\.layers\.\d+)\.attn\.proj", r"\1.self_attn.projection"),
-    (r"^(vision_model\.encoder\.layers\.\d+)\.attn", r"\1.self_attn"),
-    (r"^(vision_model\.encoder\.layers\.\d+)\.norm", r"\1.layer_norm"),
-)
-
-
-def peer_name(name: str) -> str:
-    """The name that transformers gives to a tensor of the original's caption checkpoint; text names are the same."""
-    for pattern, new in VISION_NAMES:
-        name = re.sub(pattern, new, name)
-    return name
+CLASSES = {"caption": BlipForConditionalGeneration, "itm": BlipForImageTextRetrieval, "vqa": BlipForQuestionAnswering}
 
 
 def peer_config(model, *, eos: int, pad: int) -> BlipConfig:
     """The sizes of our `cfg.model`, with the constants of the original where transformers' defaults differ (heads, eps)."""
-    vit, med = model.vit, model.med
-    text = dict(vocab_size=med.vocab_size, hidden_size=med.width, encoder_hidden_size=vit.width, intermediate_size=med.mlp,
-                num_hidden_layers=med.layers, num_attention_heads=med.heads, max_position_embeddings=med.positions,
-                layer_norm_eps=1e-12, bos_token_id=med.vocab_size - 2, eos_token_id=eos, sep_token_id=eos, pad_token_id=pad)
-    vision = dict(hidden_size=vit.width, intermediate_size=vit.mlp, num_hidden_layers=vit.depth, num_attention_heads=vit.heads,
-                  image_size=model.img_size, patch_size=vit.patch, layer_norm_eps=1e-6)
-    return BlipConfig(text_config=text, vision_config=vision)
+    return BlipConfig.from_dict(model_json("caption", model, sep=eos, pad=pad))
 
 
 class Peer:
@@ -53,7 +31,7 @@ class Peer:
     def __init__(self, model, params: Mapping, dtype: str, *, eos: int, pad: int):
         tensors = to_torch("caption", {"params": params}, vocab_size=model.med.vocab_size)
         self.net = BlipForConditionalGeneration(peer_config(model, eos=eos, pad=pad)).eval()
-        self.net.load_state_dict({peer_name(k): torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
+        self.net.load_state_dict({to_hf(k): torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
         self.net = self.net.to(getattr(torch, dtype))
         self.eos, self.pad = eos, pad
 
@@ -91,3 +69,30 @@ class Peer:
         return self.net.text_decoder.generate(
             input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states, eos_token_id=self.eos,
             pad_token_id=self.pad, encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long), **how).numpy()
+
+
+@torch.inference_mode()
+def outputs(family: str, model, params: Mapping, img: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What transformers' model of a family (a key of CLASSES) with our parameters makes of random input: name -> f32.
+
+    model: our `cfg.model`; img: normalised f32[B,S,S,3]; ids: i32[B,T], all real; decoders begin with [DEC] in their place.
+    """
+    tensors = to_torch(family, {"params": params}, vocab_size=model.med.vocab_size)
+    net = CLASSES[family](BlipConfig.from_dict(model_json(family, model, sep=0, pad=0))).eval()
+    missing, unexpected = net.load_state_dict({to_hf(k): torch.from_numpy(x) for k, x in tensors.items()}, strict=False)
+    if missing or any("decoder.weight" not in k and "decoder.bias" not in k for k in unexpected):
+        raise ValueError(f"transformers' {type(net).__name__} lacks {missing} and does not know {unexpected}")
+    pixels, ids = torch.from_numpy(np.ascontiguousarray(img.transpose(0, 3, 1, 2))), torch.from_numpy(ids.astype(np.int64))
+    decoded = torch.cat([torch.full_like(ids[:, :1], model.med.vocab_size - 2), ids[:, 1:]], dim=1)
+    mask = torch.ones_like(ids)
+    if family == "caption":
+        out = {"caption logits": net(pixel_values=pixels, input_ids=decoded, attention_mask=mask).logits[:, :-1]}
+    elif family == "itm":
+        score = lambda head: net(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_itm_head=head)[0]
+        out = {"matching logits": score(True), "cosines": score(False)}
+    else:
+        img_tok = net.vision_model(pixel_values=pixels)[0]
+        states = net.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=img_tok)[0]
+        answers = net.text_decoder(input_ids=decoded, attention_mask=mask, encoder_hidden_states=states)
+        out = {"question states": states, "answer logits": answers.logits[:, :-1]}
+    return {name: x.numpy() for name, x in out.items()}

@@ -25,6 +25,7 @@ from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
 from blip_jax.data import pipeline, text
 from blip_jax.data.text import Tokenizer
 from blip_jax.interrupt import Interrupt
+from blip_jax.models.dense import rounded
 from blip_jax.summary import say
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
@@ -101,8 +102,8 @@ def _decided(cfg, data: Records, captioner: settings.Part, judge: settings.Part,
     make = devices.compiled(caption.captioner(captioner.model, tokenizer, cfg.text.prompt, method))
     view = devices.compiled(viewer(judge.model))
     score = devices.compiled(scorer(judge.model))
-    caption_params = devices.whole(captioner.params)
-    filter_params = caption_params if judge.params is captioner.params else devices.whole(judge.params)
+    caption_params = devices.whole(rounded(captioner.params, captioner.model.dtype))
+    filter_params = caption_params if judge.params is captioner.params else devices.whole(rounded(judge.params, judge.model.dtype))
     size, prompt_len = cfg.device_batch * devices.count, len(caption.prompt_ids(tokenizer, cfg.text.prompt))
 
     def captioned(batches):

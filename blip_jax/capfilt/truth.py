@@ -56,15 +56,15 @@ def roc(scores, positive) -> tuple[list[tuple[float, float]], float]:
     return [(float(fpr[i]), float(tpr[i])) for i in shown], float(np.trapezoid(tpr, fpr))
 
 
-def noise_of(run, worlds: dict[str, Scenes], threshold: float) -> dict:
-    """Noise before and after, precision, recall and ROC of the filter, all on texts that were scored or are empty.
+def noise_of(texts: list[Judged], threshold: float) -> dict:
+    """Of all texts of a run: noise before and after, precision, recall and ROC of the filter, all on texts that were scored or are empty.
 
     {"threshold", "before" and "after": share of false texts among the web's, among all that is kept; "web_after",
     "synthetic_before", "synthetic_after"; "precision", "recall" of keeping true texts, web and synthetic; "auc", "roc" of the
     matching probability over these; "auc_wrong": clean web captions against captions of other pictures; "rows": [(kind of web
     noise, texts, share dropped)], "hist": {"true", "false": texts by matching probability, "edges"}}; shares of no text are None
     """
-    texts = [j for j in judged(run, worlds) if j.row.reason != decisions.REPEATED]
+    texts = [j for j in texts if j.row.reason != decisions.REPEATED]
     scored = [j for j in texts if j.row.itm is not None]
     web, synthetic = ([j for j in texts if j.row.source == s] for s in decisions.SOURCES)
     kept = [j for j in texts if j.row.kept]

@@ -1,107 +1,235 @@
-"""Runs the key tables of `rules.py` in both directions on numpy arrays; collects every problem and raises once."""
+"""Runs the key tables of `rules.py` in both directions on arrays; collects every problem and raises once."""
 
 from __future__ import annotations
 
+import collections
 import re
-from typing import Mapping
+from typing import Iterable, Iterator, Mapping, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from blip_jax.convert.rules import FAMILIES, IGNORED, TIED
+from blip_jax.convert.rules import FAMILIES, FIRST_LAYER, IGNORED, OPTIONAL, TIED
 from blip_jax.models.med import padded_vocab
 
 
+COUNTERS = ("queue/ptr", "queue/image_id")  # endings of the paths that hold integers, 64 bits wide in the originals' files
+
+
+class Row(NamedTuple):
+    """A row of a family's table, for a number of layers: all its torch keys, and where they go."""
+
+    keys: list[str]
+    path: str
+    layout: str
+    shape: str
+    stacked: bool  # whether the keys are slices of one parameter
+
+
 def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int, med_heads: int) -> dict:
-    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}.
+    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}; f32 (counters as they are).
 
     Args:
       family: a key of `rules.FAMILIES`.
-      tensors: arrays under the original's names; tied copies may be present and must then be equal.
+      tensors: arrays under the original's names, or what `numpy.asarray` reads and has shape and dtype. Tied copies may be present
+        and must then be equal; an optional group (`rules.OPTIONAL`) may be absent. What needs no rearranging is not copied.
       vit_heads, med_heads: not stored in the tensors, so they must be given.
-    Raises: ValueError listing all missing, unknown, unequal and misshapen keys together.
+    Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite together.
     """
-    problems, out, used = [], {}, set()
-    for torch_key, path, layout in FAMILIES[family]:
-        keys = _numbered(torch_key, tensors)
-        used.update(keys)
-        missing = [k for k in keys if k not in tensors] or ([torch_key] if not keys else [])
-        if missing:
-            problems.append(f"missing: {', '.join(missing)}")
+    table = rows(family, tensors)
+    problems = check_keys(family, tensors, table)
+    sizes = infer(table, tensors)
+    problems += _check_shapes(table, tensors, sizes, vit_heads, med_heads)
+    problems += _check_values(family, tensors, table)
+    if problems:
+        raise ValueError("\n  ".join([f"this is not a complete {family!r} state dict:", *problems]))
+    out: dict = {}
+    for row in table:
+        heads = vit_heads if "/vit/" in row.path else med_heads
+        for path, x in _read(row, tensors, heads):
+            _put(out, path, x)
+    return out
+
+
+def rows(family: str, tensors: Iterable[str]) -> list[Row]:
+    """The table of a family with a key for every layer that any of `tensors` (their names) belongs to; absent groups left out.
+
+    ViT and MED each have one number of layers, the largest found, so that a layer that some module lacks counts as missing.
+    """
+    absent = {key for _, keys in absent_groups(family, tensors) for key in keys}
+    counts = layer_counts(family, tensors)
+    out = []
+    for key, path, layout, shape in FAMILIES[family]:
+        if key in absent:
             continue
-        heads = vit_heads if "/vit/" in path else med_heads
-        try:
-            for p, x in _read(torch_key, keys, path, layout, tensors, heads):
-                _put(out, p, x)
-        except (ValueError, IndexError) as e:
-            problems.append(f"misshapen: {torch_key} {[tensors[k].shape for k in keys][:2]}: {e}")
-    for copy, original in TIED[family]:
-        for k in _numbered(copy, tensors):
-            used.add(k)
-            twin = _twin(copy, original, k)
-            if k in tensors and twin in tensors and not np.array_equal(tensors[k], tensors[twin]):
-                problems.append(f"tied but unequal: {k} and {twin}")
-    unknown = [k for k in tensors if k not in used and not any(re.search(p, k) for p in IGNORED)]
-    if unknown:
-        problems.append(f"not in the table of family {family!r}: {', '.join(sorted(unknown))}")
-    if problems:
-        raise ValueError(f"this is not a complete {family!r} state dict:\n  " + "\n  ".join(problems))
+        first, stacked = FIRST_LAYER.get(path, 0), "{i:02d}" not in path and "{i}" in key
+        keys = [key.format(i=i) for i in range(first, counts["/vit/" in path])] if "{i}" in key else [key]
+        out.append(Row(keys, path, layout, shape, stacked))
     return out
 
 
-def to_torch(family: str, state: dict, *, vocab_size: int) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: nested dict {"params", "momentum"} -> arrays under the original's names, tied copies included.
+def layer_counts(family: str, tensors: Iterable[str]) -> dict[bool, int]:
+    """{True: blocks of the ViT, False: layers of the MED}: one more than the highest number in a torch key."""
+    counts, parts = {True: 0, False: 0}, {}
+    for key, path, *_ in FAMILIES[family]:
+        if "{i}" in key:
+            parts[key.split("{i}")[0]] = "/vit/" in path
+    pattern = re.compile("(" + "|".join(map(re.escape, parts)) + r")(\d+)[./]")
+    for name in tensors:
+        if parts and (match := pattern.match(name)):
+            vit = parts[match[1]]
+            counts[vit] = max(counts[vit], int(match[2]) + 1)
+    return counts
 
-    The padding rows of the stored vocabulary (from vocab_size on) are dropped. ValueError lists all parameters that are missing.
-    """
-    out, problems = {}, []
-    for torch_key, path, layout in FAMILIES[family]:
-        try:
-            out |= dict(_write(torch_key, path, layout, state, vocab_size))
-        except KeyError as e:
-            problems.append(f"{path} (no {e})")
-    if problems:
-        raise ValueError(f"the state lacks parameters of family {family!r}:\n  " + "\n  ".join(problems))
+
+def absent_groups(family: str, tensors: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """The optional groups of which `tensors` has nothing: (what it is, its torch keys in the table)."""
+    out = []
+    for what, pattern in OPTIONAL.get(family, ()):
+        if not any(re.fullmatch(pattern, name) for name in tensors):
+            out.append((what, [row[0] for row in FAMILIES[family] if re.fullmatch(pattern, row[0])]))
+    return out
+
+
+def paths_of(family: str) -> str:
+    """A regex of the paths of our parameters that a family's table fills."""
+    paths = (re.escape(path).replace(r"\{qkv\}", "[qkv]").replace(r"\{i:02d\}", r"\d\d") for _, path, *_ in FAMILIES[family])
+    return "|".join(dict.fromkeys(paths))
+
+
+def copies(family: str, table: list[Row]) -> Iterator[tuple[str, str]]:
+    """(torch key of a tied copy, torch key of its original) for every layer."""
+    present = [key for row in table for key in row.keys]
     for copy, original in TIED[family]:
-        if "{i}" in copy:
-            pattern = re.escape(original).replace(r"\{i\}", r"(\d+)")
-            out |= {copy.format(i=m[1]): x for k, x in list(out.items()) if (m := re.fullmatch(pattern, k))}
+        pattern = re.compile(re.escape(original).replace(r"\{i\}", r"(\d+)"))
+        for key in present:
+            if match := pattern.fullmatch(key):
+                yield copy.format(i=match[1]) if match.groups() else copy, key
+
+
+def buffers(names: Iterable[str]) -> dict[str, str]:
+    """Torch keys of the originals' buffers of positions 0, 1, ..., each with the key of the position table beside it."""
+    table = "embeddings.position_embeddings.weight"
+    return {name.replace(table, "embeddings.position_ids"): name for name in names if name.endswith(table)}
+
+
+def check_keys(family: str, tensors: Iterable[str], table: list[Row]) -> list[str]:
+    """What is missing, and what neither the table nor the list of rightly ignored names knows."""
+    expected = {key for row in table for key in row.keys}
+    known = expected | {copy for copy, _ in copies(family, table)}
+    missing = [key for row in table for key in row.keys if key not in tensors]
+    unknown = [k for k in tensors if k not in known and not any(re.search(p, k) for p in IGNORED[family])]
+    if FAMILIES[family] and not any(layer_counts(family, tensors).values()):
+        missing.append("all layers")
+    return [f"{what}: {', '.join(folded(keys))}" for what, keys in
+            (("missing", missing), (f"not in the table of family {family!r}", unknown)) if keys]
+
+
+def folded(keys: Iterable[str]) -> list[str]:
+    """Names that differ in one number only as one: ["a.0.b", "a.1.b", "a.3.b"] -> ["a.{0-1,3}.b"]"""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        match = re.search(r"(?<=[._])\d+(?=[./])", key)
+        numbers = groups.setdefault(key if match is None else key[: match.start()] + "{}" + key[match.end():], [])
+        numbers += [] if match is None else [match[0]]
+    return [name.replace("{}", _ranges(numbers)) if numbers else name for name, numbers in groups.items()]
+
+
+def _ranges(numbers: list[str]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    parts: list[list[int]] = []
+    for n in sorted({int(n) for n in numbers}):
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
         else:
-            out[copy] = out[original]
+            parts.append([n, n])
+    return "{" + ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts) + "}"
+
+
+def infer(table: list[Row], tensors: Mapping) -> dict[str, int]:
+    """The size that each letter of the shapes stands for: what most tensors say."""
+    votes: dict[str, collections.Counter] = {}
+    for row in table:
+        words = row.shape.split()
+        for key in row.keys:
+            shape = tensors[key].shape if key in tensors else ()
+            for word, n in zip(words, shape) if len(words) == len(shape) else ():
+                if word.isalpha():
+                    votes.setdefault(word, collections.Counter())[n] += 1
+    return {letter: found.most_common(1)[0][0] for letter, found in votes.items()}
+
+
+def shape_of(words: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """"3D D" with the sizes of the letters -> (3 * D, D). KeyError: a letter without a size."""
+    parts = [re.fullmatch(r"(\d*)([A-Za-z]?)", word).groups() for word in words.split()]
+    return tuple(int(n or 1) * (sizes[letter] if letter else 1) for n, letter in parts)
+
+
+def _check_shapes(table, tensors, sizes, vit_heads: int, med_heads: int) -> list[str]:
+    out = []
+    for row in table:
+        for key in row.keys:
+            if key in tensors and set(re.findall("[A-Za-z]", row.shape)) <= sizes.keys():
+                expected, found = shape_of(row.shape, sizes), tuple(tensors[key].shape)
+                if found != expected:
+                    out.append(f"misshapen: {key} is {list(found)}, the other tensors imply {list(expected)}")
+            elif key in tensors:
+                out.append(f"misshapen: {key} is {list(tensors[key].shape)}, not of the form [{', '.join(row.shape.split())}]")
+    for letter, heads, part in (("D", vit_heads, "ViT"), ("W", med_heads, "MED")):
+        if letter in sizes and (heads < 1 or sizes[letter] % heads):
+            out.append(f"the {part}'s width {sizes[letter]} does not divide into {heads} heads")
+    if "P" in sizes and (sizes["P"] - 1) != int((sizes["P"] - 1) ** 0.5) ** 2:
+        out.append(f"the position table has {sizes['P']} rows: it must be 1 + a square")
+    if {"N", "H", "D"} <= sizes.keys() and sizes["N"] * sizes["H"] != sizes["D"]:
+        out.append(f"{sizes['N']} heads of {sizes['H']} do not make the width {sizes['D']}")
     return out
 
 
-def _numbered(key: str, tensors) -> list[str]:
-    """The torch keys of a row, one per layer for keys with {i}; layers are counted from 0 to the highest one present."""
-    if "{i}" not in key:
-        return [key]
-    pattern = re.compile(re.escape(key).replace(r"\{i\}", r"(\d+)"))
-    found = [int(m[1]) for k in tensors if (m := pattern.fullmatch(k))]
-    return [key.format(i=i) for i in range(max(found) + 1)] if found else []
+def _check_values(family: str, tensors, table) -> list[str]:
+    """Numbers that are no numbers, and tied copies that differ."""
+    kinds, unequal = [], []
+    broken = []
+    for row in table:
+        counts = row.path.endswith(COUNTERS)
+        for key in (k for k in row.keys if k in tensors):
+            dtype = tensors[key].dtype
+            if not jnp.issubdtype(dtype, np.integer if counts else np.floating):
+                kinds.append(f"misshapen: {key} holds {dtype}, expected {'integers' if counts else 'floating-point numbers'}")
+            elif not counts and not _finite(as_float32(tensors[key])):
+                broken.append(key)
+    for copy, original in copies(family, table):
+        if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
+            unequal.append(f"{copy} and {original}")
+    return (kinds + [f"NaN or infinite: {', '.join(folded(broken))}"] * bool(broken)
+            + [f"tied but unequal: {', '.join(folded(sorted(unequal)))}"] * bool(unequal))
 
 
-def _twin(copy: str, original: str, key: str) -> str:
-    if "{i}" not in copy:
-        return original
-    return original.format(i=re.fullmatch(re.escape(copy).replace(r"\{i\}", r"(\d+)"), key)[1])
+def _finite(x) -> bool:
+    return x.size == 0 or bool(np.isfinite(x.min()) and np.isfinite(x.max()))
 
 
-def _read(torch_key, keys, path, layout, tensors, heads):
+def as_float32(x) -> np.ndarray:
+    """An array as f32, without a copy where it is; integers as they are."""
+    x = np.asarray(x)
+    return np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, np.floating) else x
+
+
+def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
     """(our path, our array) of one row: one array per layer, or one stack of all layers, or just one."""
-    parts = [_to_ours(tensors[k], layout, heads) for k in keys]  # per layer, {q|k|v or "": array}
-    for part in parts[0]:
-        ours = path.replace("{qkv}", part)
-        if "{i:02d}" in path:
-            yield from ((ours.format(i=i), p[part]) for i, p in enumerate(parts))
-        elif "{i}" in torch_key:
-            yield ours, np.stack([p[part] for p in parts])
-        else:
-            yield ours, parts[0][part]
+    first, stacks = FIRST_LAYER.get(row.path, 0), {}
+    for i, key in enumerate(row.keys):
+        for part, x in _to_ours(as_float32(tensors[key]), row.layout, heads).items():
+            path = row.path.replace("{qkv}", part)
+            if row.stacked:
+                stacks.setdefault(path, np.empty((len(row.keys), *x.shape), x.dtype))[i] = x
+            else:
+                yield path.replace("{i:02d}", f"{i + first:02d}"), x
+    yield from stacks.items()
 
 
-def _to_ours(x, layout, heads) -> dict:
+def _to_ours(x, layout: str, heads: int) -> dict[str, np.ndarray]:
     if layout in ("qkv", "qkv_bias"):
-        if x.shape[0] % 3:
-            raise ValueError("rows are not three equal blocks")
         return {name: _to_ours(block, layout.replace("qkv", "heads_in"), heads)[""]
                 for name, block in zip("qkv", np.split(x, 3, axis=0))}
     rows = x.shape[0] if x.ndim else 1
@@ -120,14 +248,51 @@ def _to_ours(x, layout, heads) -> dict:
     }[layout]()}
 
 
-def _write(torch_key, path, layout, state, vocab_size):
+def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = False) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: nested dict {"params", "momentum"} -> arrays under the original's names, tied copies included.
+
+    The padding rows of the stored vocabulary (from vocab_size on) are dropped; a tied copy is the same array as its original. An
+    optional group of which the state has nothing is left out. consume: takes what was written out of `state`, so that the two are
+    never in memory together. ValueError lists all parameters that are missing.
+    """
+    out, problems = {}, []
+    absent = {row[0] for _, pattern in OPTIONAL.get(family, ()) for row in _unless_held(family, pattern, state)}
+    for torch_key, path, layout, _ in FAMILIES[family]:
+        if torch_key in absent:
+            continue
+        try:
+            written = _write(torch_key, path, layout, state, vocab_size, consume)
+            out |= {key: x.astype(np.int64) if path.endswith(COUNTERS) else x for key, x in written}
+        except KeyError as e:
+            problems.append(f"{path} (no {e})")
+    if problems:
+        raise ValueError(f"the state lacks parameters of family {family!r}:\n  " + "\n  ".join(problems))
+    for copy, original in copies(family, [Row(list(out), "", "", "", False)]):
+        out[copy] = out[original]
+    return out
+
+
+def _unless_held(family: str, pattern: str, state: Mapping) -> list[tuple]:
+    """The rows of an optional group if the state holds nothing of it, else none."""
+    group = [row for row in FAMILIES[family] if re.fullmatch(pattern, row[0])]
+
+    def held(path):
+        try:
+            return _get(state, path.replace("{qkv}", "q").replace("{i:02d}", "00")) is not None
+        except KeyError:
+            return False
+
+    return [] if any(held(path) for _, path, *_ in group) else group
+
+
+def _write(torch_key, path, layout, state, vocab_size, consume):
     """(torch key, torch array) of one row."""
     if "{i:02d}" in path:
         layers = sum(name.startswith("layer_") for name in _get(state, path.split("/layer_")[0]))
-        for i in range(layers):
-            yield torch_key.format(i=i), _to_torch([_get(state, path.format(i=i))], layout, vocab_size)
+        for i in range(FIRST_LAYER.get(path, 0), layers):
+            yield torch_key.format(i=i), _to_torch([_get(state, path.format(i=i), consume)], layout, vocab_size)
         return
-    arrays = [_get(state, path.replace("{qkv}", c)) for c in ("qkv" if "{qkv}" in path else " ")]
+    arrays = [_get(state, path.replace("{qkv}", c), consume) for c in ("qkv" if "{qkv}" in path else " ")]
     if "{i}" in torch_key:
         for i in range(len(arrays[0])):
             yield torch_key.format(i=i), _to_torch([a[i] for a in arrays], layout, vocab_size)
@@ -139,7 +304,7 @@ def _to_torch(arrays, layout, vocab_size):
     if layout in ("qkv", "qkv_bias"):
         return np.concatenate([_to_torch([a], layout.replace("qkv", "heads_in"), vocab_size) for a in arrays])
     x = np.asarray(arrays[0])
-    return np.ascontiguousarray({
+    return np.asarray({
         "same": lambda: x,
         "lead": lambda: x[None],
         "lead2": lambda: x[None, None],
@@ -151,13 +316,14 @@ def _to_torch(arrays, layout, vocab_size):
         "heads_in_bias": lambda: x.reshape(-1),
         "heads_out": lambda: x.reshape(-1, x.shape[-1]).T,
         "vocab": lambda: x[:vocab_size],
-    }[layout]())
+    }[layout](), order="C")
 
 
-def _get(tree, path: str):
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
+def _get(tree, path: str, take: bool = False):
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree[parent]
+    return tree.pop(name) if take else tree[name]
 
 
 def _put(tree: dict, path: str, x) -> None:

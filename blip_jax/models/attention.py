@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip_jax.models.dense import Dense, DenseGeneral, dot_general
 from blip_jax.sharding import constrain
 
 
@@ -24,28 +25,31 @@ def attention(q, k, v, mask=None, drop: Callable = lambda p: p):
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
     p = drop(jax.nn.softmax(s, axis=-1).astype(v.dtype))
-    return jnp.einsum("BNTS,BSNH->BTNH", p, v)
+    return jnp.moveaxis(dot_general(p, v, (((3,), (1,)), ((0, 1), (0, 2)))), 1, 2)  # B N T H -> B T N H
 
 
-def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable = lambda p: p):
+def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable = lambda p: p, kv_mask=None):
     """Attention of G texts per image to that image's keys and values, which are never repeated per text.
 
     Args:
       q: [B*G,T,N,H], row b*G + g (so that rows stay with their image when B is split over devices); k, v: [B,P,N,H].
       img_idx: one entry per group: None (text g of image b looks at image b) or i32[B] (it looks at image img_idx[g][b]).
+      kv_mask: bool[B,P], True = a key that is attended to; None = all.
     Returns: [B*G,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
     """
     G, (B, _, N, H), T = len(img_idx), k.shape, q.shape[1]
     q = q.reshape(B, G, T, N, H)
     own = [g for g in range(G) if img_idx[g] is None]
     outs: list[Any] = [None] * G
+    mask = None if kv_mask is None else kv_mask[:, None, None]
     if own:
         folded = jnp.concatenate([q[:, g] for g in own], axis=1)  # B, len(own)*T, N, H
-        for g, o in zip(own, jnp.split(attention(folded, k, v, drop=drop), len(own), axis=1)):
+        for g, o in zip(own, jnp.split(attention(folded, k, v, mask, drop), len(own), axis=1)):
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
-            outs[g] = attention(q[:, g], k[img_idx[g]], v[img_idx[g]], drop=drop)
+            i = img_idx[g]
+            outs[g] = attention(q[:, g], k[i], v[i], None if mask is None else mask[i], drop)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
 
 
@@ -60,9 +64,9 @@ class HeadedAttention(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
-        headed = lambda: nn.DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
+        headed = lambda: DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
         self.q, self.k, self.v = headed(), headed(), headed()
-        self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, kernel_init=init)
+        self.out = DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, kernel_init=init)
 
     def project_q(self, x):
         """[B,T,D] -> [B,T,N,H]"""
@@ -88,9 +92,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.normal(self.init_std)
-        h = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        h = Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         h = jax.nn.gelu(constrain(h, "act_batch", None, "act_mlp"), approximate=False)
-        return constrain(nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(h), "act_batch", None, "act_embed")
+        return constrain(Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(h), "act_batch", None, "act_embed")
 
 
 def layer_norm(eps: float, dtype, name: str | None = None) -> nn.LayerNorm:

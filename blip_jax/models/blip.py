@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax.models.med import Med
+from blip_jax.models.med import Med, empty_cache
 from blip_jax.models.vit import Vit, _torch_uniform
 
 
@@ -105,9 +105,7 @@ class Blip(nn.Module):
 
     def empty_cache(self, rows: int, length: int):
         """Self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each [rows,length,N,H] of zeros."""
-        med = self.med_sizes
-        zeros = jnp.zeros((rows, length, med["heads"], med["width"] // med["heads"]), self.dtype)
-        return ((zeros, zeros),) * med["layers"]
+        return empty_cache(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv):
         """Cached decoding: (next-token logits f32[R,Vp] after the last of ids i32[R,t], cache).

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from blip_jax.models.attention import HeadedAttention, Mlp, attention, grouped_cross_attention, layer_norm
+from blip_jax.models.dense import Dense
 from blip_jax.sharding import constrain
 
 EPS = 1e-12
@@ -21,6 +22,15 @@ EPS = 1e-12
 def padded_vocab(vocab_size: int) -> int:
     """Rows of the stored embedding: the vocabulary rounded up to a multiple of 128."""
     return -(-vocab_size // 128) * 128
+
+
+def empty_cache(sizes, rows: int, length: int, dtype):
+    """The decoder's self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each [rows,length,N,H] of zeros.
+
+    sizes: `cfg.model.med`.
+    """
+    zeros = jnp.zeros((rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), dtype)
+    return ((zeros, zeros),) * sizes["layers"]
 
 
 class PostNormAttention(HeadedAttention):
@@ -47,10 +57,10 @@ class PostNormAttention(HeadedAttention):
         seen = jnp.arange(cache[0].shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
         return self._close(x, attention(self.project_q(x), *cache, mask=seen), True), cache
 
-    def cross_attention(self, x, kv, img_idx, deterministic):
-        """x [B*G,T,D], kv of B images, img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
+    def cross_attention(self, x, kv, kv_mask, img_idx, deterministic):
+        """x [B*G,T,D], kv of B images, kv_mask and img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
         drop = lambda p: self.drop(p, deterministic=deterministic)
-        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, drop=drop)
+        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, drop, kv_mask)
         return self._close(x, y, deterministic)
 
     def _close(self, x, y, deterministic):
@@ -80,15 +90,15 @@ class MedLayer(nn.Module):
         self.mlp_ln = layer_norm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
-    def __call__(self, x, mask, kv, img_idx, causal: bool, deterministic: bool, first_only: bool):
+    def __call__(self, x, mask, kv, kv_mask, img_idx, causal: bool, deterministic: bool, first_only: bool):
         x = (self.self_attn_dec if causal else self.self_attn).self_attention(x, mask, deterministic, first_only)
         if kv is not None:
-            x = self.cross_attn.cross_attention(x, kv, img_idx, deterministic)
+            x = self.cross_attn.cross_attention(x, kv, kv_mask, img_idx, deterministic)
         return self.mlp_ln(x + self.drop(self.mlp(x), deterministic=deterministic))
 
-    def extend(self, x, cache, start, kv, img_idx):
+    def extend(self, x, cache, start, kv, kv_mask, img_idx):
         x, cache = self.self_attn_dec.cached_attention(x, cache, start)
-        x = self.cross_attn.cross_attention(x, kv, img_idx, True)
+        x = self.cross_attn.cross_attention(x, kv, kv_mask, img_idx, True)
         return self.mlp_ln(x + self.mlp(x)), cache
 
     def image_kv(self, img_tok):
@@ -131,7 +141,7 @@ class LmHead(nn.Module):
 
     @nn.compact
     def __call__(self, x, attend):
-        h = nn.Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std), name="dense")(x)
+        h = Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std), name="dense")(x)
         h = layer_norm(EPS, self.dtype, "ln")(jax.nn.gelu(h, approximate=False))
         bias = self.param("bias", nn.initializers.zeros, (padded_vocab(self.vocab_size),))
         logits = constrain(attend(h) + bias, "act_batch", None, "act_vocab")
@@ -161,13 +171,13 @@ class Med(nn.Module):
         if self.decoder:
             self.lm_head = LmHead(self.width, self.vocab_size, self.init_std, self.dtype)
 
-    def __call__(self, ids, txt_mask, *, kv=None, img_idx: tuple = (None,), causal: bool = False, first_only: bool = False,
-                 deterministic: bool = True):
+    def __call__(self, ids, txt_mask, *, kv=None, kv_mask=None, img_idx: tuple = (None,), causal: bool = False,
+                 first_only: bool = False, deterministic: bool = True):
         """Token states [B,T,D] of ids i32[B,T] with txt_mask bool[B,T] (True = real token).
 
-        kv None: text encoder. kv from `image_kv`: image-grounded, len(img_idx) texts per image (see
-        `grouped_cross_attention`). causal True: the decoder with its own self-attention and a causal mask. first_only True: only
-        the first position's state is wanted, [B,1,D], so the last layer computes no other.
+        kv None: text encoder. kv from `image_kv`: image-grounded, len(img_idx) texts per image; kv_mask: which of an image's keys
+        count (see `grouped_cross_attention` for both). causal True: the decoder with its own self-attention and a causal mask.
+        first_only True: only the first position's state is wanted, [B,1,D], so the last layer computes no other.
         """
         T = ids.shape[1]
         mask = txt_mask[:, None, None, :]
@@ -177,10 +187,10 @@ class Med(nn.Module):
         for i in range(self.layers):
             layer = getattr(self, f"layer_{i:02d}")
             first = first_only and i == self.layers - 1
-            x = layer(x, mask, None if kv is None else kv[i], img_idx, causal, deterministic, first)
+            x = layer(x, mask, None if kv is None else kv[i], kv_mask, img_idx, causal, deterministic, first)
         return x
 
-    def extend(self, ids, start, cache, kv, img_idx: tuple):
+    def extend(self, ids, start, cache, kv, img_idx: tuple, kv_mask=None):
         """The decoder on t more tokens, without dropout: (token states [R,t,D], cache), R = B * len(img_idx).
 
         ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: per layer (k, v), each [R,S,N,H], holds
@@ -188,12 +198,15 @@ class Med(nn.Module):
         """
         x, new = self.embed(ids, True, start), []
         for i in range(self.layers):
-            x, layer_cache = getattr(self, f"layer_{i:02d}").extend(x, cache[i], start, kv[i], img_idx)
+            x, layer_cache = getattr(self, f"layer_{i:02d}").extend(x, cache[i], start, kv[i], kv_mask, img_idx)
             new.append(layer_cache)
         return x, tuple(new)
 
     def image_kv(self, img_tok):
-        """img_tok [B,P,D'] -> per layer (k, v), each [B,P,N,H]: computed once, used by every text pass over these images."""
+        """img_tok [B,P,D'] -> per layer (k, v), each [B,P,N,H]: computed once, used by every text pass over these images.
+
+        What is attended to need not be an image: D' is whatever width it comes in.
+        """
         return tuple(getattr(self, f"layer_{i:02d}").image_kv(img_tok) for i in range(self.layers))
 
     def lm_logits(self, txt_tok):

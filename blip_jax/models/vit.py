@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax.models.attention import HeadedAttention, Mlp, attention, layer_norm
+from blip_jax.models.dense import DenseGeneral
 from blip_jax.sharding import constrain
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
@@ -111,7 +112,7 @@ class Vit(nn.Module):
             raise ValueError(f"images of {img.shape[1:]} given to a ViT built for ({self.img_size}, {self.img_size}, 3): set "
                              "model.img_size and resize the position table with resize_pos_embed")
         patches = img.reshape(B, n, p, n, p, 3)
-        embed = nn.DenseGeneral(self.width, axis=(2, 4, 5), dtype=self.dtype, kernel_init=_torch_uniform(p * p * 3),
+        embed = DenseGeneral(self.width, axis=(2, 4, 5), dtype=self.dtype, kernel_init=_torch_uniform(p * p * 3),
                                 bias_init=_torch_uniform(p * p * 3), name="patch_embed")
         x = embed(patches).reshape(B, n * n, self.width)
         cls = self.param("cls", nn.initializers.normal(self.init_std), (self.width,)).astype(self.dtype)

@@ -1,0 +1,214 @@
+"""Tensors of files that other programs wrote, read without running anything that is in them; all checks of such files are here.
+
+PyTorch's files (.pth, .bin) need torch, the extra "convert"; .safetensors and .npz do not.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import re
+import zipfile
+from typing import Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+BLOW_UP = 4  # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
+SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+                      "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+
+
+class Lazy:
+    """A tensor that is read from its file each time that `numpy.asarray` is called on it."""
+
+    def __init__(self, shape, dtype, read):
+        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+
+    def __array__(self, dtype=None, copy=None):
+        x = self._read()
+        return x if dtype is None else x.astype(dtype, copy=False)
+
+
+class Tensors(Mapping):
+    """name -> array, or what numpy.asarray reads and has shape and dtype; left_out: what else the file held."""
+
+    def __init__(self, arrays: dict, left_out: list[str] = ()):
+        self._arrays, self.left_out = arrays, list(left_out)
+
+    def __getitem__(self, name: str):
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def open_tensors(path) -> Tensors:
+    """The tensors of a .pth or .bin (torch.save), .safetensors or .npz, whatever it is called; read when they are used.
+
+    A dict under "model", as the originals save it, is unpacked; what stands beside it is in `left_out`.
+    ValueError: no such file, none of these kinds, truncated, or it holds more than plain tensors.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give a .pth, .bin, .safetensors or .npz")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head[:4] == b"PK\x03\x04":
+        return _open_zip(path)
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return _open_pickle(path, mmap=False)
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return _open_safetensors(path)
+    raise ValueError(f"{path} is no checkpoint: {_guess(head)}; give a .pth, .bin, .safetensors or .npz")
+
+
+def _guess(head: bytes) -> str:
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs, the weights themselves were not downloaded"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page, the download failed"
+    return f"it begins with {head[:16]!r}"
+
+
+def _open_zip(path: pathlib.Path) -> Tensors:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
+        raise ValueError(f"{path} is truncated or damaged, no complete zip ({e}): fetch it again") from None
+    names, size, total = [m.filename for m in members], path.stat().st_size, sum(m.file_size for m in members)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} holds members of the same name: no program that saves weights does that")
+    pickles = [n for n in names if n.split("/")[1:] == ["data.pkl"] or n == "data.pkl"]
+    if len(pickles) == 1:
+        squeezed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+        if squeezed or total > size:
+            raise ValueError(f"{path} is no file of torch.save: {f'{squeezed[0]} is compressed' if squeezed else 'its members claim'} "
+                             f"{total} bytes in a file of {size}; torch stores tensors as they are")
+        return _open_pickle(path, mmap=True, records=[m.file_size for m in members])
+    if names and all(n.endswith(".npy") for n in names):
+        if total > BLOW_UP * size:
+            raise ValueError(f"{path} would unpack to {total} bytes, {total / size:.0f} times its size: these are no weights")
+        return Tensors({m.filename.removesuffix(".npy"): _npy(path, m) for m in members})
+    raise ValueError(f"{path} is a zip but no checkpoint: it holds {', '.join(names[:5])}{', ...' * (len(names) > 5)}, neither the "
+                     "data.pkl of torch.save nor arrays of numpy")
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+def _torch():
+    try:
+        import torch
+    except ImportError as e:
+        raise ValueError(f"files of PyTorch need torch ({e}): pip install 'blip-jax[convert]'") from None
+    return torch
+
+
+def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Tensors:
+    """A file of torch.save, zip (mapped into memory) or the older plain pickle. `records`: sizes of the zip's members."""
+    torch = _torch()
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as e:  # whatever a damaged or hostile pickle makes torch raise
+        raise ValueError(f"{path}: {_refusal(str(e))}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no dict of tensors")
+    left_out = []
+    if isinstance(content.get("model"), Mapping):
+        left_out = [str(name) for name in content if name != "model"]
+        content = content["model"]
+    problems = [line for name, x in content.items() if (line := _no_tensor(torch, name, x))]
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError("\n  ".join([f"{path} holds more than tensors:", *problems[:10], *more]))
+    if records:
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in content.values()}
+        beyond = collections.Counter(storages.values()) - collections.Counter(records)
+        if beyond - collections.Counter({0: len(content)}):
+            raise ValueError(f"{path} is damaged: it declares storages of {sorted(beyond)} bytes that its zip does not hold")
+    return Tensors({name: _array(torch, x) for name, x in content.items()}, left_out)
+
+
+def _refusal(message: str) -> str:
+    """What torch says about a file that it does not read, in a line."""
+    names = re.findall(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", message)
+    if names:
+        return (f"it asks for {next(filter(None, names[0]))}, which is code, not a tensor; nothing of it was run. Ask whoever made it "
+                "for the state dict alone, best as .safetensors")
+    if "legacy .tar" in message or "TorchScript" in message:
+        return "TorchScript and torch's oldest .tar format cannot be read safely: save its state dict with torch.save"
+    first = message.strip().split("\n")[0]
+    return f"truncated, damaged, or no checkpoint (torch: {first[:200]}): fetch it again"
+
+
+def _no_tensor(torch, name, x) -> str:
+    """What is wrong with an entry of a state dict, or ""."""
+    if not isinstance(name, str):
+        return f"{name!r} is the name of an entry: names are strings"
+    if not isinstance(x, torch.Tensor):
+        return f"{name} is a {type(x).__name__}"
+    if x.layout != torch.strided or x.is_quantized or x.is_meta:
+        return f"{name} is no dense tensor"
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        return f"{name} claims {list(x.shape)}, more than the {x.untyped_storage().nbytes()} bytes that are stored"
+    return ""
+
+
+def _array(torch, x) -> np.ndarray:
+    """The same memory as numpy."""
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes {"model": tensors} with torch.save, as the originals do; names that share an array share its bytes in the file."""
+    torch = _torch()
+    shared = {id(x): torch.from_numpy(x if x.flags.writeable else x.copy()) for x in tensors.values()}
+    torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
+
+
+# --- without torch ----------------------------------------------------------------------------------------------------
+def _open_safetensors(path: pathlib.Path) -> Tensors:
+    try:
+        file = safe_open(path, framework="np")
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        kinds = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path} is truncated or damaged, no complete .safetensors ({e}): fetch it again") from None
+    odd = [f"{name} is {dtype}" for name, (_, dtype) in kinds.items() if dtype not in SAFETENSORS_DTYPES]
+    if odd:
+        raise ValueError(f"{path} holds tensors of kinds that no BLIP has: {', '.join(odd[:5])}")
+    read = lambda name: lambda: file.get_tensor(name)
+    return Tensors({name: Lazy(shape, SAFETENSORS_DTYPES[dtype], read(name)) for name, (shape, dtype) in kinds.items()})
+
+
+def _npy(path: pathlib.Path, member: zipfile.ZipInfo) -> Lazy:
+    """An array of an .npz. ValueError: Python objects in it, or another size than its member of the zip has."""
+    where = f"{path}: {member.filename}"
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(file)
+            start = file.tell()
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as e:
+        raise ValueError(f"{where} is truncated or damaged, no numpy array ({e}): fetch it again") from None
+    if dtype.hasobject:
+        raise ValueError(f"{where} holds Python objects, which is code, not numbers; nothing of it was run")
+    if int(np.prod(shape, dtype=object)) * dtype.itemsize != member.file_size - start:
+        raise ValueError(f"{where} claims {list(shape)} of {dtype}, but has {member.file_size - start} bytes")
+
+    def read():
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (zipfile.BadZipFile, ValueError, EOFError) as e:
+            raise ValueError(f"{where} is damaged ({e}): fetch it again") from None
+
+    return Lazy(shape, dtype, read)

@@ -1,0 +1,135 @@
+"""NLVR2: is a sentence true of two images? One text encoder whose layers look at both (paper section 5.4, figure 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from blip_jax.models.attention import HeadedAttention, Mlp, attention, layer_norm
+from blip_jax.models.dense import Dense
+from blip_jax.models.med import EPS, Embed, PostNormAttention
+from blip_jax.models.vit import Vit, _torch_uniform
+
+FIRST_MERGE = 6  # layers before this one average what they saw in the two images, from it on a dense layer merges it
+
+
+class TwinLayer(nn.Module):
+    """Self-attention, a cross-attention for each image under one residual and LayerNorm, feed-forward."""
+
+    width: int
+    heads: int
+    mlp_width: int
+    init_std: float
+    merges: bool  # whether a dense layer joins the two, else their mean
+    dropout: float
+    dtype: Any
+
+    def setup(self):
+        cross = lambda: HeadedAttention(self.width, self.heads, self.init_std, self.dtype)
+        self.self_attn = PostNormAttention(self.width, self.heads, self.init_std, self.dtype, self.dropout)
+        self.cross_attn0, self.cross_attn1 = cross(), cross()
+        if self.merges:
+            self.merge = Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
+        self.cross_ln, self.mlp_ln = layer_norm(EPS, self.dtype), layer_norm(EPS, self.dtype)
+        self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, x, mask, img_tok0, img_tok1, deterministic: bool, first_only: bool):
+        drop = lambda y: self.drop(y, deterministic=deterministic)
+        x = self.self_attn.self_attention(x, mask, deterministic, first_only)
+        seen0, seen1 = (a.project_out(attention(a.project_q(x), *a.project_kv(tok), drop=drop))
+                        for a, tok in ((self.cross_attn0, img_tok0), (self.cross_attn1, img_tok1)))
+        both = self.merge(jnp.concatenate([seen0, seen1], axis=-1)) if self.merges else (seen0 + seen1) / 2
+        x = self.cross_ln(x + drop(both))
+        return self.mlp_ln(x + drop(self.mlp(x)))
+
+
+class TwinMed(nn.Module):
+    """Ids to token states, grounded in two images; sizes as `Med`."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    positions: int
+    vocab_size: int
+    init_std: float = 0.02
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.embed = Embed(self.width, self.vocab_size, self.positions, self.init_std, self.dropout, self.dtype)
+        for i in range(self.layers):
+            layer = TwinLayer(self.width, self.heads, self.mlp, self.init_std, i >= FIRST_MERGE, self.dropout, self.dtype)
+            setattr(self, f"layer_{i:02d}", layer)
+
+    def __call__(self, ids, txt_mask, img_tok0, img_tok1, *, deterministic: bool = True):
+        """State of the first position [B,1,D]: ids i32[B,T], txt_mask bool[B,T] (True = real token), img_tok0/1 [B,P,D']."""
+        x = self.embed(ids, deterministic)
+        for i in range(self.layers):
+            last = i == self.layers - 1
+            x = getattr(self, f"layer_{i:02d}")(x, txt_mask[:, None, None, :], img_tok0, img_tok1, deterministic, last)
+        return x
+
+
+class Head(nn.Module):
+    """dense, ReLU, out: [B,D] -> f32[B,2], in float32"""
+
+    @nn.compact
+    def __call__(self, x):
+        uniform = _torch_uniform(x.shape[-1])
+        dense = lambda n, name: nn.Dense(n, precision="highest", kernel_init=uniform, bias_init=uniform, name=name)
+        return dense(2, "out")(jax.nn.relu(dense(x.shape[-1], "dense")(x.astype(jnp.float32))))
+
+
+class BlipNlvr(nn.Module):
+    """BLIP's NLVR2 model as methods on arrays; parameters vit, med (twin cross-attention), cls_head.
+
+    [ENC] is the last id of the vocabulary.
+    """
+
+    vit_sizes: Any
+    med_sizes: Any
+    img_size: int
+    init_std: float = 0.02
+    drop_path: float = 0.0
+    dropout: float = 0.1
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_config(cls, model) -> "BlipNlvr":
+        """Builds from `cfg.model` of blip_jax.config."""
+        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.init_std, model.drop_path, model.dropout,
+                   model.remat, jnp.dtype(model.dtype))
+
+    def setup(self):
+        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, init_std=self.init_std, drop_path=self.drop_path,
+                       remat=self.remat, dtype=self.dtype)
+        self.med = TwinMed(**self.med_sizes, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype)
+        self.cls_head = Head()
+
+    @property
+    def enc_id(self) -> int:
+        return self.med_sizes["vocab_size"] - 1
+
+    def __call__(self, img, ids, txt_mask):
+        """Classifies each text with its image as both images, so that `init` creates every parameter."""
+        img_tok = self.encode_image(img)
+        return self.classify(ids, txt_mask, img_tok, img_tok)
+
+    def encode_image(self, img, *, deterministic: bool = True):
+        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D]"""
+        return self.vit(img, deterministic=deterministic)
+
+    def classify(self, ids, txt_mask, img_tok0, img_tok1, *, first_id: int | None = None, deterministic: bool = True):
+        """Logits f32[B,2] (column 1: the text is true) of ids i32[B,T] given the left and the right image, img_tok [B,P,D].
+
+        Position 0 is set to [ENC], as in training; `first_id` puts another id there.
+        """
+        ids = ids.at[:, 0].set(self.enc_id if first_id is None else first_id)
+        return self.cls_head(self.med(ids, txt_mask, img_tok0, img_tok1, deterministic=deterministic)[:, 0])

@@ -1,0 +1,73 @@
+"""The product behind the dense layers: float32 sums of bfloat16 on CPUs, nothing special elsewhere."""
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from blip_jax import optim, train_state
+from blip_jax.config import base
+from blip_jax.models.blip import Blip
+from blip_jax.models.dense import dot_general, rounded
+
+DIMS = (((1,), (0,)), ((), ()))
+
+
+def operands(dtype):
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=s), dtype) for s in ((5, 300), (300, 7)))
+
+
+def products(f, *args):
+    """The result dtypes of all products in f."""
+    return re.findall(r":(\w+)\[[\d,]*\] = dot_general", str(jax.make_jaxpr(f)(*args)))
+
+
+def test_bfloat16_product_on_a_cpu_is_the_float32_sum_rounded_once():
+    x, y = operands("bfloat16")
+    ours = jax.jit(lambda x, y: dot_general(x, y, DIMS))(x, y)
+    assert ours.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    np.testing.assert_array_equal(ours, np.asarray(jnp.asarray(exact, jnp.float32).astype("bfloat16")))
+    assert products(lambda x, y: dot_general(x, y, DIMS), x, y) == ["f32"]
+
+
+def test_its_gradient_is_that_of_the_plain_product():
+    x, y = operands("bfloat16")
+    g = jnp.asarray(np.random.default_rng(1).normal(size=(5, 7)), "bfloat16")
+    grads = lambda f: jax.vjp(lambda x, y: f(x, y, DIMS), x, y)[1](g)
+    for ours, plain in zip(grads(dot_general), grads(jax.lax.dot_general)):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, plain)
+    whole = products(lambda x, y, g: jax.vjp(lambda x, y: dot_general(x, y, DIMS), x, y)[1](g), x, y, g)
+    assert whole == ["f32", "bf16", "bf16"]  # forward, and the two of the backward pass
+
+
+@pytest.mark.parametrize("dtype, platform", [("float32", "cpu"), ("bfloat16", "tpu"), ("bfloat16", "gpu")])
+def test_other_dtypes_and_platforms_get_the_plain_product(dtype, platform):
+    x, y = operands(dtype)
+    device = AbstractDevice("some device", None, platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)):
+        ours = str(jax.make_jaxpr(lambda x, y: dot_general(x, y, DIMS))(x, y))
+        plain = str(jax.make_jaxpr(lambda x, y: jax.lax.dot_general(x, y, DIMS))(x, y))
+    assert ours == plain
+
+
+@pytest.mark.parametrize("parts", [{}, {"encoder": False}, {"decoder": False}])
+def test_parameters_rounded_once_give_the_same_bits(parts):
+    cfg = base("tiny")
+    cfg.model.update(dtype="bfloat16", **parts)
+    model = Blip.from_config(cfg.model)
+    params = train_state.init_params(cfg, model, jax.random.key(0))
+    once = rounded(params, "bfloat16")
+    kept = {p for p, x in optim.paths(once) if x.dtype == jnp.float32}
+    assert all(re.search(r"/(ln\w*|mlp_ln)/|_proj/|itm_head/|^temp$|vit/(cls|pos_embed)|lm_head/bias", p) for p in kept), kept
+    assert {"vit/blocks/attn/q/kernel", "vit/patch_embed/bias", "med/embed/word/embedding"}.isdisjoint(kept)
+    rng = np.random.default_rng(0)
+    img = jnp.asarray(rng.normal(size=(2, cfg.model.img_size, cfg.model.img_size, 3)), jnp.float32)
+    ids = jnp.asarray(rng.integers(5, 100, (2, 7)), jnp.int32)
+    call = lambda params: model.apply({"params": params}, img, ids, jnp.ones((2, 7), bool))
+    for a, b in zip(jax.tree.leaves(call(params)), jax.tree.leaves(call(once)), strict=True):
+        np.testing.assert_array_equal(a, b)
