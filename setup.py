@@ -31,8 +31,10 @@ setup(
         "tensorboardX>=2.6,<3",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5"],
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+        "convert": ["torch>=2.4,<3"],
+        "hub": ["huggingface_hub>=0.30,<3"],
         "peers": ["torch>=2.4,<3", "transformers>=4.50,<6"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],

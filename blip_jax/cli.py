@@ -1,4 +1,4 @@
-"""blip-jax train | evaluate | capfilt | vocab | demo | bench: flags become a config, a config goes to one function.
+"""blip-jax <command>: flags become a config, a config goes to one function. USAGE lists the commands.
 
 A mistake is one line, `error: ...`, and exit status 2; BLIP_JAX_DEBUG=1 shows where it came from. A run that diverges
 ends with status 1.
@@ -17,6 +17,8 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from blip_jax import verbs_cli
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 USAGE = """usage: blip-jax <command> [flags]
 
@@ -28,6 +30,12 @@ USAGE = """usage: blip-jax <command> [flags]
   capfilt refilter --run=DIR --threshold=0.7 --out=DIR2   another threshold for a finished run, without a model
   vocab     --captions=FILE.json|FILE.txt ...        train a WordPiece vocabulary from captions (repeat the flag)
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
+  convert   IN OUT [--to=ours|official|hf] [--verify]   checkpoints of PyTorch (.pth, Hugging Face, initial weights) in and out
+            [--vocab=FILE --family= --img_size= --vit_heads= --med_heads=]
+  caption   PICTURES --model=DIR [--n= --method=nucleus --prompt= --seed=]   captions of pictures; DIR: a workdir, a checkpoint,
+  match     PICTURES --model=DIR --text=...          texts against pictures    a Hugging Face folder or a name on the hub
+  answer    PICTURES --model=DIR --question=...      answers; of [--answers=FILE] the best of a list
+  features  [PICTURES] --model=DIR [--text=...] --out=FILE.npz   states and embeddings; all four: [--json --batch= --dtype= --vocab=]
   bench     caption [--against=transformers]         captions per second on this machine; benchmarks/README.md
             [--out=FILE.json]
   demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report
@@ -106,6 +114,25 @@ def vocab(argv: list[str]) -> int:
     return 0
 
 
+def convert(argv: list[str]) -> int:
+    """blip-jax convert."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("to", "", "ours | official | hf; default: official where OUT ends in .pth, else ours", flag_values=values)
+    flags.DEFINE_string("vocab", "", "vocab.txt or tokenizer.json; default: what comes with IN", flag_values=values)
+    flags.DEFINE_string("family", "", "what IN must hold, or the part of it to take; default: what it holds", flag_values=values)
+    for name, text in (("img_size", "pixels, resizes the position table"), ("vit_heads", "heads of the ViT; default: width / 64"),
+                       ("med_heads", "heads of the MED; default: width / 64")):
+        flags.DEFINE_integer(name, 0, text, lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("verify", False, "compare what was written, and run both models", flag_values=values)
+    paths = _parse(values, argv, required=(), positional=2)
+    if len(paths) < 2:
+        raise ValueError("blip-jax convert needs IN and OUT: blip-jax convert model_base.pth runs/pretrained --vocab=vocab.txt")
+    from blip_jax.convert import run
+    run.convert(*paths, to=values.to, vocab=values.vocab, family=values.family, img_size=values.img_size,
+                vit_heads=values.vit_heads, med_heads=values.med_heads, verify=values.verify)
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """blip-jax demo."""
     default = ROOT / "configs" / "scenes.py"
@@ -142,7 +169,8 @@ def bench(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "capfilt": capfilt, "vocab": vocab, "demo": demo, "bench": bench}
+COMMANDS = {"train": train, "evaluate": evaluate, "capfilt": capfilt, "vocab": vocab, "convert": convert, "caption": verbs_cli.caption,
+            "match": verbs_cli.match, "answer": verbs_cli.answer, "features": verbs_cli.features, "demo": demo, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -174,16 +202,18 @@ def _config_and_flags(argv: list[str], **extra: str) -> tuple[ConfigDict, flags.
     return values.config, values
 
 
-def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...]) -> None:
+def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...], positional: int = 0) -> list[str]:
+    """Sets the flags; returns the arguments that are none, at most `positional`."""
     try:
         rest = values(argv)
     except (AttributeError, KeyError) as e:  # an override, or the config file itself, names a leaf that does not exist
         raise ValueError(_unknown_leaf(argv) or f"{_config_path(argv)}: {e.args[0]}") from e
-    if len(rest) > 1:
-        raise ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value; `blip-jax --help` lists them")
+    if len(rest) > 1 + positional:
+        raise ValueError(f"unexpected argument {rest[1 + positional]!r}: flags are --name=value; `blip-jax --help` lists them")
     missing = [f"--{name}" for name in required if getattr(values, name) is None]
     if missing:
         raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
+    return rest[1:]
 
 
 def _captions(files: list[str]) -> list[str]:

@@ -25,8 +25,8 @@ def get_config():
     c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
     c.text.max_len = 20
     with c.data.unlocked():
-        c.data.train.human = source("scenes", count=1000, captions=5, seed=2, size=48, easy=True, weight=1000.0)
-        c.data.train.web = source("scenes", count=8000, seed=3, size=48, easy=True, noise=0.6, weight=8000.0)
+        c.data.train.human = source("scenes", count=500, captions=5, seed=2, size=48, easy=True, weight=500.0)
+        c.data.train.web = source("scenes", count=8000, seed=3, size=48, easy=True, noise=0.8, weight=8000.0)
         c.data.eval.scenes = source("scenes", count=250, seed=1, size=48, easy=True)
     c.data.crop_scale = (1.0, 1.0)
     c.data.randaugment = False
@@ -41,7 +41,7 @@ def get_config():
     c.optim.decay_mask = "kernels"
     c.optim.clip = 1.0
     c.train.batch = 16
-    c.train.steps = 2000
+    c.train.steps = 3000
     c.train.log_every = 100
     c.train.save_every = 1000
     c.train.keep = 1

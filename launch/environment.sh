@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes .venv beside the project's files and installs the project into it, once per version
-# of setup.py. `install_project test` adds the extra "test". Leaves $python, the interpreter to use.
+# of setup.py. `install_project test` adds the extra "test"; what follows are further requirements of pip. Leaves $python, the
+# interpreter to use.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 
@@ -17,6 +18,7 @@ find_python() {
 
 install_project() {
     local extra="$1" base stamp wanted
+    shift
     if ! "$python" -m pip --version >/dev/null 2>&1; then
         base="$(find_python)"
         echo "== making $root/.venv with $("$base" --version)"
@@ -26,12 +28,12 @@ install_project() {
         }
     fi
     stamp="$root/.venv/installed${extra:+-$extra}"
-    wanted="$(cksum < "$root/setup.py") $root"
+    wanted="$(cksum < "$root/setup.py") $root $*"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         echo "== using $root/.venv (setup.py has not changed since the install)"
         return
     fi
     echo "== installing the project${extra:+ with [$extra]} and its dependencies into $root/.venv (about 1 GB, some minutes)"
-    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}")
+    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" "$@")
     echo "$wanted" > "$stamp"
 }

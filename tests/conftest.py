@@ -15,10 +15,27 @@ from blip_jax.config import base, source  # noqa: E402
 from blip_jax.data import scenes, text  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--blip-checkpoints", metavar="DIR", help="folder of released checkpoints, for the tests marked `released`")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "released: expected numbers of the released checkpoints; needs --blip-checkpoints DIR")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--blip-checkpoints") is None:
+        left_out = pytest.mark.skip(reason="expected numbers of the released weights: -m released --blip-checkpoints DIR")
+        for item in items:
+            if item.get_closest_marker("released"):
+                item.add_marker(left_out)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """One cache of compiled programs for this run of the tests and the processes it starts."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """One cache of compiled programs for this run of the tests, its workers and the processes they start."""
+    root = tmp_path_factory.getbasetemp()
+    folder = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "compiled")
     settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.5,
                 "jax_persistent_cache_min_entry_size_bytes": -1}
     for name, value in settings.items():

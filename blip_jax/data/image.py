@@ -55,11 +55,9 @@ def _decode(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
             raise BadImage(f"broken picture: {w}x{h}")
         im.load()
         notes = []
-        if im.mode == "F" or im.mode.startswith("I"):
-            rgb = _to_8_bits(im)
+        rgb = to_rgb(im)
+        if _deep(im):
             notes.append("16-bit picture, scaled to 8 bits")
-        else:
-            rgb = im.convert("RGB")
         if im.format != "MPO" and _animated(im):
             notes.append("animated picture, first frame used")
     if max(w, h) < TINY:
@@ -67,6 +65,15 @@ def _decode(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
     if max(w, h) > STRETCHED * min(w, h):
         notes.append("extreme aspect ratio")
     return rgb, notes
+
+
+def to_rgb(im: Image.Image) -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB; alpha is dropped. Raises BadImage for values that are no 8 or 16 bits."""
+    return _to_8_bits(im) if _deep(im) else im.convert("RGB")
+
+
+def _deep(im: Image.Image) -> bool:
+    return im.mode == "F" or im.mode.startswith("I")
 
 
 def _to_8_bits(im: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ EASY_COLOURS = ("red", "yellow", "green", "blue", "white", "black")
 CONTRAST = 20  # a pattern's two shades are the tone -+ this
 
 # web noise: kind -> share of the noisy captions
-NOISE = {"wrong": 0.40, "partly": 0.30, "boilerplate": 0.10, "file_name": 0.09, "language": 0.08, "empty": 0.03}
+NOISE = {"wrong": 0.25, "partly": 0.50, "boilerplate": 0.09, "file_name": 0.07, "language": 0.06, "empty": 0.03}
 BOILERPLATE = (
     "click here to enlarge the picture", "free shipping on all orders over {} dollars", "photo {} of {}",
     "image may be subject to copyright", "sign up for our newsletter", "buy now and save {} percent",
