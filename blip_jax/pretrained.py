@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from blip_jax import hub, optim, sharding, verbs
+from blip_jax import optim, sharding, verbs
 from blip_jax.buckets import Buckets, at_least, padded
 from blip_jax.capfilt import caption
 from blip_jax.convert import source
@@ -26,6 +26,7 @@ from blip_jax.data import given, text
 from blip_jax.decode import beam
 from blip_jax.models.blip import Blip
 from blip_jax.models.build import build
+from blip_jax.models.dense import rounds
 
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
@@ -65,8 +66,7 @@ def from_pretrained(name_or_path, *, dtype: str | None = None, mesh: Mesh | None
     if batch < 0:
         raise ValueError(f"batch is {batch}: it must be positive, or 0 for 2 on CPUs and 64 elsewhere")
     _keep_compiled()
-    path = pathlib.Path(name_or_path)
-    read = source.read(path if path.exists() else hub.folder(str(name_or_path)), vocab=str(vocab), momentum=False)
+    read = source.read(name_or_path, vocab=str(vocab), momentum=False)
     if missing := [what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in read.state["params"]]:
         raise ValueError(f"{name_or_path} ({read.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
                          "give a trained model")
@@ -315,8 +315,7 @@ def _placed(params: dict, dtype: str, mesh: Mesh) -> dict:
     out = {}
     for path in list(flat):
         x = flat.pop(path)
-        matrix = path.startswith(("vit/", "med")) and path.endswith(("kernel", "embedding"))
-        out[path] = jax.device_put(x.astype(jax.numpy.dtype(dtype)) if matrix else x, places[path])
+        out[path] = jax.device_put(x.astype(jax.numpy.dtype(dtype)) if rounds(path) else x, places[path])
     return optim.nest(out.items())
 
 

@@ -63,8 +63,7 @@ def test_parameters_rounded_once_give_the_same_bits(parts):
     params = train_state.init_params(cfg, model, jax.random.key(0))
     once = rounded(params, "bfloat16")
     kept = {p for p, x in optim.paths(once) if x.dtype == jnp.float32}
-    assert all(re.search(r"/(ln\w*|mlp_ln)/|_proj/|itm_head/|^temp$|vit/(cls|pos_embed)|lm_head/bias", p) for p in kept), kept
-    assert {"vit/blocks/attn/q/kernel", "vit/patch_embed/bias", "med/embed/word/embedding"}.isdisjoint(kept)
+    assert all(re.search(r"/(scale|bias)$|_proj/|itm_head/|^temp$|vit/(cls|pos_embed)", p) for p in kept), kept
     rng = np.random.default_rng(0)
     img = jnp.asarray(rng.normal(size=(2, cfg.model.img_size, cfg.model.img_size, 3)), jnp.float32)
     ids = jnp.asarray(rng.integers(5, 100, (2, 7)), jnp.int32)

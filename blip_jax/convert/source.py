@@ -10,7 +10,7 @@ from typing import Mapping, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip_jax import checkpoint, config, optim
+from blip_jax import checkpoint, config, hub, optim
 from blip_jax.convert import apply, torch_io
 from blip_jax.convert.rules import FAMILIES, INITIAL, WORDS
 from blip_jax.data.text import EXTRA, Tokenizer
@@ -60,7 +60,7 @@ class Source(NamedTuple):
 
 def read(path, *, family: str = "", img_size: int = 0, vit_heads: int = 0, med_heads: int = 0, vocab: str = "",
          momentum: bool = True) -> Source:
-    """A checkpoint of any kind: official or LAVIS .pth, Hugging Face folder, initial weights, or a workdir of ours.
+    """A checkpoint of any kind: official or LAVIS .pth, Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
       family: "" = as found; else it must be that, or a part of it (`rules.WORDS`): the rest is left out.
@@ -70,7 +70,7 @@ def read(path, *, family: str = "", img_size: int = 0, vit_heads: int = 0, med_h
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
     Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, or one of another size.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path) if pathlib.Path(path).exists() else hub.folder(str(path))
     heads = {"vit_heads": vit_heads, "med_heads": med_heads}
     if family and family not in FAMILIES:
         raise ValueError(f"family is {family!r}: choose one of {', '.join(FAMILIES)}")

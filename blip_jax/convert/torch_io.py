@@ -6,6 +6,7 @@ PyTorch's files (.pth, .bin) need torch, the extra "convert"; .safetensors and .
 from __future__ import annotations
 
 import collections
+import functools
 import pathlib
 import re
 import zipfile
@@ -176,16 +177,20 @@ def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
 # --- without torch ----------------------------------------------------------------------------------------------------
 def _open_safetensors(path: pathlib.Path) -> Tensors:
     try:
-        file = safe_open(path, framework="np")
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        kinds = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            kinds = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path} is truncated or damaged, no complete .safetensors ({e}): fetch it again") from None
     odd = [f"{name} is {dtype}" for name, (_, dtype) in kinds.items() if dtype not in SAFETENSORS_DTYPES]
     if odd:
         raise ValueError(f"{path} holds tensors of kinds that no BLIP has: {', '.join(odd[:5])}")
-    read = lambda name: lambda: file.get_tensor(name)
-    return Tensors({name: Lazy(shape, SAFETENSORS_DTYPES[dtype], read(name)) for name, (shape, dtype) in kinds.items()})
+
+    def read(name):
+        with safe_open(path, framework="np") as file:  # opened anew each time: what it has read would stay mapped into memory
+            return file.get_tensor(name)
+
+    return Tensors({name: Lazy(shape, SAFETENSORS_DTYPES[dtype], functools.partial(read, name)) for name, (shape, dtype) in kinds.items()})
 
 
 def _npy(path: pathlib.Path, member: zipfile.ZipInfo) -> Lazy:

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip_jax import optim
+
 
 def dot_general(x, y, dimension_numbers, precision=None, preferred_element_type=None):
     """`jax.lax.dot_general`; on CPUs a bfloat16 product is summed in float32 and then rounded, as TPUs and GPUs do anyway.
@@ -24,20 +26,17 @@ Dense = functools.partial(nn.Dense, dot_general=dot_general)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
 
 
-def rounded(params: dict, dtype) -> dict:
-    """Parameters with all that the layers of vit and med round to `dtype` at every use rounded once; the same results, bit for bit.
+def rounds(path: str) -> bool:
+    """Whether the layers round the parameter at `path` to the dtype of the computation whenever they use it: the matrices of vit and med.
 
-    These are kernels with the biases beside them, and embeddings. Norms, the output bias of the language model and the float32
-    heads stay as they are.
+    Rounded once beforehand they give the same results, bit for bit.
     """
+    return path.startswith(("vit/", "med")) and path.endswith(("/kernel", "/embedding"))
 
-    def of(path, x):
-        names = [key.key for key in path]
-        beside = functools.reduce(lambda tree, name: tree[name], names[:-1], params)
-        rounds = names[0].startswith(("vit", "med")) and ("kernel" in beside or names[-1] == "embedding")
-        return x.astype(dtype) if rounds else x
 
-    return jax.tree_util.tree_map_with_path(of, params)
+def rounded(params: dict, dtype) -> dict:
+    """Parameters with all that `rounds` in `dtype`."""
+    return optim.nest((path, x.astype(dtype) if rounds(path) else x) for path, x in optim.paths(params))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
