@@ -6,5 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_project test
 cd "$root"
-echo "== pytest -q -rs -n 2 --dist loadfile $*"
-exec "$python" -m pytest -q -rs -n 2 --dist loadfile "$@"
+echo "== pytest -q -rs -n 2 --dist worksteal $*"
+exec "$python" -m pytest -q -rs -n 2 --dist worksteal "$@"

@@ -55,18 +55,17 @@ def test_other_dtypes_and_platforms_get_the_plain_product(dtype, platform):
     assert ours == plain
 
 
-@pytest.mark.parametrize("parts", [{}, {"encoder": False}, {"decoder": False}])
-def test_parameters_rounded_once_give_the_same_bits(parts):
+def test_parameters_rounded_once_give_the_same_bits():
     cfg = base("tiny")
-    cfg.model.update(dtype="bfloat16", **parts)
+    cfg.model.update(dtype="bfloat16")
     model = Blip.from_config(cfg.model)
-    params = train_state.init_params(cfg, model, jax.random.key(0))
+    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
     once = rounded(params, "bfloat16")
     kept = {p for p, x in optim.paths(once) if x.dtype == jnp.float32}
     assert all(re.search(r"/(scale|bias)$|_proj/|itm_head/|^temp$|vit/(cls|pos_embed)", p) for p in kept), kept
     rng = np.random.default_rng(0)
     img = jnp.asarray(rng.normal(size=(2, cfg.model.img_size, cfg.model.img_size, 3)), jnp.float32)
     ids = jnp.asarray(rng.integers(5, 100, (2, 7)), jnp.int32)
-    call = lambda params: model.apply({"params": params}, img, ids, jnp.ones((2, 7), bool))
+    call = jax.jit(lambda params: model.apply({"params": params}, img, ids, jnp.ones((2, 7), bool)))
     for a, b in zip(jax.tree.leaves(call(params)), jax.tree.leaves(call(once)), strict=True):
         np.testing.assert_array_equal(a, b)
