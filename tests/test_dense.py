@@ -9,6 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from blip_jax import optim, train_state
 from blip_jax.config import base
+from blip_jax.models import attention
 from blip_jax.models.blip import Blip
 from blip_jax.models.dense import dot_general, rounded
 
@@ -53,6 +54,21 @@ def test_other_dtypes_and_platforms_get_the_plain_product(dtype, platform):
         ours = str(jax.make_jaxpr(lambda x, y: dot_general(x, y, DIMS))(x, y))
         plain = str(jax.make_jaxpr(lambda x, y: jax.lax.dot_general(x, y, DIMS))(x, y))
     assert ours == plain
+
+
+def test_a_single_cpu_attends_example_by_example_with_the_same_result(monkeypatch):
+    q, k, v, g = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 5, 2, 4)), jnp.float32) for i in range(4))
+    run = lambda: jax.vjp(attention.attention, q, k, v)
+    loops = lambda: str(jax.make_jaxpr(lambda *a: attention.attention(*a))(q, k, v)).count("scan[")
+    whole, whole_grads = run()[0], run()[1](g)
+    assert loops() == 0
+    monkeypatch.setattr(attention, "IN_CACHE", 0)
+    assert loops() == 1
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):  # where it would keep devices apart
+        assert loops() == 0
+    one, backward = run()
+    for a, b in zip((one, *backward(g)), (whole, *whole_grads)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_parameters_rounded_once_give_the_same_bits():

@@ -8,27 +8,39 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.dense import Dense, DenseGeneral, dot_general
+from blip_jax.models.dense import Dense, DenseGeneral, dot_general, single_cpu
 from blip_jax.sharding import constrain
 
 
-def attention(q, k, v, mask=None, drop: Callable = lambda p: p):
+IN_CACHE = 2**25  # bytes of scores that a CPU's caches hold, about
+
+
+def attention(q, k, v, mask=None, drop: Callable | None = None):
     """Scaled dot-product attention, softmax in float32.
 
     Args:
       q: [B,T,N,H]; k, v: [B,S,N,H].
       mask: bool, broadcastable to [B,N,T,S], True = attend; None = all.
-      drop: applied to the probabilities [B,N,T,S].
+      drop: applied to the probabilities [B,N,T,S]; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
+    A single CPU device takes large batches without mask and dropout example by example, so that the scores stay in its caches.
     """
+    B, T, N, _ = q.shape
+    if mask is None and drop is None and 4 * B * N * T * k.shape[1] > IN_CACHE and single_cpu():
+        return jax.lax.map(lambda one: _attention(*(x[None] for x in one))[0], (q, k, v))
+    return _attention(q, k, v, mask, drop)
+
+
+def _attention(q, k, v, mask=None, drop=None):
     s = jnp.einsum("BTNH,BSNH->BNTS", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
-    p = drop(jax.nn.softmax(s, axis=-1).astype(v.dtype))
+    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    p = p if drop is None else drop(p)
     return jnp.moveaxis(dot_general(p, v, (((3,), (1,)), ((0, 1), (0, 2)))), 1, 2)  # B N T H -> B T N H
 
 
-def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable = lambda p: p, kv_mask=None):
+def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None):
     """Attention of G texts per image to that image's keys and values, which are never repeated per text.
 
     Args:

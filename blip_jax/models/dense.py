@@ -62,3 +62,8 @@ def _platform() -> str:
     """Of the mesh that the program is traced for (which need not be of this machine), else of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def single_cpu() -> bool:
+    """Whether the program is traced for one CPU device alone."""
+    return _platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1  # 0: no mesh
