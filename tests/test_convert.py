@@ -15,7 +15,7 @@ from blip_jax.convert import apply, run, source, torch_io
 from blip_jax.data.text import Tokenizer
 from blip_jax.models.build import build
 from blip_jax.models.vit import resize_pos_embed
-from convert_world import converted, same_bits, store, vocab  # noqa: F401
+from convert_world import converted, same_bits, store, vocab  # noqa: F401 (fixtures)
 
 MODELS = ("pretrain", "retrieval", "itm", "features", "caption", "vqa", "nlvr")
 HEADS = official.TINY_HEADS

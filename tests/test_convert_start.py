@@ -12,7 +12,7 @@ from blip_jax.capfilt import settings
 from blip_jax.convert import apply, run, source, torch_io
 from blip_jax.models.build import build
 from blip_jax.models.vit import resize_pos_embed
-from convert_world import converted, same_bits, store, vocab  # noqa: F401
+from convert_world import converted, same_bits, store, vocab  # noqa: F401 (fixtures)
 
 HEADS = official.TINY_HEADS
 
