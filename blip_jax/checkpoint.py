@@ -7,16 +7,23 @@ knows nothing of the mesh: a state saved on one restores onto any other.
 
 from __future__ import annotations
 
+import json
+import math
 import pathlib
+import re
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
 
 from blip_jax import optim
 
 SUBDIR = "checkpoints"
+ITEMS = ("state", "data", "config")
+STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")  # OCDBT: kind, folder, file, offset, length
 
 
 def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
@@ -25,6 +32,88 @@ def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers)
+
+
+def folders(workdir) -> dict[int, pathlib.Path]:
+    """The numbered folders of `workdir`, by number, newest first; whether they are complete or not."""
+    found = (pathlib.Path(workdir).absolute() / SUBDIR).glob("*")
+    return dict(sorted(((int(p.name), p) for p in found if p.name.isdigit() and p.is_dir()), reverse=True))
+
+
+def newest_complete(workdir) -> int | None:
+    """Number of the newest checkpoint of which nothing is missing, or None."""
+    return next((step for step, folder in folders(workdir).items() if not missing(folder)), None)
+
+
+def check_folders(workdir) -> tuple[int | None, list[str]]:
+    """Number of the newest checkpoint of `workdir`, or None, and what is to be said of the others.
+
+    ValueError: something of the newest one is missing; it names what, and the newest complete one.
+    """
+    found = folders(workdir)
+    lost = {step: missing(folder) for step, folder in found.items()}
+    newest = max(found, default=None)
+    if newest is not None and lost[newest]:
+        raise ValueError(_incomplete(found[newest], lost[newest], newest_complete(workdir)))
+    notes = [f"warning: {found[step]} is incomplete and of no use: {_named(names)} missing" for step, names in lost.items() if names]
+    torn = sorted(p.name for p in (pathlib.Path(workdir).absolute() / SUBDIR).glob("*.orbax-checkpoint-tmp*"))
+    return newest, notes + ([f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing"] if torn else [])
+
+
+def missing(folder: pathlib.Path) -> list[str]:
+    """Names of what a finished checkpoint folder lacks: an item, a file of the state, or the end of one."""
+    lost = [f"{name}/" for name in ITEMS if not (folder / name).is_dir()]
+    lost += [f"{name}/metadata" for name in ITEMS[1:] if (folder / name).is_dir() and not (folder / name / "metadata").is_file()]
+    state = folder / "state"
+    if not state.is_dir():
+        return lost
+    try:
+        return lost + [f"state/{name}" for name in _lost_files(state)]
+    except (OSError, ValueError) as e:  # what should name the files cannot be read
+        return [*lost, f"state/ (unreadable: {str(e).splitlines()[0][:200]})"]
+
+
+def _lost_files(state: pathlib.Path) -> Iterator[str]:
+    if not (state / "_METADATA").is_file():
+        yield "_METADATA"
+        return
+    if json.loads((state / "_METADATA").read_text(encoding="utf-8")).get("use_ocdbt", True):
+        yield from _lost_in_database(state)
+        return
+    for array in state.rglob(".zarray"):  # one folder for each array, as `write` makes them
+        layout = json.loads(array.read_text(encoding="utf-8"))
+        want = math.prod(-(-n // chunk) for n, chunk in zip(layout["shape"], layout["chunks"]))
+        if sum(1 for p in array.parent.iterdir() if not p.name.startswith(".")) < want:
+            yield f"{array.parent.relative_to(state)}/*"
+
+
+def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
+    """Files that the database of the state refers to, and that are absent or too short; each once."""
+    if not (state / "manifest.ocdbt").is_file():
+        yield "manifest.ocdbt"
+        return
+    store, seen = ts.KvStore.open(f"file://{state}/").result(), set()
+    todo = [match.groups() for match in STORED.finditer(str(ts.ocdbt.dump(store).result()["versions"][-1]))]
+    while todo:
+        kind, base, name, offset, length = todo.pop()
+        path = state / base / name
+        whole = path.is_file() and path.stat().st_size >= int(offset) + int(length)
+        if not whole and path not in seen:
+            seen.add(path)
+            yield str(path.relative_to(state))
+        if whole and kind != "value":
+            node = ts.ocdbt.dump(store, f"{kind}:{base}:{name}:{offset}:{length}").result()
+            todo += [match.groups() for match in STORED.finditer(str(node))]
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") + (" are" if len(names) > 1 else " is")
+
+
+def _incomplete(folder: pathlib.Path, lost: list[str], other: int | None) -> str:
+    remedy = (f"checkpoint {other} is the newest complete one: move {folder} away to go on from it" if other is not None else
+              "there is no complete one beside it: put back what is missing, or move the folder away to begin anew")
+    return f"checkpoint {folder.name} in {folder.parent} is incomplete: {_named(lost)} missing; {remedy}"
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, data: dict, config: dict) -> None:
@@ -141,9 +230,11 @@ def newest(path) -> pathlib.Path:
     if (path / "state").is_dir():
         return path
     for folder in (path / SUBDIR, path):
-        steps = sorted((p for p in folder.glob("*") if p.name.isdigit() and (p / "state").is_dir()),
+        steps = sorted((p for p in folder.glob("*") if p.name.isdigit() and any((p / name).is_dir() for name in ITEMS)),
                        key=lambda p: int(p.name))
         if steps:
+            if lost := missing(steps[-1]):
+                raise ValueError(_incomplete(steps[-1], lost, newest_complete(folder.parent) if folder.name == SUBDIR else None))
             return steps[-1]
     raise ValueError(f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
                      f"folders in its {SUBDIR}/")

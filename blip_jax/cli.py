@@ -1,17 +1,18 @@
 """blip-jax <command>: flags become a config, a config goes to one function. USAGE lists the commands.
 
-A mistake is one line, `error: ...`, and exit status 2; BLIP_JAX_DEBUG=1 shows where it came from. A run that diverges
-ends with status 1.
+A mistake is one line, `error: ...`, and exit status 2; BLIP_JAX_DEBUG=1 shows where it came from. Of the other statuses, 0: done;
+75: stopped before the end, by a signal or because another process is gone, the same command goes on; 1: the run diverged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import pathlib
 import re
-import shlex
+import signal
 import sys
 
 from absl import flags
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from blip_jax import verbs_cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
 USAGE = """usage: blip-jax <command> [flags]
 
   train     --config=configs/x.py --workdir=DIR      train, or resume what DIR holds
@@ -36,10 +38,14 @@ USAGE = """usage: blip-jax <command> [flags]
   match     PICTURES --model=DIR --text=...          texts against pictures    a Hugging Face folder or a name on the hub
   answer    PICTURES --model=DIR --question=...      answers; of [--answers=FILE] the best of a list
   features  [PICTURES] --model=DIR [--text=...] --out=FILE.npz   states and embeddings; all four: [--json --batch= --dtype= --vocab=]
-  bench     caption [--against=transformers]         captions per second on this machine; benchmarks/README.md
-            [--out=FILE.json]
+  bench     train [--config=configs/x.py] [--against=torch]   speed of the training step: images/s, MFU, memory; benchmarks/README.md
+  bench     caption | filter | encode [--against=transformers] | input   speed of the other work; all: [--out=FILE.json --trace=DIR]
+  plan      --config=configs/x.py --topology=v5e:4x8   memory, collectives and best speed on a TPU slice that is not here
+            [--slices=N --search --workload=evaluate --exact --out=FILE.json; CapFilt: --captioner=CONFIG --filter=CONFIG]
   demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report
 
+train, evaluate and capfilt run on several hosts, too: started on each of them alike (README, "Many hosts").
+Exit status: 0 done, 75 stopped before the end and to be run again, 1 diverged, 2 a mistake that the last line names.
 Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config.py lists them with their units.
 """
 
@@ -47,23 +53,27 @@ Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config.py lis
 def train(argv: list[str]) -> int:
     """blip-jax train."""
     cfg, values = _config_and_flags(argv)
-    from blip_jax import train as training
-    try:
-        training.fit(cfg, values.workdir)
-    except training.NonFiniteLoss as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    from blip_jax import cluster, train as training
+    with cluster.start():
+        try:
+            out = training.fit(cfg, values.workdir)
+        except training.NonFiniteLoss as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 1
+    return AGAIN if out["stopped"] else 0
 
 
 def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
     cfg, values = _config_and_flags(argv, checkpoint="a checkpoint folder or workdir; default: the newest of --workdir")
-    from blip_jax import train as training
+    from blip_jax import cluster, train as training
     from blip_jax.eval import retrieval
-    result = training.evaluate(cfg, values.workdir, values.checkpoint or "")
-    print(retrieval.table(result))
-    print(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
+    from blip_jax.summary import say
+    with cluster.start():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # among several processes JAX takes note of it, for training to save
+        result = training.evaluate(cfg, values.workdir, values.checkpoint or "")
+        say(retrieval.table(result))
+        say(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
     return 0
 
 
@@ -80,9 +90,12 @@ def capfilt(argv: list[str]) -> int:
     _parse(values, argv, required=("config", "out"))
     if (values.process is None) != (values.processes is None):
         raise ValueError("give both --process and --processes, or neither")
+    from blip_jax import cluster
     from blip_jax.capfilt.run import run
-    run(values.config, values.out, values.process, values.processes)
-    return 0
+    with cluster.start() if values.process is None else contextlib.nullcontext():
+        if stopped := run(values.config, values.out, values.process, values.processes).get("stopped", False):
+            cluster.stop()
+    return AGAIN if stopped else 0
 
 
 def _refilter(argv: list[str]) -> int:
@@ -142,35 +155,24 @@ def demo(argv: list[str]) -> int:
         argv = [argv[0], f"--config={default}", *argv[1:]]
     cfg, values = _config_and_flags(argv)
     from blip_jax import demo as demonstration
-    demonstration.run(cfg, values.workdir)
-    return 0
+    return AGAIN if demonstration.run(cfg, values.workdir)["stopped"] else 0
 
 
 def bench(argv: list[str]) -> int:
-    """blip-jax bench caption."""
-    if argv[1:2] != ["caption"]:
-        raise ValueError(f"blip-jax bench measures one thing: caption, not {argv[1] if argv[1:] else 'nothing'!r}")
-    from blip_jax.bench import caption
-    from blip_jax.config import VIT_SIZES
-    values, default = flags.FlagValues(), caption.Settings()
-    flags.DEFINE_enum("size", default.size, sorted(VIT_SIZES), "of the model", flag_values=values)
-    flags.DEFINE_multi_integer("img_size", list(default.img_sizes), "pixels; repeatable", lower_bound=1, flag_values=values)
-    flags.DEFINE_multi_enum("dtype", list(default.dtypes), list(default.dtypes), "repeatable", flag_values=values)
-    flags.DEFINE_multi_integer("captions", list(default.captions), "per image; repeatable", lower_bound=1, flag_values=values)
-    for name, text in (("batch", "images"), ("tokens", "new tokens per caption"), ("rounds", "of which medians are taken"),
-                       ("threads", "of each side")):
-        flags.DEFINE_integer(name, getattr(default, name), text, lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("against", "", ["", "transformers"], "the peer", flag_values=values)
-    flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
-    _parse(values, ["bench caption", *argv[2:]], required=())
-    settings = caption.Settings(values.size, tuple(values.img_size), tuple(values.dtype), tuple(values.captions), values.batch,
-                                values.tokens, values.rounds, values.threads, values.against)
-    caption.run(settings, shlex.join(["blip-jax", *argv]), values.out)
-    return 0
+    """blip-jax bench."""
+    from blip_jax import bench_cli
+    return bench_cli.bench(argv, _parse)
+
+
+def plan(argv: list[str]) -> int:
+    """blip-jax plan."""
+    from blip_jax import plan_cli
+    return plan_cli.plan(argv, _parse)
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "capfilt": capfilt, "vocab": vocab, "convert": convert, "caption": verbs_cli.caption,
-            "match": verbs_cli.match, "answer": verbs_cli.answer, "features": verbs_cli.features, "demo": demo, "bench": bench}
+            "match": verbs_cli.match, "answer": verbs_cli.answer, "features": verbs_cli.features, "demo": demo, "bench": bench,
+            "plan": plan}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,6 +73,10 @@ def base(size: str = "base") -> ConfigDict:
     c.text = ConfigDict()
     c.text.vocab = ""  # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size
     c.text.max_len = 30  # T, tokens, padded
+    c.text.buckets = ()  # lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
+    # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published runs padded
+    # all to 30. Sources must give captions without pictures: json, tar, scenes
+    c.text.bucket_window = 32  # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
     c.text.max_words = 30  # words kept by the original's cleaning
     c.text.prompt = ""  # caption: begins every training text, unscored, as "a picture of "; captioning starts from it
 
@@ -188,7 +192,7 @@ PARTS = {  # objective -> (model.encoder, model.decoder), and in words
 SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
 RANGES = {  # leaf -> (least, most), both allowed
     **dict.fromkeys(("train.batch", "train.steps", "train.log_every", "train.save_every", "train.keep",
-                     "optim.accumulate", "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words",
+                     "optim.accumulate", "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words", "text.bucket_window",
                      "data.max_pixels", "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"),
                     (1, math.inf)),
     **dict.fromkeys(("train.eval_every", "eval.limit", "data.epoch_examples", "loss.queue", "loss.group_size",
@@ -241,10 +245,24 @@ def _values(cfg) -> list[str]:
             re.compile(pattern)
         except re.error as e:
             out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
-    out += _objective(cfg)
+    out += _objective(cfg) + _buckets(cfg)
     if cfg.loss.queue > 0 and not cfg.loss.momentum:
         out.append(f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
                    "set loss.queue=0 or loss.momentum=True")
+    return out
+
+
+def _buckets(cfg) -> list[str]:
+    buckets, last = tuple(cfg.text.buckets), cfg.text.max_len
+    if not buckets:
+        return []
+    out = []
+    if not all(isinstance(T, int) for T in buckets) or list(buckets) != sorted({*buckets}) or buckets[0] < 3 or buckets[-1] != last:
+        out.append(f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
+                   f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none")
+    if cfg.loss.smoothing_over == "all" and cfg.model.decoder:
+        out.append("loss.smoothing_over is 'all' but text.buckets is set: that mean takes in the padding, of which there is less in a "
+                   "bucket, so the loss would be another one; set loss.smoothing_over='valid' or text.buckets=()")
     return out
 
 

@@ -16,9 +16,9 @@ from blip_jax.data.pipeline import EvalData
 from blip_jax.data.records import open_source
 from blip_jax.data.text import Tokenizer
 from blip_jax.eval import retrieval
+from blip_jax.initial import fit_params
 from blip_jax.models.blip import Blip
 from blip_jax.summary import revision, say
-from blip_jax.train import fit_params
 
 GALLERY = 24  # pictures shown with their texts
 QUERIES = 6  # retrieval examples

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from blip_jax import losses, optim
+from blip_jax.models.attention import within_cells
 from blip_jax.models.vit import normalize_pixels
 from blip_jax.momentum import ema, enqueue, momentum_params
 
@@ -35,7 +36,7 @@ def pretrain_loss(model, cfg, params, momentum, batch, alpha, keys, first_row, d
     neg_txt = draw(jax.random.fold_in(keys[1], 1), weights_i2t, first_row)
 
     kv = apply(img_tok, method="image_kv")  # once, for the three matching groups and the decoder
-    itm, itm_acc = _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, dropout)
+    itm, itm_acc = _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, loss.group_size, dropout)
     logits = apply(ids, txt_mask, kv, method="lm_logits", deterministic=False, rngs=dropout("decoder"))
     lm = losses.lm(logits, ids[:, 1:], txt_mask[:, 1:], model.med_sizes["vocab_size"], smoothing=loss.label_smoothing,
                    over=loss.smoothing_over, group_size=loss.group_size)
@@ -65,7 +66,7 @@ def retrieval_loss(model, cfg, params, momentum, batch, alpha, keys, first_row, 
                    losses.hard_negative_weights(losses.similarity(img, txt, None, params["temp"]), same, 0.0), first_row)
 
     kv = apply(img_tok, method="image_kv")
-    itm, itm_acc = _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, dropout)
+    itm, itm_acc = _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, loss.group_size, dropout)
     metrics = {"loss": itc + itm, "loss_itc": itc, "loss_itm": itm, "itm_acc": itm_acc}
     return metrics["loss"], (metrics, features | ({"image_id": batch["image_id"]} if features else {}))
 
@@ -122,14 +123,15 @@ def _contrastive(model, cfg, temp, momentum, batch, img_emb, txt_emb, same, alph
     return losses.itc(sims["i2t"], sims["t2i"], targets["i2t"], targets["t2i"]), sims, features
 
 
-def _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, dropout):
+def _matching(apply, ids, txt_mask, kv, neg_img, neg_txt, group_size, dropout):
     """ITM over (image b, text b), (image b, negative text), (negative image, text b), in one pass of 3B rows.
 
-    neg_img, neg_txt: i32[B], -1 = no negative exists: that row is left out. Returns loss f32[], accuracy f32[].
+    neg_img, neg_txt: i32[B], each within its row's group, -1 = no negative exists: that row is left out. Returns loss f32[], accuracy f32[].
     """
     B = len(ids)
-    stack = lambda x: jnp.stack([x, x[neg_txt], x], axis=1).reshape(3 * B, -1)
-    logits = apply(stack(ids), stack(txt_mask), kv, img_idx=(None, None, neg_img), method="match", deterministic=False,
+    neg_img_of, neg_txt_of = (losses.grouped(i, group_size) % (group_size or B) for i in (neg_img, neg_txt))  # -1: any, not counted
+    stack = lambda x: jnp.stack([x, within_cells(x, neg_txt_of), x], axis=1).reshape(3 * B, -1)
+    logits = apply(stack(ids), stack(txt_mask), kv, img_idx=(None, None, neg_img_of), method="match", deterministic=False,
                    rngs=dropout("match"))
     labels = jnp.tile(jnp.array([1, 0, 0]), B)
     counted = jnp.stack([jnp.ones(B, bool), neg_txt >= 0, neg_img >= 0], axis=1).reshape(3 * B)
@@ -178,6 +180,8 @@ def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
         if features and momentum["queue"] is not None:
             momentum = momentum | {"queue": enqueue(momentum["queue"], features)}
         metrics |= {"grad_norm": optax.tree.norm(grads)}
+        if cfg.text.buckets:
+            metrics |= {"text_positions": jnp.float32(batch["ids"].shape[-1])}
         if model.encoder:
             metrics |= {"alpha": alpha, "temp": optim.merge(params, state.frozen)["temp"]}
         return state.replace(step=state.step + 1, params=optax.apply_updates(params, updates), opt=opt, momentum=momentum), metrics

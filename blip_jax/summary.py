@@ -44,13 +44,24 @@ def describe(run, newest: int | None) -> None:
     say(parameter_table(run.shapes.params, run.shapes.frozen, cfg.model.med.vocab_size))
     say(sharding.report(run.shapes, run.mesh))
     pair = flops.STEPS[cfg.objective](cfg)["step"]
-    say(f"FLOPs: {pair / 1e9:.2f} G per pair, {pair * cfg.train.batch / 1e12:.3f} T per step of {cfg.train.batch}")
+    say(f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, {pair * cfg.train.batch / 1e12:.3f} T per "
+        f"step of {cfg.train.batch}")
     say(memory_report(run))
     say(f"one epoch is {run.data.epoch_examples} examples = {run.epoch_steps} steps; {cfg.train.steps} steps are "
         f"{cfg.train.steps / run.epoch_steps:.2f} epochs; sources: "
         + ", ".join(f"{name} {len(source)}" for name, source in run.data.sources.items()))
     say(f"{'new run' if newest is None else f'resumed at step {newest}'}; outputs in {run.workdir}: checkpoints/, "
         "metrics.jsonl, tb/, config.json, skipped.jsonl")
+
+
+def bucket_report(cfg, step: int, shares: dict[int, float]) -> str:
+    """Text lengths of the batches in the window of `step` (shares: T -> share of them) and the FLOPs that follow."""
+    pair = {T: flops.STEPS[cfg.objective](cfg, T=T)["step"] for T in shares}
+    mean = sum(pair[T] * share for T, share in shares.items())
+    first = step // cfg.text.bucket_window * cfg.text.bucket_window
+    lengths = ", ".join(f"{T} positions {100 * share:.0f} % ({pair[T] / 1e9:.2f} G per pair)" for T, share in shares.items())
+    return (f"texts of the batches of steps {first + 1} to {first + cfg.text.bucket_window}: {lengths}; FLOPs: "
+            f"{mean / 1e9:.2f} G per pair on average, {mean * cfg.train.batch / 1e12:.3f} T per step")
 
 
 def parameter_table(trained: dict, frozen: dict, vocab_size: int) -> str:

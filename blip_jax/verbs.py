@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from blip_jax.decode import beam
 from blip_jax.models.blip import unit
-from blip_jax.models.vit import normalize_pixels
+from blip_jax.models.vit import encode_pixels, normalize_pixels
 
 
 def view(model, projected: bool) -> Callable:
@@ -21,7 +21,7 @@ def view(model, projected: bool) -> Callable:
 
     def run(params, img):
         apply = functools.partial(model.apply, {"params": params})
-        img_tok = apply(normalize_pixels(img), method="encode_image")
+        img_tok = encode_pixels(model, params, img)
         out = {"kv": apply(img_tok, method="image_kv")}
         return out | {"img_emb": apply(img_tok, method="project_image")} if projected else out
 
@@ -52,7 +52,7 @@ def image_features(model, projected: bool) -> Callable:
     """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}."""
 
     def run(params, img):
-        img_tok = model.apply({"params": params}, normalize_pixels(img), method="encode_image").astype(jnp.float32)
+        img_tok = encode_pixels(model, params, img).astype(jnp.float32)
         return {"image_embeds": img_tok, **_projected(model, params, img_tok, "image_embeds_proj", "vision_proj", projected)}
 
     return run
@@ -120,5 +120,5 @@ def ranking(model, k: int) -> Callable:
 def _question(model, params, img, ids, txt_mask):
     """`question_kv` of a question for each image."""
     apply = functools.partial(model.apply, {"params": params})
-    kv = apply(apply(normalize_pixels(img), method="encode_image"), method="image_kv")
+    kv = apply(encode_pixels(model, params, img), method="image_kv")
     return apply(apply(ids, txt_mask, kv, method="encode_question"), method="question_kv")

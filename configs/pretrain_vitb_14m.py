@@ -18,6 +18,7 @@ EPOCHS = 20
 def get_config():
     c = base("base")
     c.text.vocab = "data/bert-base-uncased-vocab.txt"
+    c.loss.group_size = 90  # columns and hard negatives within one of the authors' 32 GPUs
     c.loss.smoothing_over = "all"  # as the published runs
     with c.data.unlocked():
         c.data.train.coco = source("json", "data/coco_karpathy_train.json", images="data/coco", weight=0.567)

@@ -11,6 +11,7 @@ import pytest
 
 from blip_jax import cli
 from blip_jax.bench import caption as bench
+from blip_jax.bench import throughput
 from blip_jax.capfilt import caption
 
 PEER = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -53,7 +54,7 @@ def test_command_prints_tables_and_writes_figures_with_their_circumstances(tmp_p
 
 def test_without_the_peer_it_says_so_and_goes_on(monkeypatch):
     said = []
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
     assert bench._peer(bench.Settings(against="transformers"), said.append) is None
     assert said == ["skipped: the comparison with transformers, not installed: torch, transformers; pip install -e '.[peers]'"]
 
@@ -72,8 +73,9 @@ def test_wrong_flags_are_one_line_before_anything_is_measured(flags, message, ca
 def test_the_originals_way_projects_within_the_loop_and_gives_the_same_captions(ours, pictures):
     method, keys = caption.Method(n=3, min_length=8, max_length=8), np.arange(4, dtype=np.uint32).reshape(2, 2)
     states = ours.vision(ours.weights, pictures)  # [2,5,48]
+    as_kv = ((states[:, :, None], states[:, :, None]),)
     decode = jax.jit(caption.decoder(bench.OriginalWay(ours.model), ours.prompt, method, eos=bench.EOS, pad=bench.PAD))
-    compiled = decode.lower(ours.weights, ((states,),), keys).compile()
+    compiled = decode.lower(ours.weights, as_kv, keys).compile()
     text = compiled.as_text()
     names = set(re.findall(r"body=%([\w.]+)", text))
     bodies = [re.search(rf"^%{re.escape(name)} .*?^}}", text, re.M | re.S)[0] for name in names]
@@ -81,7 +83,7 @@ def test_the_originals_way_projects_within_the_loop_and_gives_the_same_captions(
     assert max(projections) >= 4  # keys and values of two layers, for every token: XLA has not moved them out
 
     mine = ours.loop(method)(ours.weights, ours.image_kv(ours.weights, states), keys)
-    theirs = compiled(ours.weights, ((states,),), keys)
+    theirs = compiled(ours.weights, as_kv, keys)
     assert len({tuple(row) for row in np.asarray(mine["ids"]).reshape(6, 8)}) == 6
     np.testing.assert_array_equal(mine["ids"], theirs["ids"])
     np.testing.assert_allclose(mine["log_prob"], theirs["log_prob"], rtol=1e-5)

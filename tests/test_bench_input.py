@@ -1,17 +1,31 @@
+import json
 import re
 
+import pytest
+
+from blip_jax import cli
 from blip_jax.bench import input as bench
 
 
-def test_bench_prints_rate_shares_and_memory(capsys):
-    assert bench.main(["--examples", "200", "--timed", "20", "--img-size", "32", "--threads", "2"]) == 0
-    out = capsys.readouterr().out
-    rate = int(re.search(r"(\d+) images/s per core", out).group(1))
-    milliseconds, shares = zip(*((float(a), float(b)) for a, b in re.findall(r"([\d.]+) ms +([\d.]+) %", out)))
+def test_bench_prints_and_writes_rate_shares_and_memory(tmp_path, capsys):
+    out = tmp_path / "input.json"
+    flags = ["bench", "input", "--examples=200", "--timed=20", "--img_size=32", "--threads=2", f"--out={out}"]
+    assert cli.main(flags) == 0
+    text, result = capsys.readouterr().out, json.loads(out.read_text())
+    rate = int(re.search(r"(\d+) images/s per core", text).group(1))
+    milliseconds, shares = zip(*((float(a), float(b)) for a, b in re.findall(r"([\d.]+) ms +([\d.]+) %", text)))
     assert len(shares) == 5 and abs(sum(shares) - 100) < 0.5
     assert abs(1000 / sum(milliseconds) - rate) < 0.05 * rate + 1
     assert shares[1] == max(shares)  # decoding
-    assert re.search(r"grew [\d.]+ MB \(limit 50\)", out)
+    assert re.search(r"grew [\d.]+ MB \(limit 50\)", text)
+    assert result["images_per_s_per_core"] == pytest.approx(1 / sum(result["stage_s"].values())) and result["settings"]["timed"] == 20
+    assert result["grew_mb"] == pytest.approx(result["resident_mb"][1] - result["resident_mb"][0])
+
+
+def test_memory_that_grows_beyond_the_limit_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "memory", lambda data, examples: (100.0, 151.0, 1.0))
+    assert cli.main(["bench", "input", "--examples=64", "--timed=2", "--img_size=32", "--threads=1"]) == 1
+    assert "grew 51.0 MB (limit 50)" in capsys.readouterr().out
 
 
 def test_pictures_are_of_the_size_and_detail_of_photographs(tmp_path):

@@ -21,7 +21,7 @@ from blip_jax.capfilt import caption, decisions, shards
 from blip_jax.capfilt import settings as run_settings
 from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run
-from blip_jax.data import pipeline, text
+from blip_jax.data import ledger, pipeline, text
 from blip_jax.data.image import decode, eval_transform
 from blip_jax.data.records import open_source, write_array_record
 from blip_jax.models.blip import Blip
@@ -404,7 +404,7 @@ def test_keys_of_many_shards(tmp_path, monkeypatch):
 
 
 def test_too_many_unreadable_records_stop_the_run(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "ENOUGH", 5)
+    monkeypatch.setattr(ledger, "ENOUGH", 5)
     cfg.data.max_bad_share = 0.01
     with pytest.raises(ValueError, match=r"1 of 8 records read .* more than data.max_bad_share=0.01"):
         run(cfg, tmp_path / "out")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from blip_jax import checkpoint, config, optim, steps, train, train_state
+from blip_jax import checkpoint, config, initial, optim, steps, train, train_state
 from blip_jax.models.blip import Blip
 
 B, T, SIZE, VOCAB, PROMPT = 6, 9, 16, 60, 4
@@ -119,7 +119,7 @@ def pretrained(tiny_cfg, tmp_path):
     tiny_cfg.train.steps = 2
     run = train.prepare(tiny_cfg, tmp_path / "pretrained")
     with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
-        checkpoint.save(manager, 1, train._create(run, None), {"step": 1, "crc": 0, "sums": None}, {})
+        checkpoint.save(manager, 1, initial.create(run, None), {"step": 1, "crc": 0, "sums": None}, {})
     return run.workdir
 
 
@@ -169,7 +169,7 @@ def test_a_filter_starts_from_pretraining_at_another_image_size(tiny_cfg, pretra
     before = dict(optim.paths(checkpoint.load_params(pretrained)))
     run = train.prepare(fine_tuning(tiny_cfg, "retrieval", pretrained), tmp_path / "run")
     with jax.set_mesh(run.mesh):
-        state = jax.device_get(train._create(run, train._init_params(run)))
+        state = jax.device_get(initial.create(run, initial.load(run)))
     after = dict(optim.paths(state.params))
     assert state.momentum["params"]["vit"]["pos_embed"].shape == after["vit/pos_embed"].shape == (17, 48)
     assert {path for path in before if path not in after} == {

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import official
-from blip_jax import checkpoint, config, optim, train, train_state
+from blip_jax import checkpoint, config, initial, optim, train, train_state
 from blip_jax.capfilt import settings
 from blip_jax.convert import apply, run, source, torch_io
 from blip_jax.models.build import build
@@ -87,7 +87,7 @@ def started(cfg, tmp_path):
     """The state that a run of `cfg` begins with, on the host."""
     run = train.prepare(cfg, tmp_path / "run")
     with jax.set_mesh(run.mesh):
-        return jax.device_get(train._create(run, train._init_params(run)).replace(rng=None))
+        return jax.device_get(initial.create(run, initial.load(run)).replace(rng=None))
 
 
 def test_pretraining_starts_from_initial_weights_of_two_origins(tiny_cfg, tmp_path, converted, capsys):

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from blip_jax import optim, train_state
 from blip_jax.config import base
-from blip_jax.models import attention
+from blip_jax.models import vit
 from blip_jax.models.blip import Blip
 from blip_jax.models.dense import dot_general, rounded
 
@@ -56,19 +56,32 @@ def test_other_dtypes_and_platforms_get_the_plain_product(dtype, platform):
     assert ours == plain
 
 
-def test_a_single_cpu_attends_example_by_example_with_the_same_result(monkeypatch):
-    q, k, v, g = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 5, 2, 4)), jnp.float32) for i in range(4))
-    run = lambda: jax.vjp(attention.attention, q, k, v)
-    loops = lambda: str(jax.make_jaxpr(lambda *a: attention.attention(*a))(q, k, v)).count("scan[")
-    whole, whole_grads = run()[0], run()[1](g)
-    assert loops() == 0
-    monkeypatch.setattr(attention, "IN_CACHE", 0)
-    assert loops() == 1
-    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):  # where it would keep devices apart
-        assert loops() == 0
-    one, backward = run()
-    for a, b in zip((one, *backward(g)), (whole, *whole_grads)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+def test_one_cpu_encodes_few_images_at_a_time_with_the_same_result(monkeypatch):
+    cfg = base("tiny")
+    cfg.model.img_size = 16
+    model, size = Blip.from_config(cfg.model), cfg.model.img_size
+    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    img = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), np.uint8)
+    P = 1 + (size // cfg.model.vit.patch) ** 2
+
+    def batches():
+        """Sizes of the batches that the ViT sees."""
+        seen = []
+        with monkeypatch.context() as m:
+            m.setattr(Blip, "encode_image", lambda self, img, whole=Blip.encode_image: seen.append(len(img)) or whole(self, img))
+            jax.eval_shape(lambda: vit.encode_pixels(model, params, img))
+        return seen
+
+    whole = jax.jit(lambda: vit.encode_pixels(model, params, img))()
+    assert batches() == [6]
+    monkeypatch.setattr(vit, "CPU_ROWS", 2 * P + 1)
+    assert batches() == [2]
+    mesh = jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert batches() == [6]  # split over devices: a loop over images would idle some
+    part = jax.shard_map(lambda: vit.encode_pixels(model, params, img), mesh=mesh, in_specs=(), out_specs=jax.P(), check_vma=False)
+    np.testing.assert_allclose(jax.jit(part)(), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: vit.encode_pixels(model, params, img))(), whole, rtol=0, atol=1e-5)
 
 
 def test_parameters_rounded_once_give_the_same_bits():

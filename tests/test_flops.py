@@ -1,11 +1,14 @@
-"""Analytic FLOPs against known counts of the published model sizes, and against the jaxpr of the real step."""
+"""Analytic FLOPs against known counts of the published model sizes, and against the jaxprs of the real programs."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from blip_jax import config
-from blip_jax.bench import flops
+from blip_jax.bench import flops, lengths
+from blip_jax.capfilt import caption, filter
+from blip_jax.models.blip import Blip
 
 
 def sized(size, T, img_size=224):
@@ -69,6 +72,104 @@ def test_parts_add_up_and_momentum_can_be_off():
     assert count["forward"] - without["forward"] == pytest.approx(saved)
 
 
+def test_buckets_need_few_positions_on_texts_as_long_as_cocos():
+    """The original's step at its 30 positions is the measure."""
+    drawn = lengths.coco(np.random.default_rng(1), 20_000)
+    assert drawn.min() >= 3 and drawn.max() <= 30 and drawn.mean() == pytest.approx(13.0, abs=0.1)
+    cfg = sized("base", 30)
+    original = flops.pretrain_step(cfg, original=True)["step"]
+    with cfg.unlocked():
+        cfg.text.buckets = lengths.BUCKETS
+    assert flops.pretrain_step(cfg)["step"] <= 1.03 * 252.4e9
+    assert 195.1e9 < lengths.coco_step(cfg) <= 0.72 * original
+    with cfg.unlocked():
+        cfg.train.batch, cfg.text.bucket_window = 4, 3
+    of = lambda T: flops.pretrain_step(cfg, T=T)["step"]
+    counted = [9, 13] * 6 + [30] + [9] * 9  # a window of 12 16 16, another of 12 30, and two texts too few for a third batch
+    assert flops.bucketed_step(cfg, np.array(counted)) == pytest.approx((of(12) * 2 + of(16) * 2 + of(30)) / 5)
+    with pytest.raises(ValueError, match="3 lengths do not fill a batch of train.batch=4"):
+        flops.bucketed_step(cfg, np.array([9] * 3))
+
+
+@pytest.mark.parametrize("size, img_size, n, expected", [("base", 224, 1, 46.5), ("base", 224, 5, 64.8), ("base", 384, 1, 133.5),
+                                                          ("large", 384, 1, 410)])
+def test_captions_of_twenty_tokens(size, img_size, n, expected):
+    assert flops.caption_image(sized(size, 30, img_size).model, 4, 20, n) / 1e9 == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("img_size, one, further", [(224, 47.9, 7.2), (384, 135.0, 7.7)])
+def test_filter_of_texts_of_35_positions(img_size, one, further):
+    model = sized("base", 35, img_size).model
+    count = lambda texts: flops.filter_image(model, 35, texts, itc=False, original=True) / 1e9
+    assert (round(count(1), 1), round(count(2) - count(1), 1)) == (one, further)
+    assert flops.encode_image(model) < 1e9 * count(1)
+
+
+def narrow(img_size=64):
+    """A small model of uneven sizes."""
+    cfg = config.base("tiny")
+    with cfg.unlocked():
+        cfg.model.update(img_size=img_size, embed_dim=24, dtype="float32")
+        cfg.model.med.update(layers=3, vocab_size=1000)
+    return cfg
+
+
+def shapes_of(cfg, T=9):
+    model, S = Blip.from_config(cfg.model), cfg.model.img_size
+    img, ids = jax.ShapeDtypeStruct((2, S, S, 3), jnp.uint8), jax.ShapeDtypeStruct((2, 5, T), jnp.int32)
+    float_img = jax.ShapeDtypeStruct(img.shape, jnp.float32)
+    init = lambda img: model.init(jax.random.key(0), img, jnp.ones((2, 8), jnp.int32), jnp.ones((2, 8), bool))["params"]
+    return model, jax.eval_shape(init, float_img), img, ids
+
+
+def test_formulas_agree_with_captioner_and_filter_as_they_run():
+    cfg = narrow()
+    model, params, img, ids = shapes_of(cfg)
+    keys = jax.ShapeDtypeStruct((2, 2), jnp.uint32)
+    for method, n in ((caption.Method(n=3, max_length=15), 3), (caption.Method(kind="beam", beams=4, max_length=15), 4)):
+        decode = caption.decoder(model, [998, 5, 6, 7], method, eos=3, pad=0)
+
+        def captions(params, img, keys):
+            apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+            return decode(params, apply(apply(img.astype(jnp.float32), method="encode_image"), method="image_kv"), keys)
+
+        traced = flops.count_function(captions, params, img, keys, trips=15 - 4 - 1) / 2
+        assert traced == pytest.approx(flops.caption_image(cfg.model, 4, 15 - 4, n), rel=0.02)
+
+    def scores(params, img, ids):
+        return filter.scorer(model)(params, filter.viewer(model)(params, img), ids, jnp.ones(ids.shape, bool))
+
+    traced = flops.count_function(scores, params, img, ids) / 2
+    assert traced == pytest.approx(flops.filter_image(cfg.model, 9, 5), rel=0.02)
+
+
+def test_retrieval_evaluation_is_its_passes():
+    cfg = narrow()
+    model, params, img, ids = shapes_of(cfg, cfg.text.max_len)
+    with cfg.unlocked():
+        cfg.eval.k, cfg.eval.rerank_texts = 4, 5
+    apply = lambda params, *args, method: model.apply({"params": params}, *args, method=method)
+
+    def encode(params, img, ids):
+        img_tok = apply(params, img.astype(jnp.float32), method="encode_image")
+        mask = jnp.ones(ids[:, 0].shape, bool)
+        return apply(params, img_tok, method="project_image"), apply(params, ids[:, 0], mask, method="encode_text")[1]
+
+    def rerank(params, img_tok, ids):
+        ids = ids.reshape(10, -1)
+        return apply(params, ids, jnp.ones(ids.shape, bool), apply(params, img_tok, method="image_kv"), method="match")
+
+    img_tok = jax.ShapeDtypeStruct((2, flops._positions(cfg.model), cfg.model.vit.width), jnp.float32)
+    a_pair = flops.count_function(encode, params, img, ids) / 2
+    a_unit = flops.count_function(rerank, params, img_tok, ids) / 2
+    count = flops.retrieval_eval(cfg, 30, 30)
+    assert count["encode"] == pytest.approx(30 * a_pair, rel=0.02)
+    assert count["rerank"] == pytest.approx(30 * (4 + 4) / 5 * a_unit, rel=0.02)
+    assert count["total"] == count["encode"] + count["rerank"]
+    few = flops.retrieval_eval(cfg, 3, 3)["rerank"]  # no pair is scored twice
+    assert few == pytest.approx(9 / 5 * a_unit, rel=0.02)
+
+
 def test_count_of_a_product_a_convolution_and_a_batched_product():
     f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     assert flops.count_function(jnp.dot, f32(3, 5), f32(5, 7)) == 2 * 3 * 5 * 7
@@ -89,3 +190,4 @@ def test_count_goes_into_scan_conditional_and_gradient():
     endless = lambda x: jax.lax.while_loop(lambda c: c.sum() < 0, lambda c: c @ w[0], x)
     with pytest.raises(ValueError, match="while loop"):
         flops.count_function(endless, x)
+    assert flops.count_function(endless, x, trips=7) == 7 * once

@@ -45,6 +45,8 @@ def test_traced_step_agrees_with_the_formula(size, objective):
     traced = flops.count_function(step, shapes, batch) / cfg.train.batch
     formula = flops.STEPS[objective](cfg)["step"]
     assert traced == pytest.approx(formula, rel=0.02)
+    if (size, objective) == ("base", "pretrain"):
+        assert cfg.text.max_len == 30 and traced <= 1.03 * 252.4e9  # what the maths needs
 
 
 def test_batch_has_captions_of_real_length():

@@ -52,7 +52,28 @@ def test_grouped_cross_attention_equals_repeated_images():
     k, v = (jnp.asarray(rng.normal(size=(B, 7, 2, 4)), jnp.float32) for _ in range(2))
     other = jnp.array([2, 0, 1])
     image = jnp.stack([jnp.arange(B), other, jnp.arange(B)], axis=1).reshape(-1)  # of each row b*G + g
-    np.testing.assert_allclose(grouped_cross_attention(q, k, v, (None, other, None)), attention(q, k[image], v[image]), atol=1e-6)
+    found = grouped_cross_attention(q, k, v, (None, other[None], None))
+    np.testing.assert_allclose(found, attention(q, k[image], v[image]), atol=1e-6)
+
+
+def test_cells_of_one_device_each_keep_their_images_there():
+    """A cell is a group of negatives: where it lies on one device no key or value travels, forward or backward."""
+    rng = np.random.default_rng(3)
+    k, v = (jnp.asarray(rng.normal(size=(16, 7, 2, 4)), jnp.float32) for _ in range(2))
+    q, idx = jnp.asarray(rng.normal(size=(16, 5, 2, 4)), jnp.float32), rng.permuted(np.tile(np.arange(16), (2, 1)), axis=1)
+
+    def loss(q, k, v, idx):
+        return jnp.sum(jnp.square(grouped_cross_attention(q, k, v, (idx,))))
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    for cells in (8, 1):
+        local = jnp.asarray(idx[0] % (16 // cells)).reshape(cells, -1)
+        image = (local + jnp.arange(cells)[:, None] * (16 // cells)).reshape(-1)
+        np.testing.assert_allclose(loss(q, k, v, local), jnp.sum(jnp.square(attention(q, k[image], v[image]))), rtol=1e-6)
+        args = jax.device_put((q, k, v, local if cells == 8 else jnp.asarray(local)), (rows, rows, rows, rows if cells == 8 else None))
+        text = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=rows).lower(*args).compile().as_text()
+        assert ("all-gather" in text or "all-to-all" in text or "all-reduce" in text) == (cells == 1)
 
 
 def test_padding_has_no_influence(blip, inputs):

@@ -66,3 +66,21 @@ def test_a_mesh_that_does_not_multiply_names_the_devices():
     with pytest.raises(ValueError, match=r"\(3, 1, 1\) does not multiply to the 8 devices"):
         mesh_of(3, 1, 1)
     assert dict(mesh_of(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_initialising_large_never_puts_it_on_one_device():
+    """The compiled creation of the state: what a device gets and what it needs meanwhile, together far less than the state."""
+    cfg = config.base("large")
+    with cfg.unlocked():
+        cfg.train.steps, cfg.model.img_size = 10, 64
+    model, (tx, _) = Blip.from_config(cfg.model), optim.make(cfg, 10)
+    create = lambda key: train_state.create(cfg, model, tx, key)
+    shapes, mesh = jax.eval_shape(create, jax.random.key(0)), mesh_of(1, 8, 1)
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
+                            if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(create, out_shardings=sharding.shardings_for(shapes, mesh)).lower(jax.random.key(0)).compile()
+    memory, whole = compiled.memory_analysis(), size(shapes.momentum["queue"])
+    assert memory.output_size_in_bytes - whole < 1.02 / 8 * (size(shapes) - whole) < 2**30
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < size(shapes) / 5
+    assert memory.temp_size_in_bytes < max(x.size for x in jax.tree.leaves(shapes.params)) * 4  # not even one array of it

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip_jax import checkpoint, metrics, optim, sharding, summary, train, train_state
+from blip_jax import checkpoint, initial, metrics, optim, sharding, summary, train, train_state
 from blip_jax.config import source
 
 
@@ -84,13 +84,14 @@ def test_a_run_writes_what_it_promises(full_run, cfg):
     assert list(evaluated) == [6] and 0 <= evaluated[6]["eval/r_mean"] <= 100 and evaluated[6]["eval/images"] == 20
 
 
-def test_examples_crc_is_of_the_keys_in_order(full_run, cfg):
+def test_examples_crc_is_of_the_keys_and_their_places(full_run, cfg):
     run = train.prepare(cfg, full_run)
     crc, seen = 0, []
     with run.data.batches(0) as batches:
         for _ in range(6):
             keys = next(batches)["key"]
-            crc, seen = zlib.crc32("\n".join(keys).encode(), crc), seen + keys
+            crc = (crc + sum(zlib.crc32(f"{i} {key}".encode()) for i, key in enumerate(keys, len(seen)))) % 2**32
+            seen += keys
     assert rows(full_run)[6]["train/examples_crc"] == crc
     assert sorted(seen[:64]) == sorted(set(seen))  # 64 records: the first epoch has each of them once
 
@@ -224,7 +225,7 @@ def test_init_from_takes_parameters_and_momentum_copies(full_run, cfg, tmp_path)
     cfg.train.init_from = str(full_run)
     run = train.prepare(cfg, tmp_path / "new")
     with jax.set_mesh(run.mesh):
-        state = train._create(run, train._init_params(run))
+        state = initial.create(run, initial.load(run))
     want = dict(optim.paths(checkpoint.load_params(full_run)))
     got = dict(optim.paths(jax.device_get(state.all_params)))
     assert got.keys() == want.keys() and int(state.step) == 0
@@ -246,20 +247,62 @@ def test_parameters_of_another_image_size_are_resized_and_of_another_width_refus
         model = train.Blip.from_config(cfg.model)
         return jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
 
-    fitted = train.fit_params(params, shapes(), "here")
+    fitted = initial.fit_params(params, shapes(), "here")
     assert fitted["vit"]["pos_embed"].shape == (17, 48)
     np.testing.assert_array_equal(fitted["vit"]["pos_embed"][0], params["vit"]["pos_embed"][0])
     np.testing.assert_array_equal(fitted["vit"]["cls"], params["vit"]["cls"])
     assert "position table resized from 5 to 17" in capsys.readouterr().out
     extra = params | {"spare": {"bias": np.zeros(2)}}
-    assert "spare" not in train.fit_params(extra, shapes(), "here") and "spare/bias" in capsys.readouterr().out
+    assert "spare" not in initial.fit_params(extra, shapes(), "here") and "spare/bias" in capsys.readouterr().out
     cfg.model.embed_dim = 8
     del params["temp"]
     with pytest.raises(ValueError) as e:
-        train.fit_params(params, shapes(), "here")
+        initial.fit_params(params, shapes(), "here")
     for part in ("here holds another model", "text_proj/kernel is [32, 16], this config needs [32, 8]",
                  "temp is missing"):
         assert part in str(e.value)
+
+
+@pytest.mark.parametrize("lost", ["data", "config/metadata", "state", "state/_METADATA", "state/manifest.ocdbt",
+                                  "state/ocdbt.process_0/d", "state/d/* cut"])
+def test_half_a_checkpoint_is_named_with_what_it_lacks(full_run, tmp_path, lost):
+    shutil.copytree(full_run / "checkpoints", tmp_path / "checkpoints")
+    assert checkpoint.check_folders(tmp_path) == (6, [])
+    newest = tmp_path / "checkpoints" / "6"
+    pattern, _, cut = lost.partition(" ")
+    path = next(newest.glob(pattern))
+    if cut:
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError) as e:
+        checkpoint.check_folders(tmp_path)
+    for part in (f"checkpoint 6 in {newest.parent} is incomplete", str(path.relative_to(newest)), "missing",
+                 f"checkpoint 3 is the newest complete one: move {newest} away to go on from it"):
+        assert part in str(e.value), str(e.value)
+    with pytest.raises(ValueError, match="checkpoint 6 in .* is incomplete"):
+        checkpoint.load_params(tmp_path)
+    assert sorted(p.name for p in newest.parent.iterdir()) == ["3", "6"]  # nothing is removed
+
+
+def test_an_older_half_checkpoint_is_a_warning_and_none_complete_an_error(full_run, tmp_path):
+    shutil.copytree(full_run / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "data")
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    newest, notes = checkpoint.check_folders(tmp_path)
+    assert newest == 6 and "3 is incomplete and of no use: data/ is missing" in notes[0]
+    assert "an interrupted save left 7.orbax-checkpoint-tmp" in notes[1]
+    shutil.rmtree(tmp_path / "checkpoints" / "6" / "state")
+    with pytest.raises(ValueError, match="there is no complete one beside it"):
+        checkpoint.check_folders(tmp_path)
+
+
+def test_half_a_converted_checkpoint(tmp_path):
+    checkpoint.write(tmp_path, {"params": {"a": np.arange(6.0), "b": np.float32(1)}}, {}, {})
+    assert checkpoint.check_folders(tmp_path) == (0, [])
+    (tmp_path / "checkpoints" / "0" / "state" / "params.a" / "0").unlink()
+    with pytest.raises(ValueError, match=r"state/params\.a/\* is missing"):
+        checkpoint.check_folders(tmp_path)
 
 
 def test_load_params_needs_a_complete_checkpoint(tmp_path):
@@ -272,7 +315,7 @@ def test_micro_batches_keep_the_order_of_rows(tiny_cfg):
     mesh = sharding.make_mesh(tiny_cfg.mesh)
     local = {"img": np.arange(32)[:, None], "ids": np.arange(32), "txt_mask": np.ones(32, bool),
              "image_id": np.arange(32) + 2**40, "key": ["k"] * 32}
-    one, two = train._to_devices(local, mesh, 1), train._to_devices(local, mesh, 2)
+    one, two = train._to_devices(local, mesh, 1, np.arange(32), 32), train._to_devices(local, mesh, 2, np.arange(16), 16)
     np.testing.assert_array_equal(one["img"], local["img"])
     np.testing.assert_array_equal(two["ids"], np.arange(32).reshape(2, 16))
     assert two["image_id"].dtype == jnp.int32 and "key" not in one

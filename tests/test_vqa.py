@@ -112,8 +112,8 @@ def test_masked_keys_of_grouped_attention_equal_repeated_images():
     mask, other = jnp.arange(7) < jnp.array([7, 2, 4])[:, None], jnp.array([2, 0, 1])
     image = jnp.stack([jnp.arange(3), other, jnp.arange(3)], axis=1).reshape(-1)  # of each row b*G + g
     want = attention(q, k[image], v[image], mask[image][:, None, None])
-    np.testing.assert_allclose(grouped_cross_attention(q, k, v, (None, other, None), kv_mask=mask), want, atol=1e-6)
-    np.testing.assert_allclose(grouped_cross_attention(q, k.at[1, 2:].set(9.0), v, (None, other, None), kv_mask=mask), want, atol=1e-6)
+    np.testing.assert_allclose(grouped_cross_attention(q, k, v, (None, other[None], None), kv_mask=mask), want, atol=1e-6)
+    np.testing.assert_allclose(grouped_cross_attention(q, k.at[1, 2:].set(9.0), v, (None, other[None], None), kv_mask=mask), want, atol=1e-6)
 
 
 def test_states_and_masked_answers_do_not_see_question_padding():

@@ -8,24 +8,18 @@ the image keys and values again for every token and every caption.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import importlib.util
-import json
-import os
-import pathlib
-import platform
 import statistics
-import time
 from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax import config, summary, train_state
+from blip_jax import config, train_state
+from blip_jax.bench import flops, throughput
 from blip_jax.capfilt import caption
 from blip_jax.models.blip import Blip
-from blip_jax.models.vit import normalize_pixels
+from blip_jax.models.vit import encode_pixels
 
 EOS, PAD = 3, 0  # where a vocabulary of this project has them; EOS is never drawn
 LIMIT = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of logits between ours and the peer, whose deviation is about 1
@@ -43,17 +37,18 @@ class Settings(NamedTuple):
     rounds: int = 3
     threads: int = 2
     against: str = ""  # "transformers", or "" for ours alone
+    trace: str = ""  # folder for a profile of ours
 
 
 class OriginalWay:
-    """Stands in for the model in `caption.decoder`, and image states [B,P,D] for keys and values: they are projected again for
+    """Stands in for the model in `caption.decoder`, and image states [B,P,1,D] for keys and values: they are projected again for
     every token and every caption, as in the original's `generate`, which caches only the self-attention."""
 
     def __init__(self, model):
         self.model, self.empty_cache = model, model.empty_cache
 
     def apply(self, variables, ids, start, cache, states, method):
-        img_tok, start = jax.lax.optimization_barrier((states[0][0], start))  # else XLA takes it out of the loop
+        img_tok, start = jax.lax.optimization_barrier((states[0][1][:, :, 0], start))  # else XLA takes it out of the loop
         img_tok = jnp.repeat(img_tok, len(ids) // len(img_tok), axis=0)
         kv = self.model.apply(variables, img_tok, method="image_kv")
         return self.model.apply(variables, ids, start, cache, kv, method=method)
@@ -71,7 +66,7 @@ class Ours:
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
         self.params = jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, params)
         self.weights = jax.tree.map(lambda x: x.astype(dtype), self.params)
-        self.vision = jax.jit(lambda p, img: self._apply(p, normalize_pixels(img), "encode_image"))
+        self.vision = jax.jit(functools.partial(encode_pixels, self.model))
         self.image_kv = jax.jit(lambda p, img_tok: self._apply(p, img_tok, "image_kv"))
         self.logits = jax.jit(self._logits)
 
@@ -80,7 +75,7 @@ class Ours:
 
     def _logits(self, params, img, ids):
         """f32[B,T-1,V], teacher-forced"""
-        kv = self._apply(params, self._apply(params, normalize_pixels(img), "encode_image"), "image_kv")
+        kv = self._apply(params, encode_pixels(self.model, params, img), "image_kv")
         return self._apply(params, ids, jnp.ones(ids.shape, bool), kv, "lm_logits")[..., : self.config.med.vocab_size]
 
     def loop(self, method: caption.Method) -> Callable:
@@ -92,8 +87,9 @@ class Ours:
         decode = caption.decoder(OriginalWay(self.model) if original else self.model, self.prompt, method, eos=EOS, pad=PAD)
 
         def run(params, img, keys):
-            img_tok = self._apply(params, normalize_pixels(img), "encode_image")
-            return decode(params, ((img_tok,),) if original else self._apply(params, img_tok, "image_kv"), keys)
+            img_tok = encode_pixels(self.model, params, img)
+            states = img_tok[:, :, None]
+            return decode(params, ((states, states),) if original else self._apply(params, img_tok, "image_kv"), keys)
 
         return jax.jit(run)
 
@@ -104,39 +100,24 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print) 
     ValueError: fewer cores than settings.threads, no multiple of the patch, an output folder that does not exist, or a peer whose
     logits or greedy texts differ. Where transformers is not installed the peer is left out, and said so.
     """
-    _limit_threads(settings.threads)
+    throughput.limit_threads(settings.threads)
+    throughput.check_out(out)
     patch = config.VIT_SIZES[settings.size]["patch"]
     if odd := [s for s in settings.img_sizes if s % patch]:
         raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")
-    if out and not pathlib.Path(out).resolve().parent.is_dir():
-        raise ValueError(f"--out={out}: there is no such folder; make it first")
     peer = _peer(settings, say)
-    result = {"command": command, "settings": settings._asdict(), "peer": "transformers" if peer else None, **about(),
-              "agreement": [], "cases": []}
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    say(f"{result['hardware']['cpu']}, {settings.threads} threads; {versions}; revision {result['revision']}")
+    result = {"command": command, "workload": "caption", "settings": settings._asdict(), "peer": "transformers" if peer else None,
+              **throughput.about(), "agreement": [], "cases": []}
+    say(throughput.headline(result, settings.threads))
     for img_size in settings.img_sizes:
         for dtype in settings.dtypes:
             agreement, cases = measure(settings, img_size, dtype, peer, say)
             result["agreement"] += agreement
             result["cases"] += cases
-            if out:  # after each, so that a run that is stopped leaves what it has
-                pathlib.Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            throughput.write(out, result)  # after each, so that a run that is stopped leaves what it has
     say(table(result["cases"]))
     say(parts_table(result["cases"]))
     return result
-
-
-def about() -> dict:
-    """Hardware, versions and revision, as they stand beside every figure."""
-    packages = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
-    return {"date": time.strftime("%Y-%m-%d"), "revision": summary.revision(),
-            "hardware": {"cpu": cpu[0], "cores": os.cpu_count(), "device": jax.devices()[0].device_kind},
-            "versions": {"python": platform.python_version(),
-                         **{p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}},
-            "environment": {k: os.environ[k] for k in ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS") if k in os.environ}}
 
 
 def measure(settings: Settings, img_size: int, dtype: str, peer: Callable | None, say: Callable) -> tuple[list, list]:
@@ -149,16 +130,18 @@ def measure(settings: Settings, img_size: int, dtype: str, peer: Callable | None
         agreed = [{"img_size": img_size, "dtype": dtype, **agreement(ours, other, img[:2], dtype)}]
         say(f"{img_size} px, {dtype}: {agreed[0]}")
     sides = jobs(settings, ours, other, img)
-    times = {name: [] for name in sides}
-    for job in sides.values():
-        job()  # compiles, warms up
-    for i in range(settings.rounds):
-        for name, job in sides.items():
-            start = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - start)
-        say(f"{img_size} px, {dtype}: round {i + 1} of {settings.rounds} took {sum(t[-1] for t in times.values()):.0f} s")
-    return agreed, [case(times, n, settings) | {"img_size": img_size, "dtype": dtype} for n in settings.captions]
+    first, times = throughput.rounds(sides, settings.rounds, lambda text: say(f"{img_size} px, {dtype}: {text}"))
+    if settings.trace:
+        with throughput.trace(settings.trace, say):
+            throughput.seconds_of(sides[f"ours/{settings.captions[0]}"], throughput.TRACED)
+    cases = []
+    for n in settings.captions:
+        count = flops.caption_image(ours.config, len(ours.prompt), settings.tokens, n)
+        found = throughput.figures(times[f"ours/{n}"], settings.batch, count)
+        say(f"{img_size} px, {dtype}, captions {n}: {throughput.words(found)}")
+        cases.append(case(times, n, settings) | {"img_size": img_size, "dtype": dtype, "ours": found, "memory": throughput.peak_memory(),
+                                                 "compile_s": first[f"ours/{n}"] - found["step_s"]["p50"]})
+    return agreed, cases
 
 
 def agreement(ours: Ours, peer, img: np.ndarray, dtype: str) -> dict:
@@ -224,7 +207,7 @@ def case(times: dict[str, list], n: int, settings: Settings) -> dict:
         kv = middle[f"transformers image_kv/{n}"]
         parts["transformers"] = {"vision": middle["transformers vision"], "image_kv": kv,
                                  "token_loop": middle[f"transformers decode/{n}"] - kv}
-    ratio = lambda side: statistics.median(a / b for a, b in zip(times[f"{side}/{n}"], times[f"ours/{n}"]))
+    ratio = lambda side: throughput.ratio(times[f"{side}/{n}"], times[f"ours/{n}"])
     return {"captions": n, "seconds": {s: times[f"{s}/{n}"] for s in sides},
             "images_per_s": {s: settings.batch / middle[f"{s}/{n}"] for s in sides},
             "ours_over": {s: ratio(s) for s in sides if s != "ours"}, "part_seconds": parts}
@@ -237,7 +220,7 @@ def table(cases: list[dict]) -> str:
              *(number(c, "images_per_s", s) for s in ("ours", "transformers", "original")),
              *(number(c, "ours_over", s) for s in ("transformers", "original"))] for c in cases]
     head = ["px", "dtype", "captions", "ours", "transformers", "original's way", "ours / transformers", "ours / original's way"]
-    return "\nimages/s\n" + _markdown(head, rows)
+    return "\nimages/s\n" + throughput.markdown(head, rows)
 
 
 def parts_table(cases: list[dict]) -> str:
@@ -245,12 +228,7 @@ def parts_table(cases: list[dict]) -> str:
     rows = [[c["img_size"], c["dtype"], c["captions"], side, *(f"{part[p]:.3f}" for p in ("vision", "image_kv", "token_loop"))]
             for c in cases for side, part in c["part_seconds"].items()]
     head = ["px", "dtype", "captions", "side", "vision tower", "image keys/values", "token loop"]
-    return "\nseconds per batch\n" + _markdown(head, rows)
-
-
-def _markdown(head: list, rows: list) -> str:
-    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
+    return "\nseconds per batch\n" + throughput.markdown(head, rows)
 
 
 def _exact(length: int, generate: Callable, *args, **how) -> None:
@@ -260,25 +238,16 @@ def _exact(length: int, generate: Callable, *args, **how) -> None:
         raise ValueError(f"transformers gave texts of {ids.shape[1]} tokens, not {length}: times would not be comparable")
 
 
-def _limit_threads(threads: int) -> None:
-    """Keeps this process, and with it XLA's thread pool, on `threads` cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    if not 1 <= threads <= len(cores):
-        raise ValueError(f"--threads={threads}: this process may use {len(cores)} cores; give 1 to {len(cores)}")
-    os.sched_setaffinity(0, cores[:threads])
-
-
 def _peer(settings: Settings, say: Callable) -> Callable | None:
     """The class of the peer, or None where none is wanted or it is not installed."""
     if not settings.against:
         return None
     if settings.against != "transformers":
         raise ValueError(f"--against={settings.against}: the only peer is transformers")
-    missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
-    if missing:
-        say(f"skipped: the comparison with transformers, not installed: {', '.join(missing)}; pip install -e '.[peers]'")
+    if not throughput.installed("transformers", ("torch", "transformers"), say):
         return None
     import torch
     from blip_jax.bench.transformers_peer import Peer
-    torch.set_num_threads(settings.threads)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     return Peer

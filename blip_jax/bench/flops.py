@@ -1,10 +1,12 @@
-"""Floating-point operations of a training step, from the sizes in the config and, as a cross-check, from a jaxpr.
+"""Floating-point operations of training, captioning, filtering and evaluation, from the sizes in the config and, as a
+cross-check, from a jaxpr.
 
 A multiply-add counts as two. Only matrix products and convolutions are counted: norms, softmax, biases and the optimiser
-are left out, as is usual for model FLOPs. All counts are per image-text pair. A step is the forward pass plus twice the
+are left out, as is usual for model FLOPs. A training step is counted per image-text pair: the forward pass plus twice the
 forward of what trains: one product for the gradient of the weights, one for that of the inputs, which is left out where
 nobody needs it (pixels, momentum features, queue). The momentum pass has no backward. Recomputation by
-`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained.
+`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained. Captioning and filtering are
+counted per image; `model` is a `cfg.model`.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ from __future__ import annotations
 import math
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from blip_jax.data import windows
 
-def _positions(cfg) -> int:
+
+def _positions(model) -> int:
     """P, image positions."""
-    return (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
+    return (model.img_size // model.vit.patch) ** 2 + 1
 
 
-def _vision(cfg) -> tuple[float, float]:
+def _vision(model) -> tuple[float, float]:
     """(FLOPs of the ViT for one image, of which patch embedding)."""
-    v = cfg.model.vit
-    positions = _positions(cfg)
+    v = model.vit
+    positions = _positions(model)
     embed = 2 * (positions - 1) * v.width * 3 * v.patch**2
     dense = 2 * positions * (4 * v.width**2 + 2 * v.width * v.mlp)  # q, k, v, out, two of the mlp
     mixing = 4 * positions**2 * v.width  # scores, weighted sum
@@ -38,9 +43,25 @@ def _text_layer(med, T: int, queries: int, P: int = 0) -> float:
     return own + (cross if P else 0)
 
 
-def _image_kv(cfg) -> float:
+def _text(model, T: int, image: bool) -> float:
+    """All MED layers for every position of one text, in text mode or with an image whose keys and values are there."""
+    return model.med.layers * _text_layer(model.med, T, T, _positions(model) if image else 0)
+
+
+def _match(model, T: int, original: bool) -> float:
+    """Matching one text with an image: the head reads position 0 alone, so our last layer has no other query."""
+    saved = 0.0 if original else _text_layer(model.med, T, T, _positions(model)) - _text_layer(model.med, T, 1, _positions(model))
+    return _text(model, T, True) - saved + 2 * model.med.width * 2
+
+
+def _image_kv(model) -> float:
     """Cross-attention keys and values of one image, in all MED layers."""
-    return cfg.model.med.layers * 2 * _positions(cfg) * cfg.model.vit.width * 2 * cfg.model.med.width
+    return model.med.layers * 2 * _positions(model) * model.vit.width * 2 * model.med.width
+
+
+def _lm_head(med) -> float:
+    """Transform and logits of one position."""
+    return 2 * med.width**2 + 2 * med.width * med.vocab_size
 
 
 def _contrastive(cfg) -> tuple[float, float]:
@@ -57,85 +78,140 @@ def _contrastive(cfg) -> tuple[float, float]:
 
 def _image_parts(cfg, original: bool) -> dict[str, float]:
     """Forward FLOPs of the ViT, and of the keys and values that all text passes share."""
-    return {"vision": _vision(cfg)[0], "image_kv": 0.0 if original else _image_kv(cfg)}
+    return {"vision": _vision(cfg.model)[0], "image_kv": 0.0 if original else _image_kv(cfg.model)}
 
 
-def _encoder_parts(cfg, original: bool) -> tuple[dict[str, float], float]:
+def _encoder_parts(cfg, T: int, original: bool) -> tuple[dict[str, float], float]:
     """(forward FLOPs by part, backward FLOPs of the similarities) of ITC and ITM for one pair."""
-    med, T, P = cfg.model.med, cfg.text.max_len, _positions(cfg)
-    text, full = (med.layers * _text_layer(med, T, T, p) for p in (0, P))
-    # the matching head reads position 0 alone, so the last layer needs no other query
-    group = full + _image_kv(cfg) if original else full - _text_layer(med, T, T, P) + _text_layer(med, T, 1, P)
+    model, text = cfg.model, _text(cfg.model, T, False)
     itc, itc_backward = _contrastive(cfg)
     momentum = 1 if cfg.loss.momentum else 0
     return {
-        "momentum_vision": momentum * _vision(cfg)[0],
+        "momentum_vision": momentum * _vision(model)[0],
         "text": text,
         "momentum_text": momentum * text,
-        "match": 3 * (group + 2 * med.width * 2),
+        "match": 3 * (_match(model, T, original) + (_image_kv(model) if original else 0)),
         "itc": itc,
     }, itc_backward
 
 
-def _decoder_parts(cfg, original: bool) -> dict[str, float]:
+def _decoder_parts(cfg, T: int, original: bool) -> dict[str, float]:
     """Forward FLOPs of language modelling for one pair."""
-    med, T = cfg.model.med, cfg.text.max_len
-    full = med.layers * _text_layer(med, T, T, _positions(cfg))
-    head = 2 * med.width**2 + 2 * med.width * med.vocab_size  # transform, logits
     return {
-        "decoder": full + (_image_kv(cfg) if original else 0),
-        "lm_head": (T if original else T - 1) * head,  # the last position predicts nothing
+        "decoder": _text(cfg.model, T, True) + (_image_kv(cfg.model) if original else 0),
+        "lm_head": (T if original else T - 1) * _lm_head(cfg.model.med),  # the last position predicts nothing
     }
 
 
-def _step(cfg, encoder: bool, decoder: bool, original: bool) -> dict[str, float]:
-    parts, itc_backward = _image_parts(cfg, original), 0.0
+def _step(cfg, T: int | None, encoder: bool, decoder: bool, original: bool) -> dict[str, float]:
+    parts, itc_backward, T = _image_parts(cfg, original), 0.0, T or cfg.text.max_len
     if encoder:
-        encoder_parts, itc_backward = _encoder_parts(cfg, original)
+        encoder_parts, itc_backward = _encoder_parts(cfg, T, original)
         parts |= encoder_parts
     if decoder:
-        parts |= _decoder_parts(cfg, original)
+        parts |= _decoder_parts(cfg, T, original)
     forward = sum(parts.values())
     trained = sum(n for part, n in parts.items() if part not in ("momentum_vision", "momentum_text", "itc"))
-    return {**parts, "forward": forward, "step": forward + 2 * trained - _vision(cfg)[1] + itc_backward}
+    return {**parts, "forward": forward, "step": forward + 2 * trained - _vision(cfg.model)[1] + itc_backward}
 
 
-def pretrain_step(cfg, original: bool = False) -> dict[str, float]:
+def pretrain_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
     """FLOPs per image-text pair of a pre-training step (BLIP paper, section 3.2: ITC, ITM and LM).
 
     `original`: the wiring of the published PyTorch code, where each of the four passes over an image projects its own
     cross-attention keys and values, matching computes every position of the last layer, and the language modelling head
     that of every position; these products are then in the rows of those passes. Otherwise keys and values are one row.
+    `T`: text positions, cfg.text.max_len unless given.
     Returns the forward count by part (momentum parts are 0 where `loss.momentum` is off), "forward" and "step".
     """
-    return _step(cfg, True, True, original)
+    return _step(cfg, T, True, True, original)
 
 
-def retrieval_step(cfg, original: bool = False) -> dict[str, float]:
+def retrieval_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
     """FLOPs per image-text pair of a retrieval fine-tuning step (ITC and ITM); arguments and result as `pretrain_step`."""
-    return _step(cfg, True, False, original)
+    return _step(cfg, T, True, False, original)
 
 
-def caption_step(cfg, original: bool = False) -> dict[str, float]:
+def caption_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
     """FLOPs per image-text pair of a captioner's fine-tuning step (LM alone); arguments and result as `pretrain_step`."""
-    return _step(cfg, False, True, original)
+    return _step(cfg, T, False, True, original)
 
 
 STEPS = {"pretrain": pretrain_step, "retrieval": retrieval_step, "caption": caption_step}
 
 
-def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> float:
+def bucketed_step(cfg, lengths: np.ndarray) -> float:
+    """FLOPs per pair of a step of `cfg`, the mean over the batches that text.buckets make of texts of `lengths`, i32[n].
+
+    lengths: positions with [CLS] and [SEP], in the order of the data; what does not fill a batch at the end is left out.
+    ValueError: not one batch is full.
+    """
+    size, batch = cfg.text.bucket_window * cfg.train.batch, cfg.train.batch
+    if len(lengths) < batch:
+        raise ValueError(f"{len(lengths)} lengths do not fill a batch of train.batch={batch}: give more")
+    parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+    T = np.concatenate([windows.cut(part[: len(part) // batch * batch], batch, cfg.text.buckets)[1] for part in parts])
+    return sum(n * STEPS[cfg.objective](cfg, T=int(t))["step"] for t, n in zip(*np.unique(T, return_counts=True))) / len(T)
+
+
+def encode_image(model) -> float:
+    """FLOPs of the ViT for one image."""
+    return _vision(model)[0]
+
+
+def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
+    """FLOPs of n captions of one image (blip_jax/capfilt/caption.py), each of `tokens` tokens after `prompt` positions.
+
+    The ViT, keys and values and the prompt are one pass for all n (beams count as texts); the prompt gives the first token,
+    and every further one reads a cache as long as the whole text.
+    """
+    med, cache = model.med, prompt + tokens - 1
+    extend = lambda t: _text(model, t, True) + med.layers * 4 * t * (cache - t) * med.width + _lm_head(med)
+    return encode_image(model) + _image_kv(model) + extend(prompt) + n * (tokens - 1) * extend(1)
+
+
+def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = False) -> float:
+    """FLOPs of scoring `texts` texts of T positions against one image (blip_jax/capfilt/filter.py): matching and cosine.
+
+    itc False: matching alone; original: matching as the published code, with every position of the last layer.
+    """
+    E, cosine = model.embed_dim, 0.0
+    if itc:
+        cosine = 2 * E * model.vit.width + texts * (_text(model, T, False) + 2 * E * model.med.width + 2 * E)
+    return encode_image(model) + _image_kv(model) + texts * _match(model, T, original) + cosine
+
+
+def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
+    """FLOPs of a retrieval evaluation (blip_jax/eval/retrieval.py): {"encode", "rerank", "total"}.
+
+    Each image re-ranks its eval.k texts and each text its eval.k images; counted as if no pair were in both shortlists (at
+    most), in passes of eval.rerank_texts texts an image, all full, each with its own keys and values.
+    """
+    model, T, group, k = cfg.model, cfg.text.max_len, cfg.eval.rerank_texts, cfg.eval.k
+    project = 2 * model.embed_dim
+    encode = images * (encode_image(model) + project * model.vit.width) + texts * (_text(model, T, False) + project * model.med.width)
+    pairs = min(images * min(k, texts) + texts * min(k, images), images * texts)
+    rerank = pairs / group * rerank_unit(model, T, group)
+    return {"encode": encode, "rerank": rerank, "total": encode + rerank}
+
+
+def rerank_unit(model, T: int, texts: int) -> float:
+    """FLOPs of one pass of re-ranking: keys and values of an image, and `texts` texts of T positions matched with it."""
+    return _image_kv(model) + texts * _match(model, T, False)
+
+
+def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr, trips: int | None = None) -> float:
     """FLOPs of the matrix products and convolutions of a jaxpr, its inner jaxprs included.
 
-    A scan counts its body times its length, a conditional its most expensive branch. A `while` with a product inside has
-    no count: ValueError.
+    A scan counts its body times its length, a conditional its most expensive branch, a `while` with a product inside its
+    body times `trips`; without `trips` that has no count: ValueError.
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum(_count_equation(eqn) for eqn in jaxpr.eqns)
+    return sum(_count_equation(eqn, trips) for eqn in jaxpr.eqns)
 
 
-def _count_equation(eqn) -> float:
+def _count_equation(eqn, trips: int | None) -> float:
     if eqn.primitive.name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]
         lhs = eqn.invars[0].aval.shape
@@ -143,7 +219,7 @@ def _count_equation(eqn) -> float:
     if eqn.primitive.name == "conv_general_dilated":
         rhs, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
         return 2.0 * eqn.outvars[0].aval.size * math.prod(rhs) / rhs[numbers.rhs_spec[0]]
-    inner = [count_jaxpr(j) for p in eqn.params.values() for j in _jaxprs_in(p)]
+    inner = [count_jaxpr(j, trips) for p in eqn.params.values() for j in _jaxprs_in(p)]
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] * sum(inner)
@@ -152,8 +228,10 @@ def _count_equation(eqn) -> float:
         case "shard_map":
             return eqn.params["mesh"].size * sum(inner)
         case "while" if sum(inner):
-            raise ValueError("count_jaxpr: a while loop with matrix products has no fixed count: use scan or fori_loop "
-                             "with static bounds")
+            if trips is None:
+                raise ValueError("count_jaxpr: a while loop with matrix products has no fixed count: use scan or fori_loop "
+                                 "with static bounds, or give trips")
+            return trips * sum(inner)
     return sum(inner)
 
 
@@ -165,6 +243,6 @@ def _jaxprs_in(param) -> list:
     return []
 
 
-def count_function(f, *args) -> float:
+def count_function(f, *args, trips: int | None = None) -> float:
     """FLOPs of the matrix products of `f(*args)`, traced and not run; `args` may be arrays or ShapeDtypeStructs."""
-    return count_jaxpr(jax.make_jaxpr(f)(*args))
+    return count_jaxpr(jax.make_jaxpr(f)(*args), trips)

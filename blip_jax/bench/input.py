@@ -1,25 +1,25 @@
-"""Speed and memory of the input pipeline: `python -m blip_jax.bench.input --examples 20000`.
+"""Speed and memory of the input pipeline, `blip-jax bench input`.
 
 Pictures of 500x375 pixels are generated, saved as JPEG in BLIP's JSON layout, and read, decoded, cropped, augmented and
-tokenised as in training. Printed: images per second of one core and the share of each stage, in processor time of one
-thread (other programs do not count); then how the resident memory grows while the real TrainData delivers `--examples`
+tokenised as in training. Measured: images per second of one core and the share of each stage, in processor time of one
+thread (other programs do not count); then how the resident memory grows while the real TrainData delivers `examples`
 examples.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import pathlib
-import sys
 import tempfile
 import time
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from blip_jax import config
+from blip_jax.bench import throughput
 from blip_jax.data import image, text
 from blip_jax.data.pipeline import TrainData
 from blip_jax.data.records import Source, open_source
@@ -31,16 +31,21 @@ LIMIT = 50  # MB that memory may grow afterwards
 WORDS = "a the dog cat woman man street beach red blue large small with on near holding standing two three old".split()
 
 
+class Settings(NamedTuple):
+    """What is measured."""
+
+    examples: int = 20_000  # of the memory measurement
+    timed: int = 500  # examples of the speed measurement
+    img_size: int = 224  # pixels
+    threads: int = 4  # that decode in the memory measurement
+
+
 def write_pictures(folder: pathlib.Path) -> pathlib.Path:
     """PICTURES JPEGs with the detail of photographs (about 50 kB) and captions of 12 words. Returns the list."""
     rng, rows = np.random.default_rng(0), []
     for i in range(PICTURES):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
-            SIZE, Image.Resampling.BICUBIC
-        )
-        fine = Image.fromarray(rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)).filter(
-            ImageFilter.GaussianBlur(1)
-        )
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+        fine = Image.fromarray(rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(1))
         Image.blend(coarse, fine, 0.35).save(folder / f"{i}.jpg", quality=90)
         rows.append({"image": f"{i}.jpg", "caption": " ".join(rng.choice(WORDS, 12))})
     (folder / "list.json").write_text(json.dumps(rows))
@@ -58,9 +63,7 @@ def stages(source: Source, tokenizer: text.Tokenizer, cfg, examples: int) -> dic
         marks.append(time.thread_time())
         picture = image.decode(record["image"], cfg.data.max_pixels)[0]
         marks.append(time.thread_time())
-        img = image.train_transform(
-            picture, size, rng, scale=cfg.data.crop_scale, flip=cfg.data.flip, randaugment=False
-        )
+        img = image.train_transform(picture, size, rng, scale=cfg.data.crop_scale, flip=cfg.data.flip, randaugment=False)
         marks.append(time.thread_time())
         image.rand_augment(img, rng)
         marks.append(time.thread_time())
@@ -90,46 +93,32 @@ def _resident() -> float:
     raise OSError("/proc/self/status has no VmRSS: memory is measured on Linux only")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints both measurements; 1 when memory grew by more than LIMIT MB, else 0."""
-    parser = argparse.ArgumentParser(prog="blip-jax bench-input", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--examples", type=int, default=20_000, help="examples of the memory measurement (default 20000)"
-    )
-    parser.add_argument("--timed", type=int, default=500, help="examples of the speed measurement (default 500)")
-    parser.add_argument("--img-size", type=int, default=224, help="pixels (default 224)")
-    parser.add_argument("--threads", type=int, default=4, help="decoding threads of the memory measurement (default 4)")
-    args = parser.parse_args(argv)
-    if min(args.examples, args.timed, args.img_size) < 1 or args.threads < 0:
-        parser.error("--examples, --timed and --img-size must be above 0, --threads not below")
+def run(settings: Settings, command: str, out: str = "", say: Callable = print) -> dict:
+    """Measures and says both, writes JSON to `out` where given; returns what is in it. ValueError: no folder of `out`."""
+    throughput.check_out(out)
     with tempfile.TemporaryDirectory() as name:
-        return _measure(pathlib.Path(name), args)
+        found = _measure(pathlib.Path(name), settings, say)
+    result = {"command": command, "workload": "input", "settings": settings._asdict(), **throughput.about(), **found}
+    throughput.write(out, result)
+    return result
 
 
-def _measure(folder: pathlib.Path, args) -> int:
+def _measure(folder: pathlib.Path, settings: Settings, say: Callable) -> dict:
     listing = write_pictures(folder)
     text.train_vocab(WORDS, 300, folder / "vocab.txt")
     tokenizer = text.Tokenizer(folder / "vocab.txt")
     cfg = config.base()
     with cfg.unlocked():
-        cfg.model.img_size, cfg.train.batch, cfg.data.threads = args.img_size, min(64, args.examples), args.threads
+        cfg.model.img_size, cfg.train.batch, cfg.data.threads = settings.img_size, min(64, settings.examples), settings.threads
         cfg.data.train.pictures = config.source("json", str(listing))
-    spent = stages(open_source("pictures", cfg.data.train.pictures), tokenizer, cfg, args.timed)
+    spent = stages(open_source("pictures", cfg.data.train.pictures), tokenizer, cfg, settings.timed)
     total, mean = sum(spent.values()), sum(f.stat().st_size for f in folder.glob("*.jpg")) / PICTURES / 1000
-    print(
-        f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {args.img_size}: {1 / total:.0f} images/s per core, "
-        f"{args.timed} examples"
-    )
+    say(f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {settings.img_size}: {1 / total:.0f} images/s per core, {settings.timed} examples")
     for stage, seconds in spent.items():
-        print(f"  {stage:12s} {1000 * seconds:6.2f} ms  {100 * seconds / total:5.1f} %")
+        say(f"  {stage:12s} {1000 * seconds:6.2f} ms  {100 * seconds / total:5.1f} %")
     data = TrainData(cfg, tokenizer, process_index=0, process_count=1, skipped_path=folder / "skipped.jsonl")
-    first, most, rate = memory(data, args.examples)
-    print(
-        f"{args.examples} examples through TrainData, {args.threads} threads: {rate:.0f} images/s; resident "
-        f"{first:.0f} MB after {WARM_UP:.0%}, at most {most:.0f} MB later: grew {most - first:.1f} MB (limit {LIMIT})"
-    )
-    return int(most - first > LIMIT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    first, most, rate = memory(data, settings.examples)
+    say(f"{settings.examples} examples through TrainData, {settings.threads} threads: {rate:.0f} images/s; resident "
+        f"{first:.0f} MB after {WARM_UP:.0%}, at most {most:.0f} MB later: grew {most - first:.1f} MB (limit {LIMIT})")
+    return {"images_per_s_per_core": 1 / total, "stage_s": spent, "jpeg_kb": mean, "images_per_s": rate, "resident_mb": [first, most],
+            "grew_mb": most - first}

@@ -1,8 +1,8 @@
-"""transformers' BLIP captioner with our weights, the peer of `bench/caption.py`; needs torch and transformers."""
+"""transformers' BLIP with our weights, the peer of `bench/caption.py` and `bench/inference.py`; needs torch and transformers."""
 
 from __future__ import annotations
 
-from typing import Mapping
+from typing import Callable, Mapping
 
 import numpy as np
 import torch
@@ -37,8 +37,7 @@ class Peer:
 
     def pixels(self, img: np.ndarray) -> torch.Tensor:
         """u8[B,S,S,3] -> normalised [B,3,S,S] in the model's dtype"""
-        x = (img.astype(np.float32) / 255.0 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(self.net.dtype)
+        return _pixels(img).to(self.net.dtype)
 
     @torch.inference_mode()
     def vision(self, pixels) -> torch.Tensor:
@@ -69,6 +68,64 @@ class Peer:
         return self.net.text_decoder.generate(
             input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states, eos_token_id=self.eos,
             pad_token_id=self.pad, encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long), **how).numpy()
+
+
+class Matcher:
+    """BlipForImageTextRetrieval with the parameters of our `Blip`, on the CPU or the GPU, and its parts as functions of arrays.
+
+    Args: model: our `cfg.model`; params: nested dict of f32 arrays; dtype: float32 | bfloat16; threads: of torch, 0: its own choice.
+    Raises: RuntimeError (torch's) if a tensor is missing, left over or misshapen.
+    """
+
+    def __init__(self, model, params: Mapping, dtype: str, threads: int = 0):
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        tensors = to_torch("itm", {"params": params}, vocab_size=model.med.vocab_size)
+        self.net = BlipForImageTextRetrieval(BlipConfig.from_dict(model_json("itm", model, sep=0, pad=0))).eval()
+        self.net.load_state_dict({to_hf(k): torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
+        self.net, self.enc_id = self.net.to(self.device, getattr(torch, dtype)), model.med.vocab_size - 1
+
+    def inputs(self, batch: Mapping) -> dict[str, torch.Tensor]:
+        """A batch of `bench/inference.py` on the device, texts as rows b*G + g."""
+        out = {"img": _pixels(batch["img"]).to(self.net.dtype)}
+        for name in ("ids", "txt_mask") if "ids" in batch else ():
+            out[name] = torch.from_numpy(batch[name].reshape(-1, batch[name].shape[-1]).astype(np.int64))
+        return {name: x.to(self.device) for name, x in out.items()}
+
+    def job(self, workload: str, inputs: dict) -> Callable:
+        """A call that gives the outputs when they are done: encode {"states"}, filter {"itm", "itc"} after one pass of the vision tower."""
+        work = {"encode": self._encode, "filter": self._filter}[workload]
+
+        @torch.inference_mode()
+        def run():
+            out = work(**inputs)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            return out
+
+        return run
+
+    def _encode(self, img):
+        return {"states": self.net.vision_model(pixel_values=img)[0]}
+
+    def _filter(self, img, ids, txt_mask):
+        net, (states,) = self.net, self._encode(img).values()
+        texts = len(ids) // len(img)
+        grounded = torch.cat([torch.full_like(ids[:, :1], self.enc_id), ids[:, 1:]], dim=1)  # as trained; its forward leaves [CLS]
+        repeated = states.repeat_interleave(texts, dim=0)
+        seen = net.text_encoder(input_ids=grounded, attention_mask=txt_mask, encoder_hidden_states=repeated)[0]
+        own = net.text_encoder(input_ids=ids, attention_mask=txt_mask)[0]
+        unit = lambda x: torch.nn.functional.normalize(x, dim=-1)
+        img_emb, txt_emb = unit(net.vision_proj(states[:, 0])), unit(net.text_proj(own[:, 0]))
+        return {"itm": net.itm_head(seen[:, 0]).softmax(-1)[:, 1].reshape(-1, texts),
+                "itc": torch.einsum("bge,be->bg", txt_emb.reshape(-1, texts, txt_emb.shape[-1]), img_emb)}
+
+
+def _pixels(img: np.ndarray) -> torch.Tensor:
+    """u8[B,S,S,3] -> normalised f32[B,3,S,S]"""
+    x = (img.astype(np.float32) / 255.0 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
 @torch.inference_mode()

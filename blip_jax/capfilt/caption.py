@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax.decode import beam, generate
-from blip_jax.models.vit import normalize_pixels
+from blip_jax.models.dense import single_cpu
+from blip_jax.models.vit import encode_pixels
 
 
 class Method(NamedTuple):
@@ -52,7 +53,7 @@ def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
 
     def caption(params, img, keys):
         apply = functools.partial(model.apply, {"params": params})
-        kv = apply(apply(normalize_pixels(img), method="encode_image"), method="image_kv")
+        kv = apply(encode_pixels(model, params, img), method="image_kv")
         return decode(params, kv, keys)
 
     return caption
@@ -66,9 +67,13 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
 
     def decode(params, kv, keys):
         B, n, t = kv[0][0].shape[0], rows_per_image, len(prompt)
-        # stored with P last, as the products of the loop read it: else every token transposes all of it again
-        stored = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.moveaxis(x, 1, -1), kv))
-        as_kv = lambda: jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), stored)
+        # stored as the products of the loop read it (B N H P and B N P H; on a CPU, whose small products are in float32, in that):
+        # else every token transposes and raises all of it again
+        dtype, wide = kv[0][0].dtype, jnp.float32 if single_cpu() else kv[0][0].dtype
+        store = lambda k, v: (jnp.moveaxis(k, 1, -1).astype(wide), jnp.moveaxis(v, 1, 2).astype(wide))
+        back = lambda k, v: (jnp.moveaxis(k, -1, 1).astype(dtype), jnp.moveaxis(v, 2, 1).astype(dtype))
+        stored = jax.lax.optimization_barrier(tuple(store(*layer) for layer in kv))
+        as_kv = lambda: tuple(back(*layer) for layer in stored)
         extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, as_kv(), method="extend")
         start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))

@@ -8,7 +8,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.vit import normalize_pixels
+from blip_jax.models.vit import encode_pixels
 
 
 def viewer(model) -> Callable:
@@ -16,7 +16,7 @@ def viewer(model) -> Callable:
 
     def view(params, img):
         apply = functools.partial(model.apply, {"params": params})
-        img_tok = apply(normalize_pixels(img), method="encode_image")
+        img_tok = encode_pixels(model, params, img)
         return apply(img_tok, method="image_kv"), apply(img_tok, method="project_image")
 
     return view

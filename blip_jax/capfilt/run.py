@@ -1,8 +1,9 @@
 """The CapFilt run: any source in; a decision on every web and synthetic text, and shards to train on, out (paper, section 3.3).
 
-Work is cut by shard of the output; shard k belongs to process k % processes, and processes never talk to each other. Each
-drives its local devices, which hold the parameters whole. Row r of a shard always meets the program at place r % device_batch
-of a device's batch, with the same shapes, so neither the number of devices nor that of processes changes a byte.
+Work is cut by shard of the output; shard k belongs to process k % processes. Processes never talk to each other, but for a look at
+the settings where JAX has joined them. Each drives its local devices, which hold the parameters whole. Row r of a shard always meets
+the program at place r % device_batch of a device's batch, with the same shapes, so neither the number of devices nor that of
+processes changes a byte.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from blip_jax import cluster
 from blip_jax.capfilt import caption, decisions, settings, tally
 from blip_jax.capfilt.decisions import BELOW, EMPTY, REPEATED, UNREADABLE, Row
 from blip_jax.capfilt.filter import scorer, viewer
@@ -51,6 +53,8 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     sources = pipeline._open_all(cfg.data.sources)
     lengths = {name: len(source) for name, source in sources.items()}
     with writing("the settings", out):
+        out.mkdir(parents=True, exist_ok=True)
+        cluster.agree(cfg, out, captioner=captioner.record, filter=judge.record, records=lengths)
         settings.settle(out, settings.on_record(cfg, captioner, judge, lengths))
     plan = Plan(lengths, cfg.shard_examples)
     done, keys = set(finished(out, len(plan))), Keys(out)

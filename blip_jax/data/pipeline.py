@@ -9,15 +9,16 @@ own stream; it is counted by reason, and named once in skipped.jsonl as {source,
 that is irregular but used (16-bit or animated picture, below 8x8, aspect ratio above 20, NUL or broken characters, a
 caption of more than 10 times text.max_words words) is noted there with used: true, and counted apart. Counting happens
 when a batch is delivered, so that it does not depend on threads.
+
+With text.buckets, which examples form a step's batch follows from the lengths of their texts (blip_jax/data/windows.py),
+so these are found beforehand from the captions alone. A record that replaces an unusable one must then fit the
+batch it comes into: records are drawn until one does, and after MISFITS long ones the next is cut, and noted.
 """
 
 from __future__ import annotations
 
-import collections
 import hashlib
-import json
 import logging
-import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -26,64 +27,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax.data import image, text
+from blip_jax.data.ledger import Ledger
 from blip_jax.data.records import BadRecord, Source, open_source
+from blip_jax.data.windows import Windows
 
 log = logging.getLogger(__name__)
 
 TRIES = 100  # records tried for one example before its source counts as unusable
-ENOUGH = 100  # records tried before max_bad_share can stop a run
-
-
-class Ledger:
-    """Counts of records read, skipped and noted, and the skipped.jsonl file, to which each record is written once."""
-
-    def __init__(self, path, max_bad_share: float):
-        self.path, self.max_bad_share = pathlib.Path(path), max_bad_share
-        self.read, self.skipped, self.noted = 0, collections.Counter(), collections.Counter()
-        self._written: set[int] = set()
-        self._torn = False  # a killed run may have left half a line
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8", errors="replace")
-            self._torn = bool(lines) and not lines.endswith("\n")
-            for line in lines.splitlines():
-                try:
-                    row = json.loads(line)
-                    self._written.add(_event(row["source"], row["key"], row["reason"], row["used"]))
-                except (ValueError, TypeError, KeyError):
-                    continue  # the half line: its record is written again when it is met
-
-    def add(self, read: int, events: list[tuple[str, str, str, bool]]) -> None:
-        """Takes in records tried and their events (source, key, reason, used). ValueError: too many are unusable."""
-        self.read += read
-        rows = []
-        for source, key, reason, used in events:
-            (self.noted if used else self.skipped)[reason.split(":")[0]] += 1
-            if (name := _event(source, key, reason, used)) not in self._written:
-                self._written.add(name)
-                rows.append(json.dumps({"source": source, "key": key, "reason": reason, "used": used}) + "\n")
-        if rows:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write("\n" * self._torn + "".join(rows))
-            self._torn = False
-        self.check()
-
-    def check(self) -> None:
-        bad = self.skipped.total()
-        if self.read >= ENOUGH and bad > self.max_bad_share * self.read:
-            worst = ", ".join(f"{reason} ({n})" for reason, n in self.skipped.most_common(3))
-            raise ValueError(
-                f"{bad} of {self.read} records read ({100 * bad / self.read:.1f} %) cannot be used, more than "
-                f"data.max_bad_share={self.max_bad_share:g} allows. Commonest: {worst}. They are named in "
-                f"{self.path}: repair the data, or raise data.max_bad_share"
-            )
-
-    def counts(self) -> dict:
-        return {"read": self.read, "skipped": dict(self.skipped), "noted": dict(self.noted)}
-
-
-def _event(source: str, key: str, reason: str, used: bool) -> int:
-    """What is written once: a bad record, or one note of a used one. A number, as there may be millions."""
-    return hash((source, key, reason if used else None))
+MISFITS = 20  # replacements too long for the batch, after which one is cut
 
 
 def _open_all(sources) -> dict[str, Source]:
@@ -123,13 +74,14 @@ def _threads(ds, cfg, ahead: int):
 class TrainData:
     """Training batches of the weighted mixture cfg.data.train, for process `process_index` of `process_count`.
 
+    rows: positions i64, rising, in each micro-batch that this process makes; by default the part that has its number.
     Attributes: sources, name -> Source; epoch_examples, examples of one epoch (cfg.data.epoch_examples, else the sum
     over the sources). Within a source, any len(source) examples from a multiple of it cover each record once, in an
     order that is new for every epoch. Raises ValueError for a wrong source, weights that are not positive, and a batch
-    that does not divide.
+    that does not divide, and with text.buckets for a source that has no captions without pictures.
     """
 
-    def __init__(self, cfg, tokenizer, *, process_index: int, process_count: int, skipped_path):
+    def __init__(self, cfg, tokenizer, *, process_index: int, process_count: int, skipped_path, rows: np.ndarray | None = None):
         self.cfg, self.tokenizer = cfg, tokenizer
         batch, micro = cfg.train.batch, cfg.optim.accumulate
         if batch < 1 or micro < 1 or batch % (micro * process_count):
@@ -139,12 +91,14 @@ class TrainData:
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} is not below process_count={process_count}")
-        self.local_batch = batch // process_count
-        self._part = batch // (micro * process_count)  # of this process in a micro-batch
-        self._first = process_index * self._part
+        part = batch // (micro * process_count)
+        self._rows = np.arange(process_index * part, (process_index + 1) * part) if rows is None else rows
+        self.local_batch = micro * len(self._rows)
         self.sources = _open_all(cfg.data.train)
         self.epoch_examples = cfg.data.epoch_examples or sum(map(len, self.sources.values()))
         self._prompt_len = _prompt_len(cfg, tokenizer)
+        if cfg.text.buckets:
+            _can_bucket(self.sources)
         self._order = _mixture(cfg, self.sources)
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
 
@@ -152,46 +106,84 @@ class TrainData:
         """Iterator over the local batches of steps start_step, start_step + 1, ...; decoding begins at once. Close it.
 
         {"img": u8[b,H,W,3], "ids": i32[b,T], "txt_mask": bool[b,T], "lm_mask": bool[b,T], "image_id": i64[b], "key": list
-        of str}; b = B / processes. Texts begin with cfg.text.prompt; lm_mask is txt_mask without [CLS] and the prompt.
+        of str}; b = B / processes, or the rows given; T is cfg.text.max_len, or with text.buckets each step has its own, the
+        same for all processes. Texts begin with cfg.text.prompt; lm_mask is txt_mask without [CLS] and the prompt.
         Raises ValueError when more than data.max_bad_share of at least 100 records are unusable.
         """
-        local = grain.MapDataset.range(start_step * self.local_batch, sys.maxsize).map(self._global).map(self.example)
-        return Batches(
-            _threads(local, self.cfg, self.cfg.data.prefetch * self.local_batch), self.local_batch, self._ledger
-        )
+        data, windows = self.cfg.data, self._windows(start_step) if self.cfg.text.buckets else None
+        local = grain.MapDataset.range(start_step * self.local_batch, sys.maxsize)
+        local = local.map(lambda j: self.example(*self._global(j, windows)))
+        return Batches(_threads(local, self.cfg, data.prefetch * self.local_batch), self.local_batch, self._ledger, windows)
+
+    def _windows(self, start_step: int) -> Windows:
+        text, data, train = self.cfg.text, self.cfg.data, self.cfg.train
+        ahead = 1 + max(data.prefetch, -(-data.threads // self.local_batch))
+        return Windows(self._text_lengths, batch=train.batch, window=text.bucket_window, buckets=text.buckets, seed=self.cfg.seed,
+                       start_step=start_step, threads=data.threads, ahead=ahead)
 
     def counts(self) -> dict:
         """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}} over the batches delivered."""
         return self._ledger.counts()
 
-    def _global(self, j: int) -> int:
-        """Number in the global order of this process's example `j`."""
+    def _global(self, j: int, windows: Windows | None) -> tuple[int, int]:
+        """Number in the global order of this process's example `j`, and T of its batch."""
         step, position = divmod(j, self.local_batch)
-        micro, offset = divmod(position, self._part)
-        size = self.cfg.train.batch // self.cfg.optim.accumulate
-        return step * self.cfg.train.batch + micro * size + self._first + offset
+        micro, offset = divmod(position, len(self._rows))
+        at = micro * (self.cfg.train.batch // self.cfg.optim.accumulate) + int(self._rows[offset])
+        if windows is None:
+            return step * self.cfg.train.batch + at, self.cfg.text.max_len
+        numbers, T = windows.batch(step)
+        return int(numbers[at]), T
 
-    def example(self, i: int) -> dict:
-        """Global example `i`: one row of a batch, and what the ledger takes in ("read", "events")."""
+    def _stream(self, i: int) -> np.random.Generator:
+        """The random numbers of global example `i`."""
+        return np.random.Generator(np.random.Philox(key=np.array([self.cfg.seed, i], np.uint64)))
+
+    def _text_lengths(self, numbers: range) -> np.ndarray:
+        """i32: the positions that the texts of these global examples take if their pictures can be used."""
+        return self.tokenizer.lengths([self._text(i) for i in numbers], self.cfg.text.max_len)
+
+    def _text(self, i: int) -> str:
+        """What `example` reads as the text of `i`, from captions alone; another record's where the picture proves unusable."""
+        (name, r), rng = self._order[i], None
+        source, cfg = self.sources[name], self.cfg.text
+        for _ in range(TRIES):
+            try:
+                captions, _ = _captions({"key": name, "captions": source.captions_of(r)}, cfg.max_words)
+            except BadRecord:
+                rng = rng or self._stream(i)
+                r = int(rng.integers(len(source)))
+                continue
+            rng = rng if rng or len(captions) == 1 else self._stream(i)  # most often there is nothing to draw
+            return cfg.prompt + (captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0])
+        return cfg.prompt  # nothing can be used: `example` says so
+
+    def example(self, i: int, T: int) -> dict:
+        """Global example `i` in a batch of T text positions: one row of it, and what the ledger takes in ("read", "events")."""
         name, r = self._order[i]
-        source, events = self.sources[name], []
-        rng = np.random.Generator(np.random.Philox(key=np.array([self.cfg.seed, i], np.uint64)))
+        source, events, rng, misfits = self.sources[name], [], self._stream(i), 0
         for tried in range(1, TRIES + 1):
             try:
-                row, key, notes = self._read(name, source[r], rng)
+                record = source[r]
+                captions, notes = _captions(record, self.cfg.text.max_words)
+                picture, found = _decode(record, self.cfg.data.max_pixels)
             except BadRecord as e:
                 events.append((name, e.key, e.reason, False))
                 r = int(rng.integers(len(source)))
                 continue
-            events += [(name, key, note, True) for note in notes]
+            written = self.cfg.text.prompt + captions[int(rng.integers(len(captions)))]
+            if T < self.cfg.text.max_len and self.tokenizer.lengths([written], self.cfg.text.max_len)[0] > T:
+                if misfits < MISFITS:
+                    misfits, r = misfits + 1, int(rng.integers(len(source)))
+                    continue
+                notes.append("text cut: too long for the batch of the unusable record that it replaces")
+            events += [(name, record["key"], note, True) for note in found + notes]
+            row = self._row(name, record, picture, written, T, rng)
             return {**row, "read": tried, "events": events}
         return {"read": TRIES, "events": events}
 
-    def _read(self, name: str, record: dict, rng: np.random.Generator) -> tuple[dict, str, list[str]]:
+    def _row(self, name: str, record: dict, picture, written: str, T: int, rng: np.random.Generator) -> dict:
         cfg = self.cfg
-        captions, notes = _captions(record, cfg.text.max_words)
-        picture, found = _decode(record, cfg.data.max_pixels)
-        caption = captions[int(rng.integers(len(captions)))]
         img = image.train_transform(
             picture,
             cfg.model.img_size,
@@ -200,25 +192,32 @@ class TrainData:
             flip=cfg.data.flip,
             randaugment=cfg.data.randaugment,
         )
-        ids, mask = self.tokenizer.encode([cfg.text.prompt + caption], cfg.text.max_len)
-        row = {
+        ids, mask = self.tokenizer.encode([written], T)
+        return {
             "img": img,
             "ids": ids[0],
             "txt_mask": mask[0],
-            "lm_mask": mask[0] & (np.arange(cfg.text.max_len) >= self._prompt_len),
+            "lm_mask": mask[0] & (np.arange(T) >= self._prompt_len),
             "image_id": _number(name, record["image_id"]),
             "key": record["key"],
         }
-        return row, record["key"], found + notes
+
+
+def _can_bucket(sources: dict[str, Source]) -> None:
+    """ValueError: sources whose texts can only be read with their pictures."""
+    if unfit := [name for name, source in sources.items() if not hasattr(source, "captions_of")]:
+        raise ValueError(f"text.buckets needs the captions of all records without their pictures, which array_record and tfds do not "
+                         f"give: {', '.join(unfit)}. Give these as json or tar, or set text.buckets=()")
 
 
 def _prompt_len(cfg, tokenizer) -> int:
     """Positions of [CLS] and cfg.text.prompt. ValueError: none would be left for a word and [SEP]."""
-    prompt, T = cfg.text.prompt, cfg.text.max_len
+    prompt, T = cfg.text.prompt, min((cfg.text.max_len, *cfg.text.buckets))
     n = int(tokenizer.encode([prompt], len(prompt) + 2)[1].sum()) - 1
     if n + 2 > T:
-        raise ValueError(f"text.prompt={prompt!r} takes {n} of text.max_len={T} positions with [CLS], so that no word fits "
-                         f"before [SEP]: set text.max_len to {n + 2} at the very least, or shorten the prompt")
+        leaf = "text.max_len" if T == cfg.text.max_len else "the shortest of text.buckets"
+        raise ValueError(f"text.prompt={prompt!r} takes {n} of {leaf}={T} positions with [CLS], so that no word fits "
+                         f"before [SEP]: set {leaf} to {n + 2} at the very least, or shorten the prompt")
     return n
 
 
@@ -245,9 +244,13 @@ def _number(source: str, image_id: str) -> int:
 class Batches:
     """Iterator of batches over an iterator of examples; a context manager, or `close()`, ends its threads."""
 
-    def __init__(self, examples, size: int, ledger: Ledger):
-        self._examples, self._size, self._ledger = examples, size, ledger
+    def __init__(self, examples, size: int, ledger: Ledger, windows: Windows | None = None):
+        self._examples, self._size, self._ledger, self._windows = examples, size, ledger, windows
         examples.start_prefetch()
+
+    def text_shares(self, step: int) -> dict[int, float]:
+        """T -> share of the batches in the window of `step` that are so long; waits until they are known. Needs text.buckets."""
+        return self._windows.shares(step)
 
     def __iter__(self) -> Batches:
         return self
@@ -265,6 +268,8 @@ class Batches:
         return {**batch, "image_id": np.array([r["image_id"] for r in rows], np.int64), "key": [r["key"] for r in rows]}
 
     def close(self) -> None:
+        if self._windows:
+            self._windows.close()
         self._examples.close()
 
     def __enter__(self) -> Batches:

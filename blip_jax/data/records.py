@@ -44,8 +44,10 @@ class BadRecord(Exception):
 class Source(Protocol):
     """Random access by index, safe from several threads. `self[i]` is a record or raises BadRecord:
 
-    {"key": str, unique in the source; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
-    str}
+    {"key": str, unique in the source; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id": str}
+
+    Where captions can be had without reading the picture (text.buckets needs that), `captions_of(i)` gives those of record i,
+    and is a BadRecord for what self[i] is, as far as that shows without it.
     """
 
     name: str
@@ -168,12 +170,19 @@ class JsonRows(Source):
             raise BadRecord(key, f"malformed row: an object is expected, not {str(row)[:80]!r}")
         return key, f, row
 
-    def __getitem__(self, i: int) -> dict:
-        key, f, row = self._row(i)
+    def captions_of(self, i: int) -> list[str]:
+        key, _, row = self._row(i)
+        return as_captions(self._key(i, key, row), row.get(self._caption_key))
+
+    def _key(self, i: int, key: str, row: dict) -> str:
         image = row.get(self._image_key)
         if not isinstance(image, str) or not image:
             raise BadRecord(key, f"malformed row: {self._image_key!r} is {str(image)[:80]!r}, not a path")
-        key = f"{image}#{i}"
+        return f"{image}#{i}"
+
+    def __getitem__(self, i: int) -> dict:
+        key, f, row = self._row(i)
+        key, image = self._key(i, key, row), row[self._image_key]
         return {
             "key": key,
             "image": read_image(key, self._roots[f], image),

@@ -180,6 +180,10 @@ class Scenes:
         truth = {**scene, "noise": told[0][0], "true_caption": self.clean_captions(index, 1)[0]}
         return {"key": key, "image": png.getvalue(), "captions": [c for _, c in told], "image_id": key, "truth": truth}
 
+    def captions_of(self, index: int) -> list[str]:
+        """The captions of record `index` without its picture."""
+        return [c for _, c in self.web_captions(index)]
+
     def scene(self, index: int) -> dict:
         """What is in picture `index`."""
         return draw_scene(_stream(self.seed, index, _WORLD), self.size, self.easy)

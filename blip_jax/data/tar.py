@@ -54,7 +54,8 @@ class TarShards(Source):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, i: int) -> dict:
+    def _sample(self, i: int) -> tuple[str, str, np.void]:
+        """(shard, key, index row) of sample `i`. BadRecord: it has no picture that can be read."""
         s = bisect.bisect_right(self._ends, i)
         k = i - (self._ends[s - 1] if s else 0)
         shard, row = self._shards[s], self._rows[s][k]
@@ -66,8 +67,13 @@ class TarShards(Source):
             raise BadRecord(key, "no picture: no .jpg .jpeg .png .webp .gif member")
         if row["image_size"] > MAX_BYTES:
             raise BadRecord(key, f"file too large: {row['image_size']} bytes, at most {MAX_BYTES} are read")
+        return shard, key, row
+
+    def captions_of(self, i: int) -> list[str]:
+        return self._captions(*self._sample(i))
+
+    def _captions(self, shard: str, key: str, row: np.void) -> list[str]:
         try:
-            image = read_at(shard, int(row["image"]), int(row["image_size"]))
             text = read_at(shard, int(row["text"]), min(int(row["text_size"]), MAX_BYTES)) if row["text"] >= 0 else None
             if text is not None:
                 text = json.loads(text).get("caption") if row["is_json"] else text.decode()
@@ -75,7 +81,15 @@ class TarShards(Source):
             raise BadRecord(key, f"unreadable file: {e}") from None
         except (ValueError, AttributeError, RecursionError) as e:  # not JSON, not UTF-8, no object
             raise BadRecord(key, f"malformed caption: {type(e).__name__}: {e}") from None
-        return {"key": key, "image": image, "captions": as_captions(key, text), "image_id": key}
+        return as_captions(key, text)
+
+    def __getitem__(self, i: int) -> dict:
+        shard, key, row = self._sample(i)
+        try:
+            image = read_at(shard, int(row["image"]), int(row["image_size"]))
+        except OSError as e:
+            raise BadRecord(key, f"unreadable file: {e}") from None
+        return {"key": key, "image": image, "captions": self._captions(shard, key, row), "image_id": key}
 
 
 def _index(path: str) -> tuple[bytes, np.ndarray, np.ndarray]:

@@ -82,6 +82,10 @@ class Tokenizer:
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         return ids, mask
 
+    def lengths(self, texts: list[str], max_len: int) -> np.ndarray:
+        """i32[n]: how many positions `encode` fills for each text."""
+        return np.minimum([len(e) for e in self._tok.encode_batch_fast(texts)], max_len).astype(np.int32)
+
     def decode(self, ids) -> str:
         """The text of one row of ids i32[T], without special tokens, pieces joined."""
         return self._tok.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from blip_jax import sharding
-from blip_jax.models.vit import normalize_pixels
+from blip_jax.models.vit import encode_pixels
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _embed_texts(model, whole, params, ids, txt_mask):
 def _encode_images(model, whole, params, img):
     """u8[B,img_h,img_w,3] -> (img_tok [B,P,D] in the compute dtype, img_emb f32[B,E])"""
     apply = functools.partial(model.apply, {"params": params})
-    img_tok = apply(normalize_pixels(img), method="encode_image")
+    img_tok = encode_pixels(model, params, img)
     return jax.lax.with_sharding_constraint((img_tok, apply(img_tok, method="project_image")), (whole, whole))
 
 

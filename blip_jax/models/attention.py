@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.dense import Dense, DenseGeneral, dot_general, single_cpu
+from blip_jax.models.dense import Dense, DenseGeneral, dot_general
 from blip_jax.sharding import constrain
-
-
-IN_CACHE = 2**25  # bytes of scores that a CPU's caches hold, about
 
 
 def attention(q, k, v, mask=None, drop: Callable | None = None):
@@ -23,15 +21,7 @@ def attention(q, k, v, mask=None, drop: Callable | None = None):
       mask: bool, broadcastable to [B,N,T,S], True = attend; None = all.
       drop: applied to the probabilities [B,N,T,S]; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
-    A single CPU device takes large batches without mask and dropout example by example, so that the scores stay in its caches.
     """
-    B, T, N, _ = q.shape
-    if mask is None and drop is None and 4 * B * N * T * k.shape[1] > IN_CACHE and single_cpu():
-        return jax.lax.map(lambda one: _attention(*(x[None] for x in one))[0], (q, k, v))
-    return _attention(q, k, v, mask, drop)
-
-
-def _attention(q, k, v, mask=None, drop=None):
     s = jnp.einsum("BTNH,BSNH->BNTS", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
@@ -45,7 +35,9 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
 
     Args:
       q: [B*G,T,N,H], row b*G + g (so that rows stay with their image when B is split over devices); k, v: [B,P,N,H].
-      img_idx: one entry per group: None (text g of image b looks at image b) or i32[B] (it looks at image img_idx[g][b]).
+      img_idx: one entry per text: None (text g of image b looks at image b), or i32[C,c] with C*c = B (it looks at an image of the same
+        cell of c images: text g of image j of cell C looks at the cell's image img_idx[g][C,j]). Cells keep a gather on the devices
+        that hold them: one cell of all images means that keys and values travel between all devices.
       kv_mask: bool[B,P], True = a key that is attended to; None = all.
     Returns: [B*G,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
     """
@@ -60,9 +52,15 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
-            i = img_idx[g]
-            outs[g] = attention(q[:, g], k[i], v[i], None if mask is None else mask[i], drop)
+            of = functools.partial(within_cells, idx=img_idx[g])
+            outs[g] = attention(q[:, g], of(k), of(v), None if mask is None else of(mask), drop)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
+
+
+def within_cells(x, idx):
+    """x [B,...], idx i32[C,c], B = C*c -> [B,...]: row C*c + j is row idx[C,j] of cell C."""
+    cells = x.reshape(*idx.shape, *x.shape[1:])
+    return jax.vmap(lambda cell, i: cell[i])(cells, idx).reshape(x.shape)
 
 
 class HeadedAttention(nn.Module):

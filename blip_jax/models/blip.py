@@ -88,7 +88,7 @@ class Blip(nn.Module):
               deterministic: bool = True):
         """Matching logits f32[B*G,2] (column 1: the text belongs to the image) of ids i32[B*G,T] against B images.
 
-        Row b*G + g is a text for image b, or for image img_idx[g][b] (`grouped_cross_attention`). Position 0 is set to [ENC],
+        Row b*G + g is a text for image b, or for the image that img_idx[g] names (`grouped_cross_attention`). Position 0 is set to [ENC],
         as in training; `first_id` puts another id there (the original's stand-alone ITM class leaves [CLS]).
         """
         if img_idx is None:

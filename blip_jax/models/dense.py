@@ -65,5 +65,6 @@ def _platform() -> str:
 
 
 def single_cpu() -> bool:
-    """Whether the program is traced for one CPU device alone."""
-    return _platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1  # 0: no mesh
+    """Whether arrays lie whole on one CPU device: without a mesh, on a mesh of one, or inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _platform() == "cpu" and (mesh.size <= 1 or mesh.manual_axes == mesh.axis_names)

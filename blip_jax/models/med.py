@@ -122,13 +122,16 @@ class Embed(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(self, ids, deterministic, start=0):
-        x = self.word(ids) + self.pos(start + jnp.arange(ids.shape[1]))
+        x = self._words()[ids] + self.pos(start + jnp.arange(ids.shape[1]))
         return constrain(self.drop(self.ln(x), deterministic=deterministic), "act_batch", None, "act_embed")
 
     def attend(self, x):
         """x [B,T,D] -> f32[B,T,Vp], products with every word's embedding, summed in float32"""
-        table = self.word.embedding.astype(self.dtype)
-        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("BTD,VD->BTV", x, self._words(), preferred_element_type=jnp.float32)
+
+    def _words(self):
+        """[Vp,D] in the dtype of the computation, D whole: looked up in a part of D, every row would travel instead of the table."""
+        return constrain(self.word.embedding.astype(self.dtype), "vocab", None)
 
 
 class LmHead(nn.Module):

@@ -1,0 +1,140 @@
+"""Images per second of the vision tower, `blip-jax bench encode`, and of CapFilt's filter, `blip-jax bench filter`.
+
+Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine. The peer is transformers' module
+with the same weights: the outputs of both must agree before they take turns.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import jax
+import numpy as np
+
+from blip_jax import config, sharding, train_state
+from blip_jax.bench import flops, throughput
+from blip_jax.capfilt import filter as filtering
+from blip_jax.models.blip import Blip
+from blip_jax.models.dense import rounded
+from blip_jax.models.vit import encode_pixels
+
+LIMIT = {"float32": 1e-3, "bfloat16": 0.2}  # root mean square difference from the peer, of the outputs' standard deviation
+
+
+class Settings(NamedTuple):
+    """What is measured. Every combination of img_sizes (pixels) and dtypes; the rest holds for all."""
+
+    workload: str = "encode"  # or "filter"
+    size: str = "base"  # a size of blip_jax.config
+    img_sizes: tuple = (224, 384)
+    dtypes: tuple = ("float32", "bfloat16")
+    batch: int = 8  # images per device
+    texts: int = 2  # filter: per image, as CapFilt's, one of the web and one of the captioner
+    positions: int = 30  # filter: of each text
+    rounds: int = 5
+    threads: int = 0  # of each side on a CPU; 0: all cores
+    against: str = ""  # "transformers", or "" for ours alone
+    trace: str = ""  # folder for a profile
+
+
+class Ours:
+    """The model of one image size and dtype with random weights, and `job`: (weights, batch) -> outputs, not yet jitted."""
+
+    def __init__(self, settings: Settings, img_size: int, dtype: str):
+        cfg = config.base(settings.size)
+        cfg.model.update(img_size=img_size, decoder=False, dtype=dtype)
+        self.settings, self.config, self.model = settings, cfg.model, Blip.from_config(cfg.model)
+        params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
+        gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
+        self.params = jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, params)
+        self.weights = rounded(self.params, dtype)
+
+    def job(self, weights, batch: dict) -> dict:
+        """{"states": [B,P,D]}, or {"itm", "itc": f32[B,G]}"""
+        if self.settings.workload == "encode":
+            return {"states": encode_pixels(self.model, weights, batch["img"])}
+        view = filtering.viewer(self.model)(weights, batch["img"])
+        return filtering.scorer(self.model)(weights, view, batch["ids"], batch["txt_mask"])
+
+    def image_flops(self) -> float:
+        if self.settings.workload == "encode":
+            return flops.encode_image(self.config)
+        return flops.filter_image(self.config, self.settings.positions, self.settings.texts)
+
+    def batch(self, images: int) -> dict[str, np.ndarray]:
+        """Uniform pixels u8[B,S,S,3] and, for the filter, random texts i32[B,G,T] of 5 positions at least."""
+        rng, size, med = np.random.default_rng(0), self.config.img_size, self.config.med
+        img = rng.integers(0, 256, (images, size, size, 3), np.uint8)
+        if self.settings.workload == "encode":
+            return {"img": img}
+        shape = images, self.settings.texts, self.settings.positions
+        txt_mask = np.arange(shape[-1]) < rng.integers(5, shape[-1] + 1, (*shape[:-1], 1))
+        return {"img": img, "ids": np.where(txt_mask, rng.integers(5, med.vocab_size - 2, shape), 0).astype(np.int32), "txt_mask": txt_mask}
+
+
+def run(settings: Settings, command: str, out: str = "", say: Callable = print) -> dict:
+    """Measures all combinations, says the figures, writes JSON to `out` where given; returns what is in it.
+
+    ValueError: fewer cores than threads, no multiple of the patch, too few text positions, an output folder that does not exist, or
+    a peer whose outputs differ. Where transformers is not installed the peer is left out, and said so.
+    """
+    throughput.limit_threads(settings.threads)
+    throughput.check_out(out)
+    patch, most = config.VIT_SIZES[settings.size]["patch"], config.MED_SIZES[settings.size]["positions"]
+    if odd := [s for s in settings.img_sizes if s % patch]:
+        raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")
+    if not 5 <= settings.positions <= most:
+        raise ValueError(f"--positions={settings.positions}: texts have 5 to {most}, the positions of this model")
+    if settings.against and not throughput.installed("transformers", ("torch", "transformers"), say):
+        settings = settings._replace(against="")
+    result = {"command": command, "workload": settings.workload, "settings": settings._asdict(), **throughput.about(), "cases": []}
+    say(throughput.headline(result, settings.threads))
+    for img_size in settings.img_sizes:
+        for dtype in settings.dtypes:
+            say(f"{settings.workload}, {img_size} px, {dtype}:")
+            result["cases"].append(measure(settings, img_size, dtype, say) | {"memory": throughput.peak_memory()})
+            throughput.write(out, result)  # after each, so that a run that is stopped leaves what it has
+    return result
+
+
+def measure(settings: Settings, img_size: int, dtype: str, say: Callable) -> dict:
+    """The case of one image size and dtype; with a peer on one device, else on all."""
+    ours = Ours(settings, img_size, dtype)
+    mesh = sharding.make_mesh(config.base().mesh, jax.devices()[:1] if settings.against else None)
+    images, peer, agreed = settings.batch * mesh.size, None, {}
+    batch = ours.batch(images)
+    with jax.set_mesh(mesh):
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        args = jax.device_put(ours.weights, whole), jax.device_put(batch, sharding.batch_sharding(mesh))
+        program, compile_s = throughput.compiled(jax.jit(ours.job), *args)
+        jobs = {"ours": lambda: jax.block_until_ready(program(*args))}
+        if settings.against:
+            from blip_jax.bench.transformers_peer import Matcher
+            peer = Matcher(ours.config, jax.tree.map(np.asarray, ours.params), dtype, settings.threads)
+            jobs["transformers"] = peer.job(settings.workload, peer.inputs(batch))
+            agreed = agreement(jobs["ours"](), jobs["transformers"](), dtype)
+            say("outputs agree: " + ", ".join(f"{name} within {x:.2g} of its deviation" for name, x in agreed.items()))
+        _, times = throughput.rounds(jobs, settings.rounds, say)
+        if settings.trace:
+            with throughput.trace(settings.trace, say):
+                throughput.seconds_of(jobs["ours"], throughput.TRACED)
+    sides = {name: throughput.figures(t, images, ours.image_flops(), mesh.size) for name, t in times.items()}
+    ratios = {"transformers": throughput.ratio(times["transformers"], times["ours"])} if settings.against else {}
+    for name, found in sides.items():
+        say(f"{name}: {throughput.words(found)}")
+    if ratios:
+        say(f"ours is {ratios['transformers']:.2f} times as fast as transformers")
+    return {"img_size": img_size, "dtype": dtype, "images": images, "mesh": dict(mesh.shape), "compile_s": compile_s, "sides": sides,
+            "ours_over": ratios, "agreement": agreed}
+
+
+def agreement(ours: dict, theirs: dict, dtype: str) -> dict[str, float]:
+    """Root mean square difference of each output, of its standard deviation. ValueError: more than LIMIT."""
+    found = {}
+    for name, x in ours.items():
+        mine, peer = np.asarray(x, np.float32), theirs[name].float().cpu().numpy()
+        found[name] = float(np.sqrt(np.mean((mine - peer) ** 2)) / np.std(peer))
+        if not found[name] <= LIMIT[dtype]:
+            raise ValueError(f"transformers with our weights is not our model: {name} differs by {found[name]:.2g} of its deviation, "
+                             f"more than {LIMIT[dtype]:.2g}; times would not be comparable")
+    return found
