@@ -106,7 +106,7 @@ def test_train_and_evaluate(config_file, tmp_path, capsys):
 
 def test_demo_is_given_its_own_config_or_another(config_file, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(demo, "run", lambda cfg, workdir: given.append((cfg, workdir)))
+    monkeypatch.setattr(demo, "run", lambda cfg, workdir: given.append((cfg, workdir)) or {"stopped": False})
     assert cli.main(["demo", f"--config={config_file}", f"--workdir={tmp_path}", "--config.train.steps=5"]) == 0
     assert cli.main(["demo", f"--workdir={tmp_path}", "--config.seed=3"]) == 0
     (first, workdir), (own, _) = given

@@ -151,6 +151,8 @@ def test_chips_and_their_links():
     ("all-gather", "jit(step)/jvp(Blip.encode_image)/vit/while/body/mlp/fc1/dot_general", "fsdp", "parameters"),
     ("all-reduce", "jit(step)/jvp(Blip.encode_image)/vit/while/body/mlp/fc2/dot_general", "tensor", "activations"),
     ("all-reduce", "", "data, between slices", "gradients"),
+    ("all-gather", "", "data, between slices", "features and texts"),
+    ("all-reduce", "", "data", "gradients and features"),
 ])
 def test_every_big_collective_has_a_reason(kind, op, axis, moves):
     assert plan.reason(kind, op, axis)[0] == moves

@@ -315,7 +315,7 @@ def test_micro_batches_keep_the_order_of_rows(tiny_cfg):
     mesh = sharding.make_mesh(tiny_cfg.mesh)
     local = {"img": np.arange(32)[:, None], "ids": np.arange(32), "txt_mask": np.ones(32, bool),
              "image_id": np.arange(32) + 2**40, "key": ["k"] * 32}
-    one, two = train._to_devices(local, mesh, 1, np.arange(32), 32), train._to_devices(local, mesh, 2, np.arange(16), 16)
+    one, two = train.to_devices(local, mesh, 1, np.arange(32), 32), train.to_devices(local, mesh, 2, np.arange(16), 16)
     np.testing.assert_array_equal(one["img"], local["img"])
     np.testing.assert_array_equal(two["ids"], np.arange(32).reshape(2, 16))
     assert two["image_id"].dtype == jnp.int32 and "key" not in one

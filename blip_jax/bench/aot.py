@@ -49,6 +49,9 @@ def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0
         except subprocess.TimeoutExpired:
             raise ValueError(f"compiling for {request['topology']} took more than {timeout:.0f} s: raise --timeout, or plan a smaller "
                              "slice") from None
+        if done.returncode < 0:
+            raise ValueError(f"the TPU compiler crashed for {request['topology']} (signal {-done.returncode}), as it may where a device "
+                             "gets one or two rows: raise train.batch, or choose another mesh")
         if done.returncode or not out.exists():
             raise ValueError(f"the TPU compiler failed for {request['topology']} (status {done.returncode}): {_last(done.stderr)}")
         found = json.loads(out.read_text(encoding="utf-8"))

@@ -169,7 +169,8 @@ def group(text: str, devices: int) -> tuple:
     """The first group of devices (one that has several members, if any) in the attributes of a collective."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return tuple(sorted({int(pairs[1]), int(pairs[2])}))
-    written = re.search(r"replica_groups=(\{\}|\{\{[\d,]+\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^\]]*\](?:, device_ids=\([^{]*\))?\s*\{[^}]*\})", text)
+    written = re.search(r"replica_groups=(\{\}|\{\{[\d,]+\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+                        r"|mesh\[[^\]]*\](?:, device_ids=\([^{]*\))?\s*\{[^}]*\})", text)
     if not written:
         raise ValueError(f"a collective's groups are written in a way that is not known here: {text[:200]!r}")
     words = written[1]

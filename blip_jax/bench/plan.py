@@ -27,8 +27,10 @@ LIMIT = 0.02  # share by which traced and analytic FLOPs may differ
 CAVEAT = ("compiled at -O0, which is several times faster: temporaries may be some 15 % low, memory traffic is high, as less is fused; "
           "--exact compiles as a run does")
 REASONS = (  # kind, part of the name in our code, axis -> what moves, why; first match wins
-    (r"all-reduce|reduce-scatter|all-gather", r"^$", "data.*", "gradients", 
-     "summed over slices: scattered inside, exchanged between, gathered again"),
+    (r"all-gather|collective-permute", r"^$", "data, between slices", "features and texts", "the queue takes those of the whole batch"),
+    (r"all-reduce|reduce-scatter", r"^$", "data, between slices", "gradients", "summed over slices, each device its part"),
+    (r".*", r"^$", "data.*", "gradients and features", 
+     "made by the compiler, which left no name: steps of a sum over rows, features for the queue"),
     (r".*", r"transpose\(jvp", "tensor", "activations and their gradients", "products whose kernel is split over tensor are partial sums"),
     (r"all-reduce|reduce-scatter", r"transpose\(jvp", ".*", "gradients", "each device has its own rows' share of every gradient"),
     (r"all-gather|all-to-all|collective-permute", r"enqueue|dynamic_update_slice", ".*", "momentum features",
@@ -136,8 +138,9 @@ def analytic(program: programs.Program, topology: chips.Topology) -> dict:
     if program.name == "train step":
         gradients = sum(x.size * 4 for x in jax.tree.leaves(program.parts["parameters"][0]))
     reduced = hlo.travels("all-reduce", gradients, topology.devices)
-    return {"name": program.name, "images": program.images, "flops": flops, "recomputed_flops": again, "memory": {k: v for k, v in parts.items() if v},
-            "gradient_bytes": reduced, "seconds": {"compute": (flops + again) / (chip.bf16 / chip.devices)}, "usable": chip.usable,
+    return {"name": program.name, "images": program.images, "flops": flops, "recomputed_flops": again,
+            "memory": {k: v for k, v in parts.items() if v}, "gradient_bytes": reduced,
+            "seconds": {"compute": (flops + again) / (chip.bf16 / chip.devices)}, "usable": chip.usable,
             "known": sum(parts.values())}
 
 
@@ -204,7 +207,8 @@ def finished(out: dict, request: Request) -> dict:
         return out | {"fits": all(r["fits"] for r in rows)}
     seconds, images = sum(r["best_seconds"] for r in rows), rows[0]["images"]
     out |= {"fits": all(r["fits"] for r in rows), "best_seconds": seconds, "images_per_s": images / seconds,
-            "images_per_s_per_chip": images / seconds / topology.chips, "mfu_bound": sum(r["mfu_bound"] * r["best_seconds"] for r in rows) / seconds}
+            "images_per_s_per_chip": images / seconds / topology.chips,
+            "mfu_bound": sum(r["mfu_bound"] * r["best_seconds"] for r in rows) / seconds}
     if request.workload == "train":
         out["days"] = request.cfg.train.steps * seconds / 86400
     return out

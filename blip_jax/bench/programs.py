@@ -68,7 +68,7 @@ def train(cfg, mesh) -> list[Program]:
 
 
 def recomputed(cfg) -> float:
-    """FLOPs of one image that the backward pass repeats by model.remat: the ViT's blocks but for what no gradient needs, or scores alone."""
+    """FLOPs of an image that the backward pass repeats by model.remat: the ViT's blocks but for what no gradient needs, or scores."""
     v, positions = cfg.model.vit, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
     scores, mixing = 2 * positions**2 * v.width, 4 * positions**2 * v.width
     blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + mixing  # without fc2, whose result is only added
