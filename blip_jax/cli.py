@@ -121,6 +121,7 @@ def vocab(argv: list[str]) -> int:
     if not values.captions and not values.scenes:
         raise ValueError("give captions: --captions=FILE (.txt or .json, may be repeated) or --scenes=N")
     captions = _captions(values.captions) + (list(scenes.vocab_captions(values.scenes)) if values.scenes else [])
+    pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     text.train_vocab(captions, values.size, values.out)
     print(f"{values.out}: {values.size} entries from {len(captions)} captions; set text.vocab={values.out} and "
           f"model.med.vocab_size={text.Tokenizer(values.out).vocab_size}")
