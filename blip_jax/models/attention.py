@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from blip_jax.models.dense import Dense, DenseGeneral, dot_general
+from blip_jax.models.pointwise import gelu, softmax
 from blip_jax.sharding import constrain
 
 
@@ -25,7 +26,7 @@ def attention(q, k, v, mask=None, drop: Callable | None = None):
     s = jnp.einsum("BTNH,BSNH->BNTS", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
-    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    p = softmax(s, v.dtype)
     p = p if drop is None else drop(p)
     return jnp.moveaxis(dot_general(p, v, (((3,), (1,)), ((0, 1), (0, 2)))), 1, 2)  # B N T H -> B T N H
 
@@ -103,10 +104,5 @@ class Mlp(nn.Module):
     def __call__(self, x):
         init = nn.initializers.normal(self.init_std)
         h = Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
-        h = jax.nn.gelu(constrain(h, "act_batch", None, "act_mlp"), approximate=False)
+        h = gelu(constrain(h, "act_batch", None, "act_mlp"))
         return constrain(Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(h), "act_batch", None, "act_embed")
-
-
-def layer_norm(eps: float, dtype, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with biased variance computed in float32 as mean((x - mean)^2), as torch does."""
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.attention import HeadedAttention, Mlp, attention, grouped_cross_attention, layer_norm
+from blip_jax.models.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
 from blip_jax.models.dense import Dense
+from blip_jax.models.pointwise import LayerNorm, gelu
 from blip_jax.sharding import constrain
 
 EPS = 1e-12
@@ -40,7 +41,7 @@ class PostNormAttention(HeadedAttention):
 
     def setup(self):
         super().setup()
-        self.ln = layer_norm(EPS, self.dtype)
+        self.ln = LayerNorm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
     def self_attention(self, x, mask, deterministic, first_only=False):
@@ -87,7 +88,7 @@ class MedLayer(nn.Module):
         if self.decoder:
             self.self_attn_dec = block()
         self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
-        self.mlp_ln = layer_norm(EPS, self.dtype)
+        self.mlp_ln = LayerNorm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(self, x, mask, kv, kv_mask, img_idx, causal: bool, deterministic: bool, first_only: bool):
@@ -118,7 +119,7 @@ class Embed(nn.Module):
     def setup(self):
         embed = lambda rows: nn.Embed(rows, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(self.init_std))
         self.word, self.pos = embed(padded_vocab(self.vocab_size)), embed(self.positions)
-        self.ln = layer_norm(EPS, self.dtype)
+        self.ln = LayerNorm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(self, ids, deterministic, start=0):
@@ -145,7 +146,7 @@ class LmHead(nn.Module):
     @nn.compact
     def __call__(self, x, attend):
         h = Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std), name="dense")(x)
-        h = layer_norm(EPS, self.dtype, "ln")(jax.nn.gelu(h, approximate=False))
+        h = LayerNorm(EPS, self.dtype, name="ln")(gelu(h))
         bias = self.param("bias", nn.initializers.zeros, (padded_vocab(self.vocab_size),))
         logits = constrain(attend(h) + bias, "act_batch", None, "act_vocab")
         return jnp.where(jnp.arange(bias.size) < self.vocab_size, logits, jnp.finfo(jnp.float32).min)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax.models.attention import HeadedAttention, Mlp, attention, layer_norm
+from blip_jax.models.attention import HeadedAttention, Mlp, attention
+from blip_jax.models.pointwise import LayerNorm
 from blip_jax.models.dense import Dense
 from blip_jax.models.med import EPS, Embed, PostNormAttention
 from blip_jax.models.vit import Vit, _torch_uniform
@@ -34,7 +35,7 @@ class TwinLayer(nn.Module):
         self.cross_attn0, self.cross_attn1 = cross(), cross()
         if self.merges:
             self.merge = Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
-        self.cross_ln, self.mlp_ln = layer_norm(EPS, self.dtype), layer_norm(EPS, self.dtype)
+        self.cross_ln, self.mlp_ln = LayerNorm(EPS, self.dtype), LayerNorm(EPS, self.dtype)
         self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 

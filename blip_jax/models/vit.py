@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax.models.attention import HeadedAttention, Mlp, attention, layer_norm
+from blip_jax.models.attention import HeadedAttention, Mlp, attention
 from blip_jax.models.dense import DenseGeneral, single_cpu
+from blip_jax.models.pointwise import LayerNorm
 from blip_jax.sharding import constrain
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
@@ -88,9 +89,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, rate):
         attn = HeadedAttention(self.width, self.heads, self.init_std, self.dtype, name="attn")
-        h = layer_norm(1e-6, self.dtype, "ln1")(x)
+        h = LayerNorm(1e-6, self.dtype, name="ln1")(x)
         x = x + self._drop_path(attn.project_out(attention(attn.project_q(h), *attn.project_kv(h))), rate)
-        h = layer_norm(1e-6, self.dtype, "ln2")(x)
+        h = LayerNorm(1e-6, self.dtype, name="ln2")(x)
         return x + self._drop_path(Mlp(self.mlp, self.init_std, self.dtype, name="mlp")(h), rate), None
 
     def _drop_path(self, y, rate):
@@ -140,4 +141,4 @@ class Vit(nn.Module):
         drops = not deterministic and self.drop_path > 0
         rates = jnp.linspace(0.0, self.drop_path, self.depth)
         x, _ = blocks(self.width, self.heads, self.mlp, self.init_std, drops, self.dtype, name="blocks")(x, rates)
-        return layer_norm(1e-6, self.dtype, "ln_post")(x)
+        return LayerNorm(1e-6, self.dtype, name="ln_post")(x)
