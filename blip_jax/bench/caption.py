@@ -19,6 +19,7 @@ from blip_jax import config, train_state
 from blip_jax.bench import flops, throughput
 from blip_jax.capfilt import caption
 from blip_jax.models.blip import Blip
+from blip_jax.models.dense import rounded
 from blip_jax.models.vit import encode_pixels
 
 EOS, PAD = 3, 0  # where a vocabulary of this project has them; EOS is never drawn
@@ -65,7 +66,7 @@ class Ours:
         params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
         self.params = jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, params)
-        self.weights = jax.tree.map(lambda x: x.astype(dtype), self.params)
+        self.weights = rounded(self.params, dtype)
         self.vision = jax.jit(functools.partial(encode_pixels, self.model))
         self.image_kv = jax.jit(lambda p, img_tok: self._apply(p, img_tok, "image_kv"))
         self.logits = jax.jit(self._logits)

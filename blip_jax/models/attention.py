@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.dense import Dense, DenseGeneral, dot_general
+from blip_jax.models.dense import Dense, DenseGeneral, dot_general, summed
 from blip_jax.models.pointwise import gelu, softmax
 from blip_jax.sharding import constrain
 
@@ -23,7 +23,7 @@ def attention(q, k, v, mask=None, drop: Callable | None = None):
       drop: applied to the probabilities [B,N,T,S]; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
     """
-    s = jnp.einsum("BTNH,BSNH->BNTS", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    s = summed(q * q.shape[-1] ** -0.5, k, (((3,), (3,)), ((0, 2), (0, 2))))  # B N T S
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
     p = softmax(s, v.dtype)

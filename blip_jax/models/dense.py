@@ -7,6 +7,8 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from blip_jax import optim
 
@@ -15,15 +17,44 @@ def dot_general(x, y, dimension_numbers, precision=None, preferred_element_type=
     """`jax.lax.dot_general`; on CPUs a bfloat16 product is summed in float32 and then rounded, as TPUs and GPUs do anyway.
 
     XLA's CPU compiler raises a product of bfloat16 with a bfloat16 result to float32, which takes twice the time of the same
-    product with a float32 result. The gradient is that of the plain product: its products stay in bfloat16.
+    product with a float32 result.
     """
     if preferred_element_type is None and x.dtype == y.dtype == jnp.bfloat16 and _platform() == "cpu":
-        return _wide(x, y, dimension_numbers)
+        return summed(x, y, dimension_numbers).astype(x.dtype)
     return jax.lax.dot_general(x, y, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type)
 
 
-Dense = functools.partial(nn.Dense, dot_general=dot_general)
-DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
+def _promoted(*arrays, dtype=None, inexact=True):
+    """flax's promotion, after `as_bits` is undone."""
+    back = lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x is not None and x.dtype == jnp.uint16 else x
+    return promote_dtype(*map(back, arrays), dtype=dtype, inexact=inexact)
+
+
+Dense = functools.partial(nn.Dense, dot_general=dot_general, promote_dtype=_promoted)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general, promote_dtype=_promoted)
+
+
+def as_bits(params: dict) -> dict:
+    """Parameters with every bfloat16 kernel as its bits in uint16, which the dense layers read as well; without gradient.
+
+    XLA's CPU compiler cannot slice or gather bfloat16: it raises the whole array to float32, as here the stacked layers of a scan.
+    """
+    bits = lambda path, x: jax.lax.bitcast_convert_type(x, jnp.uint16) if path.endswith("kernel") and x.dtype == jnp.bfloat16 else x
+    return optim.nest((path, bits(path, x)) for path, x in optim.paths(params))
+
+
+def rows(table, ids):
+    """table[ids]: [V,D], i32[...] -> [...,D], on CPUs without raising a bfloat16 table to float32 (see `as_bits`)."""
+    return _rows(table, ids) if table.dtype == jnp.bfloat16 and _platform() == "cpu" else table[ids]
+
+
+@jax.custom_vjp
+def _rows(table, ids):
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[ids], jnp.bfloat16)
+
+
+_rows.defvjp(lambda table, ids: (_rows(table, ids), (table, ids)),
+             lambda kept, g: (jnp.zeros_like(kept[0]).at[kept[1]].add(g), None))
 
 
 def rounds(path: str) -> bool:
@@ -35,27 +66,44 @@ def rounds(path: str) -> bool:
 
 
 def rounded(params: dict, dtype) -> dict:
-    """Parameters with all that `rounds` in `dtype`."""
-    return optim.nest((path, x.astype(dtype) if rounds(path) else x) for path, x in optim.paths(params))
+    """Parameters with all that `rounds` in `dtype`; on CPUs the ViT's stacked kernels as `as_bits` has them."""
+    out = optim.nest((path, x.astype(dtype) if rounds(path) else x) for path, x in optim.paths(params))
+    return stacked_as_bits(out) if _platform() == "cpu" else out
+
+
+def stacked_as_bits(params: dict) -> dict:
+    """`as_bits` of the kernels that a scan slices."""
+    return params | {"vit": params["vit"] | {"blocks": as_bits(params["vit"]["blocks"])}}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide(x, y, dimension_numbers):
-    return jax.lax.dot_general(x, y, dimension_numbers, preferred_element_type=jnp.float32).astype(x.dtype)
+def summed(x, y, dimension_numbers):
+    """`jax.lax.dot_general` of x and y of one dtype with a float32 result.
+
+    The products of its gradient are in that dtype (jax's own would multiply a float32 with a bfloat16 matrix).
+    """
+    return jax.lax.dot_general(x, y, dimension_numbers, preferred_element_type=jnp.float32)
 
 
 def _forward(x, y, dimension_numbers):
-    return _wide(x, y, dimension_numbers), (x, y)
+    return summed(x, y, dimension_numbers), (x, y)
 
 
 def _backward(dimension_numbers, operands, cotangent):
-    x, y = operands
-    (x_cotangent,) = jax.linear_transpose(lambda x: jax.lax.dot_general(x, y, dimension_numbers), x)(cotangent)
-    (y_cotangent,) = jax.linear_transpose(lambda y: jax.lax.dot_general(x, y, dimension_numbers), y)(cotangent)
-    return x_cotangent, y_cotangent
+    (x, y), ((x_sums, y_sums), (x_batch, y_batch)) = operands, dimension_numbers
+    x_free = [d for d in range(x.ndim) if d not in (*x_sums, *x_batch)]
+    y_free = [d for d in range(y.ndim) if d not in (*y_sums, *y_batch)]
+    batch, cotangent = range(len(x_batch)), cotangent.astype(x.dtype)
+    of_x = range(len(batch), len(batch) + len(x_free))
+    of_y = range(of_x.stop, cotangent.ndim)
+    dx = dot_general(cotangent, y, ((of_y, y_free), (batch, y_batch)))  # dimensions: batch, free in x, summed in the order of y's
+    dy = dot_general(cotangent, x, ((of_x, x_free), (batch, x_batch)))
+    x_dims = [*x_batch, *x_free, *(x_sums[i] for i in np.argsort(y_sums))]
+    y_dims = [*y_batch, *y_free, *(y_sums[i] for i in np.argsort(x_sums))]
+    return jnp.transpose(dx, np.argsort(x_dims)), jnp.transpose(dy, np.argsort(y_dims))
 
 
-_wide.defvjp(_forward, _backward)
+summed.defvjp(_forward, _backward)
 
 
 def _platform() -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from blip_jax.models.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
-from blip_jax.models.dense import Dense
+from blip_jax.models.dense import Dense, rows, summed
 from blip_jax.models.pointwise import LayerNorm, gelu
 from blip_jax.sharding import constrain
 
@@ -123,12 +123,12 @@ class Embed(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(self, ids, deterministic, start=0):
-        x = self._words()[ids] + self.pos(start + jnp.arange(ids.shape[1]))
+        x = rows(self._words(), ids) + self.pos(start + jnp.arange(ids.shape[1]))
         return constrain(self.drop(self.ln(x), deterministic=deterministic), "act_batch", None, "act_embed")
 
     def attend(self, x):
         """x [B,T,D] -> f32[B,T,Vp], products with every word's embedding, summed in float32"""
-        return jnp.einsum("BTD,VD->BTV", x, self._words(), preferred_element_type=jnp.float32)
+        return summed(x, self._words(), (((2,), (1,)), ((), ())))
 
     def _words(self):
         """[Vp,D] in the dtype of the computation, D whole: looked up in a part of D, every row would travel instead of the table."""

@@ -1,7 +1,7 @@
 """GELU, LayerNorm and softmax whose gradients keep little: what jax's own derivatives store is several times larger.
 
 All compute in float32 and return the dtype of their input (or the one asked for). In units of the input's size the backward pass keeps:
-GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), softmax its result, which the product behind it keeps anyway (jax: 2 more).
+GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), softmax its result, which the product behind it keeps anyway (jax: 1 more).
 """
 
 from __future__ import annotations

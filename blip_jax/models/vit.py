@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax.models.attention import HeadedAttention, Mlp, attention
-from blip_jax.models.dense import DenseGeneral, single_cpu
+from blip_jax.models.dense import DenseGeneral, single_cpu, stacked_as_bits
 from blip_jax.models.pointwise import LayerNorm
 from blip_jax.sharding import constrain
 
@@ -32,6 +32,8 @@ def encode_pixels(model, params, img):
     """
     encode = lambda img: model.apply({"params": params}, normalize_pixels(img), method="encode_image")
     B, P = len(img), 1 + (model.img_size // model.vit_sizes["patch"]) ** 2
+    if single_cpu():
+        params = stacked_as_bits(params)
     if not single_cpu() or B * P < 2 * CPU_ROWS:
         return encode(img)
     few = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(CPU_ROWS // P, 1))
