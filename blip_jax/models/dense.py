@@ -96,8 +96,9 @@ def _backward(dimension_numbers, operands, cotangent):
     batch, cotangent = range(len(x_batch)), cotangent.astype(x.dtype)
     of_x = range(len(batch), len(batch) + len(x_free))
     of_y = range(of_x.stop, cotangent.ndim)
-    dx = dot_general(cotangent, y, ((of_y, y_free), (batch, y_batch)))  # dimensions: batch, free in x, summed in the order of y's
-    dy = dot_general(cotangent, x, ((of_x, x_free), (batch, x_batch)))
+    product = jax.lax.dot_general if batch else dot_general  # XLA's CPU compiler has no batched ones with a transposed side
+    dx = product(cotangent, y, ((of_y, y_free), (batch, y_batch)))  # dimensions: batch, free in x, summed in the order of y's
+    dy = product(cotangent, x, ((of_x, x_free), (batch, x_batch)))
     x_dims = [*x_batch, *x_free, *(x_sums[i] for i in np.argsort(y_sums))]
     y_dims = [*y_batch, *y_free, *(y_sums[i] for i in np.argsort(x_sums))]
     return jnp.transpose(dx, np.argsort(x_dims)), jnp.transpose(dy, np.argsort(y_dims))
