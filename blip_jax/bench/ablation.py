@@ -26,7 +26,7 @@ import numpy as np
 
 from blip_jax import losses, sharding, steps, train_state
 from blip_jax.bench import aot, chips, flops, hlo, throughput, train
-from blip_jax.models import attention, blip, med, vit
+from blip_jax.models import attention, blip, med, pointwise, vit
 from blip_jax.models.attention import grouped_cross_attention
 from blip_jax.models.blip import Blip
 from blip_jax.models.med import Med, PostNormAttention
@@ -127,6 +127,24 @@ def whole_log_softmax(logits, targets, vocab_size):
     return nll, -jnp.sum(log_p, axis=-1, where=jnp.arange(log_p.shape[-1]) < vocab_size) / vocab_size
 
 
+def library_gelu(x):
+    """`pointwise.gelu` by jax.nn: erfc, and its gradient keeps four arrays."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def library_softmax(s, dtype):
+    """`pointwise.softmax` with the derivative that jax finds."""
+    return jax.nn.softmax(s, axis=-1).astype(dtype)
+
+
+def derived_layer_norm(x, scale, bias, eps, dtype):
+    """`pointwise._layer_norm` with the derivative that jax finds."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return (centred * (rstd * scale) + bias).astype(dtype)
+
+
 def float32_momentum(model, *args):
     """`steps._contrastive` with the momentum pass, all that it runs of the model, in float32."""
     return _CONTRASTIVE(model.clone(dtype=jnp.float32), *args)
@@ -163,6 +181,9 @@ def rows(cfg) -> list[Row]:
         Row("LM head where a word follows", "at all positions", patch=put(lm_logits=[(Blip, logits_of_all)])),
         Row("vocabulary loss from log-sum-exp", "from all log-probabilities", patch=put(_cross_entropy=[(losses, whole_log_softmax)])),
         Row("text length by batch", f"here {TEXT} positions, not {cfg.text.max_len}", cut=TEXT),
+        Row("pointwise gradients keep little", "jax's own", patch=put(
+            gelu=[(m, library_gelu) for m in (attention, med)], softmax=[(attention, library_softmax)],
+            _layer_norm=[(pointwise, derived_layer_norm)])),
         *(Row("remat: none", remat, config=(("remat", remat),)) for remat in ("dots", "full")),
         Row("ViT scanned", "unrolled", patch=put(scan=[(nn, functools.partial(nn.scan, unroll=cfg.model.vit.depth))])),
         Row("attention: ours", "jax.nn, XLA", patch=library("xla")),
