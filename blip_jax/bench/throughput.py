@@ -25,7 +25,8 @@ from blip_jax.bench import chips
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "numpy", "torch", "transformers")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE",
-             "XLA_PYTHON_CLIENT_MEM_FRACTION")
+             "XLA_PYTHON_CLIENT_MEM_FRACTION", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+KEEPS_FREED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1"  # glibc's
 TRACED = 3  # steps of a profile
 
 
@@ -46,6 +47,14 @@ def headline(result: dict, threads: int) -> str:
     hardware, versions = result["hardware"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     return (f"{hardware['devices']} x {hardware['device']}; {hardware['cpu']}, {hardware['cores']} cores, "
             f"{threads or len(os.sched_getaffinity(0))} threads; {versions}; revision {result['revision']}")
+
+
+def memory_note() -> str:
+    """What to set on a CPU before a step with gigabytes of temporaries is timed; "" where it is set, or on other devices."""
+    if jax.default_backend() != "cpu" or os.environ.get("MALLOC_MMAP_MAX_") == "0":
+        return ""
+    return ("note: glibc gives the memory of a step back to the kernel after it and takes it anew page by page, here a sixth of the time and "
+            f"more beside another program; {KEEPS_FREED} before the command keeps it")
 
 
 def figures(seconds: list[float], images: int, image_flops: float, devices: int = 1) -> dict:

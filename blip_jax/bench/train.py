@@ -166,6 +166,8 @@ def run(cfgs: list, settings: Settings, command: str, out: str = "", say: Callab
         config.validate(cfg, None, jax.process_count(), 1 if settings.against else jax.device_count())
     result = {"command": command, "workload": "train", "settings": settings._asdict(), **throughput.about(), "cases": []}
     say(throughput.headline(result, settings.threads))
+    if note := throughput.memory_note():
+        say(note)
     for cfg in cfgs:
         case = against.measure(cfg, settings, say) if settings.against else measure(cfg, settings, say)
         result["cases"].append(case | {"memory": throughput.peak_memory(), "config": summary.plain(cfg)})
