@@ -10,7 +10,7 @@ from blip_jax.bench import ablation, flops
 
 TINY = ablation.Settings(size="tiny", img_size=16, batch=8, rounds=1)
 WIRING = ("image keys and values once", "one matching pass", "last matching layer at [ENC] alone", "LM head where a word follows")
-OTHERS = ("vocabulary loss from log-sum-exp", "ViT scanned", "attention: ours")
+OTHERS = ("vocabulary loss from log-sum-exp", "pointwise gradients keep little", "ViT scanned", "attention: ours")
 
 
 def together(cfg, levers, **fields):

@@ -118,6 +118,16 @@ def test_mfu_is_the_share_of_the_devices_peak(monkeypatch):
     assert throughput.words(found) == "10 images/s, 2.5 per device, MFU 12.5 %; step p50 1 s, p95 1.45 s of 2"
 
 
+def test_a_cpu_is_told_how_its_allocator_keeps_memory_until_it_does(monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    assert all(setting in throughput.memory_note() for setting in throughput.KEEPS_FREED.split())
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert not throughput.memory_note()
+    monkeypatch.delenv("MALLOC_MMAP_MAX_")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not throughput.memory_note()
+
+
 def test_shares_of_text_lengths_are_those_of_windows():
     cfg = train.sized("base", "pretrain", 224, "float32", 8, (12, 16, 20, 30))
     shares = train.shares(cfg)

@@ -307,8 +307,9 @@ def measure(cfg, mesh, todo: list[Row], rounds: int, say: Callable) -> list[dict
     first = first.replace(step=first.step + 2 * train.EPOCH_STEPS)  # where soft targets have their full weight
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
-    ready, found = [], []
+    ready, found, state = [], [], None
     for row in todo:
+        state = None  # or there are three of them
         if row is AGAIN:
             compiled, known = ready[0][0], {}
         else:
