@@ -219,3 +219,11 @@ def test_what_remat_repeats_is_counted(remat):
     program = plan.made(plan.request(cfg, chips.topology("v5e:2x2")))[0]
     counted = plan.programs.flops.count_function(program.function, *program.args)
     assert counted == pytest.approx(program.flops + program.recomputed, rel=0.02) and (program.recomputed > 0) == (remat != "none")
+
+
+@pytest.mark.parametrize("platform, dtype", [("tpu", "bfloat16"), ("cpu", "uint16")])
+def test_capfilts_parameters_are_planned_as_its_devices_keep_them(platform, dtype):
+    cfg, device = config.base("tiny"), jax.sharding.AbstractDevice("some device", None, platform)
+    mesh = jax.sharding.AbstractMesh((4, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, abstract_device=device)
+    params = programs._rounded(cfg, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), "bfloat16")
+    assert params["vit"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == dtype

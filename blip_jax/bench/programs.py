@@ -154,7 +154,8 @@ def _model(cfg, dtype: str) -> Blip:
 
 
 def _rounded(cfg, place, dtype: str):
-    """Shapes of a model's parameters as CapFilt keeps them, matrices in the dtype of the computation."""
+    """Shapes of a model's parameters as CapFilt keeps them on the devices of `place`, matrices in the dtype of the computation."""
     model = _model(cfg, dtype)
-    shapes = jax.eval_shape(lambda: rounded(train_state.init_params(cfg, model, jax.random.key(0)), model.dtype))
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):  # `rounded` looks at the platform, which is not this host's
+        shapes = jax.eval_shape(lambda: rounded(train_state.init_params(cfg, model, jax.random.key(0)), model.dtype))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)

@@ -53,8 +53,8 @@ def memory_note() -> str:
     """What to set on a CPU before a step with gigabytes of temporaries is timed; "" where it is set, or on other devices."""
     if jax.default_backend() != "cpu" or os.environ.get("MALLOC_MMAP_MAX_") == "0":
         return ""
-    return ("note: glibc gives the memory of a step back to the kernel after it and takes it anew page by page, here a sixth of the time and "
-            f"more beside another program; {KEEPS_FREED} before the command keeps it")
+    return ("note: glibc gives the memory of a step back to the kernel after it and takes it anew page by page; "
+            f"{KEEPS_FREED} before the command keeps it (benchmarks/README.md)")
 
 
 def figures(seconds: list[float], images: int, image_flops: float, devices: int = 1) -> dict:

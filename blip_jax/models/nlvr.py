@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from blip_jax.models.attention import HeadedAttention, Mlp, attention
-from blip_jax.models.pointwise import LayerNorm
 from blip_jax.models.dense import Dense
 from blip_jax.models.med import EPS, Embed, PostNormAttention
+from blip_jax.models.pointwise import LayerNorm
 from blip_jax.models.vit import Vit, _torch_uniform
 
 FIRST_MERGE = 6  # layers before this one average what they saw in the two images, from it on a dense layer merges it
