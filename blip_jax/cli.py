@@ -18,7 +18,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from blip_jax import verbs_cli
+from blip_jax import libtpu, verbs_cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if argv else 2
+    libtpu.set_stack()
     try:
         if argv[0] not in COMMANDS:
             raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")

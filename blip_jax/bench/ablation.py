@@ -303,25 +303,25 @@ def look(cfg, mesh, todo: list[Row], compiled: bool, say: Callable) -> list[dict
 def measure(cfg, mesh, todo: list[Row], rounds: int, say: Callable) -> list[dict]:
     """What is known of each row: counts of its program, difference of its metrics, seconds of its steps."""
     create, shapes, batch = state_and_batch(cfg, mesh)
-    first = create(jax.random.key(cfg.seed))
-    first = first.replace(step=first.step + 2 * train.EPOCH_STEPS)  # where soft targets have their full weight
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
 
     ready, found, state = [], [], None
     for row in todo:
-        state = None  # or there are three of them
+        state = None  # or there are two of them
         if row is AGAIN:
             compiled, known = ready[0][0], {}
         else:
             compiled, known = program(cfg, row, mesh, shapes, batch)
-        state, metrics = compiled(jax.tree.map(lambda x: x.copy(), first), cut(batch, row))
+            jax.clear_caches()  # of what was traced: some 0.7 GB a row for ViT-B
+        state = create(jax.random.key(cfg.seed))
+        state = state.replace(step=state.step + 2 * train.EPOCH_STEPS)  # where soft targets have their full weight
+        state, metrics = compiled(state, cut(batch, row))
         metrics = {k: float(v) for k, v in metrics.items()}
         off = check(row, metrics, found[0]["metrics"] if found else metrics, cfg.model.dtype)
         found.append({"lever": row.lever, "instead": row.instead, **known, "metrics": metrics, "difference": off, "same": row.same,
                       "seconds": [], "cpu_seconds": []})
         ready.append((compiled, cut(batch, row)))
         say(f"{row.lever}: {row.instead}: " + ", ".join(f"{k} {v:.4g}" for k, v in known.items()) + f"; differs by {off:.1e}")
-    del first
     for i in range(rounds):
         for (compiled, own), known in zip(ready, found):
             wall, cpu = time.perf_counter(), time.process_time()
@@ -359,10 +359,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="", help="JSON file to write")
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
-    if args["topology"] and not aot.ENVIRONMENT.items() <= os.environ.items():  # libtpu reads it before jax starts
+    needed = aot.environment_of_compiler()
+    if args["topology"] and not needed.items() <= os.environ.items():  # libtpu reads it before jax starts
         if not aot.installed():
             raise ValueError(aot.MISSING)
-        os.execve(sys.executable, [sys.executable, "-m", "blip_jax.bench.ablation", *argv], os.environ | aot.ENVIRONMENT)
+        os.execve(sys.executable, [sys.executable, "-m", "blip_jax.bench.ablation", *argv], os.environ | needed)
     run(Settings(**args), " ".join(["python -m blip_jax.bench.ablation", *argv]), out)
 
 

@@ -16,13 +16,20 @@ import sys
 import tempfile
 import time
 
+from blip_jax import libtpu
+
 MISSING = "the TPU compiler is not installed: pip install 'blip-jax[tpu]' (it needs no TPU)"
-ENVIRONMENT = {  # before jax is imported
+_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # what runs; libtpu only compiles
     "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process fails on a lock file
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",  # else libtpu complains on stderr
 }
+
+
+def environment_of_compiler() -> dict[str, str]:
+    """What has to be in the environment before jax is imported."""
+    return _ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu.with_stack(os.environ.get("LIBTPU_INIT_ARGS", ""))}
 
 
 def installed() -> bool:
@@ -37,8 +44,8 @@ def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0
     """
     if not installed():
         raise ValueError(MISSING)
-    level = {"JAX_OPTIMIZATION_LEVEL": ""} if exact else {"JAX_OPTIMIZATION_LEVEL": "O0"}
-    environment = {k: v for k, v in (os.environ | ENVIRONMENT | level).items() if v and k != "XLA_FLAGS"}
+    level = {"JAX_OPTIMIZATION_LEVEL": "" if exact else "O0"}
+    environment = {k: v for k, v in (os.environ | environment_of_compiler() | level).items() if v and k != "XLA_FLAGS"}
     root = str(pathlib.Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +57,9 @@ def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0
             raise ValueError(f"compiling for {request['topology']} took more than {timeout:.0f} s: raise --timeout, or plan a smaller "
                              "slice") from None
         if done.returncode < 0:
-            raise ValueError(f"the TPU compiler crashed for {request['topology']} (signal {-done.returncode}), as it may where a device "
-                             "gets one or two rows: raise train.batch, or choose another mesh")
+            remedy = (f"its stack was too small: set LIBTPU_INIT_ARGS={libtpu.FLAG}={2 * libtpu.STACK} or more"
+                      if "STACK OVERFLOW" in done.stderr else "raise train.batch, or choose another mesh")
+            raise ValueError(f"the TPU compiler crashed for {request['topology']} (signal {-done.returncode}): {remedy}")
         if done.returncode or not out.exists():
             raise ValueError(f"the TPU compiler failed for {request['topology']} (status {done.returncode}): {_last(done.stderr)}")
         found = json.loads(out.read_text(encoding="utf-8"))
@@ -68,7 +76,7 @@ def _last(text: str) -> str:
 def tpu_mesh(topology, shape: tuple):
     """Mesh (data, fsdp, tensor) of the devices of a `chips.Topology`, which need not be here; slices divide the data axis.
 
-    Needs ENVIRONMENT.
+    Needs `environment_of_compiler`.
     """
     from jax.experimental import mesh_utils, topologies
     from jax.sharding import AxisType, Mesh
