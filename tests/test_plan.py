@@ -153,6 +153,8 @@ def test_chips_and_their_links():
     ("all-reduce", "", "data, between slices", "gradients"),
     ("all-gather", "", "data, between slices", "features and texts"),
     ("all-reduce", "", "data", "gradients and features"),
+    ("all-gather", "jit(step)/jvp(Blip.match)/med/layer_00/cross_attn.cross_attention/vmap()/gather", "data in parts of 2", "image keys and values"),
+    ("all-reduce", "", "data in parts of 2", "gradients of image keys and values"),
 ])
 def test_every_big_collective_has_a_reason(kind, op, axis, moves):
     assert plan.reason(kind, op, axis)[0] == moves
