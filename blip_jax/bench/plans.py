@@ -14,7 +14,7 @@ from blip_jax.report.markup import escape
 HEAD = """# Plans
 
 What the TPU compiler makes of the step of a config on slices that were not at hand; each row is a JSON file here, made by `blip-jax plan`
-(the commands are in [../README.md](../README.md)). Memory is what a device needs of what the compiler lets a program have. Times are lower
+([make.sh](make.sh) has the commands). Memory is what a device needs of what the compiler lets a program have. Times are lower
 bounds, every unit at its data sheet's rate and all at once; `memory` counts the traffic of a program compiled at -O0, which fuses less than
 a run's, so images/s is given as bounded by compute and interconnect, too. Nothing here was measured on a TPU.
 """
