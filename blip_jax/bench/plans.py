@@ -69,13 +69,13 @@ def scaling(plans: dict[str, dict]) -> str:
     series: dict = {}
     for name, plan in plans.items():
         rate, bound = without_memory(plan)
-        series.setdefault(name.rpartition("-")[0], []).append((math.log2(plan["chips"]), rate / plan["chips"], bound))
+        series.setdefault(name.rpartition("-")[0], []).append((math.log2(plan["chips"]), rate / plan["chips"] / 1000, bound))
     every = [p for points in series.values() for p in points]
     if not every:
         raise ValueError("no plan to draw: their names begin with scaling-")
     top = max(y for _, y, _ in every)
     plot = charts.Plot(charts.span(x for x, _, _ in every), (0.0, charts.rounded(0.0, top)[1]))
-    body, told = [f"<style>{STYLE}</style>", plot.frame("chips, as a power of two", "images/s a chip")], []
+    body, told = [f"<style>{STYLE}</style>", plot.frame("chips, as a power of two", "1000 images/s a chip")], []
     for i, (name, points) in enumerate(sorted(series.items())):
         points.sort()
         colour = next((c for kind, c in COLOURS.items() if kind in name), "#4d5358")
@@ -84,9 +84,9 @@ def scaling(plans: dict[str, dict]) -> str:
         filled = {"compute": colour, "interconnect": "#fdfdfb"}
         body += [f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="3" stroke="{colour}" fill="{filled[bound]}"/>'
                  for x, y, bound in points]
-        x, y, _ = points[-1]
-        body.append(f'<text class="end" x="{plot.x(x):.1f}" y="{plot.y(y) - 7:.1f}">{escape(name.removeprefix("scaling-"))}</text>')
-        told.append(f"{name}: " + ", ".join(f"{2**x:.0f} chips {y:.0f} ({bound})" for x, y, bound in points))
+        x, y = plot.x(points[-1][0]), plot.y(points[-1][1]) + (16 if "paper" in name else -7)  # below its line, or above
+        body.append(f'<text class="end" x="{x:.1f}" y="{y:.1f}">{escape(name.removeprefix("scaling-"))}</text>')
+        told.append(f"{name}: " + ", ".join(f"{2**x:.0f} chips {1000 * y:.0f} ({bound})" for x, y, bound in points))
     return charts.svg("scaling", "images/s a chip at best, by compute and interconnect", "; ".join(told), "".join(body)).replace(
         "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
