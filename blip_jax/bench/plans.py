@@ -43,7 +43,7 @@ def without_memory(plan: dict) -> tuple[float, str]:
 def markdown(plans: dict[str, dict]) -> str:
     """A row for each plan: memory, the three times, images/s, what bounds."""
     lines = [HEAD, "| plan | on | mesh | a device | remat | needs | of | compute, memory, interconnect ms | images/s a chip, in all "
-                   "| bound | images/s and bound without memory traffic |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+                   "| bound | images/s and bound without memory traffic | compiled in s |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, plan in plans.items():
         rows, model = plan["programs"], plan["config"].get("model", {})
         most = max(rows, key=lambda row: row.get("needed", row["known"]))
@@ -55,7 +55,7 @@ def markdown(plans: dict[str, dict]) -> str:
         slowest = max(rows, key=lambda row: row["best_seconds"])["bound"]
         lines.append(f"| {name} | {plan['topology']} | {mesh} | {rows[0]['images'] // plan['devices']} | "
                      f"{model.get('remat', '–')} | {needs} | {gib(most['usable'])} | {times} | {speed} | {slowest} | "
-                     f"{rate:,.0f}, {bound} |")
+                     f"{rate:,.0f}, {bound} | {sum(row.get('compile_seconds', 0.0) for row in rows):.0f} |")
     return "\n".join(lines) + "\n"
 
 
