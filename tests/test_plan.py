@@ -155,6 +155,8 @@ def test_chips_and_their_links():
     ("all-reduce", "", "data", "gradients and features"),
     ("all-gather", "jit(step)/jvp(Blip.match)/med/layer_00/cross_attn.cross_attention/vmap()/gather", "data in parts of 2", "image keys and values"),
     ("all-reduce", "", "data in parts of 2", "gradients of image keys and values"),
+    ("all-gather", "jit(<lambda>)/jit(_encode_images)/Blip.encode_image/vit/ln_post/convert_element_type", "data", "features and scores"),
+    ("all-gather", "jit(<lambda>)/jit(_encode_images)/Blip.encode_image/vit/while/body/blocks/mlp/fc1/dot_general", "fsdp", "parameters"),
 ])
 def test_every_big_collective_has_a_reason(kind, op, axis, moves):
     assert plan.reason(kind, op, axis)[0] == moves

@@ -41,6 +41,8 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
      "hard negatives are drawn across devices"),
     (r"all-gather|all-to-all|collective-permute", r"gather$|take", ".*", "ids and masks of texts",
      "hard negatives are drawn across devices"),
+    (r"all-gather", r"_encode_images|_embed_texts|_match", "data.*", "features and scores",
+     "every process of an evaluation keeps those of all images and texts"),
     (r"all-gather", r"", ".*fsdp.*", "parameters", "a kernel that fsdp splits is gathered whole where it is used, and dropped"),
     (r"all-reduce", r"jvp|dot_general", "tensor", "activations", "products whose kernel is split over tensor are partial sums"),
     (r"reduce-scatter|all-reduce", r"", ".*fsdp.*", "gradients", "each device has its own rows' share of every gradient"),
