@@ -187,6 +187,14 @@ def test_search_tries_the_promising_first_and_drops_what_needs_more(files, monke
     assert "does not fit" in search.table(found) and "plan with 3.016" in search.table(found)
 
 
+def test_search_begins_with_the_largest_batch_though_its_groups_are_larger(files):
+    """Groups that do not divide a candidate's batch become its rows of a device, with more contrastive columns and so more FLOPs."""
+    cfg = config_of(CONFIG.format(more="c.train.batch, c.loss.group_size, c.loss.queue = 96, 6, 9600"))
+    found = search.candidates(plan.request(cfg, chips.topology("v5e:4x4")))
+    assert [(c.mesh, c.batch, c.remat) for c in found[:6]] == [((16, 1, 1), batch, "none") for batch in (256, 128, 64, 32, 16, 6)]
+    assert [c.remat for c in found] == sorted((c.remat for c in found), key=search.REMAT.index)
+
+
 def test_the_compiler_says_what_went_wrong(monkeypatch):
     monkeypatch.setattr(aot, "installed", lambda: True)
     with pytest.raises(ValueError, match="took more than"):

@@ -6,7 +6,7 @@ import itertools
 import time
 from typing import Any, NamedTuple
 
-from blip_jax.bench import aot, flops, plan, programs
+from blip_jax.bench import aot, plan, programs
 from blip_jax.summary import say
 
 REMAT = ("none", "dots", "full")  # in the order of what they recompute
@@ -20,7 +20,6 @@ class Candidate(NamedTuple):
     remat: str
     request: Any
     known: int  # bytes of state and batch on a device
-    seconds: float  # compute alone, with what remat repeats, per image and device
 
     @property
     def label(self) -> str:
@@ -28,7 +27,8 @@ class Candidate(NamedTuple):
 
 
 def candidates(request: plan.Request) -> list[Candidate]:
-    """Every choice that the config allows and whose state fits by itself, the one that computes least per image first.
+    """Every choice that the config allows and whose state fits by itself: those that recompute least first, then those that send least
+    (no tensor axis, little fsdp), then the largest batch, for which the sum of the gradients is spread over the most images.
 
     Meshes: data x fsdp with fsdp 1, 8 and what a slice has at most, tensor 1 or 2; batches: the config's, and 16 to 256 a device; the
     queue is cut to whole batches. ValueError: nothing fits.
@@ -47,11 +47,11 @@ def candidates(request: plan.Request) -> list[Candidate]:
             say(f"search: mesh {mesh} is left out: {str(e).splitlines()[-1].strip()}")
             continue
         state = sum(size for name, size in parts.items() if name != "batch")
-        found = [_candidate(mesh, *choice, state + parts["batch"] // requests[0][0] * choice[0]) for choice in requests]
+        found = [Candidate(mesh, *choice, state + parts["batch"] // requests[0][0] * choice[0]) for choice in requests]
         out += [c for c in found if c.known < topology.chip.usable]
     if not out:
         raise ValueError(f"the state of this config does not fit on {topology} with any mesh: take a larger slice or a smaller model")
-    return sorted(out, key=lambda c: (c.seconds, c.mesh[2], c.mesh[1], -c.batch))
+    return sorted(out, key=lambda c: (REMAT.index(c.remat), c.mesh[2], c.mesh[1], -c.batch))
 
 
 def _request(request: plan.Request, mesh: tuple, batch: int, remat: str) -> plan.Request:
@@ -63,13 +63,6 @@ def _request(request: plan.Request, mesh: tuple, batch: int, remat: str) -> plan
         if cfg.loss.group_size and cfg.train.batch % cfg.loss.group_size:
             cfg.loss.group_size = batch
     return plan.request(cfg, request.topology, request.workload)
-
-
-def _candidate(mesh: tuple, batch: int, remat: str, request: plan.Request, known: int) -> Candidate:
-    """`known`: bytes of state and batch on a device. Ordered by FLOPs of an image, with what remat repeats, at the chip's rate."""
-    cfg, chip = request.cfg, request.topology.chip
-    pair = flops.STEPS[cfg.objective](cfg)["step"] + programs.recomputed(cfg)
-    return Candidate(mesh, batch, remat, request, known, pair / (chip.bf16 / chip.devices))
 
 
 def run(request: plan.Request, tries: int, exact: bool = False, timeout: float = 3600.0) -> dict:
