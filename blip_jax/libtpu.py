@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-FLAG = "--fibers_default_thread_stack_size"  # libtpu 0.0.38 to 0.0.52 have it
+FLAG = "--fibers_default_thread_stack_size"  # found in libtpu 0.0.38, 0.0.42.1 and 0.0.52
 STACK = 1 << 20  # bytes; with the default libtpu dies of SIGSEGV where a device gets some 10 to 32 rows of a batch
 
 

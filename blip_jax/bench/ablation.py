@@ -312,7 +312,7 @@ def measure(cfg, mesh, todo: list[Row], rounds: int, say: Callable) -> list[dict
             compiled, known = ready[0][0], {}
         else:
             compiled, known = program(cfg, row, mesh, shapes, batch)
-            jax.clear_caches()  # of what was traced: some 0.7 GB a row for ViT-B
+            jax.clear_caches()  # what was traced is not needed again; memory still grows by some 0.7 GB a row for ViT-B
         state = create(jax.random.key(cfg.seed))
         state = state.replace(step=state.step + 2 * train.EPOCH_STEPS)  # where soft targets have their full weight
         state, metrics = compiled(state, cut(batch, row))
