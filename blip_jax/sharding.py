@@ -7,10 +7,12 @@ scanned stack needs no row of its own. Losses and steps are written on global ar
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 AXES = {  # logical dimension -> mesh axis, axes or None (kept whole)
@@ -150,6 +152,36 @@ def constrain(x, *dims):
     if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x, dims: tuple, whole: tuple):
+    """A parameter of logical dimensions `dims` as `whole` has them; its gradient goes back to `dims`, so that devices receive only their part.
+
+    The transpose of `constrain` alone would have every device receive the gradient of all.
+    """
+    return constrain(constrain(x, *dims), *whole)
+
+
+gathered.defvjp(lambda x, dims, whole: (gathered(x, dims, whole), None), lambda dims, whole, _, g: (constrain(g, *dims),))
+
+
+def within_cells(x, idx, *dims):
+    """x [B,...], idx i32[C,c], B = C*c -> [B,...]: row C*c + j is row idx[C,j] of cell C.
+
+    dims: logical dimensions of x behind the first, which is act_batch; those not named are whole. The devices of a cell receive its rows
+    once, and of the gradient only that of their own rows; left to XLA each would receive the gradient of the whole cell.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), AXES["act_batch"]
+    devices = 1 if mesh.empty or mesh.manual_axes else _axis_size(mesh, axes)
+    own, cell = x.shape[0] // devices, idx.shape[1]
+    if cell <= own or cell % own or x.shape[0] % devices:  # each cell on one device, or cut unevenly
+        cells = x.reshape(*idx.shape, *x.shape[1:])
+        return jax.vmap(lambda cell, i: cell[i])(cells, idx).reshape(x.shape)
+    groups = np.arange(devices).reshape(-1, cell // own).tolist() if cell < x.shape[0] else None
+    spec = partition_spec(("act_batch", *dims))
+    gather = lambda x, i: jax.lax.all_gather(x, axes, axis_index_groups=groups, tiled=True)[i]
+    return jax.shard_map(gather, in_specs=(spec, P(axes)), out_specs=spec, check_vma=False)(x, idx.reshape(-1))
 
 
 def report(tree, mesh: Mesh) -> str:

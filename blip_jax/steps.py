@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from blip_jax import losses, optim
-from blip_jax.models.attention import within_cells
+from blip_jax.models import dense
 from blip_jax.models.vit import normalize_pixels
 from blip_jax.momentum import ema, enqueue, momentum_params
+from blip_jax.sharding import within_cells
 
 TEMP_RANGE = (0.001, 0.5)  # the stored temperature is clamped to this at the start of every step
 
@@ -170,7 +171,8 @@ def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
             keys = jax.random.fold_in(dropout_key, a), draw_key
 
             def of_trained(trained):
-                return loss_fn(model, cfg, optim.merge(trained, state.frozen), momentum, batch, alpha, keys, a * rows, draw)
+                used = dense.rounded_once(optim.merge(trained, state.frozen), model.dtype)
+                return loss_fn(model, cfg, used, momentum, batch, alpha, keys, a * rows, draw)
 
             (_, (metrics, features)), grads = jax.value_and_grad(of_trained, has_aux=True)(params)
             return grads, metrics, features

@@ -79,7 +79,7 @@ class ProjectsAgain(PostNormAttention):
         outs = []
         for g, idx in enumerate(img_idx):
             states = jax.lax.optimization_barrier(kv[0])  # else XLA finds that the groups project the same
-            states = states if idx is None else attention.within_cells(states, idx)
+            states = states if idx is None else sharding.within_cells(states, idx)
             outs.append(attention.attention(queries[:, g], *self.project_kv(states)))
         y = jnp.stack(outs, axis=1).reshape(*x.shape[:2], self.heads, -1)
         return self._close(x, y, deterministic)
@@ -105,7 +105,7 @@ def three_passes(apply, ids, txt_mask, kv, neg_img, neg_txt, group_size, dropout
 
 def repeated_kv(q, k, v, img_idx, drop=None, kv_mask=None):
     """`grouped_cross_attention` that repeats keys and values for each text."""
-    repeat = lambda x: jnp.stack([x if i is None else attention.within_cells(x, i) for i in img_idx], 1).reshape(-1, *x.shape[1:])
+    repeat = lambda x: jnp.stack([x if i is None else sharding.within_cells(x, i) for i in img_idx], 1).reshape(-1, *x.shape[1:])
     return attention.attention(q, repeat(k), repeat(v))
 
 

@@ -133,9 +133,11 @@ def size(kind: str, only_hbm: bool = False) -> int:
 def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
     """Every collective of a program for so many devices, the largest first; trips as in `times`. ValueError: unreadable groups."""
     found, entry = computations(text)
-    runs, _ = times(found, entry, trips)
-    out, channels = {}, set()
+    runs, scheduled = times(found, entry, trips)
+    fusions = {called[1]: op.rest for ops in found.values() for op in ops if (called := re.search(r"calls=%?([\w.\-]+)", op.rest))}
+    out, seen = {}, set()
     for name, count in runs.items():
+        scatters = name.startswith("all-reduce-scatter")  # a sum of which every device keeps a part: how a TPU's compiler writes it
         types = {op.name: op.type for op in found.get(name, ())}
         for op in found.get(name, ()):
             if op.kind == "recv" and "xla_megascale" in op.rest:
@@ -143,16 +145,17 @@ def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
             kind = op.kind.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            channel = re.search(r"channel_id=(\d+)", op.rest)
-            if channel and channel[1] in channels:  # the steps of one asynchronous collective
+            channel, where = (re.search(r'channel_id=(\d+)', op.rest), re.search(r'op_name="([^"]*)"', fusions[name] if scatters else op.rest))
+            step = (channel and channel[1], op.type.split("{")[0], where and where[1])
+            if name not in scheduled and not scatters and step in seen:  # one asynchronous collective is carried on by several fusions
                 continue
-            channels.update([channel[1]] if channel else [])
+            seen.add(step)
+            kind = "reduce-scatter" if scatters else kind
             arrays = [types.get(x, "") for x in op.operands]
             whole = sum(map(size, arrays)) if kind in ("reduce-scatter", "all-reduce") else 0
             shown = sorted(_ARRAY.findall(" ".join(arrays)), key=lambda a: -size(f"{a[0]}[{a[1]}]"))
             shapes = f"{shown[0][0]}[{shown[0][1]}]" + (f" and {len(shown) - 1} more" if len(shown) > 1 else "") if shown else op.type
             made = size(op.type) if not op.kind.endswith("-start") else size(op.type) - sum(map(size, arrays))
-            where = re.search(r'op_name="([^"]*)"', op.rest)
             out[name, op.name] = Collective(kind, whole or made, count, group(op.rest, devices), where[1] if where else "", shapes)
     return sorted(out.values(), key=lambda c: -c.bytes * c.count)
 

@@ -34,6 +34,8 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
     (r".*", r"^$", "data.*", "gradients and features",
      "made by the compiler, which left no name: steps of a sum over rows, features for the queue"),
     (r".*", r"transpose\(jvp", "tensor", "activations and their gradients", "products whose kernel is split over tensor are partial sums"),
+    (r"reduce-scatter", r"cross_attention.*shard_map", ".*", "gradients of image keys and values",
+     "hard negatives are drawn across devices, each gets its own rows'"),
     (r"all-reduce|reduce-scatter", r"transpose\(jvp", ".*", "gradients", "each device has its own rows' share of every gradient"),
     (r"all-gather|all-to-all|collective-permute", r"enqueue|dynamic_update_slice", ".*", "momentum features",
      "the queue is whole on every device and takes the whole batch's features"),

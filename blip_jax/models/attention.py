@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Callable
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from blip_jax.models.dense import Dense, DenseGeneral, dot_general, summed
 from blip_jax.models.pointwise import gelu, softmax
-from blip_jax.sharding import constrain
+from blip_jax.sharding import constrain, within_cells
 
 
 def attention(q, k, v, mask=None, drop: Callable | None = None):
@@ -53,15 +52,13 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
-            of = functools.partial(within_cells, idx=img_idx[g])
-            outs[g] = attention(q[:, g], of(k), of(v), None if mask is None else of(mask), drop)
+            drawn = {}
+            for name, x in (("keys", k), ("values", v)):
+                with jax.named_scope(name):  # told apart in a compiler's list of collectives
+                    drawn[name] = within_cells(x, img_idx[g], None, "act_heads", None)
+            drawn_mask = None if mask is None else within_cells(mask, img_idx[g])
+            outs[g] = attention(q[:, g], drawn["keys"], drawn["values"], drawn_mask, drop)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
-
-
-def within_cells(x, idx):
-    """x [B,...], idx i32[C,c], B = C*c -> [B,...]: row C*c + j is row idx[C,j] of cell C."""
-    cells = x.reshape(*idx.shape, *x.shape[1:])
-    return jax.vmap(lambda cell, i: cell[i])(cells, idx).reshape(x.shape)
 
 
 class HeadedAttention(nn.Module):

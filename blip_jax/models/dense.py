@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from blip_jax import optim
+from blip_jax import optim, sharding
 
 
 def dot_general(x, y, dimension_numbers, precision=None, preferred_element_type=None):
@@ -69,6 +69,15 @@ def rounded(params: dict, dtype) -> dict:
     """Parameters with all that `rounds` in `dtype`; on CPUs the ViT's stacked kernels as `as_bits` has them."""
     out = optim.nest((path, x.astype(dtype) if rounds(path) else x) for path, x in optim.paths(params))
     return stacked_as_bits(out) if _platform() == "cpu" else out
+
+
+def rounded_once(params: dict, dtype) -> dict:
+    """Parameters with med's that `rounds` in `dtype`, each where it lies: for training, where several passes use them.
+
+    Their gradients then meet in `dtype`, before they are summed over the devices: once a step, not once for every pass.
+    """
+    keep = lambda path, x: sharding.constrain(x.astype(dtype), *sharding.logical_dims(path, x.ndim))
+    return optim.nest((path, keep(path, x) if rounds(path) and path.startswith("med") else x) for path, x in optim.paths(params))
 
 
 def stacked_as_bits(params: dict) -> dict:
