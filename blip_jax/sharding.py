@@ -2,7 +2,8 @@
 
 A parameter's path ends in a row of `PARAMS`, which names its dimensions; `AXES` says which mesh axis a dimension is split over.
 Optimiser moments and momentum copies carry the same path endings and so follow the same rows. A leading `layers` dimension of a
-scanned stack needs no row of its own. Losses and steps are written on global arrays; XLA inserts the collectives.
+scanned stack needs no row of its own. Losses and steps are written on global arrays; XLA inserts
+the collectives, but for those of `within_cells`, where it would send more than has to travel.
 """
 
 from __future__ import annotations

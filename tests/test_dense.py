@@ -11,7 +11,7 @@ from blip_jax import optim, train_state
 from blip_jax.config import base
 from blip_jax.models import vit
 from blip_jax.models.blip import Blip
-from blip_jax.models.dense import dot_general, rounded, rows
+from blip_jax.models.dense import dot_general, rounded, rounded_once, rows
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -98,6 +98,27 @@ def test_parameters_rounded_once_give_the_same_bits():
     call = jax.jit(lambda params: model.apply({"params": params}, img, ids, jnp.ones((2, 7), bool)))
     for a, b in zip(jax.tree.leaves(call(params)), jax.tree.leaves(call(once)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_several_passes_use_rounded_once_gives_the_same_loss_and_gradients():
+    cfg = base("tiny")
+    cfg.model.update(dtype="bfloat16", dropout=0.0)
+    model = Blip.from_config(cfg.model)
+    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    rng = np.random.default_rng(0)
+    img = jnp.asarray(rng.normal(size=(2, cfg.model.img_size, cfg.model.img_size, 3)), jnp.float32)
+    ids, seen = jnp.asarray(rng.integers(5, 100, (2, 7)), jnp.int32), jnp.ones((2, 7), bool)
+
+    def loss(params):
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(model.apply({"params": params}, img, ids, seen)))
+
+    each = jax.jit(jax.value_and_grad(loss))(params)
+    once = jax.jit(jax.value_and_grad(lambda p: loss(rounded_once(p, jnp.dtype("bfloat16")))))(params)
+    assert each[0] == once[0]
+    for (path, a), (_, b) in zip(optim.paths(each[1]), optim.paths(once[1]), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(a - b), 0, atol=2**-8 * np.linalg.norm(a) + 1e-6, err_msg=path)
+    assert sum(x.dtype == jnp.bfloat16 for _, x in optim.paths(rounded_once(params, jnp.dtype("bfloat16")))) > 10
 
 
 def test_rows_of_a_bfloat16_table_are_those_of_plain_indexing_and_so_is_the_gradient():

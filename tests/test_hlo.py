@@ -79,6 +79,42 @@ def test_every_collective_with_its_bytes_count_and_group():
     assert found["all-reduce", 2048, 3].op_name.endswith("while/body/fc1")
 
 
+def test_sums_of_which_a_device_keeps_a_part_and_channels_that_several_collectives_share():
+    gather = "all-gather({x}), channel_id=1, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}, metadata={{op_name=\"{name}\"}}"
+    text = f"""HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.3 (input: bf16[8,256]) -> bf16[2,256] {{
+  %input = bf16[8,256]{{1,0}} parameter(0)
+  %all-reduce.7 = bf16[8,256]{{1,0}} all-reduce(%input), channel_id=1, replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  %place = u32[] partition-id()
+  ROOT %part = bf16[2,256]{{1,0}} dynamic-slice(%all-reduce.7, %place, %place), dynamic_slice_sizes={{2,256}}
+}}
+
+%fused_start (a: bf16[2,256]) -> bf16[8,256] {{
+  %a = bf16[2,256]{{1,0}} parameter(0)
+  ROOT %all-gather.5 = bf16[8,256]{{1,0}} {gather.format(x="%a", name="values")}
+}}
+
+%async_collective_fusion.1 (b: bf16[2,256]) -> bf16[8,256] {{
+  %b = bf16[2,256]{{1,0}} parameter(0)
+  ROOT %all-gather.6 = bf16[8,256]{{1,0:T(8,128)S(1)}} {gather.format(x="%b", name="values")}
+}}
+
+ENTRY %main (p0: bf16[8,256], p1: bf16[2,256]) -> bf16[8,256] {{
+  %p0 = bf16[8,256]{{1,0}} parameter(0)
+  %p1 = bf16[2,256]{{1,0}} parameter(1)
+  %sum = bf16[2,256]{{1,0}} fusion(%p0), kind=kCustom, calls=%all-reduce-scatter.3, metadata={{op_name="jit(step)/fc1"}}
+  %keys = bf16[8,256]{{1,0}} {gather.format(x="%p1", name="keys")}
+  %more = bf16[8,256]{{1,0}} {gather.format(x="%sum", name="keys")}
+  %start = bf16[8,256]{{1,0}} fusion(%p1), kind=kCustom, calls=%fused_start
+  ROOT %end = bf16[8,256]{{1,0}} fusion(%p1), kind=kCustom, calls=%async_collective_fusion.1
+}}
+"""
+    found = sorted((c.kind, c.op_name, c.bytes) for c in hlo.collectives(text, 4))
+    assert found == [("all-gather", "keys", 4096), ("all-gather", "keys", 4096), ("all-gather", "values", 4096),
+                     ("reduce-scatter", "jit(step)/fc1", 4096)]
+
+
 @pytest.mark.parametrize("text, expected", [
     ("replica_groups={}", tuple(range(8))),
     ("replica_groups=mesh['x'=2,'y'=4] {'x'}", (0, 4)),

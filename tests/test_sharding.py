@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +56,40 @@ def test_unknown_parameters_and_uneven_dimensions_are_listed_together():
         sharding.shardings_for(tree, mesh_of(1, 8, 1))
     assert "vit/pos_embed: dimension embed = 6 does not divide by mesh axis fsdp = 8" in str(e.value)
     assert "mystery/kernel" in str(e.value) and "PARAMS" in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mesh, cell, collectives", [
+    ((8, 1, 1), 4, ""), ((8, 1, 1), 8, "all-gather reduce-scatter"), ((2, 4, 1), 32, "all-gather reduce-scatter"),
+    ((2, 2, 2), 16, "all-gather reduce-scatter"), ((8, 1, 1), 2, ""),
+])
+def test_rows_drawn_within_cells_of_one_device_or_of_several(mesh, cell, collectives, dtype):
+    keys, rows = jax.random.split(jax.random.key(0), 3), 32
+    x, weights = (jax.random.randint(k, (rows, 3, 4, 2), -9, 9).astype(dtype) for k in keys[:2])  # sums are exact in either dtype
+    idx = jax.random.randint(keys[2], (rows // cell, cell), 0, cell)
+
+    def weighed(x):
+        drawn = sharding.within_cells(sharding.constrain(x, "act_batch", None, "act_heads"), idx, None, "act_heads")
+        return jnp.sum((drawn * weights).astype(jnp.float32)), drawn
+
+    flat = np.arange(rows) // cell * cell + np.asarray(idx).reshape(-1)
+    back = np.zeros(x.shape, np.float32)
+    np.add.at(back, flat, np.asarray(weights, np.float32))
+    with jax.set_mesh(mesh_of(*mesh)):
+        step = jax.jit(jax.value_and_grad(weighed, has_aux=True)).lower(x).compile()
+        (_, drawn), gradient = step(x)
+    assert (np.asarray(drawn) == np.asarray(x)[flat]).all()
+    assert (np.asarray(gradient, np.float32) == back).all()
+    kinds = {k for k in ("all-gather", "reduce-scatter", "all-to-all") if f" {k}(" in step.as_text()}
+    assert kinds == set(collectives.split())
+
+
+def test_a_cell_cut_unevenly_over_devices():
+    x, idx = jnp.arange(24.0).reshape(24, 1), jnp.arange(24).reshape(2, 12)[:, ::-1] % 12
+    with jax.set_mesh(mesh_of(8, 1, 1)):  # 3 rows a device, cells of 12 and 8
+        assert (jax.jit(sharding.within_cells)(x, idx) == x.reshape(2, 12, 1)[:, ::-1].reshape(24, 1)).all()
+        idx = jnp.arange(24).reshape(3, 8)[:, ::-1] % 8
+        assert (jax.jit(sharding.within_cells)(x, idx) == x.reshape(3, 8, 1)[:, ::-1].reshape(24, 1)).all()
 
 
 def test_a_logical_name_that_does_not_exist_is_an_error():
