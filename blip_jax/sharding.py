@@ -167,6 +167,30 @@ def gathered(x, dims: tuple, whole: tuple):
 gathered.defvjp(lambda x, dims, whole: (gathered(x, dims, whole), None), lambda dims, whole, _, g: (constrain(g, *dims),))
 
 
+def splits(dim: str) -> bool:
+    """Whether the mesh of `jax.set_mesh` splits a logical dimension; not inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and not mesh.manual_axes and _axis_size(mesh, AXES[dim]) > 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def summed_in_parts(matrix, embed: int):
+    """A kernel as matrix, whose dimension `embed` is split: each device receives its own part of the gradient alone.
+
+    XLA's TPU compiler sends a product over all rows in parts (reduce-scatter) if the split dimension is the first of two; in other
+    forms it may send every device the whole (all-reduce), twice as much.
+    """
+    return matrix
+
+
+def _in_parts(embed, _, g):
+    g = constrain(g if embed == 0 else g.T, "embed", None)
+    return (g if embed == 0 else g.T,)
+
+
+summed_in_parts.defvjp(lambda matrix, embed: (matrix, None), _in_parts)
+
+
 def within_cells(x, idx, *dims):
     """x [B,...], idx i32[C,c], B = C*c -> [B,...]: row C*c + j is row idx[C,j] of cell C.
 

@@ -74,7 +74,7 @@ class HeadedAttention(nn.Module):
         init = nn.initializers.normal(self.init_std)
         headed = lambda: DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
         self.q, self.k, self.v = headed(), headed(), headed()
-        self.out = DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, kernel_init=init)
+        self.out = DenseGeneral(self.width, axis=(-2, -1), embed=1, dtype=self.dtype, kernel_init=init)
 
     def project_q(self, x):
         """[B,T,D] -> [B,T,N,H]"""
@@ -102,4 +102,4 @@ class Mlp(nn.Module):
         init = nn.initializers.normal(self.init_std)
         h = Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         h = gelu(constrain(h, "act_batch", None, "act_mlp"))
-        return constrain(Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(h), "act_batch", None, "act_embed")
+        return constrain(Dense(x.shape[-1], embed=1, dtype=self.dtype, kernel_init=init, name="fc2")(h), "act_batch", None, "act_embed")

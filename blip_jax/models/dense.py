@@ -30,8 +30,24 @@ def _promoted(*arrays, dtype=None, inexact=True):
     return promote_dtype(*map(back, arrays), dtype=dtype, inexact=inexact)
 
 
-Dense = functools.partial(nn.Dense, dot_general=dot_general, promote_dtype=_promoted)
-DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general, promote_dtype=_promoted)
+def _layer(kind, *args, embed: int = 0, **kwargs):
+    """A layer of flax; `embed`: whether the width of the model is what its kernel [in, out] takes in (0) or gives (1)."""
+    return kind(*args, dot_general=functools.partial(_product, embed=embed), promote_dtype=_promoted, **kwargs)
+
+
+def _product(x, kernel, dimension_numbers, precision=None, *, embed: int):
+    """`dot_general` with a kernel of which fsdp may split dimension `embed`; then both are made matrices (see `sharding.summed_in_parts`)."""
+    if not sharding.splits("embed"):
+        return dot_general(x, kernel, dimension_numbers, precision)
+    ((taken, of_kernel), _), lead = dimension_numbers, [d for d in range(x.ndim) if d not in dimension_numbers[0][0]]
+    rows = jnp.transpose(x, (*lead, *taken)).reshape(*(x.shape[d] for d in lead), -1)
+    matrix = sharding.summed_in_parts(kernel.reshape(rows.shape[-1], -1), embed)
+    y = dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), precision)
+    return y.reshape(*rows.shape[:-1], *kernel.shape[len(of_kernel):])
+
+
+Dense = functools.partial(_layer, nn.Dense)
+DenseGeneral = functools.partial(_layer, nn.DenseGeneral)
 
 
 def as_bits(params: dict) -> dict:

@@ -130,8 +130,8 @@ class Vit(nn.Module):
             raise ValueError(f"images of {img.shape[1:]} given to a ViT built for ({self.img_size}, {self.img_size}, 3): set "
                              "model.img_size and resize the position table with resize_pos_embed")
         patches = img.reshape(B, n, p, n, p, 3)
-        embed = DenseGeneral(self.width, axis=(2, 4, 5), dtype=self.dtype, kernel_init=_torch_uniform(p * p * 3),
-                                bias_init=_torch_uniform(p * p * 3), name="patch_embed")
+        embed = DenseGeneral(self.width, axis=(2, 4, 5), embed=1, dtype=self.dtype, kernel_init=_torch_uniform(p * p * 3),
+                             bias_init=_torch_uniform(p * p * 3), name="patch_embed")
         x = embed(patches).reshape(B, n * n, self.width)
         cls = self.param("cls", nn.initializers.normal(self.init_std), (self.width,)).astype(self.dtype)
         pos = self.param("pos_embed", nn.initializers.normal(self.pos_std), (1 + n * n, self.width)).astype(self.dtype)
