@@ -165,6 +165,7 @@ def test_chips_and_their_links():
      "gradients of image keys and values"),
     ("all-gather", "jit(step)/jvp()/shard_map/all_gather", "data in parts of 2", "ids and masks of texts"),
     ("all-reduce", "", "data in parts of 2", "gradients of image keys and values"),
+    ("all-to-all", "jit(step)/transpose(jvp(Blip.match))/med/embed/scatter-add", "fsdp", "gradients of word states and their ids"),
     ("all-gather", "jit(<lambda>)/jit(_encode_images)/Blip.encode_image/vit/ln_post/convert_element_type", "data", "features and scores"),
     ("all-gather", "jit(<lambda>)/jit(_encode_images)/Blip.encode_image/vit/while/body/blocks/mlp/fc1/dot_general", "fsdp", "parameters"),
 ])

@@ -41,6 +41,8 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
      "the queue is whole on every device and takes the whole batch's features"),
     (r"all-gather|all-to-all|collective-permute", r"cross_attention.*gather$", ".*", "image keys and values",
      "hard negatives are drawn across devices"),
+    (r"all-gather|all-to-all|collective-permute", r"embed/scatter-add", ".*", "gradients of word states and their ids",
+     "each device adds up those of its part of the word table"),
     (r"all-gather|all-to-all|collective-permute", r"gather$|take", ".*", "ids and masks of texts",
      "hard negatives are drawn across devices"),
     (r"all-gather", r"_encode_images|_embed_texts|_match", "data.*", "features and scores",
