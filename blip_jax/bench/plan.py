@@ -118,7 +118,7 @@ def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict
     topology, parts = request.topology, made(request)
     out = {"config": plain(request.cfg), "workload": request.workload, "topology": str(topology), "chips": topology.chips,
            "devices": topology.devices, "mesh": dict(zip(AXES, request.mesh)), "compiler": "none",
-           "programs": [analytic(p, topology) for p in parts]}
+           "programs": [analytic(p, request) for p in parts]}
     if not aot.installed():
         out["note"] = aot.MISSING + "; this is the analytic part alone"
         return finished(out, request)
@@ -140,13 +140,14 @@ def _wanted(request: Request) -> dict:
             "workload": request.workload} | {name: plain(c) for name, c in configs.items() if c is not None}
 
 
-def analytic(program: programs.Program, topology: chips.Topology) -> dict:
+def analytic(program: programs.Program, request: Request) -> dict:
     """What is known of a program without a compiler, per device."""
-    chip, parts = topology.chip, programs.arguments(program)
+    topology, chip, parts = request.topology, request.topology.chip, programs.arguments(program)
     flops, again = program.flops / topology.devices, program.recomputed / topology.devices
     gradients = 0
-    if program.name == "train step":
-        gradients = sum(x.size * 4 for x in jax.tree.leaves(program.parts["parameters"][0]))
+    if program.name == "train step":  # summed over devices in the dtype of the computation
+        width = jax.numpy.dtype(request.cfg.model.dtype).itemsize
+        gradients = sum(x.size * width for x in jax.tree.leaves(program.parts["parameters"][0]))
     reduced = hlo.travels("all-reduce", gradients, topology.devices)
     return {"name": program.name, "images": program.images, "flops": flops, "recomputed_flops": again,
             "memory": {k: v for k, v in parts.items() if v}, "gradient_bytes": reduced,
@@ -268,7 +269,7 @@ def _time_lines(row: dict) -> list[str]:
 
 def _collective_lines(row: dict) -> list[str]:
     if not row.get("collectives"):
-        return [f"  gradients: {gib(row['gradient_bytes'])} to receive a step in float32"] if row["gradient_bytes"] else []
+        return [f"  gradients: {gib(row['gradient_bytes'])} to receive a step"] if row["gradient_bytes"] else []
     lines = [f"  {'collective':18} {'axis':22} {'times':>6} {'in slice':>12} {'between':>12} {'ms':>8}  what, why"]
     big = [c for c in row["collectives"] if c["ici"] + c["dcn"] >= BIG]
     for c in big:
