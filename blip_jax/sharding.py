@@ -2,8 +2,8 @@
 
 A parameter's path ends in a row of `PARAMS`, which names its dimensions; `AXES` says which mesh axis a dimension is split over.
 Optimiser moments and momentum copies carry the same path endings and so follow the same rows. A leading `layers` dimension of a
-scanned stack needs no row of its own. Losses and steps are written on global arrays; XLA inserts
-the collectives, but for those of `within_cells`, where it would send more than has to travel.
+scanned stack needs no row of its own. Losses and steps are written on global arrays; XLA inserts the collectives, but for those of
+`within_cells`, where it would send more than has to travel.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def summed_in_parts(matrix, embed: int):
 
 
 def _in_parts(embed, _, g):
-    g = constrain(g if embed == 0 else g.T, "embed", None)
+    g = g if embed == 0 else g.T
+    g = jax.lax.with_sharding_constraint(g, P(AXES["embed"], P.UNCONSTRAINED))  # the other one stays split over tensor
     return (g if embed == 0 else g.T,)
 
 

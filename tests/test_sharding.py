@@ -84,6 +84,18 @@ def test_rows_drawn_within_cells_of_one_device_or_of_several(mesh, cell, collect
     assert kinds == set(collectives.split())
 
 
+@pytest.mark.parametrize("embed", [0, 1])
+def test_a_kernels_gradient_stays_split_over_both_axes(embed):
+    x, w = jnp.arange(64.0).reshape(16, 4) % 7, jnp.arange(32.0).reshape((4, 8) if embed == 0 else (8, 4)) % 5
+    split = P("fsdp", "tensor") if embed == 0 else P("tensor", "fsdp")
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        inputs = x if embed == 0 else jnp.concatenate([x, x], axis=1)
+        loss = lambda w, x: jnp.sum((x @ sharding.summed_in_parts(w, embed)) ** 2)
+        gradient = jax.jit(jax.grad(loss))(jax.device_put(w, split), jax.device_put(inputs, P(("data", "fsdp"), *split[:embed])))
+        assert gradient.sharding.spec == split
+    np.testing.assert_array_equal(gradient, 2 * inputs.T @ (inputs @ w))
+
+
 def test_a_cell_cut_unevenly_over_devices():
     x, idx = jnp.arange(24.0).reshape(24, 1), jnp.arange(24).reshape(2, 12)[:, ::-1] % 12
     with jax.set_mesh(mesh_of(8, 1, 1)):  # 3 rows a device, cells of 12 and 8

@@ -39,7 +39,8 @@ def _product(x, kernel, dimension_numbers, precision=None, *, embed: int):
     """`dot_general` with a kernel of which fsdp may split dimension `embed`; then both are made matrices (see `sharding.summed_in_parts`)."""
     if not sharding.splits("embed"):
         return dot_general(x, kernel, dimension_numbers, precision)
-    ((taken, of_kernel), _), lead = dimension_numbers, [d for d in range(x.ndim) if d not in dimension_numbers[0][0]]
+    (taken, of_kernel), _ = dimension_numbers
+    lead = [d for d in range(x.ndim) if d not in taken]
     rows = jnp.transpose(x, (*lead, *taken)).reshape(*(x.shape[d] for d in lead), -1)
     matrix = sharding.summed_in_parts(kernel.reshape(rows.shape[-1], -1), embed)
     y = dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), precision)
