@@ -201,7 +201,7 @@ def within_cells(x, idx, *dims):
     mesh, axes = jax.sharding.get_abstract_mesh(), AXES["act_batch"]
     devices = 1 if mesh.empty or mesh.manual_axes else _axis_size(mesh, axes)
     own, cell = x.shape[0] // devices, idx.shape[1]
-    if cell <= own or cell % own or x.shape[0] % devices:  # each cell on one device, or cut unevenly
+    if x.shape[0] % devices or cell <= own or cell % own:  # cut unevenly, or each cell on one device
         cells = x.reshape(*idx.shape, *x.shape[1:])
         return jax.vmap(lambda cell, i: cell[i])(cells, idx).reshape(x.shape)
     groups = np.arange(devices).reshape(-1, cell // own).tolist() if cell < x.shape[0] else None

@@ -96,10 +96,12 @@ def test_a_kernels_gradient_stays_split_over_both_axes(embed):
     np.testing.assert_array_equal(gradient, 2 * inputs.T @ (inputs @ w))
 
 
-def test_a_cell_cut_unevenly_over_devices():
+def test_a_cell_cut_unevenly_over_devices_and_fewer_rows_than_devices():
     x, idx = jnp.arange(24.0).reshape(24, 1), jnp.arange(24).reshape(2, 12)[:, ::-1] % 12
     with jax.set_mesh(mesh_of(8, 1, 1)):  # 3 rows a device, cells of 12 and 8
         assert (jax.jit(sharding.within_cells)(x, idx) == x.reshape(2, 12, 1)[:, ::-1].reshape(24, 1)).all()
+        few = jnp.array([[1, 0, 3, 2]])
+        assert (jax.jit(sharding.within_cells)(x[:4], few) == x[few[0]]).all()
         idx = jnp.arange(24).reshape(3, 8)[:, ::-1] % 8
         assert (jax.jit(sharding.within_cells)(x, idx) == x.reshape(3, 8, 1)[:, ::-1].reshape(24, 1)).all()
 

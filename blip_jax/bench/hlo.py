@@ -145,7 +145,7 @@ def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
             kind = op.kind.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            channel, where = (re.search(r'channel_id=(\d+)', op.rest), re.search(r'op_name="([^"]*)"', fusions[name] if scatters else op.rest))
+            channel, where = (re.search(r'channel_id=(\d+)', op.rest), re.search(r'op_name="([^"]*)"', fusions.get(name, "") if scatters else op.rest))
             step = (channel and channel[1], op.type.split("{")[0], where and where[1])
             if name not in scheduled and not scatters and step in seen:  # one asynchronous collective is carried on by several fusions
                 continue

@@ -52,12 +52,12 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
-            drawn = {}
-            for name, x in (("keys", k), ("values", v)):
-                with jax.named_scope(name):  # told apart in a compiler's list of collectives
-                    drawn[name] = within_cells(x, img_idx[g], None, "act_heads", None)
-            drawn_mask = None if mask is None else within_cells(mask, img_idx[g])
-            outs[g] = attention(q[:, g], drawn["keys"], drawn["values"], drawn_mask, drop)
+            of = lambda x: within_cells(x, img_idx[g], None, "act_heads", None)
+            with jax.named_scope("keys"):  # told apart in a compiler's list of collectives
+                keys = of(k)
+            with jax.named_scope("values"):
+                values = of(v)
+            outs[g] = attention(q[:, g], keys, values, None if mask is None else within_cells(mask, img_idx[g]), drop)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
 
 
