@@ -18,19 +18,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
+from orbax.checkpoint._src.metadata.array_metadata_store import Store  # keeps the kind of random keys; orbax exports no name of it
 
 from blip_jax import optim
 
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
+SLICE, WRITERS = 2**14, 64  # devices that hold copies of an array share its writing: so many at most, each so many bytes at least
 STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")  # OCDBT: kind, folder, file, offset, length
 
 
 def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of `workdir`, created if missing; the `keep` newest stay. Close it (`with`) to finish saves."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler()}
+    arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), min_slice_bytes_for_replica_parallel=SLICE,
+                                            max_replicas_for_replica_parallel=WRITERS)
+    kinds = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
+    handlers = {"state": state, "data": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers)
 
 
@@ -121,7 +126,7 @@ def save(manager: ocp.CheckpointManager, step: int, state, data: dict, config: d
 
     `data`: JSON-able position of everything beside the state (step, running sums); `config`: the resolved settings.
     """
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data),
                                                config=ocp.args.JsonSave(config)))
 
 
@@ -153,8 +158,8 @@ def restore(manager: ocp.CheckpointManager, step: int, shapes, shardings) -> tup
     """
     check_same(manager, step, shapes)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    got = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target),
-                                                        data=ocp.args.JsonRestore()))
+    state = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    got = manager.restore(step, args=ocp.args.Composite(state=state, data=ocp.args.JsonRestore()))
     return got["state"], got["data"]
 
 

@@ -155,18 +155,6 @@ def constrain(x, *dims):
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(x, dims: tuple, whole: tuple):
-    """A parameter of logical dimensions `dims` as `whole` has them; its gradient goes back to `dims`, so that devices receive only their part.
-
-    The transpose of `constrain` alone would have every device receive the gradient of all.
-    """
-    return constrain(constrain(x, *dims), *whole)
-
-
-gathered.defvjp(lambda x, dims, whole: (gathered(x, dims, whole), None), lambda dims, whole, _, g: (constrain(g, *dims),))
-
-
 def splits(dim: str) -> bool:
     """Whether the mesh of `jax.set_mesh` splits a logical dimension; not inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -190,6 +178,28 @@ def _in_parts(embed, _, g):
 
 
 summed_in_parts.defvjp(lambda matrix, embed: (matrix, None), _in_parts)
+
+
+@jax.custom_vjp
+def words_summed_in_parts(table):
+    """The word table [V,D], split over fsdp, for all its uses in a step: each device receives its own part of their gradients' sum alone.
+
+    XLA's TPU compiler scatters this sum (239 * 128 rows) only by rows, over all devices that add to it; the parts are then cut anew, along
+    D. Where the devices do not divide the rows, each receives the whole sum.
+    """
+    return table
+
+
+@jax.named_scope("word_table")
+def _by_rows(_, g):
+    mesh, words = jax.sharding.get_abstract_mesh(), AXES["vocab"]
+    for axes in ((words, *AXES["act_batch"]), (words, AXES["embed"])):
+        if len(g) % _axis_size(mesh, axes) == 0:
+            g = jax.lax.with_sharding_constraint(g, P(axes, None))
+    return (constrain(g, "vocab", "embed"),)
+
+
+words_summed_in_parts.defvjp(lambda table: (table, None), _by_rows)
 
 
 def within_cells(x, idx, *dims):

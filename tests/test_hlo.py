@@ -124,6 +124,8 @@ ENTRY %main (p0: bf16[8,256], p1: bf16[2,256]) -> bf16[8,256] {{
     ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", (0, 1, 2, 3)),
     ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", (0, 4)),
     ("replica_groups=mesh['x'=2,'y'=2], device_ids=(3,1,2,0) {'x'}", (3, 2)),
+    ("source_target_pairs={{0,0},{6,2},{2,6}}", (2, 6)),  # the first that gets anything from another device
+    ("source_target_pairs={{0,0},{1,1}}", (0,)),
     ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
     ("replica_groups=[4,2]<=[4,2]", (0, 1)),
 ])

@@ -72,8 +72,10 @@ def test_a_small_plan_compiled_for_a_tpu_that_is_not_here(files, tmp_path, capsy
     assert sum(c["count"] for c in gradients) > 3  # ViT: 3 layers
     once = row["memory"]["parameters"]  # half of them on a device, in float32: the bytes of one sum in bfloat16 on this mesh
     assert once <= sum(c["ici"] for c in row["collectives"] if c["moves"] == "gradients") <= 1.2 * once
-    kernels = [c for c in gradients if c["axis"] == "data"] + [c for c in row["collectives"] if c["kind"] == "reduce-scatter"]
-    assert sorted({c["kind"] for c in kernels}) == ["all-reduce", "reduce-scatter"]
+    words = [c for c in row["collectives"] if c["moves"] == "gradients" and c["arrays"].startswith("bf16[128,32]")]
+    assert [(c["kind"], c["axis"], c["count"], c["ici"]) for c in words] == [("reduce-scatter", "data and fsdp", 1, 128 * 32 * 2 * 3 / 4)]
+    kernels = [c for c in row["collectives"] if c["moves"] == "gradients" and c["axis"] in ("data", "fsdp")]
+    assert {(c["kind"], c["axis"]) for c in kernels if c["largest"] > 4096} == {("all-reduce", "data"), ("reduce-scatter", "fsdp")}
     assert all(once / 2.2 <= c["ici"] <= once / 1.9 for c in kernels if c["largest"] > 4096)
     assert all(c["axis"] != "none" and c["seconds"] > 0 and c["why"] for c in row["collectives"])
     assert row["seconds"]["compute"] == pytest.approx(row["flops"] / 197e12) and row["best_seconds"] == max(row["seconds"].values())
@@ -166,6 +168,7 @@ def test_chips_and_their_links():
     ("all-gather", "jit(step)/jvp()/shard_map/all_gather", "data in parts of 2", "ids and masks of texts"),
     ("all-reduce", "", "data in parts of 2", "gradients of image keys and values"),
     ("all-to-all", "jit(step)/transpose(jvp(Blip.match))/med/embed/scatter-add", "fsdp", "gradients of word states and their ids"),
+    ("all-to-all", "jit(step)/transpose(jvp())/word_table/sharding_constraint", "fsdp", "gradients of the word table"),
     ("all-gather", "jit(<lambda>)/jit(_encode_images)/Blip.encode_image/vit/ln_post/convert_element_type", "data", "features and scores"),
     ("all-gather", "jit(<lambda>)/jit(_encode_images)/Blip.encode_image/vit/while/body/blocks/mlp/fc1/dot_general", "fsdp", "parameters"),
 ])

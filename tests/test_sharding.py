@@ -96,6 +96,22 @@ def test_a_kernels_gradient_stays_split_over_both_axes(embed):
     np.testing.assert_array_equal(gradient, 2 * inputs.T @ (inputs @ w))
 
 
+@pytest.mark.parametrize("rows", [24, 12, 10])  # the devices divide all rows, those of fsdp and tensor do, none
+def test_the_word_tables_gradient_is_the_sum_of_all_its_uses_split_as_the_table_is(rows):
+    ids, x = jnp.arange(32).reshape(8, 4) * 7 % rows, jnp.arange(64.0).reshape(8, 8) % 5
+    table, split = jnp.arange(rows * 8.0).reshape(rows, 8) % 7, P("tensor", "fsdp")
+
+    def loss(table):
+        table = sharding.constrain(sharding.words_summed_in_parts(table), "vocab", None)
+        return jnp.sum(table[ids] ** 2) + jnp.sum((x @ table.T) ** 2)
+
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        gradient = jax.jit(jax.grad(loss))(jax.device_put(table, split))
+        assert gradient.sharding.spec == split
+    want = 2 * (x @ table.T).T @ x
+    np.testing.assert_array_equal(gradient, want.at[ids].add(2 * table[ids]))
+
+
 def test_a_cell_cut_unevenly_over_devices_and_fewer_rows_than_devices():
     x, idx = jnp.arange(24.0).reshape(24, 1), jnp.arange(24).reshape(2, 12)[:, ::-1] % 12
     with jax.set_mesh(mesh_of(8, 1, 1)):  # 3 rows a device, cells of 12 and 8

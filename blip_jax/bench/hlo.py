@@ -170,8 +170,9 @@ def _between(op: Op, count: int) -> Collective:
 
 def group(text: str, devices: int) -> tuple:
     """The first group of devices (one that has several members, if any) in the attributes of a collective."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return tuple(sorted({int(pairs[1]), int(pairs[2])}))
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
+        moves = [sorted({int(a), int(b)}) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+        return tuple(max(moves, key=len))  # the first that is not of a device with itself
     written = re.search(r"replica_groups=(\{\}|\{\{[\d,]+\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
                         r"|mesh\[[^\]]*\](?:, device_ids=\([^{]*\))?\s*\{[^}]*\})", text)
     if not written:

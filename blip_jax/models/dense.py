@@ -93,7 +93,11 @@ def rounded_once(params: dict, dtype) -> dict:
 
     Their gradients then meet in `dtype`, before they are summed over the devices: once a step, not once for every pass.
     """
-    keep = lambda path, x: sharding.constrain(x.astype(dtype), *sharding.logical_dims(path, x.ndim))
+
+    def keep(path, x):
+        x = sharding.constrain(x.astype(dtype), *sharding.logical_dims(path, x.ndim))
+        return sharding.words_summed_in_parts(x) if path.endswith("word/embedding") and sharding.splits("embed") else x
+
     return optim.nest((path, keep(path, x) if rounds(path) and path.startswith("med") else x) for path, x in optim.paths(params))
 
 
