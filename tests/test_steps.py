@@ -38,8 +38,11 @@ def shaped(batch, accumulate):
     return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]) if accumulate > 1 else x, batch)
 
 
-def run(cfg, mesh_shape=(1, 1, 1), fixed=False):
-    """One step's metrics, drawn negatives, state after it and gradients (from Adam's first moment), all gathered."""
+def run(cfg, mesh_shape=(1, 1, 1)):
+    """One step's metrics, drawn negatives, state after it and gradients (from Adam's first moment), all gathered.
+
+    It starts from a state that one device made (that meshes make the same is for test_processes.py).
+    """
     devices = jax.devices()[: int(np.prod(mesh_shape))]
     with cfg.unlocked():
         cfg.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape)))
@@ -51,11 +54,11 @@ def run(cfg, mesh_shape=(1, 1, 1), fixed=False):
         jax.debug.callback(lambda r: drawn.append(np.asarray(r)), rows)
         return rows
 
-    drawn = []
+    drawn, create = [], functools.partial(train_state.create, cfg, model, tx)
+    state = jax.jit(create)(jax.random.key(0))
     with jax.set_mesh(mesh):
-        create = functools.partial(train_state.create, cfg, model, tx)
         where = sharding.shardings_for(jax.eval_shape(create, jax.random.key(0)), mesh)
-        state = jax.jit(create, out_shardings=where)(jax.random.key(0))
+        state = jax.device_put(state, where)
         batch = jax.device_put(shaped(make_batch(), cfg.optim.accumulate), sharding.batch_sharding(mesh, cfg.optim.accumulate))
         step = jax.jit(steps.make_step(cfg, model, tx, 5, draw=draw), donate_argnums=0, out_shardings=(where, None))
         state, metrics = step(state, batch)
