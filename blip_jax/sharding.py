@@ -155,6 +155,18 @@ def constrain(x, *dims):
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x, dims: tuple, whole: tuple):
+    """An array of logical dimensions `dims` as `whole` has them; its gradient stays as `whole` has it, for other uses' to be added first.
+
+    `constrain` to `whole` alone would have XLA gather what x was rounded from.
+    """
+    return constrain(constrain(x, *dims), *whole)
+
+
+gathered.defvjp(lambda x, dims, whole: (gathered(x, dims, whole), None), lambda dims, whole, _, g: (constrain(g, *whole),))
+
+
 def splits(dim: str) -> bool:
     """Whether the mesh of `jax.set_mesh` splits a logical dimension; not inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()

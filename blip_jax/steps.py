@@ -103,7 +103,7 @@ def _contrastive(model, cfg, temp, momentum, batch, img_emb, txt_emb, same, alph
         sims = {"i2t": losses.similarity(img, txt, None, temp), "t2i": losses.similarity(txt, img, None, temp)}
         target = losses.itc_targets(jnp.broadcast_to(same, sims["i2t"].shape), None, alpha)
         return losses.itc(sims["i2t"], sims["t2i"], target, target), sims, {}
-    apply_m = functools.partial(model.apply, {"params": dense.rounded_once(momentum["params"], model.dtype) | {"temp": temp}})
+    apply_m = functools.partial(model.apply, {"params": momentum["params"] | {"temp": temp}})
     img_tok_m = apply_m(batch["img"], method="encode_image", deterministic=False, rngs=dropout("momentum_vit"))
     img_m = apply_m(img_tok_m, method="project_image")
     _, txt_m = apply_m(batch["ids"], batch["txt_mask"], method="encode_text", deterministic=False, rngs=dropout("momentum_text"))

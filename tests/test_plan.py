@@ -84,6 +84,14 @@ def test_a_small_plan_compiled_for_a_tpu_that_is_not_here(files, tmp_path, capsy
     assert "it fits" in text and "kinds of less than 1 MiB" in text and "TFLOP a device" in text and "-O0" in made["note"]
 
 
+@has_compiler
+def test_an_evaluation_gathers_the_word_table_in_the_dtype_of_the_computation():
+    cfg = config_of(CONFIG.format(more="c.mesh.fsdp = 2"))
+    rows = plan.make(plan.request(cfg, chips.topology("v5e:2x2"), "evaluate"))["programs"]
+    words = {row["name"]: c["arrays"] for row in rows for c in row["collectives"] if "[128,16]" in c["arrays"]}
+    assert words == {"encode texts": "bf16[128,16]", "re-rank": "bf16[128,16]"}
+
+
 def test_without_the_compiler_the_analytic_part_and_how_to_get_it(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aot, "installed", lambda: False)
     out = tmp_path / "plan.json"

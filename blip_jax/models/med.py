@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from blip_jax.models.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
 from blip_jax.models.dense import Dense, rows, summed
 from blip_jax.models.pointwise import LayerNorm, gelu
-from blip_jax.sharding import constrain
+from blip_jax.sharding import constrain, gathered
 
 EPS = 1e-12
 
@@ -132,7 +132,7 @@ class Embed(nn.Module):
 
     def _words(self):
         """[Vp,D] in the dtype of the computation, D whole: looked up in a part of D, every row would travel instead of the table."""
-        return constrain(self.word.embedding.astype(self.dtype), "vocab", None)
+        return gathered(self.word.embedding.astype(self.dtype), ("vocab", "embed"), ("vocab", None))
 
 
 class LmHead(nn.Module):
