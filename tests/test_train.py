@@ -1,7 +1,10 @@
 """The loop: bitwise resume, also on another mesh, what is written, what is refused before anything compiles."""
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -359,3 +362,11 @@ def test_the_clock_leaves_out_pauses_and_the_first_step(monkeypatch):
     clock.step(1.5)
     assert clock.take() == (2 / 4, 2 / 4)
     assert clock.take() is None
+
+
+def test_a_run_does_not_load_torch_and_leaves_it_importable(tmp_path):
+    (tmp_path / "torch.py").write_text("print('torch loaded')\n")
+    code = "import blip_jax.train; print('ready'); import tensorboardX, torch"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["ready", "torch loaded"]
