@@ -16,7 +16,7 @@ setup(
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.6,<0.3",
-        "orbax-checkpoint>=0.12,<0.13",
+        "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.15,<0.3",
         "array-record>=0.8,<1",
         "pyarrow>=17,<27",

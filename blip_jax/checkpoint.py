@@ -24,7 +24,7 @@ from blip_jax import optim
 
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
-SLICE, WRITERS = 2**14, 64  # devices that hold copies of an array share its writing: so many at most, each so many bytes at least
+SLICE, WRITERS = 2**14, 64  # devices with copies of an array, so many at most, share its writing if each part has so many bytes; else one writes
 STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")  # OCDBT: kind, folder, file, offset, length
 
 

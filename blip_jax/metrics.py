@@ -15,10 +15,11 @@ import jax.numpy as jnp
 # tensorboardX imports torch where that is installed, for which a run would wait and of which scalars need nothing
 if hidden := "torch" not in sys.modules:
     sys.modules["torch"] = None
-import tensorboardX  # noqa: E402
-
-if hidden:
-    del sys.modules["torch"]
+try:
+    import tensorboardX
+finally:
+    if hidden:
+        del sys.modules["torch"]
 
 
 def zeros(names) -> dict:

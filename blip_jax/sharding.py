@@ -197,16 +197,16 @@ def words_summed_in_parts(table):
     """The word table [V,D], split over fsdp, for all its uses in a step: each device receives its own part of their gradients' sum alone.
 
     XLA's TPU compiler scatters this sum (239 * 128 rows) only by rows, over all devices that add to it; the parts are then cut anew, along
-    D. Where the devices do not divide the rows, each receives the whole sum.
+    D. Where the devices do not divide the rows (256 and more), each receives the whole sum.
     """
     return table
 
 
 @jax.named_scope("word_table")
 def _by_rows(_, g):
-    mesh, words = jax.sharding.get_abstract_mesh(), AXES["vocab"]
-    for axes in ((words, *AXES["act_batch"]), (words, AXES["embed"])):
-        if len(g) % _axis_size(mesh, axes) == 0:
+    adding = AXES["vocab"], *AXES["act_batch"]
+    if len(g) % _axis_size(jax.sharding.get_abstract_mesh(), adding) == 0:
+        for axes in (adding, (AXES["vocab"], AXES["embed"])):
             g = jax.lax.with_sharding_constraint(g, P(axes, None))
     return (constrain(g, "vocab", "embed"),)
 

@@ -96,7 +96,7 @@ def test_a_kernels_gradient_stays_split_over_both_axes(embed):
     np.testing.assert_array_equal(gradient, 2 * inputs.T @ (inputs @ w))
 
 
-@pytest.mark.parametrize("rows", [24, 12, 10])  # the devices divide all rows, those of fsdp and tensor do, none
+@pytest.mark.parametrize("rows", [24, 12])  # the devices divide the rows, or do not
 def test_the_word_tables_gradient_is_the_sum_of_all_its_uses_split_as_the_table_is(rows):
     ids, x = jnp.arange(32).reshape(8, 4) * 7 % rows, jnp.arange(64.0).reshape(8, 8) % 5
     table, split = jnp.arange(rows * 8.0).reshape(rows, 8) % 7, P("tensor", "fsdp")

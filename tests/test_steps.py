@@ -41,7 +41,7 @@ def shaped(batch, accumulate):
 def run(cfg, mesh_shape=(1, 1, 1)):
     """One step's metrics, drawn negatives, state after it and gradients (from Adam's first moment), all gathered.
 
-    It starts from a state that one device made (that meshes make the same is for test_processes.py).
+    It starts from a state that one device made.
     """
     devices = jax.devices()[: int(np.prod(mesh_shape))]
     with cfg.unlocked():
@@ -92,6 +92,16 @@ def test_mesh_changes_nothing_dropout_on(alone, shape, queue):
     other = run(cfg, shape)
     assert alone[queue][1] == other[1] and len(other[1]) == 2  # the same negative images and texts
     assert_same(alone[queue], other)
+
+
+def test_a_mesh_makes_the_state_that_one_device_makes():
+    cfg = tiny(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    create = functools.partial(train_state.create, cfg, Blip.from_config(cfg.model), optim.make(cfg, 5)[0])
+    where = sharding.shardings_for(jax.eval_shape(create, jax.random.key(0)), sharding.make_mesh(cfg.mesh))
+    alone, split = (jax.jit(create, out_shardings=out)(jax.random.key(0)) for out in (None, where))
+    for (path, a), b in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(split), strict=True):
+        a, b = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=str(path))
 
 
 def test_micro_batches_equal_groups():
