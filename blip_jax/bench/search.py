@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from blip_jax.bench import aot, plan, programs
 from blip_jax.summary import say
 
-REMAT = {"none": 1.0, "dots": 0.7, "full": 0.45}  # in the order of what they recompute; a row's share of memory, until a compiled one tells
+REMAT = {"none": 1.0, "dots": 0.7, "full": 0.45}  # in the order of what they recompute; a row's share of memory (ViT-B on v5e), a guess until one is compiled
 START = 64  # rows a device of the first one compiled, from which the others' memory is estimated
 
 
