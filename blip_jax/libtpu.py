@@ -1,4 +1,4 @@
-"""What the TPU compiler needs of its environment; libtpu reads it when jax starts."""
+"""What the TPU compiler is told: its environment, which libtpu reads when jax starts, and its options for one program."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import os
 
 FLAG = "--fibers_default_thread_stack_size"  # found in libtpu 0.0.38, 0.0.42.1 and 0.0.52
 STACK = 1 << 20  # bytes; with the default libtpu dies of SIGSEGV where a device gets some 10 to 32 rows of a batch
+SPARSE_CORES = ("TPU v6 lite", "TPU7x")  # device kinds whose SparseCores carry out collectives; v5p's need a mode of the chip for it
+IN_PARTS = {name: True for name in (  # found in libtpu 0.0.38, 0.0.42.1, 0.0.48.1, 0.0.50.1 and 0.0.52
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
+    "xla_tpu_prefer_async_allgather_to_allreduce",
+)}
 
 
 def with_stack(arguments: str) -> str:
@@ -16,3 +24,18 @@ def with_stack(arguments: str) -> str:
 def set_stack() -> None:
     """Sets LIBTPU_INIT_ARGS for this process and those it starts; without a TPU it means nothing."""
     os.environ["LIBTPU_INIT_ARGS"] = with_stack(os.environ.get("LIBTPU_INIT_ARGS", ""))
+
+
+def options(mesh) -> dict[str, bool]:
+    """`compiler_options` of the training step on a mesh; those that LIBTPU_INIT_ARGS names are left to it.
+
+    On several slices whose chips have SparseCores gradients are summed in parts there: reduce-scatter within a slice, the parts between
+    the slices, all-gather, along all links of the slice and beside the computation. By itself the compiler does so for TPU7x at most; for
+    others it may make the first, the last or both an all-reduce, twice the bytes.
+    """
+    from jax.sharding import Mesh  # not above: jax is to start with the environment that is set here
+    devices = list(mesh.devices.flat) if isinstance(mesh, Mesh) else []  # an abstract mesh has none, and compiles nothing
+    if len({getattr(d, "slice_index", 0) for d in devices}) < 2 or devices[0].device_kind not in SPARSE_CORES:
+        return {}
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {name: value for name, value in IN_PARTS.items() if name not in given}

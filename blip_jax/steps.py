@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blip_jax import losses, optim
+from blip_jax import libtpu, losses, optim
 from blip_jax.models import dense
 from blip_jax.models.vit import normalize_pixels
 from blip_jax.momentum import ema, enqueue, momentum_params
@@ -189,6 +189,11 @@ def make_step(cfg, model, tx, epoch_steps: int, draw=losses.draw_negatives):
         return state.replace(step=state.step + 1, params=optax.apply_updates(params, updates), opt=opt, momentum=momentum), metrics
 
     return step
+
+
+def jit_arguments(shardings, mesh) -> dict:
+    """What `jax.jit` of a train step on a mesh is told: the state, of these shardings, is donated; the compiler's options of the mesh."""
+    return {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": libtpu.options(mesh)}
 
 
 def _accumulated(micro, batch, accumulate: int):

@@ -101,8 +101,7 @@ def _newest(workdir: pathlib.Path) -> int | None:
 
 def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interrupt) -> dict:
     cfg, every, last = run.cfg, run.cfg.train, run.cfg.train.steps
-    step_fn = jax.jit(steps.make_step(cfg, run.model, run.tx, run.epoch_steps), donate_argnums=0,
-                      out_shardings=(run.shardings, None))
+    step_fn = jax.jit(steps.make_step(cfg, run.model, run.tx, run.epoch_steps), **steps.jit_arguments(run.shardings, run.mesh))
     batches, compiled = run.data.batches(at.step), set()
     sums, step, crc = at.sums and metrics.load(at.sums), at.step, at.crc
     out, clock, ahead = {}, metrics.Clock(), None

@@ -115,6 +115,56 @@ ENTRY %main (p0: bf16[8,256], p1: bf16[2,256]) -> bf16[8,256] {{
                      ("reduce-scatter", "jit(step)/fc1", 4096)]
 
 
+def test_collectives_of_the_sparsecores_and_a_loop_whose_first_turn_stands_before_it():
+    """As the TPU compiler writes them at its usual level: each call runs a computation of its own; all share a channel and have no name."""
+    groups = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
+    text = f"""HloModule jit_step, is_scheduled=true
+
+%called (a: bf16[8,256], t: token[]) -> bf16[2,256] {{
+  %a = bf16[8,256]{{1,0}} parameter(0)
+  %t = token[] parameter(1)
+  ROOT %scatter.1 = bf16[2,256]{{1,0}} reduce-scatter(%a), {groups}, to_apply=%add
+}}, execution_thread="sparsecore"
+
+%called.1 (b: bf16[8,256], u: token[]) -> bf16[2,256] {{
+  %b = bf16[8,256]{{1,0}} parameter(0)
+  %u = token[] parameter(1)
+  ROOT %scatter.2 = bf16[2,256]{{1,0}} reduce-scatter(%b), {groups}, to_apply=%add
+}}, execution_thread="sparsecore"
+
+%body (state: (s32[], bf16[8,256])) -> (s32[], bf16[8,256]) {{
+  %state = (s32[], bf16[8,256]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[8,256]{{1,0}} get-tuple-element(%state), index=1
+  %one = ((bf16[8,256]{{1,0}}, token[]), bf16[2,256]{{1,0}}) call-start(%x, %i), async_execution_thread="sparsecore", to_apply=%called.1
+  %part = bf16[2,256]{{1,0}} call-done(%one)
+  ROOT %next = (s32[], bf16[8,256]{{1,0}}) tuple(%i, %x)
+}}
+
+%condition (state.1: (s32[], bf16[8,256])) -> pred[] {{
+  %state.1 = (s32[], bf16[8,256]{{1,0}}) parameter(0)
+  %at = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(4)
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}}
+
+ENTRY %main (p0: bf16[8,256]) -> bf16[8,256] {{
+  %p0 = bf16[8,256]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %first = s32[] constant(1)
+  %from = s32[] copy(%first)
+  %start = ((bf16[8,256]{{1,0}}, token[]), bf16[2,256]{{1,0}}) call-start(%p0, %token), async_execution_thread="sparsecore", to_apply=%called
+  %done = bf16[2,256]{{1,0}} call-done(%start)
+  %loop = (s32[], bf16[8,256]{{1,0}}) tuple(%from, %p0)
+  %while = (s32[], bf16[8,256]{{1,0}}) while(%loop), condition=%condition, body=%body
+  ROOT %out = bf16[8,256]{{1,0}} get-tuple-element(%while), index=1
+}}
+"""
+    found = sorted((c.kind, c.bytes, c.count, c.group) for c in hlo.collectives(text, 4))
+    assert found == [("reduce-scatter", 4096, 1, (0, 1, 2, 3)), ("reduce-scatter", 4096, 3, (0, 1, 2, 3))]
+    assert hlo.traffic(text) == 4 * (4096 + 1024) + 2 * 4  # what the collectives read and write; the copied counter
+
+
 @pytest.mark.parametrize("text, expected", [
     ("replica_groups={}", tuple(range(8))),
     ("replica_groups=mesh['x'=2,'y'=4] {'x'}", (0, 4)),

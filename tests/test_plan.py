@@ -168,6 +168,8 @@ def test_chips_and_their_links():
     ("all-reduce", "", "data, between slices", "gradients"),
     ("all-gather", "", "data, between slices", "features and texts"),
     ("all-reduce", "", "data", "gradients and features"),
+    ("reduce-scatter", "", "data", "gradients"),
+    ("all-gather", "", "data", "gradients and features"),
     ("all-gather", "jit(step)/jvp(Blip.match)/med/layer_00/cross_attn.cross_attention/vmap()/gather", "data in parts of 2", "image keys and values"),
     ("all-gather", "jit(step)/jvp(Blip.match)/med/layer_00/cross_attn.cross_attention/values/shard_map/all_gather", "data in parts of 2",
      "image keys and values"),

@@ -81,8 +81,8 @@ def tpu_mesh(topology, shape: tuple):
     from jax.experimental import mesh_utils, topologies
     from jax.sharding import AxisType, Mesh
     slices = topology.slices
-    several = {"num_slices": slices} if slices > 1 else {}
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name, **several).devices)
+    how = ({"num_slices": slices} if slices > 1 else {}) | ({"chip_config_name": topology.chip.mode} if topology.chip.mode else {})
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name, **how).devices)
     if slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One TPU chip. `devices`: how many the compiler's topology lists per chip, its cores where they are not fused."""
+    """One TPU chip. `devices`: how many jax devices it is, its cores where they are not fused."""
 
     platform: str  # the name that the TPU compiler knows
     kind: str  # jax's device_kind
@@ -27,12 +27,13 @@ class Chip(NamedTuple):
     dcn: float  # bytes/s per chip of the data-centre network, between slices
     devices: int
     largest: tuple  # slice, chips per dimension
+    mode: str = ""  # the compiler's name for how a run uses the cores, where its topologies do not assume that by themselves
 
 
 GIB = 2**30
 TPUS = {
-    # v4: 275 TFLOP/s, 32 GiB, 1200 GB/s, 6 links of 50 GB/s; hosts of 4 chips, network taken as v5p's. Its two cores are listed apart here
-    "v4": Chip("v4", "TPU v4", 275e12, 32 * GIB, 15.25 * GIB, 1200e9, 50e9, 3, 4, 6.25e9, 2, (12, 16, 16)),
+    # v4: 275 TFLOP/s, 32 GiB, 1200 GB/s, 6 links of 50 GB/s; hosts of 4 chips, network taken as v5p's
+    "v4": Chip("v4", "TPU v4", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 50e9, 3, 4, 6.25e9, 1, (12, 16, 16), "megacore"),
     # v5e: 197 TFLOP/s, 16 GiB, 819 GB/s (page: 800 to 820), 1600 Gbit/s over 4 links; hosts of 8 chips with 2 x 100 Gbit/s
     "v5e": Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 15.75 * GIB, 820e9, 50e9, 2, 16, 3.125e9, 1, (16, 16)),
     # v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s in both directions over 6 links, 50 Gbit/s of network per chip
@@ -107,7 +108,7 @@ def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s of one jax device of that kind by data sheet; None where it is not known, as of a CPU."""
     for chip in TPUS.values():
         if device_kind == chip.kind:
-            return chip.bf16 / (chip.devices if chip.platform == "tpu7x" else 1)  # a real v4 chip is one device
+            return chip.bf16 / chip.devices
     return next((rate for name, rate in GPUS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 

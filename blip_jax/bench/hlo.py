@@ -16,7 +16,7 @@ WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "collective-broadcast")
 FREE = ("bitcast", "get-tuple-element", "tuple", "parameter", "constant", "while", "call", "conditional", "after-all", "partition-id",
         "iota", "optimization-barrier", "copy-done", "all-reduce-done", "all-gather-done", "async-done", "async-update",
-        "collective-permute-done")
+        "collective-permute-done", "call-start")
 _NAME = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = ")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -98,10 +98,11 @@ def times(found: dict[str, list[Op]], entry: str, trips: int = 1) -> tuple[dict[
     def visit(name: str, count: int, own: bool) -> None:
         runs[name] = runs.get(name, 0) + count
         scheduled.update([name] if own else [])
-        for op in found.get(name, ()):
-            loops = _trips(op, found, trips) if op.kind == "while" else 1
+        ops = found.get(name, ())
+        for op in ops:
+            loops = _trips(op, ops, found, trips) if op.kind == "while" else 1
             for match in _CALLED.finditer(op.rest):
-                runs_here = own and op.kind in ("while", "call", "conditional") and not match[0].startswith("condition")
+                runs_here = own and op.kind in ("while", "call", "call-start", "conditional") and not match[0].startswith("condition")
                 for called in re.findall(r"[\w.\-]+", match[1]):
                     visit(called, count * loops, runs_here)
 
@@ -109,13 +110,28 @@ def times(found: dict[str, list[Op]], entry: str, trips: int = 1) -> tuple[dict[
     return runs, scheduled
 
 
-def _trips(op: Op, found: dict[str, list[Op]], otherwise: int) -> int:
-    """The constant that a counting loop's condition compares with; `otherwise` where the condition is more than this comparison."""
-    condition = re.search(r"condition=%?([\w.\-]+)", op.rest)
+def _trips(loop: Op, around: list[Op], found: dict[str, list[Op]], otherwise: int) -> int:
+    """From where a counting loop starts to the constant of its condition; `otherwise` where the condition is more than this comparison.
+
+    around: the instructions of the computation in which the loop stands. A loop whose first turn the compiler took out starts at 1.
+    """
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     ops = found.get(condition[1] if condition else "", ())
     bounds = [int(o.inside) for o in ops if o.kind == "constant" and o.type.startswith(("s32[]", "u32[]"))]
+    counters = [int(index[1]) for o in ops if o.kind == "get-tuple-element" and (index := re.search(r"index=(\d+)", o.rest))]
     plain = all(o.kind in ("constant", "parameter", "get-tuple-element", "compare", "copy", "bitcast") for o in ops)
-    return bounds[0] if plain and len(bounds) == 1 else otherwise
+    if not plain or len(bounds) != 1:
+        return otherwise
+    return bounds[0] - (_constant(loop.operands[0], counters[0], {o.name: o for o in around}) if len(counters) == 1 else 0)
+
+
+def _constant(name: str, index: int, known: dict[str, Op]) -> int:
+    """The constant that a tuple holds at an index; 0 where it is not written as one."""
+    made = known.get(name)
+    at = known.get(made.operands[index]) if made and made.kind == "tuple" else None
+    while at and at.kind in ("copy", "bitcast"):
+        at = known.get(at.operands[0])
+    return int(at.inside) if at and at.kind == "constant" and at.inside.isdigit() else 0
 
 
 def size(kind: str, only_hbm: bool = False) -> int:

@@ -28,7 +28,7 @@ class Program(NamedTuple):
     name: str
     function: Callable
     args: tuple  # of ShapeDtypeStruct trees
-    jit: dict  # what jax.jit is told beside: donate_argnums, out_shardings
+    jit: dict  # what jax.jit is told beside: donate_argnums, out_shardings, compiler_options
     images: int  # of all devices together that one call handles
     flops: float  # of one call by the formulas of bench.flops, all devices together
     recomputed: float  # what model.remat makes the backward pass do again, likewise
@@ -63,7 +63,7 @@ def train(cfg, mesh) -> list[Program]:
     parts = {"parameters": (state.params, state.frozen), "optimiser": state.opt, "momentum copies": momentum["params"],
              "queue": momentum["queue"], "batch": batch}
     step = steps.make_step(cfg, model, tx, epoch)
-    return [Program("train step", step, (state, batch), {"donate_argnums": 0, "out_shardings": (shardings, None)}, cfg.train.batch,
+    return [Program("train step", step, (state, batch), steps.jit_arguments(shardings, mesh), cfg.train.batch,
                     flops.STEPS[cfg.objective](cfg)["step"] * cfg.train.batch, recomputed(cfg) * cfg.train.batch, 0, parts)]
 
 

@@ -68,8 +68,7 @@ class Program:
         self.shapes = jax.eval_shape(create, jax.random.key(cfg.seed))
         self.shardings = sharding.shardings_for(self.shapes, mesh)
         self.state = jax.jit(create, out_shardings=self.shardings)(jax.random.key(cfg.seed))
-        self.step = jax.jit(steps.make_step(cfg, self.model, self.tx, EPOCH_STEPS), donate_argnums=0,
-                            out_shardings=(self.shardings, None))
+        self.step = jax.jit(steps.make_step(cfg, self.model, self.tx, EPOCH_STEPS), **steps.jit_arguments(self.shardings, mesh))
         self.compiled: dict[int, Any] = {}  # text positions -> program
         self.about: dict[int, dict] = {}  # ... -> what is known of it
 
