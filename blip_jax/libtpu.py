@@ -26,6 +26,11 @@ def set_stack() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = with_stack(os.environ.get("LIBTPU_INIT_ARGS", ""))
 
 
+def slices(devices) -> int:
+    """How many TPU slices the devices belong to; others than TPUs count as one."""
+    return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices}) or 1
+
+
 def options(mesh) -> dict[str, bool]:
     """`compiler_options` of the training step on a mesh; those that LIBTPU_INIT_ARGS names are left to it.
 
@@ -35,7 +40,7 @@ def options(mesh) -> dict[str, bool]:
     """
     from jax.sharding import Mesh  # not above: jax is to start with the environment that is set here
     devices = list(mesh.devices.flat) if isinstance(mesh, Mesh) else []  # an abstract mesh has none, and compiles nothing
-    if len({getattr(d, "slice_index", 0) for d in devices}) < 2 or devices[0].device_kind not in SPARSE_CORES:
+    if slices(devices) < 2 or devices[0].device_kind not in SPARSE_CORES:
         return {}
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     return {name: value for name, value in IN_PARTS.items() if name not in given}

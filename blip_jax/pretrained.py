@@ -322,8 +322,8 @@ def _placed(params: dict, dtype: str, mesh: Mesh) -> dict:
 def _mesh(mesh: Mesh | None) -> Mesh:
     """`mesh`, or one of the first device alone. ValueError: it has other axes than those of blip_jax/sharding.py."""
     if mesh is None:
-        return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    if mesh.axis_names != ("data", "fsdp", "tensor"):
+        return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
+    if mesh.axis_names != sharding.MESH:
         raise ValueError(f"mesh has the axes {mesh.axis_names}: make it with blip_jax.sharding.make_mesh(config.base().mesh)")
     return mesh
 

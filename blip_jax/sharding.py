@@ -14,8 +14,12 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from blip_jax import libtpu
+
+MESH = ("data", "fsdp", "tensor")
 AXES = {  # logical dimension -> mesh axis, axes or None (kept whole)
     # parameters
     "embed": "fsdp",
@@ -64,7 +68,7 @@ STACKED = re.compile(r"vit/blocks/")  # leaves with a leading `layers` dimension
 def make_mesh(cfg, devices=None) -> Mesh:
     """Mesh ('data', 'fsdp', 'tensor') from `cfg.{data,fsdp,tensor}`; one of them may be -1: the devices that are left.
 
-    Raises ValueError if the axes do not multiply to the number of devices.
+    ValueError: the axes do not multiply to the number of devices, or the slices do not divide the data axis (see `mesh_of`).
     """
     devices = jax.devices() if devices is None else devices
     shape = [cfg.data, cfg.fsdp, cfg.tensor]
@@ -78,7 +82,34 @@ def make_mesh(cfg, devices=None) -> Mesh:
             f"mesh (data, fsdp, tensor) = {(cfg.data, cfg.fsdp, cfg.tensor)} does not multiply to the {len(devices)} devices here: "
             "change cfg.mesh, or set one axis to -1"
         )
-    return jax.make_mesh(tuple(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return mesh_of(tuple(shape), devices)
+
+
+def mesh_of(shape: tuple, devices) -> Mesh:
+    """Mesh of a shape (data, fsdp, tensor), TPUs laid out along their wires; of several slices each has its own part of the data axis.
+
+    ValueError: the slices do not divide the data axis.
+    """
+    devices = list(devices)
+    slices = libtpu.slices(devices)
+    inside = inside_slice(shape, slices)
+    if devices[0].platform != "tpu":
+        array = np.asarray(devices).reshape(shape)
+    elif slices == 1:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        array = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH, axis_types=(AxisType.Auto,) * 3)
+
+
+def inside_slice(shape: tuple, slices: int) -> tuple:
+    """The part (data, fsdp, tensor) of a mesh that lies in each of so many slices. ValueError: they do not divide the data axis."""
+    data, fsdp, tensor = shape
+    if data % slices:
+        near = [n for n in (data // slices * slices, data // slices * slices + slices) if n > 0]
+        raise ValueError(f"mesh.data is {data}: it must be a multiple of the {slices} slices, since only the data axis crosses from one slice "
+                         f"to another, as {' or '.join(map(str, near))}")
+    return data // slices, fsdp, tensor
 
 
 def path_name(path) -> str:

@@ -16,15 +16,26 @@ COMPILED = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from blip_jax import libtpu
+from blip_jax import config, libtpu, sharding
 from blip_jax.bench import aot, chips, hlo
 
 found = {"meshes": [], "sums": {}}
+cfg = config.base().mesh.unlock()
 for name in ("v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v7x:2x2x1"):
     for slices in (1, 2):
         topology = chips.topology(name, slices)
-        device = aot.tpu_mesh(topology, (topology.devices, 1, 1)).devices.flat[0]
-        found["meshes"].append([name, slices, device.device_kind == topology.chip.kind, topology.chip.devices])
+        devices = aot.tpu_mesh(topology, (topology.devices, 1, 1)).devices.reshape(-1)
+        cfg.data, cfg.fsdp, cfg.tensor = -1, 2, 2
+        mesh = sharding.make_mesh(cfg, devices)
+        part = len(mesh.devices) // slices
+        where = [{d.slice_index for d in mesh.devices[i:i + part].flat} if slices > 1 else {0} for i in range(0, len(mesh.devices), part)]
+        assert devices[0].device_kind == topology.chip.kind and where == [{i} for i in range(slices)] and libtpu.slices(devices) == slices
+        found["meshes"].append([name, slices, *mesh.devices.shape])
+cfg.data, cfg.fsdp, cfg.tensor = 1, -1, 1
+try:
+    sharding.make_mesh(cfg, devices)
+except ValueError as e:
+    found["refused"] = str(e)
 
 def step(w, x):
     loss = lambda w: jnp.sum(jnp.square((x @ w.astype(jnp.bfloat16)).astype(jnp.float32)))
@@ -71,7 +82,7 @@ def test_a_crash_of_the_compiler_says_what_helps(monkeypatch):
 
 class Device:
     def __init__(self, kind, slice_index):
-        self.device_kind, self.slice_index, self.platform = kind, slice_index, "tpu"
+        self.device_kind, self.slice_index, self.platform = kind, slice_index, "cpu" if kind == "cpu" else "tpu"
 
 
 def mesh_of(kind, slices):
@@ -106,15 +117,16 @@ def test_training_and_its_plan_hand_them_to_the_compiler(tiny_cfg, tmp_path, mon
 
 
 @pytest.mark.skipif(not aot.installed(), reason="libtpu is not installed: pip install 'blip-jax[tpu]'")
-def test_every_tpu_has_meshes_and_sums_over_slices_send_no_more_than_parts():
+def test_every_tpu_has_meshes_as_runs_make_them_and_sums_over_slices_are_sent_in_parts():
     """Compiled for slices that are not here, at the level of plans; a v5e has no SparseCores."""
     environment = os.environ | aot.environment_of_compiler() | {"JAX_OPTIMIZATION_LEVEL": "O0"}
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found, whole = json.loads(done.stdout), 1024 * 4096 * 2
-    assert found["meshes"] == [[name, slices, True, 2 if name == "v7x:2x2x1" else 1] for name in
-                               ("v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v7x:2x2x1") for slices in (1, 2)]
+    data = {"v4:2x2x2": 2, "v5e:4x4": 4, "v5p:2x2x2": 2, "v6e:4x4": 4, "v7x:2x2x1": 2}  # of one slice, beside fsdp 2 and tensor 2
+    assert found["meshes"] == [[name, slices, n * slices, 2, 2] for name, n in data.items() for slices in (1, 2)]
+    assert "mesh.data is 1: it must be a multiple of the 2 slices" in found["refused"]
     for name, n in (("v6e:8x8", 64), ("v6e:16x16", 256), ("v7x:4x4x4", 128)):
         assert found["sums"][name] == sorted([["all-reduce", whole // n, 0], ["reduce-scatter", whole, n], ["all-gather", whole, n]]), name
     assert ["all-reduce", whole, 64] in found["sums"]["v5e:8x8"]

@@ -156,6 +156,10 @@ def test_chips_and_their_links():
     assert chips.rings(v5e, (4, 8), (4, 8)) == 2 and chips.rings(v5e, (16, 16), (16, 16)) == 4 and chips.rings(v5e, (16, 16), (8, 1)) == 1
     assert chips.rings(v5p, (4, 4, 8), (4, 4, 8)) == 6 and chips.rings(v5p, (4, 4, 8), (4, 1, 2)) == 3
     assert chips.peak_flops("TPU v6 lite") == 918e12 and chips.peak_flops("NVIDIA H100 80GB HBM3") == 990e12
+    timed = lambda chip, n, links: plan._timed({"kind": "all-gather", "bytes": 1.2e9, "count": 1, "devices": n, "slices": 1, "links": links,
+                                                "axis": "data", "op": ""}, chip)["seconds"]
+    assert timed(v5e, 4, 2) == pytest.approx(0.9 / 100) and timed(chips.TPUS["v7x"], 4, 2) == pytest.approx(0.9 / 100)
+    assert timed(chips.TPUS["v7x"], 2, 0) == pytest.approx(0.6 / 600) and timed(v5e, 1, 0) == 0  # on one chip
     assert chips.peak_flops("TPU7x") == 2307e12 / 2 and chips.peak_flops("cpu") is None
 
 

@@ -74,21 +74,17 @@ def _last(text: str) -> str:
 
 
 def tpu_mesh(topology, shape: tuple):
-    """Mesh (data, fsdp, tensor) of the devices of a `chips.Topology`, which need not be here; slices divide the data axis.
+    """Mesh (data, fsdp, tensor) of the devices of a `chips.Topology`, which need not be here, laid out as in a run.
 
     Needs `environment_of_compiler`.
     """
-    from jax.experimental import mesh_utils, topologies
-    from jax.sharding import AxisType, Mesh
-    slices = topology.slices
-    how = ({"num_slices": slices} if slices > 1 else {}) | ({"chip_config_name": topology.chip.mode} if topology.chip.mode else {})
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name, **how).devices)
-    if slices == 1:
-        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:
-        inside = (shape[0] // slices, *shape[1:])
-        array = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    return Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    from jax.experimental import topologies
+
+    from blip_jax import sharding
+    slices, mode = topology.slices, topology.chip.mode
+    how = ({"num_slices": slices} if slices > 1 else {}) | ({"chip_config_name": mode} if mode else {})
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name, **how)
+    return sharding.mesh_of(shape, described.devices)
 
 
 def compile_one(program, mesh, topology) -> dict:
@@ -122,12 +118,13 @@ def _described(collective, mesh, topology) -> dict:
     """A `hlo.Collective` with its mesh axes, and the links that its group has: how many inside a slice, how many slices it spans."""
     import numpy as np
 
+    from blip_jax import sharding
     from blip_jax.bench import chips
     words = {"kind": collective.kind, "bytes": collective.bytes, "count": collective.count, "arrays": collective.shapes,
              "op": collective.op_name}
     if not collective.group:
         return words | {"axis": "data, between slices", "devices": topology.slices, "slices": topology.slices, "links": 0}
-    ids, inside = np.asarray(collective.group), (mesh.devices.shape[0] // topology.slices, *mesh.devices.shape[1:])
+    ids, inside = np.asarray(collective.group), sharding.inside_slice(mesh.devices.shape, topology.slices)
     places = np.array(np.unravel_index(ids, mesh.devices.shape))
     axes = [name if len(set(row)) in (size, part) else f"{name} in parts of {len(set(row))}"
             for name, row, size, part in zip(mesh.axis_names, places, mesh.devices.shape, inside) if len(set(row)) > 1]

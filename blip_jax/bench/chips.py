@@ -28,6 +28,7 @@ class Chip(NamedTuple):
     devices: int
     largest: tuple  # slice, chips per dimension
     mode: str = ""  # the compiler's name for how a run uses the cores, where its topologies do not assume that by themselves
+    on_chip: float = math.inf  # bytes/s from one device of a chip to the other, one direction; a chip of one device has none
 
 
 GIB = 2**30
@@ -40,8 +41,9 @@ TPUS = {
     "v5p": Chip("v5p", "TPU v5", 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 100e9, 3, 4, 6.25e9, 1, (16, 16, 24)),
     # v6e: 918 TFLOP/s, 32 GiB, 1640 GB/s (page: 1600), 3200 Gbit/s over 4 links; hosts of 8 chips with 4 x 200 Gbit/s
     "v6e": Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 31.25 * GIB, 1640e9, 100e9, 2, 16, 12.5e9, 1, (16, 16)),
-    # TPU7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s in both directions over 6 links, 100 Gbit/s of network per chip; two devices a chip
-    "v7x": Chip("tpu7x", "TPU7x", 2307e12, 192 * GIB, 94.75 * GIB, 7380e9, 100e9, 3, 4, 12.5e9, 2, (16, 24, 24)),
+    # TPU7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s in both directions over 6 links, 100 Gbit/s of network per chip; two devices a chip,
+    # with six times a link between them
+    "v7x": Chip("tpu7x", "TPU7x", 2307e12, 192 * GIB, 94.75 * GIB, 7380e9, 100e9, 3, 4, 12.5e9, 2, (16, 24, 24), on_chip=600e9),
 }
 GPUS = {  # bf16 FLOP/s without sparsity, by a part of jax's device_kind
     "A100": 312e12, "H100": 990e12, "H200": 990e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12,

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from blip_jax import config
+from blip_jax import config, sharding
 from blip_jax.bench import aot, chips, hlo, programs
 from blip_jax.capfilt import settings
 from blip_jax.summary import plain, say
 
-AXES = ("data", "fsdp", "tensor")
 BIG = 2**20  # bytes a step from which a collective is listed by itself
 LIMIT = 0.02  # share by which traced and analytic FLOPs may differ
 CAVEAT = ("compiled at -O0, which is several times faster: temporaries may be some 15 % low, memory traffic is high, as less is fused; "
@@ -93,27 +92,20 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
     own = cfg.copy_and_resolve_references().unlock()
     own.text.vocab = own.text.vocab or "sizes suffice"
     config.validate(own, None, 1, topology.devices)
-    data = mesh_shape(cfg, topology)[0]
-    if data % topology.slices:
-        raise ValueError(f"mesh.data is {data}: it must be a multiple of the {topology.slices} slices, since only the data axis crosses "
-                         f"from one slice to another, as {' or '.join(map(str, _multiples(data, topology.slices)))}")
+    sharding.inside_slice(mesh_shape(cfg, topology), topology.slices)
     return Request(cfg, topology, workload)
-
-
-def _multiples(value: int, unit: int) -> list[int]:
-    return [n for n in (value // unit * unit, value // unit * unit + unit) if n > 0]
 
 
 def mesh_shape(cfg, topology: chips.Topology) -> tuple:
     """(data, fsdp, tensor) of a valid `cfg.mesh` on the devices of a topology."""
-    shape = [cfg.mesh[axis] for axis in AXES]
+    shape = [cfg.mesh[axis] for axis in sharding.MESH]
     known = math.prod(n for n in shape if n > 0)
     return tuple(topology.devices // known if n == -1 else n for n in shape)
 
 
 def made(request: Request, mesh=None) -> list[programs.Program]:
     """The programs of a request on `mesh`, by default an abstract one of the request's shape."""
-    mesh = mesh or AbstractMesh(request.mesh, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh or AbstractMesh(request.mesh, sharding.MESH, axis_types=(AxisType.Auto,) * 3)
     models = [c for c in (request.captioner, request.judge) if c is not None]
     return getattr(programs, request.workload)(request.cfg, mesh, *models)
 
@@ -122,7 +114,7 @@ def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict
     """The whole plan as a plain dict: what `table` prints and `save` writes. Without the TPU compiler its analytic part."""
     topology, parts = request.topology, made(request)
     out = {"config": plain(request.cfg), "workload": request.workload, "topology": str(topology), "chips": topology.chips,
-           "devices": topology.devices, "mesh": dict(zip(AXES, request.mesh)), "compiler": "none",
+           "devices": topology.devices, "mesh": dict(zip(sharding.MESH, request.mesh)), "compiler": "none",
            "programs": [analytic(p, request) for p in parts]}
     if not aot.installed():
         out["note"] = aot.MISSING + "; this is the analytic part alone"
@@ -187,7 +179,7 @@ def _timed(c: dict, chip: chips.Chip) -> dict:
     inside = c["devices"] // c["slices"]
     ici = hlo.travels(c["kind"], c["bytes"], inside) * c["count"]
     dcn = hlo.travels(c["kind"], c["bytes"] / max(inside, 1), c["slices"]) * c["count"]
-    rate = max(c["links"], 1) * chip.link / chip.devices
+    rate = c["links"] * chip.link / chip.devices or chip.on_chip
     return c | {"moves": what, "why": why, "ici": ici, "dcn": dcn, "seconds": ici / rate + dcn / (chip.dcn / chip.devices)}
 
 
