@@ -35,8 +35,8 @@ def options(mesh) -> dict[str, bool]:
     """`compiler_options` of the training step on a mesh; those that LIBTPU_INIT_ARGS names are left to it.
 
     On several slices whose chips have SparseCores gradients are summed in parts there: reduce-scatter within a slice, the parts between
-    the slices, all-gather, along all links of the slice and beside the computation. By itself the compiler does so for TPU7x at most; for
-    others it may make the first, the last or both an all-reduce, twice the bytes.
+    the slices, all-gather, along all links of the slice and beside the computation. By itself the compiler may make the first, the last or
+    both an all-reduce, twice the bytes.
     """
     from jax.sharding import Mesh  # not above: jax is to start with the environment that is set here
     devices = list(mesh.devices.flat) if isinstance(mesh, Mesh) else []  # an abstract mesh has none, and compiles nothing

@@ -36,6 +36,8 @@ train vitl_129m_v5e-16x16 vitl_129m "2560 56320 10" --topology=v5e:16x16
 train vitl_129m_v6e-8x8_2-slices vitl_129m "2560 56320 20" --topology=v6e:8x8 --slices=2
 train vitl_129m_v6e-8x8_2-slices_64-a-chip vitl_129m "8192 57344 64" --topology=v6e:8x8 --slices=2
 train vitl_129m_v6e-4x8_2-slices_64-a-chip vitl_129m "4096 57344 64" --topology=v6e:4x8 --slices=2
+train vitb_14m_v4-4x4x4 vitb_14m "" --topology=v4:4x4x4
+train vitb_14m_v7x-2x4x4 vitb_14m "" --topology=v7x:2x4x4
 plan capfilt_vitl_v5e-2x2 --config=configs/capfilt_14m.py --captioner=configs/caption_coco_vitl.py --filter=configs/retrieval_coco_vitl.py \
   --topology=v5e:2x2
 
