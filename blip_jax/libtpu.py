@@ -7,13 +7,13 @@ import os
 FLAG = "--fibers_default_thread_stack_size"  # found in libtpu 0.0.38, 0.0.42.1 and 0.0.52
 STACK = 1 << 20  # bytes; with the default libtpu dies of SIGSEGV where a device gets some 10 to 32 rows of a batch
 SPARSE_CORES = ("TPU v6 lite", "TPU7x")  # device kinds whose SparseCores carry out collectives; v5p's need a mode of the chip for it
-IN_PARTS = {name: True for name in (  # found in libtpu 0.0.38, 0.0.42.1, 0.0.48.1, 0.0.50.1 and 0.0.52
+IN_PARTS = (  # found in libtpu 0.0.38, 0.0.42.1, 0.0.48.1, 0.0.50.1 and 0.0.52
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
     "xla_tpu_enable_sparse_core_collective_offload_all_gather",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
     "xla_tpu_prefer_async_allgather_to_allreduce",
-)}
+)
 
 
 def with_stack(arguments: str) -> str:
@@ -43,4 +43,4 @@ def options(mesh) -> dict[str, bool]:
     if slices(devices) < 2 or devices[0].device_kind not in SPARSE_CORES:
         return {}
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    return {name: value for name, value in IN_PARTS.items() if name not in given}
+    return {name: True for name in IN_PARTS if name not in given}

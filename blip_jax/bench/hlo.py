@@ -128,7 +128,7 @@ def _trips(loop: Op, around: list[Op], found: dict[str, list[Op]], otherwise: in
 def _constant(name: str, index: int, known: dict[str, Op]) -> int:
     """The constant that a tuple holds at an index; 0 where it is not written as one."""
     made = known.get(name)
-    at = known.get(made.operands[index]) if made and made.kind == "tuple" else None
+    at = known.get(made.operands[index]) if made and made.kind == "tuple" and index < len(made.operands) else None
     while at and at.kind in ("copy", "bitcast"):
         at = known.get(at.operands[0])
     return int(at.inside) if at and at.kind == "constant" and at.inside.isdigit() else 0
