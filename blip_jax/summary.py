@@ -15,7 +15,7 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from blip_jax import __version__, optim, sharding
+from blip_jax import __version__, libtpu, optim, sharding
 from blip_jax.bench import flops
 
 
@@ -47,6 +47,9 @@ def describe(run, newest: int | None) -> None:
     say(f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, {pair * cfg.train.batch / 1e12:.3f} T per "
         f"step of {cfg.train.batch}")
     say(memory_report(run))
+    if options := libtpu.options(run.mesh):
+        say(f"gradients are summed over the slices in parts, by options of the compiler; those that LIBTPU_INIT_ARGS names are left to it: "
+            f"{', '.join(options)}")
     say(f"one epoch is {run.data.epoch_examples} examples = {run.epoch_steps} steps; {cfg.train.steps} steps are "
         f"{cfg.train.steps / run.epoch_steps:.2f} epochs; sources: "
         + ", ".join(f"{name} {len(source)}" for name, source in run.data.sources.items()))

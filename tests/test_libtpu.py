@@ -104,7 +104,7 @@ def test_sums_over_several_slices_are_made_in_parts_where_chips_have_sparsecores
     assert libtpu.options(abstract) == {} == libtpu.options(jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,)))
 
 
-def test_training_and_its_plan_hand_them_to_the_compiler(tiny_cfg, tmp_path, monkeypatch):
+def test_training_and_its_plan_hand_them_to_the_compiler(tiny_cfg, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(libtpu, "options", lambda mesh: {"xla_of_this_test": True})
     monkeypatch.setattr(steps, "make_step", lambda *_: lambda state, batch: (state, {}))
     empty = lambda s, place: jax.device_put(jax.random.key(0) if jax.dtypes.issubdtype(s.dtype, jax.dtypes.prng_key) else
@@ -112,6 +112,7 @@ def test_training_and_its_plan_hand_them_to_the_compiler(tiny_cfg, tmp_path, mon
     monkeypatch.setattr(initial, "create", lambda run, _: jax.tree.map(empty, run.shapes, run.shardings))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_of_this_test'"):
         train.fit(tiny_cfg, tmp_path / "run")
+    assert "left to it: xla_of_this_test\n" in capsys.readouterr().out
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
     assert programs.train(tiny_cfg, mesh)[0].jit["compiler_options"] == {"xla_of_this_test": True}
 
