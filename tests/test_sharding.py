@@ -138,6 +138,7 @@ def test_initialising_large_never_puts_it_on_one_device():
     cfg = config.base("large")
     with cfg.unlocked():
         cfg.train.steps, cfg.model.img_size = 10, 64
+        cfg.model.med.layers = 3  # of twelve that are alike, each of which takes seconds to compile; the ViT's 24 are one stack
     model, (tx, _) = Blip.from_config(cfg.model), optim.make(cfg, 10)
     create = lambda key: train_state.create(cfg, model, tx, key)
     shapes, mesh = jax.eval_shape(create, jax.random.key(0)), mesh_of(1, 8, 1)
