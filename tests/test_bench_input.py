@@ -16,7 +16,10 @@ def test_bench_prints_and_writes_rate_shares_and_memory(tmp_path, capsys):
     milliseconds, shares = zip(*((float(a), float(b)) for a, b in re.findall(r"([\d.]+) ms +([\d.]+) %", text)))
     assert len(shares) == 5 and abs(sum(shares) - 100) < 0.5
     assert abs(1000 / sum(milliseconds) - rate) < 0.05 * rate + 1
-    assert shares[1] == max(shares)  # decoding
+    for stage, ms, share in zip(result["stage_s"], milliseconds, shares, strict=True):
+        seconds = result["stage_s"][stage]
+        assert seconds > 0 and ms == pytest.approx(1000 * seconds, abs=0.006) and re.search(rf"{re.escape(stage)} .* {share:.1f} %", text), stage
+        assert share == pytest.approx(100 * seconds / sum(result["stage_s"].values()), abs=0.06)
     assert re.search(r"grew [\d.]+ MB \(limit 50\)", text)
     assert result["images_per_s_per_core"] == pytest.approx(1 / sum(result["stage_s"].values())) and result["settings"]["timed"] == 20
     assert result["grew_mb"] == pytest.approx(result["resident_mb"][1] - result["resident_mb"][0])
