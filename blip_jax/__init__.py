@@ -6,12 +6,15 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = ["Blip", "__version__", "from_pretrained"]
-_HOMES = {"from_pretrained": "blip_jax.pretrained", "Blip": "blip_jax.models.blip"}  # imported when first asked for: jax takes a second
+# imported when first asked for: jax takes a second
+_HOMES = {"from_pretrained": "blip_jax.inference.verbs", "Blip": "blip_jax.models.blip"}
 
 
 def __getattr__(name: str):
     if name not in _HOMES:
-        raise AttributeError(f"module 'blip_jax' has no attribute {name!r}; it has {', '.join(__all__)} and its submodules")
+        raise AttributeError(
+            f"module 'blip_jax' has no attribute {name!r}; it has {', '.join(__all__)} and its submodules"
+        )
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

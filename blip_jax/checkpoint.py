@@ -18,22 +18,31 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
-from orbax.checkpoint._src.metadata.array_metadata_store import Store  # keeps the kind of random keys; orbax exports no name of it
+from orbax.checkpoint._src.metadata.array_metadata_store import (
+    Store,  # keeps the kind of random keys; orbax exports no name of it
+)
 
-from blip_jax import optim
+from blip_jax import trees
 
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
-SLICE, WRITERS = 2**14, 64  # devices with copies of an array, so many at most, share its writing if each part has so many bytes; else one writes
-STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")  # OCDBT: kind, folder, file, offset, length
+# devices with copies of an array, so many at most, share its writing if each part has so many bytes; else one writes
+SLICE, WRITERS = 2**14, 64
+# OCDBT: kind, folder, file, offset, length
+STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")
 
 
 def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of `workdir`, created if missing; the `keep` newest stay. Close it (`with`) to finish saves."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), min_slice_bytes_for_replica_parallel=SLICE,
-                                            max_replicas_for_replica_parallel=WRITERS)
-    kinds = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
+    arrays = ocp.type_handlers.ArrayHandler(
+        array_metadata_store=Store(),
+        min_slice_bytes_for_replica_parallel=SLICE,
+        max_replicas_for_replica_parallel=WRITERS,
+    )
+    kinds = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
     handlers = {"state": state, "data": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers)
@@ -60,15 +69,25 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
     newest = max(found, default=None)
     if newest is not None and lost[newest]:
         raise ValueError(_incomplete(found[newest], lost[newest], newest_complete(workdir)))
-    notes = [f"warning: {found[step]} is incomplete and of no use: {_named(names)} missing" for step, names in lost.items() if names]
+    notes = [
+        f"warning: {found[step]} is incomplete and of no use: {_named(names)} missing"
+        for step, names in lost.items()
+        if names
+    ]
     torn = sorted(p.name for p in (pathlib.Path(workdir).absolute() / SUBDIR).glob("*.orbax-checkpoint-tmp*"))
-    return newest, notes + ([f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing"] if torn else [])
+    return newest, notes + (
+        [f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing"] if torn else []
+    )
 
 
 def missing(folder: pathlib.Path) -> list[str]:
     """Names of what a finished checkpoint folder lacks: an item, a file of the state, or the end of one."""
     lost = [f"{name}/" for name in ITEMS if not (folder / name).is_dir()]
-    lost += [f"{name}/metadata" for name in ITEMS[1:] if (folder / name).is_dir() and not (folder / name / "metadata").is_file()]
+    lost += [
+        f"{name}/metadata"
+        for name in ITEMS[1:]
+        if (folder / name).is_dir() and not (folder / name / "metadata").is_file()
+    ]
     state = folder / "state"
     if not state.is_dir():
         return lost
@@ -112,12 +131,19 @@ def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
 
 
 def _named(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") + (" are" if len(names) > 1 else " is")
+    return (
+        ", ".join(names[:5])
+        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        + (" are" if len(names) > 1 else " is")
+    )
 
 
 def _incomplete(folder: pathlib.Path, lost: list[str], other: int | None) -> str:
-    remedy = (f"checkpoint {other} is the newest complete one: move {folder} away to go on from it" if other is not None else
-              "there is no complete one beside it: put back what is missing, or move the folder away to begin anew")
+    remedy = (
+        f"checkpoint {other} is the newest complete one: move {folder} away to go on from it"
+        if other is not None
+        else "there is no complete one beside it: put back what is missing, or move the folder away to begin anew"
+    )
     return f"checkpoint {folder.name} in {folder.parent} is incomplete: {_named(lost)} missing; {remedy}"
 
 
@@ -126,26 +152,42 @@ def save(manager: ocp.CheckpointManager, step: int, state, data: dict, config: d
 
     `data`: JSON-able position of everything beside the state (step, running sums); `config`: the resolved settings.
     """
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data),
-                                               config=ocp.args.JsonSave(config)))
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(config)
+        ),
+    )
 
 
 def write(workdir, state: dict, data: dict, config: dict) -> None:
     """Checkpoint 0 of a new workdir from numpy arrays, which must not change meanwhile: they are not copied first.
 
-    Each array gets a file of its own, so that nothing is collected in memory; readers tell the two layouts apart by themselves.
+    Each array gets a file of its own, so that nothing is collected in memory; readers tell the two layouts apart by
+    themselves.
     """
     said = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns of every layout but its default
     try:
         registry = ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
-        handlers = {"state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry),
-                    "data": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(
+                use_ocdbt=False, use_compression=False, type_handler_registry=registry
+            ),
+            "data": ocp.JsonCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        }
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(jax.tree.map(np.asarray, state)), data=ocp.args.JsonSave(data),
-                                   config=ocp.args.JsonSave(config))
-        with ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(jax.tree.map(np.asarray, state)),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config),
+        )
+        with ocp.CheckpointManager(
+            pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers
+        ) as manager:
             manager.save(0, args=items)
     finally:
         logging.set_verbosity(said)
@@ -182,9 +224,16 @@ def check_same(manager: ocp.CheckpointManager, step: int, shapes) -> None:
             lines.append(f"  {path}: checkpoint {list(found[path])}, this config {list(expected[path])}")
     if lines:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise ValueError("\n".join([f"checkpoint {step} in {manager.directory} holds another model or optimiser:",
-                                    *lines[:20], *more,
-                                    "use another workdir, or the settings that wrote it"]))
+        raise ValueError(
+            "\n".join(
+                [
+                    f"checkpoint {step} in {manager.directory} holds another model or optimiser:",
+                    *lines[:20],
+                    *more,
+                    "use another workdir, or the settings that wrote it",
+                ]
+            )
+        )
 
 
 def load_params(path) -> dict:
@@ -193,11 +242,12 @@ def load_params(path) -> dict:
     `path`: a workdir (its newest checkpoint), or one checkpoint folder. ValueError: no complete checkpoint there.
     """
     got = _load(path, "params", "frozen")
-    return optim.merge(got["params"] or {}, got["frozen"] or {})
+    return trees.merge(got["params"] or {}, got["frozen"] or {})
 
 
 def load_momentum(path) -> dict | None:
-    """{"params": momentum copies, "queue": {"img", "txt", "ptr", ...} or None} of numpy arrays, or None where there is none."""
+    """{"params": momentum copies, "queue": {"img", "txt", "ptr", ...} or None} of numpy arrays, or None where
+    there is none."""
     return _load(path, "momentum").get("momentum") or None
 
 
@@ -208,9 +258,14 @@ def _load(path, *names: str) -> dict:
     got = dict.fromkeys(names)
     if item:
         with ocp.PyTreeCheckpointer() as reader:
-            got |= reader.restore(folder, args=ocp.args.PyTreeRestore(
-                item=item, partial_restore=True,
-                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)))
+            got |= reader.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item=item,
+                    partial_restore=True,
+                    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
+                ),
+            )
     return got
 
 
@@ -235,14 +290,20 @@ def newest(path) -> pathlib.Path:
     if (path / "state").is_dir():
         return path
     for folder in (path / SUBDIR, path):
-        steps = sorted((p for p in folder.glob("*") if p.name.isdigit() and any((p / name).is_dir() for name in ITEMS)),
-                       key=lambda p: int(p.name))
+        steps = sorted(
+            (p for p in folder.glob("*") if p.name.isdigit() and any((p / name).is_dir() for name in ITEMS)),
+            key=lambda p: int(p.name),
+        )
         if steps:
             if lost := missing(steps[-1]):
-                raise ValueError(_incomplete(steps[-1], lost, newest_complete(folder.parent) if folder.name == SUBDIR else None))
+                raise ValueError(
+                    _incomplete(steps[-1], lost, newest_complete(folder.parent) if folder.name == SUBDIR else None)
+                )
             return steps[-1]
-    raise ValueError(f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
-                     f"folders in its {SUBDIR}/")
+    raise ValueError(
+        f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
+        f"folders in its {SUBDIR}/"
+    )
 
 
 def _storage_shape(x):

@@ -13,7 +13,8 @@ import re
 
 from ml_collections import ConfigDict
 
-VIT_SIZES = {  # reference ViT sizes (BLIP paper, section 4.1); pos_std: standard deviation of the initial position table
+# reference ViT sizes (BLIP paper, section 4.1); pos_std: standard deviation of the initial position table
+VIT_SIZES = {
     "base": dict(width=768, depth=12, heads=12, mlp=3072, patch=16, pos_std=0.02),
     "large": dict(width=1024, depth=24, heads=16, mlp=4096, patch=16, pos_std=0.02),
     "small": dict(width=256, depth=4, heads=8, mlp=1024, patch=8, pos_std=0.02),
@@ -28,7 +29,7 @@ MED_SIZES = {  # BERT-base for both published sizes (BLIP paper, section 3.1)
 
 
 def source(kind: str, path: str = "", **leaves) -> ConfigDict:
-    """One source of records (blip_jax/data/records.py), with every leaf that any kind reads."""
+    """One source of records (blip_jax/data/source.py), with every leaf that any kind reads."""
     c = ConfigDict()
     c.kind = kind  # json | tar | array_record | tfds | scenes
     c.path = path  # file, or glob of shards; for tfds the name and split, as "coco_captions/train"
@@ -41,7 +42,8 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     c.size = 64  # scenes: pixels, square
     c.noise = 0.0  # scenes: share of captions replaced by web noise
     c.captions = 1  # scenes: captions of each record
-    c.easy = False  # scenes: one or two large objects of four shapes and six colours on a plain background, no word of places
+    # scenes: one or two large objects of four shapes and six colours on a plain background, no word of places
+    c.easy = False
     unknown = sorted(set(leaves) - set(c))
     if unknown:
         raise ValueError(f"source() has no leaf {unknown}: it has {sorted(c)}")
@@ -54,7 +56,8 @@ def base(size: str = "base") -> ConfigDict:
     if size not in VIT_SIZES:
         raise ValueError(f"model size {size!r} is unknown: choose one of {sorted(VIT_SIZES)}")
     c = ConfigDict()
-    c.objective = "pretrain"  # which step of blip_jax.steps trains: pretrain | retrieval | caption; converted models: vqa | nlvr too
+    # which step of blip_jax.steps trains: pretrain | retrieval | caption; converted models: vqa | nlvr too
+    c.objective = "pretrain"
     c.seed = 42  # root of every random stream: initialisation, dropout, negatives, data order, augmentation
 
     c.model = ConfigDict()
@@ -62,7 +65,8 @@ def base(size: str = "base") -> ConfigDict:
     c.model.med = ConfigDict(MED_SIZES[size])
     c.model.img_size = 224  # pixels, square; a multiple of the patch
     c.model.embed_dim = 256  # E, width of the shared contrastive space
-    c.model.init_std = 0.02  # of kernels and embeddings at the start; narrow models learn sooner with about 0.6 / sqrt(width)
+    # of kernels and embeddings at the start; narrow models learn sooner with about 0.6 / sqrt(width)
+    c.model.init_std = 0.02
     c.model.drop_path = 0.1 if size == "large" else 0.0  # highest stochastic-depth rate of the ViT, linear over blocks
     c.model.encoder = True  # text encoder, projections, matching head and temperature; False for a captioner
     c.model.decoder = True  # text decoder and language-modelling head; False for retrieval, which has none
@@ -73,10 +77,13 @@ def base(size: str = "base") -> ConfigDict:
     c.text = ConfigDict()
     c.text.vocab = ""  # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size
     c.text.max_len = 30  # T, tokens, padded
-    c.text.buckets = ()  # lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
-    # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published runs padded
+    # lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
+    c.text.buckets = ()
+    # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
+    # runs padded
     # all to 30. Sources must give captions without pictures: json, tar, scenes
-    c.text.bucket_window = 32  # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
+    # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
+    c.text.bucket_window = 32
     c.text.max_words = 30  # words kept by the original's cleaning
     c.text.prompt = ""  # caption: begins every training text, unscored, as "a picture of "; captioning starts from it
 
@@ -130,7 +137,8 @@ def base(size: str = "base") -> ConfigDict:
     c.train.save_every = 1000  # steps; the last step is always saved
     c.train.eval_every = 0  # steps; 0: only at the end (if data.eval is not empty)
     c.train.keep = 3  # newest checkpoints kept
-    c.train.init_from = ""  # workdir or checkpoint folder whose parameters start this run, or several with commas; "": random
+    # workdir or checkpoint folder whose parameters start this run, or several with commas; "": random
+    c.train.init_from = ""
 
     c.eval = ConfigDict()
     c.eval.k = 128  # candidates per query that the matching head re-ranks
@@ -191,23 +199,56 @@ PARTS = {  # objective -> (model.encoder, model.decoder), and in words
 }
 SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
 RANGES = {  # leaf -> (least, most), both allowed
-    **dict.fromkeys(("train.batch", "train.steps", "train.log_every", "train.save_every", "train.keep",
-                     "optim.accumulate", "model.embed_dim", "model.vit.depth", "model.med.layers", "text.max_words", "text.bucket_window",
-                     "data.max_pixels", "data.threads", "data.prefetch", "eval.k", "eval.batch", "eval.rerank_texts"),
-                    (1, math.inf)),
-    **dict.fromkeys(("train.eval_every", "eval.limit", "data.epoch_examples", "loss.queue", "loss.group_size",
-                     "loss.alpha_ramp_epochs", "optim.min_lr", "optim.warmup_steps", "optim.warmup_lr",
-                     "optim.weight_decay", "optim.clip"), (0, math.inf)),
-    **dict.fromkeys(("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"),
-                    (0, 1)),
+    **dict.fromkeys(
+        (
+            "train.batch",
+            "train.steps",
+            "train.log_every",
+            "train.save_every",
+            "train.keep",
+            "optim.accumulate",
+            "model.embed_dim",
+            "model.vit.depth",
+            "model.med.layers",
+            "text.max_words",
+            "text.bucket_window",
+            "data.max_pixels",
+            "data.threads",
+            "data.prefetch",
+            "eval.k",
+            "eval.batch",
+            "eval.rerank_texts",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            "train.eval_every",
+            "eval.limit",
+            "data.epoch_examples",
+            "loss.queue",
+            "loss.group_size",
+            "loss.alpha_ramp_epochs",
+            "optim.min_lr",
+            "optim.warmup_steps",
+            "optim.warmup_lr",
+            "optim.weight_decay",
+            "optim.clip",
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(
+        ("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"), (0, 1)
+    ),
     **dict.fromkeys(("model.dropout", "model.drop_path", "optim.b1", "optim.b2"), (0, math.nextafter(1, 0))),
     **dict.fromkeys(("optim.lr", "optim.eps", "model.init_std", "model.vit.pos_std"), (math.ulp(0), math.inf)),
     "text.max_len": (3, math.inf),  # [CLS], one token, [SEP]
 }
 
 
-def validate(cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_count: int = 1,
-             device_count: int = 1) -> None:
+def validate(
+    cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_count: int = 1, device_count: int = 1
+) -> None:
     """Checks a resolved config before anything compiles. ValueError: one that lists every problem with its remedy.
 
     `tokenizer_vocab_size`: entries of the vocabulary with [DEC] and [ENC], or None where it is not read yet.
@@ -216,8 +257,10 @@ def validate(cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_c
     if not any(p.startswith(("train.batch", "optim.accumulate")) for p in problems):
         problems += _batch(cfg, process_count, device_count)
     if problems:
-        raise ValueError(f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
-                         + "\n".join(f"  {p}" for p in problems))
+        raise ValueError(
+            f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
+            + "\n".join(f"  {p}" for p in problems)
+        )
 
 
 def _leaf(cfg, path: str):
@@ -227,15 +270,26 @@ def _leaf(cfg, path: str):
 
 
 def _values(cfg) -> list[str]:
-    out = [f"{path} is {_leaf(cfg, path)!r}: choose one of {', '.join(choices)}"
-           for path, choices in CHOICES.items() if _leaf(cfg, path) not in choices]
+    out = [
+        f"{path} is {_leaf(cfg, path)!r}: choose one of {', '.join(choices)}"
+        for path, choices in CHOICES.items()
+        if _leaf(cfg, path) not in choices
+    ]
     for path, (least, most) in RANGES.items():
         value = _leaf(cfg, path)
         if not least <= value <= most:
-            allowed = {(1, math.inf): "must be at least 1", (0, math.inf): "must not be negative",
-                       (0, 1): "must lie between 0 and 1"}.get((least, most))
-            allowed = allowed or ("must be positive" if least < 1 < most else
-                                  f"must be at least {least}" if least > 0 else "must be at least 0 and below 1")
+            allowed = {
+                (1, math.inf): "must be at least 1",
+                (0, math.inf): "must not be negative",
+                (0, 1): "must lie between 0 and 1",
+            }.get((least, most))
+            allowed = allowed or (
+                "must be positive"
+                if least < 1 < most
+                else f"must be at least {least}"
+                if least > 0
+                else "must be at least 0 and below 1"
+            )
             out.append(f"{path} is {value}: it {allowed}")
     scale = tuple(cfg.data.crop_scale)
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
@@ -247,8 +301,10 @@ def _values(cfg) -> list[str]:
             out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
     out += _objective(cfg) + _buckets(cfg)
     if cfg.loss.queue > 0 and not cfg.loss.momentum:
-        out.append(f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
-                   "set loss.queue=0 or loss.momentum=True")
+        out.append(
+            f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
+            "set loss.queue=0 or loss.momentum=True"
+        )
     return out
 
 
@@ -257,12 +313,21 @@ def _buckets(cfg) -> list[str]:
     if not buckets:
         return []
     out = []
-    if not all(isinstance(T, int) for T in buckets) or list(buckets) != sorted({*buckets}) or buckets[0] < 3 or buckets[-1] != last:
-        out.append(f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
-                   f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none")
+    if (
+        not all(isinstance(T, int) for T in buckets)
+        or list(buckets) != sorted({*buckets})
+        or buckets[0] < 3
+        or buckets[-1] != last
+    ):
+        out.append(
+            f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
+            f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none"
+        )
     if cfg.loss.smoothing_over == "all" and cfg.model.decoder:
-        out.append("loss.smoothing_over is 'all' but text.buckets is set: that mean takes in the padding, of which there is less in a "
-                   "bucket, so the loss would be another one; set loss.smoothing_over='valid' or text.buckets=()")
+        out.append(
+            "loss.smoothing_over is 'all' but text.buckets is set: that mean takes in the padding, of which there is less in a "
+            "bucket, so the loss would be another one; set loss.smoothing_over='valid' or text.buckets=()"
+        )
     return out
 
 
@@ -273,41 +338,59 @@ def _objective(cfg) -> list[str]:
     out, (encoder, decoder, why) = [], PARTS[cfg.objective]
     for name, want in (("encoder", encoder), ("decoder", decoder)):
         if cfg.model[name] != want:
-            out.append(f"model.{name} is {cfg.model[name]} but objective is {cfg.objective}: {why}; set model.{name}={want}")
+            out.append(
+                f"model.{name} is {cfg.model[name]} but objective is {cfg.objective}: {why}; set model.{name}={want}"
+            )
     prompt = cfg.text.prompt
     if cfg.objective == "caption":
         if cfg.loss.momentum:
-            out.append("loss.momentum is True but objective is caption, whose loss has no momentum encoder: set "
-                       "loss.momentum=False and loss.queue=0")
+            out.append(
+                "loss.momentum is True but objective is caption, whose loss has no momentum encoder: set "
+                "loss.momentum=False and loss.queue=0"
+            )
         if len(cfg.data.eval):
-            out.append(f"data.eval holds {', '.join(sorted(cfg.data.eval))} but objective is caption: retrieval evaluation needs "
-                       "the text encoder, which a captioner has not; leave data.eval empty")
+            out.append(
+                f"data.eval holds {', '.join(sorted(cfg.data.eval))} but objective is caption: retrieval evaluation needs "
+                "the text encoder, which a captioner has not; leave data.eval empty"
+            )
         if prompt and not prompt.endswith(" "):
-            out.append(f"text.prompt is {prompt!r}: end it with a space, or its last word runs into the caption's first")
+            out.append(
+                f"text.prompt is {prompt!r}: end it with a space, or its last word runs into the caption's first"
+            )
     elif prompt:
-        out.append(f"text.prompt is {prompt!r} but objective is {cfg.objective}: only a captioner is trained with a prompt; "
-                   "set text.prompt to the empty string")
+        out.append(
+            f"text.prompt is {prompt!r} but objective is {cfg.objective}: only a captioner is trained with a prompt; "
+            "set text.prompt to the empty string"
+        )
     return out
 
 
 def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
     m, out = cfg.model, []
     if m.vit.patch < 1 or m.img_size < 1 or m.img_size % m.vit.patch:
-        out.append(f"model.img_size is {m.img_size}: it must be a multiple of model.vit.patch = {m.vit.patch}, "
-                   f"as {_nearest(m.img_size, m.vit.patch)}")
+        out.append(
+            f"model.img_size is {m.img_size}: it must be a multiple of model.vit.patch = {m.vit.patch}, "
+            f"as {_nearest(m.img_size, m.vit.patch)}"
+        )
     for name, part in (("vit", m.vit), ("med", m.med)):
         if part.heads < 1 or part.width < 1 or part.width % part.heads:
-            out.append(f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = "
-                       f"{part.heads}, as {_nearest(part.width, part.heads)}")
+            out.append(
+                f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = "
+                f"{part.heads}, as {_nearest(part.width, part.heads)}"
+            )
     if m.med.positions < cfg.text.max_len:
-        out.append(f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = "
-                   f"{m.med.positions}: lower the first to {m.med.positions} or raise the second")
+        out.append(
+            f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = "
+            f"{m.med.positions}: lower the first to {m.med.positions} or raise the second"
+        )
     if not cfg.text.vocab:
         out.append("text.vocab is empty: give a vocab.txt or tokenizer.json; `blip-jax vocab` trains one from captions")
     if tokenizer_vocab_size is not None and tokenizer_vocab_size != m.med.vocab_size:
-        out.append(f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} "
-                   f"entries with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another "
-                   "text.vocab")
+        out.append(
+            f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} "
+            f"entries with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another "
+            "text.vocab"
+        )
     return out
 
 
@@ -334,16 +417,22 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
     if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
         return [f"mesh (data, fsdp, tensor) is {axes}: axes are positive, at most one of them is -1 (the rest)"]
     if device_count % known or (-1 not in axes and known != device_count):
-        return [f"mesh (data, fsdp, tensor) is {axes}, {known} devices{' or a multiple' if -1 in axes else ''}, but "
-                f"{device_count} are here: the product must equal it, as ({device_count}, 1, 1) or (-1, 1, 1) does"]
+        return [
+            f"mesh (data, fsdp, tensor) is {axes}, {known} devices{' or a multiple' if -1 in axes else ''}, but "
+            f"{device_count} are here: the product must equal it, as ({device_count}, 1, 1) or (-1, 1, 1) does"
+        ]
     rows = device_count // (cfg.mesh.tensor if cfg.mesh.tensor > 0 else device_count // known)
     unit = math.lcm(rows, process_count) * accumulate
     if batch % unit:
-        out.append(f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
-                   f"{process_count} processes, optim.accumulate = {accumulate}), as {_nearest(batch, unit)}")
+        out.append(
+            f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
+            f"{process_count} processes, optim.accumulate = {accumulate}), as {_nearest(batch, unit)}"
+        )
     if cfg.loss.queue > 0 and cfg.loss.queue % batch:
-        out.append(f"loss.queue is {cfg.loss.queue}: it must be a multiple of train.batch = {batch}, "
-                   f"as {_nearest(cfg.loss.queue, batch)}, or 0 for none")
+        out.append(
+            f"loss.queue is {cfg.loss.queue}: it must be a multiple of train.batch = {batch}, "
+            f"as {_nearest(cfg.loss.queue, batch)}, or 0 for none"
+        )
     if batch % accumulate == 0:
         out += _group(cfg.loss.group_size, batch // accumulate, 1 if cfg.objective == "caption" else 2)
     return out
@@ -352,13 +441,17 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
 def _group(group: int, micro: int, least: int) -> list[str]:
     """`least`: examples of a group; contrastive losses need another's as the negative."""
     if micro < least:
-        return [f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples, one for the other's "
-                "negative; raise train.batch"]
+        return [
+            f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples, one for the other's "
+            "negative; raise train.batch"
+        ]
     if group > 0 and (micro % group or group < least):
         valid = [d for d in range(least, micro + 1) if micro % d == 0]
         near = [d for d in valid if d < group][-1:] + [d for d in valid if d > group][:1]
-        return [f"loss.group_size is {group}: it must be at least {least} and divide the micro-batch of {micro} examples, "
-                f"as {' or '.join(map(str, near))}, or be 0 for all of it"]
+        return [
+            f"loss.group_size is {group}: it must be at least {least} and divide the micro-batch of {micro} examples, "
+            f"as {' or '.join(map(str, near))}, or be 0 for all of it"
+        ]
     return []
 
 

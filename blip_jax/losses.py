@@ -1,7 +1,8 @@
-"""BLIP's losses as pure functions on global arrays (paper section 3.2; exact forms: ALBEF's ITC and ITM, BERT-style LM).
+"""BLIP's losses as pure functions on global arrays (paper section 3.2; exact forms: ALBEF's ITC and ITM, BERT-style
+LM).
 
-Contrastive columns and hard negatives are drawn within groups of g examples: G groups on a leading axis. One group is the
-global batch; G groups are what the PyTorch original did on G GPUs. Every loss is the mean of its group means.
+Contrastive columns and hard negatives are drawn within groups of g examples: G groups on a leading axis. One group is
+the global batch; G groups are what the PyTorch original did on G GPUs. Every loss is the mean of its group means.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def itc(sim_i2t, sim_t2i, target_i2t, target_t2i):
 def hard_negative_weights(sim, positive, floor):
     """Sampling weights f32[G,g,g]: softmax(sim) + floor, zero at positives, without gradient.
 
-    sim f32[G,g,g], scaled similarities to the group's own columns; floor 1e-4 in pre-training, 0 in retrieval fine-tuning.
+    sim f32[G,g,g], scaled similarities to the group's own columns; floor 1e-4 in pre-training, 0 in retrieval
+    fine-tuning.
     """
     weights = jax.nn.softmax(jax.lax.stop_gradient(sim), axis=-1) + floor
     return jnp.where(positive, 0.0, weights)
@@ -56,8 +58,8 @@ def hard_negative_weights(sim, positive, floor):
 def draw_negatives(key, weights, first_row=0):
     """One column per row with probability proportional to its weight, as an index into the batch: i32[B], B = G*g.
 
-    Each row has a random stream of its own, (key, first_row + row), so the draw does not depend on the mesh or on how a batch is
-    cut into micro-batches. A row whose weights are all zero (every candidate is a positive) gives -1.
+    Each row has a random stream of its own, (key, first_row + row), so the draw does not depend on the mesh or on how a
+    batch is cut into micro-batches. A row whose weights are all zero (every candidate is a positive) gives -1.
     """
     G, g, _ = weights.shape
     rows = jnp.arange(G * g)
@@ -68,7 +70,8 @@ def draw_negatives(key, weights, first_row=0):
 
 
 def itm(logits, labels, weights=None):
-    """Image-text matching: mean cross-entropy f32[] and accuracy f32[] of logits f32[R,2], labels i32[R], weights f32[R]."""
+    """Image-text matching: mean cross-entropy f32[] and accuracy f32[] of logits f32[R,2], labels i32[R], weights
+    f32[R]."""
     weights = jnp.ones(labels.shape) if weights is None else weights
     total = jnp.maximum(weights.sum(), 1.0)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), labels[:, None], axis=-1)[:, 0]
@@ -76,13 +79,14 @@ def itm(logits, labels, weights=None):
 
 
 def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, group_size: int = 0):
-    """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v), a mean per group, then over groups.
+    """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v), a mean per group, then over
+    groups.
 
     Args:
       logits: f32[B,T,Vp], columns from vocab_size on are padding (hugely negative) and take no part.
       targets, mask: i32[B,T], bool[B,T]; False positions are ignored (ignore_index of torch).
-      over: "valid": the smoothing term is averaged over valid positions (torch >= 1.11); "all": over every position, ignored ones
-        included, as torch 1.10 did when the published models were trained (pytorch#73205).
+      over: "valid": the smoothing term is averaged over valid positions (torch >= 1.11); "all": over every position,
+        ignored ones included, as torch 1.10 did when the published models were trained (pytorch#73205).
     """
     nll, smooth = _cross_entropy(logits, targets, vocab_size)
     nll, smooth, mask = (grouped(x, group_size) for x in (nll, smooth, mask))
@@ -96,7 +100,8 @@ def text_ce(logits, targets, mask, vocab_size: int, *, smoothing: float, over: s
 
     Args:
       logits f32[A,T,Vp], targets i32[A,T], mask bool[A,T], over: as in `lm`.
-      counted: bool[T], the positions that "all" means; None: up to the longest text here, as in a batch padded to its longest.
+      counted: bool[T], the positions that "all" means; None: up to the longest text here, as in a batch padded to its
+        longest.
     """
     nll, smooth = _cross_entropy(logits, targets, vocab_size)
     everywhere = mask.any(0) if counted is None else counted
@@ -108,7 +113,8 @@ def answers(logits, targets, mask, weights, questions: int, vocab_size: int, *, 
     """VQA's loss f32[]: sum of weight * `text_ce` over the answers / number of questions (reference: BLIP's blip_vqa).
 
     Args:
-      logits f32[A,T,Vp], targets i32[A,T], mask bool[A,T]: A answers of all the questions; smoothing, over: as in `text_ce`.
+      logits f32[A,T,Vp], targets i32[A,T], mask bool[A,T]: A answers of all the questions; smoothing, over: as in
+        `text_ce`.
       weights: f32[A], the share of people who gave the answer; 0 for a row that only fills the batch.
       questions: number of questions (and images), by which the sum is divided, not by the answers.
     """
@@ -116,7 +122,8 @@ def answers(logits, targets, mask, weights, questions: int, vocab_size: int, *, 
 
 
 def _cross_entropy(logits, targets, vocab_size: int):
-    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T]; logits f32[B,T,Vp], targets i32[B,T]."""
+    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T]; logits f32[B,T,Vp], targets
+    i32[B,T]."""
     logz = jax.nn.logsumexp(logits, axis=-1)
     nll = logz - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     mean_z = jnp.sum(logits, axis=-1, where=jnp.arange(logits.shape[-1]) < vocab_size) / vocab_size

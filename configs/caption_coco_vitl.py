@@ -3,14 +3,15 @@
 Paper row: image captioning on COCO, ViT-L (BLIP, arXiv 2201.12086); also the captioner of CapFilt-L.
 Command: blip-jax train --config=configs/caption_coco_vitl.py --workdir=runs/caption_coco_vitl
 Data: COCO, Karpathy's training split, 566,747 captions as JSON with image folder. Starts from runs/pretrain_vitl_129m;
---config.train.init_from names another pre-trained workdir of the same sizes. Its position table is resized to 384 px, and
-the text encoder, which a captioner has not, is left out.
+--config.train.init_from names another pre-trained workdir of the same sizes. Its position table is resized to 384 px,
+and the text encoder, which a captioner has not, is left out.
 Hardware: the paper's authors used 16 A100. Unverified here: no run of this size was made.
-Expected on the Karpathy test split with beam 3, BLEU@4 and CIDEr of the paper: 40.3 and 135.5 after pre-training on 129M
-unfiltered pairs, 40.4 and 136.7 on the bootstrapped ones.
+Expected on the Karpathy test split with beam 3, BLEU@4 and CIDEr of the paper: 40.3 and 135.5 after pre-training on
+129M unfiltered pairs, 40.4 and 136.7 on the bootstrapped ones.
 Differences: texts are padded to 40 tokens, the original's to the longest of the batch, so that with
 loss.smoothing_over="all" padding has more weight in the smoothing term.
 """
+
 from blip_jax.config import base, source
 
 EPOCHS = 5

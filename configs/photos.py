@@ -1,14 +1,17 @@
-"""A small model on 4100 Flickr8k photographs at 128 px with five captions each: a laptop learns real images in 15 minutes.
+"""A small model on 4100 Flickr8k photographs at 128 px with five captions each: a laptop learns real images in 15
+minutes.
 
 Data: BLIP's JSON layout, data/photos/train.json (3600 photographs) and data/photos/val.json (500), rows {"image",
-"caption", "image_id"}, image paths relative to data/photos; --config.data.train.photos.path and .images point elsewhere.
+"caption", "image_id"}, image paths relative to data/photos; --config.data.train.photos.path and .images point
+elsewhere.
 Commands: blip-jax vocab --captions=data/photos/train.json --size=3000 --out=data/photos/vocab.txt
           export XLA_FLAGS=--xla_force_host_platform_device_count=2    # data parallel over two CPU cores
           export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000    # glibc: keep large buffers
           blip-jax train --config=configs/photos.py --workdir=runs/photos
-Hardware: 2 CPU cores, 13 minutes. R@10 of 500 unseen photographs, re-ranked: image to text 12.4, text to image 13.0; by cosine
-alone 12.6 and 13.9 (chance 2.0).
+Hardware: 2 CPU cores, 13 minutes. R@10 of 500 unseen photographs, re-ranked: image to text 12.4, text to image 13.0; by
+cosine alone 12.6 and 13.9 (chance 2.0).
 """
+
 from blip_jax.config import base, source
 
 

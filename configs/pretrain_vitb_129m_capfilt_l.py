@@ -2,16 +2,19 @@
 
 Paper row: ViT-B, 129M, CapFilt with captioner and filter of ViT-L (BLIP, arXiv 2201.12086, table 1).
 Command: blip-jax train --config=configs/pretrain_vitb_129m_capfilt_l.py --workdir=runs/pretrain_vitb_129m_capfilt_l
-From the first model's parameters, with a new optimiser, instead of from scratch: --config.train.init_from=runs/pretrain_vitb_129m
+From the first model's parameters, with a new optimiser, instead of from scratch:
+--config.train.init_from=runs/pretrain_vitb_129m
 Data: COCO 567k and Visual Genome 769k captions as JSON with image folders; what `blip-jax capfilt` kept with the ViT-L
 models of CC3M + CC12M + SBU in data/capfilt_14m_l, and of LAION in data/capfilt_laion_l (commands in capfilt_14m.py).
-Every pair has the same weight but LAION's, of which an epoch reads a fifth, as in the paper: set the four numbers of kept
-texts to those of each summary.json. The figures here stand in for them: three quarters of 13.86M and 115M, the paper's
-share for nucleus captions; for web texts it names none.
+Every pair has the same weight but LAION's, of which an epoch reads a fifth, as in the paper: set the four numbers of
+kept texts to those of each summary.json. The figures here stand in for them: three quarters of 13.86M and 115M, the
+paper's share for nucleus captions; for web texts it names none.
 Hardware: the paper's authors used 32 A100. Unverified here: no run of this size was made.
 Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 81.2 text, 64.1 image; captioning B@4 39.7, CIDEr 133.3.
-Differences: as pretrain_vitb_129m.py; a fifth of LAION is drawn anew for every epoch, where the paper goes round five parts.
+Differences: as pretrain_vitb_129m.py; a fifth of LAION is drawn anew for every epoch, where the paper goes round five
+parts.
 """
+
 from blip_jax.config import base, source
 
 EPOCHS = 20

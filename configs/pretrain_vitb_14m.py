@@ -8,8 +8,10 @@ on what CapFilt makes of it, is pretrain_vitb_14m_bootstrapped.py.
 Hardware: the paper's authors used 32 A100, 3 to 4 days. Unverified here: no run of this size was made.
 Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 78.4 text, 60.7 image.
 Differences: the paper starts the ViT from ImageNet weights and the text model from BERT-base; this starts from random
-weights unless `train.init_from` names a checkpoint. The paper's text says decay 0.85 per epoch, its code 0.9, used here.
+weights unless `train.init_from` names a checkpoint. The paper's text says decay 0.85 per epoch, its code 0.9, used
+here.
 """
+
 from blip_jax.config import base, source
 
 EPOCHS = 20

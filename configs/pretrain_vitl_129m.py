@@ -9,8 +9,10 @@ Captioner and filter of CapFilt-L start from it.
 Hardware: the paper's authors used 32 A100, with gradient checkpointing. Unverified here: no run of this size was made.
 Expected after fine-tuning on COCO at 384 px, R@1 of the paper: 80.6 text, 64.1 image.
 Differences: the paper starts the ViT from ImageNet weights and the text model from BERT-base; this starts from random
-weights unless `train.init_from` names a checkpoint. The paper's text says decay 0.85 per epoch, its code 0.9, used here.
+weights unless `train.init_from` names a checkpoint. The paper's text says decay 0.85 per epoch, its code 0.9, used
+here.
 """
+
 from blip_jax.config import base, source
 
 EPOCHS = 20

@@ -2,15 +2,16 @@
 
 Paper row: image-text retrieval on COCO, ViT-B (BLIP, arXiv 2201.12086); also the filter of CapFilt.
 Command: blip-jax train --config=configs/retrieval_coco_vitb.py --workdir=runs/retrieval_coco_vitb
-Data: COCO, Karpathy's splits, 566,747 training captions and 5000 validation pictures as JSON with image folder. Starts from
-runs/pretrain_vitb_14m; --config.train.init_from names another pre-trained workdir of the same sizes. Its position table is
-resized to 384 px, and the decoder, which retrieval has not, is left out.
+Data: COCO, Karpathy's splits, 566,747 training captions and 5000 validation pictures as JSON with image folder. Starts
+from runs/pretrain_vitb_14m; --config.train.init_from names another pre-trained workdir of the same sizes. Its position
+table is resized to 384 px, and the decoder, which retrieval has not, is left out.
 Hardware: the paper's authors used 8 A100, a few hours. Unverified here: no run of this size was made.
 Expected on the Karpathy test split (--config.data.eval.coco.path=data/coco_karpathy_test.json), R@1 of the paper: 78.4
 text, 60.7 image after pre-training on 14M unfiltered pairs; 80.6, 63.1 on the bootstrapped ones.
-Differences: ITC compares with the features of the whole batch and the queue, the original with one GPU's 32 and the queue.
-Every epoch is kept and evaluated; the paper's is the one with the best mean recall on the validation split.
+Differences: ITC compares with the features of the whole batch and the queue, the original with one GPU's 32 and the
+queue. Every epoch is kept and evaluated; the paper's is the one with the best mean recall on the validation split.
 """
+
 from blip_jax.config import base, source
 
 EPOCHS = 6

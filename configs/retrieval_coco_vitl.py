@@ -2,16 +2,17 @@
 
 Paper row: image-text retrieval on COCO, ViT-L (BLIP, arXiv 2201.12086); also the filter of CapFilt-L.
 Command: blip-jax train --config=configs/retrieval_coco_vitl.py --workdir=runs/retrieval_coco_vitl
-Data: COCO, Karpathy's splits, 566,747 training captions and 5000 validation pictures as JSON with image folder. Starts from
-runs/pretrain_vitl_129m; --config.train.init_from names another pre-trained workdir of the same sizes. Its position table is
-resized to 384 px, and the decoder, which retrieval has not, is left out.
+Data: COCO, Karpathy's splits, 566,747 training captions and 5000 validation pictures as JSON with image folder. Starts
+from runs/pretrain_vitl_129m; --config.train.init_from names another pre-trained workdir of the same sizes. Its position
+table is resized to 384 px, and the decoder, which retrieval has not, is left out.
 Hardware: the paper's authors used 16 A100. Unverified here: no run of this size was made.
 Expected on the Karpathy test split (--config.data.eval.coco.path=data/coco_karpathy_test.json), R@1 of the paper: 80.6
 text, 64.1 image after pre-training on 129M unfiltered pairs; 82.4, 65.1 on the bootstrapped ones.
-Differences: ITC compares with the features of the whole batch and the queue, the original with one GPU's 32 and the queue.
-The queue is 57,344 long instead of 57,600, so that it holds whole batches.
+Differences: ITC compares with the features of the whole batch and the queue, the original with one GPU's 32 and the
+queue. The queue is 57,344 long instead of 57,600, so that it holds whole batches.
 Every epoch is kept and evaluated; the paper's is the one with the best mean recall on the validation split.
 """
+
 from blip_jax.config import base, source
 
 EPOCHS = 6

@@ -1,16 +1,19 @@
-"""The paper in miniature on the built-in world (blip_jax/data/scenes.py): the pre-training that the demo runs once per corpus.
+"""The paper in miniature on the built-in world (blip_jax/data/scenes/world.py): the pre-training that the demo runs
+once per corpus.
 
-Data, drawn as needed, 48 px, one patch a cell of the world's grid: `human`, few pictures with five true captions each, and
-`web`, many with one, most of them noise. No crop, flip or RandAugment. Negatives come from the batch alone. What makes so small
-a model learn in a minute: wider initial weights, a position table as large as the patches, and the easy side of the world; on
-the whole world a captioner learns colours in this time, but not yet places.
-Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary, five pre-trainings, captioner and filter, CapFilt,
-          report; the first pre-training by hand
+Data, drawn as needed, 48 px, one patch a cell of the world's grid: `human`, few pictures with five true captions each,
+and `web`, many with one, most of them noise. No crop, flip or RandAugment. Negatives come from the batch alone. What
+makes so small
+a model learn in a minute: wider initial weights, a position table as large as the patches, and the easy side of the
+world; on the whole world a captioner learns colours in this time, but not yet places.
+Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary, five pre-trainings, captioner and
+          filter, CapFilt, report; the first pre-training by hand
           blip-jax vocab --scenes=20000 --size=318 --out=runs/scenes/vocab.txt
           blip-jax train --config=configs/scenes.py --workdir=runs/scenes --config.text.vocab=runs/scenes/vocab.txt
-Hardware: 2 CPU cores, 2 min; the whole demo 13 min 38 s. Mean recall of seed 42 on the web as it is 56.0, filtered 81.3, with
-synthetic captions 63.2, with both 85.4.
+Hardware: 2 CPU cores, 2 min; the whole demo 13 min 38 s. Mean recall of seed 42 on the web as it is 56.0, filtered
+81.3, with synthetic captions 63.2, with both 85.4.
 """
+
 from blip_jax.config import base, source
 
 
@@ -45,5 +48,6 @@ def get_config():
     c.train.log_every = 100
     c.train.save_every = 1000
     c.train.keep = 1
-    c.eval.k = 32  # as in the paper a shortlist: of pairs far apart, which training never shows it, the matching head knows nothing
+    # as in the paper a shortlist: of pairs far apart, which training never shows it, the matching head knows nothing
+    c.eval.k = 32
     return c

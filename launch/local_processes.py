@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Runs a command as several processes of one run on this machine, over loopback: for tests, and to debug a pod at a desk.
+"""Runs a command as several processes of one run on this machine, over loopback: for tests, and to debug a pod at a
+desk.
 
     python launch/local_processes.py -n 2 --devices 4 -- blip-jax train --config=configs/x.py --workdir=DIR
 
-Each process is told its place in BLIP_JAX_COORDINATOR, BLIP_JAX_PROCESSES and BLIP_JAX_PROCESS; with --devices it sees that many
-fake CPU devices, else what the machine has. Its lines are printed behind its number. SIGTERM and SIGINT are passed on to all.
-When one ends badly, the others have a minute to notice by themselves, then they are killed.
+Each process is told its place in BLIP_JAX_COORDINATOR, BLIP_JAX_PROCESSES and BLIP_JAX_PROCESS; with --devices it sees
+that many fake CPU devices, else what the machine has. Its lines are printed behind its number. SIGTERM and SIGINT are
+passed on to all. When one ends badly, the others have a minute to notice by themselves, then they are killed.
 
-Exit status: the worst. A status of its own (1, 2, ...) is worse than death by a signal (128 + its number), that than 75 (stopped, run
-again), that than 0. 124: --timeout is over. Needs nothing but Python.
+Exit status: the worst. A status of its own (1, 2, ...) is worse than death by a signal (128 + its number), that than 75
+(stopped, run again), that than 0. 124: --timeout is over. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ def main(argv: list[str]) -> int:
     """Parses the command line, runs the processes, returns the exit status."""
     parser = argparse.ArgumentParser(usage="%(prog)s -n N [--devices D] [--timeout S] -- COMMAND ...")
     parser.add_argument("-n", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--devices", type=int, default=0, help="fake CPU devices of each process; 0: what the machine has")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="fake CPU devices of each process; 0: what the machine has"
+    )
     parser.add_argument("--timeout", type=float, default=0, help="seconds after which all are killed; 0: none")
     parser.add_argument("command", nargs="+", help="what each process runs, after --")
     given = parser.parse_args(argv)
     if given.n < 1 or given.devices < 0 or given.timeout < 0:
-        parser.error(f"-n {given.n}, --devices {given.devices}, --timeout {given.timeout}: numbers above 0 were expected")
+        parser.error(
+            f"-n {given.n}, --devices {given.devices}, --timeout {given.timeout}: numbers above 0 were expected"
+        )
     return Processes(resolved(given.command), given.n, given.devices).run(given.timeout)
 
 
@@ -52,12 +57,20 @@ def resolved(command: list[str]) -> list[str]:
 
 def environment(process: int, processes: int, port: int, devices: int) -> dict[str, str]:
     """The environment of one of the processes."""
-    env = os.environ | {"BLIP_JAX_COORDINATOR": f"127.0.0.1:{port}", "BLIP_JAX_PROCESSES": str(processes),
-                        "BLIP_JAX_PROCESS": str(process), "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {
+        "BLIP_JAX_COORDINATOR": f"127.0.0.1:{port}",
+        "BLIP_JAX_PROCESSES": str(processes),
+        "BLIP_JAX_PROCESS": str(process),
+        "PYTHONUNBUFFERED": "1",
+    }
     if devices:
         others = re.sub(r"--xla_force_host_platform_device_count=\S*", "", env.get("XLA_FLAGS", ""))
-        env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={devices}".strip()}
-    if devices and processes > 1:  # only process 0 would find its CPU programs there, and wait 30 s at most for those that compile
+        env |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={devices}".strip(),
+        }
+    # only process 0 would find its CPU programs there, and wait 30 s at most for those that compile
+    if devices and processes > 1:
         env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     return env
 
@@ -71,6 +84,7 @@ def free_port() -> int:
 
 def worst(statuses: list[int]) -> int:
     """One exit status for all, of Popen's (negative: a signal)."""
+
     def rank(status: int) -> int:
         return 0 if status == 0 else 1 if status == AGAIN else 2 if status < 0 else 3
 
@@ -79,12 +93,22 @@ def worst(statuses: list[int]) -> int:
 
 
 class Processes:
-    """The processes of one run; each is the head of a process group of its own, so that Ctrl-C reaches it through here only."""
+    """The processes of one run; each is the head of a process group of its own, so that Ctrl-C reaches it through
+    here only."""
 
     def __init__(self, command: list[str], n: int, devices: int):
         port = free_port()
-        self._all = [subprocess.Popen(command, env=environment(k, n, port, devices), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                      stderr=subprocess.STDOUT, start_new_session=True) for k in range(n)]
+        self._all = [
+            subprocess.Popen(
+                command,
+                env=environment(k, n, port, devices),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for k in range(n)
+        ]
         self._readers = [threading.Thread(target=self._pass_on, args=(k,), daemon=True) for k in range(n)]
 
     def run(self, timeout: float) -> int:
@@ -100,7 +124,9 @@ class Processes:
                 late = now + PATIENCE
             if deadline and now > deadline or late and now > late:
                 over = bool(deadline and now > deadline)
-                self._say(f"{f'{timeout:g} s are over' if over else f'process {bad[0]} ended {PATIENCE:g} s ago'}: killing the others")
+                self._say(
+                    f"{f'{timeout:g} s are over' if over else f'process {bad[0]} ended {PATIENCE:g} s ago'}: killing the others"
+                )
                 self._signal(signal.SIGKILL)
                 break
             time.sleep(0.05)
@@ -109,7 +135,10 @@ class Processes:
             reader.join(5)
         for k, status in enumerate(statuses):
             if status:
-                self._say(f"process {k} " + (f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"))
+                self._say(
+                    f"process {k} "
+                    + (f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}")
+                )
         return OVER if over else worst(statuses)
 
     def _signal(self, number: int) -> None:

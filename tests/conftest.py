@@ -2,30 +2,40 @@
 
 What XLA compiles is kept for the length of a test run, also for the processes that tests start.
 """
+
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-                           " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from blip_jax.config import base, source  # noqa: E402
-from blip_jax.data import scenes, text  # noqa: E402
+from blip_jax.data.scenes.world import vocab_captions
+from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--blip-checkpoints", metavar="DIR", help="folder of released checkpoints, for the tests marked `released`")
+    parser.addoption(
+        "--blip-checkpoints", metavar="DIR", help="folder of released checkpoints, for the tests marked `released`"
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "released: expected numbers of the released checkpoints; needs --blip-checkpoints DIR")
+    config.addinivalue_line(
+        "markers", "released: expected numbers of the released checkpoints; needs --blip-checkpoints DIR"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--blip-checkpoints") is None:
-        left_out = pytest.mark.skip(reason="expected numbers of the released weights: -m released --blip-checkpoints DIR")
+        left_out = pytest.mark.skip(
+            reason="expected numbers of the released weights: -m released --blip-checkpoints DIR"
+        )
         for item in items:
             if item.get_closest_marker("released"):
                 item.add_marker(left_out)
@@ -36,8 +46,11 @@ def compilation_cache(tmp_path_factory):
     """One cache of compiled programs for this run of the tests, its workers and the processes they start."""
     root = tmp_path_factory.getbasetemp()
     folder = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "compiled")
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.5,
-                "jax_persistent_cache_min_entry_size_bytes": -1}
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
@@ -48,7 +61,7 @@ def compilation_cache(tmp_path_factory):
 def tiny_vocab(tmp_path_factory):
     """vocab.txt of 118 entries, from the captions of the built-in world."""
     path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    text.train_vocab(scenes.vocab_captions(300), 118, path)
+    train_vocab(vocab_captions(300), 118, path)
     return path
 
 

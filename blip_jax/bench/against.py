@@ -1,7 +1,9 @@
-"""The training step beside the same step in PyTorch, in one run in which they take turns; `bench/torch_step.py` is the peer.
+"""The training step beside the same step in PyTorch, in one run in which they take turns; `bench/torch_step.py` is the
+peer.
 
-Both start from the same parameters, see the same pictures and texts, and their losses must agree before anything is timed. The peer
-pads texts to `text.max_len`, as the original does; ours does the same, and with `text.buckets` also cuts them to each length.
+Both start from the same parameters, see the same pictures and texts, and their losses must agree before anything is
+timed. The peer pads texts to `text.max_len`, as the original does; ours does the same, and with `text.buckets` also
+cuts them to each length.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax import sharding, steps, train_state
-from blip_jax.bench import flops, throughput, train
+from blip_jax.bench import throughput, train
 from blip_jax.convert.apply import to_torch
+from blip_jax.models import flops
 from blip_jax.models.build import build
-from blip_jax.models.vit import normalize_pixels
-from blip_jax.momentum import ema, momentum_params
+from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.parallel import sharding
+from blip_jax.tasks import step
+from blip_jax.tasks.momentum import ema, momentum_params
+from blip_jax.train import state as train_state
 
 LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference of a loss
 
@@ -28,27 +33,42 @@ LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference of a loss
 def check(cfgs: list, settings) -> None:
     """ValueError: what cannot be compared, before anything is built."""
     if found := [problem for cfg in cfgs for problem in problems(cfg)]:
-        raise ValueError(f"--against={settings.against}: the PyTorch step is the original's on one device, which this config is not: "
-                         + "; ".join(found))
+        raise ValueError(
+            f"--against={settings.against}: the PyTorch step is the original's on one device, which this config is not: "
+            + "; ".join(found)
+        )
     if settings.input != "synthetic":
-        raise ValueError(f"--against={settings.against} with --input={settings.input}: both sides take turns on the same batch; leave "
-                         "--input away")
+        raise ValueError(
+            f"--against={settings.against} with --input={settings.input}: both sides take turns on the same batch; leave "
+            "--input away"
+        )
     if jax.process_count() > 1:
-        raise ValueError(f"--against={settings.against} in {jax.process_count()} processes: the peer runs on one device; start one process")
+        raise ValueError(
+            f"--against={settings.against} in {jax.process_count()} processes: the peer runs on one device; start one process"
+        )
     backend = jax.default_backend()
     if backend not in ("cpu", "gpu"):
-        raise ValueError(f"--against={settings.against} on a {backend}: PyTorch must run on the same device; use a CPU or a GPU")
+        raise ValueError(
+            f"--against={settings.against} on a {backend}: PyTorch must run on the same device; use a CPU or a GPU"
+        )
     if backend == "gpu" and os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("0", "false"):
-        raise ValueError(f"--against={settings.against}: JAX has taken most of the GPU's memory for itself; set "
-                         "XLA_PYTHON_CLIENT_PREALLOCATE=false")
+        raise ValueError(
+            f"--against={settings.against}: JAX has taken most of the GPU's memory for itself; set "
+            "XLA_PYTHON_CLIENT_PREALLOCATE=false"
+        )
 
 
 def problems(cfg) -> list[str]:
     """What this config asks that the original's step on one device does not do."""
-    wanted = {"objective": (cfg.objective, "pretrain"), "loss.momentum": (cfg.loss.momentum, True),
-              "loss.smoothing_over": (cfg.loss.smoothing_over, "valid"), "optim.accumulate": (cfg.optim.accumulate, 1),
-              "optim.decay_mask": (cfg.optim.decay_mask, "all"), "optim.clip": (cfg.optim.clip, 0.0),
-              "optim.freeze": (tuple(cfg.optim.freeze), ())}
+    wanted = {
+        "objective": (cfg.objective, "pretrain"),
+        "loss.momentum": (cfg.loss.momentum, True),
+        "loss.smoothing_over": (cfg.loss.smoothing_over, "valid"),
+        "optim.accumulate": (cfg.optim.accumulate, 1),
+        "optim.decay_mask": (cfg.optim.decay_mask, "all"),
+        "optim.clip": (cfg.optim.clip, 0.0),
+        "optim.freeze": (tuple(cfg.optim.freeze), ()),
+    }
     found = [f"{name} is {value!r}, must be {want!r}" for name, (value, want) in wanted.items() if value != want]
     if cfg.loss.queue < 1:
         found.append("loss.queue is 0, must be a multiple of the batch")
@@ -60,7 +80,9 @@ def problems(cfg) -> list[str]:
 def measure(cfg, settings, say: Callable) -> dict:
     """The case of one config of `one_device`: figures of both sides, and how many times as fast ours is."""
     import torch
+
     from blip_jax.bench import torch_step
+
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = True  # as JAX multiplies float32 on a GPU by default
@@ -71,11 +93,20 @@ def measure(cfg, settings, say: Callable) -> dict:
         program = train.Program(cfg, mesh)
         say(train.describe(program))
         state = {"params": host(program.state.all_params), "momentum": host(program.state.momentum)}
-        peer = torch_step.Step(cfg, to_torch("pretrain", state, vocab_size=cfg.model.med.vocab_size, consume=True),
-                               "cuda" if jax.default_backend() == "gpu" else "cpu", settings.against == "torch-compile", cfg.model.dtype)
+        peer = torch_step.Step(
+            cfg,
+            to_torch("pretrain", state, vocab_size=cfg.model.med.vocab_size, consume=True),
+            "cuda" if jax.default_backend() == "gpu" else "cpu",
+            settings.against == "torch-compile",
+            cfg.model.dtype,
+        )
         agreement = agree(program, peer, sorted({min(share), longest}), say)
         whole = train.random_batch(cfg, longest, longest=min(share))  # texts that fit every length
-        jobs = {settings.against: functools.partial(_wait, torch, peer, peer.batch(whole["img"], whole["ids"], whole["txt_mask"]))}
+        jobs = {
+            settings.against: functools.partial(
+                _wait, torch, peer, peer.batch(whole["img"], whole["ids"], whole["txt_mask"])
+            )
+        }
         for T in sorted({*share, longest}, reverse=True):
             jobs[f"ours, {T} positions"] = functools.partial(program.run, program.place(cut(whole, T)))
         _, times = throughput.rounds(jobs, settings.rounds, say)
@@ -85,25 +116,46 @@ def measure(cfg, settings, say: Callable) -> dict:
 
 
 def figures(program, times: dict[str, list], share: dict[int, float], peer: str, say: Callable) -> dict:
-    """The case: seconds and rates of the peer, of ours padded and of ours with buckets, and the ratios within rounds."""
+    """The case: seconds and rates of the peer, of ours padded and of ours with buckets, and the ratios within
+    rounds."""
     cfg, longest = program.cfg, program.cfg.text.max_len
     one = lambda seconds, count: throughput.figures(seconds, cfg.train.batch, count)
     ours = {T: times[f"ours, {T} positions"] for T in {*share, longest}}
-    sides = {peer: one(times[peer], flops.pretrain_step(cfg, original=True)["step"]),
-             "ours": one(ours[longest], train.step_flops(cfg, longest))}
-    texts = {T: {"share": share.get(T, 0.0), **program.about[T], **one(ours[T], train.step_flops(cfg, T))} for T in sorted(ours)}
+    sides = {
+        peer: one(times[peer], flops.pretrain_step(cfg, original=True)["step"]),
+        "ours": one(ours[longest], train.step_flops(cfg, longest)),
+    }
+    texts = {
+        T: {"share": share.get(T, 0.0), **program.about[T], **one(ours[T], train.step_flops(cfg, T))}
+        for T in sorted(ours)
+    }
     if len(cfg.text.buckets):
         mixed = [sum(share[T] * ours[T][i] for T in share) for i in range(len(times[peer]))]
         sides["ours with buckets"] = one(mixed, sum(part * train.step_flops(cfg, T) for T, part in share.items()))
-    ratios = {name: throughput.ratio(times[peer], found["step_s"]["all"]) for name, found in sides.items() if name != peer}
+    ratios = {
+        name: throughput.ratio(times[peer], found["step_s"]["all"]) for name, found in sides.items() if name != peer
+    }
     for name, found in sides.items():
-        say(f"{name}: {throughput.words(found)}" + (f"; {ratios[name]:.2f} times as fast as {peer}" if name in ratios else ""))
-    return {"objective": cfg.objective, "dtype": cfg.model.dtype, "batch": cfg.train.batch, "mesh": dict(program.mesh.shape),
-            "peer": peer, "sides": sides, "ours_over": ratios, "texts": texts, "state_bytes": train.state_bytes(program.shapes)}
+        say(
+            f"{name}: {throughput.words(found)}"
+            + (f"; {ratios[name]:.2f} times as fast as {peer}" if name in ratios else "")
+        )
+    return {
+        "objective": cfg.objective,
+        "dtype": cfg.model.dtype,
+        "batch": cfg.train.batch,
+        "mesh": dict(program.mesh.shape),
+        "peer": peer,
+        "sides": sides,
+        "ours_over": ratios,
+        "texts": texts,
+        "state_bytes": train.state_bytes(program.shapes),
+    }
 
 
 def agree(program, peer, Ts: list[int], say: Callable) -> dict:
-    """Both sides' losses without dropout on one batch with the same negatives, ours for texts of each of `Ts` positions.
+    """Both sides' losses without dropout on one batch with the same negatives, ours for texts of each of `Ts`
+    positions.
 
     ValueError: one differs by more than LIMIT.
     """
@@ -119,10 +171,14 @@ def agree(program, peer, Ts: list[int], say: Callable) -> dict:
         found[f"ours, {T} positions"] = mine
         for name, x in theirs.items():
             if not abs(mine[name] - x) <= found["limit"]:
-                raise ValueError(f"the PyTorch step with our parameters is not our step: {name} is {x:.6g}, ours for texts of {T} "
-                                 f"positions {mine[name]:.6g}; times would not be comparable")
-    say(f"losses agree within {max(abs(found[f'ours, {T} positions'][n] - x) for T in Ts for n, x in theirs.items()):.2g}: "
-        + ", ".join(f"{name} {x:.5f}" for name, x in theirs.items()))
+                raise ValueError(
+                    f"the PyTorch step with our parameters is not our step: {name} is {x:.6g}, ours for texts of {T} "
+                    f"positions {mine[name]:.6g}; times would not be comparable"
+                )
+    say(
+        f"losses agree within {max(abs(found[f'ours, {T} positions'][n] - x) for T in Ts for n, x in theirs.items()):.2g}: "
+        + ", ".join(f"{name} {x:.5f}" for name, x in theirs.items())
+    )
     return found
 
 
@@ -136,8 +192,17 @@ def _losses(cfg, model, state: train_state.TrainState, batch: dict) -> dict:
     momentum = state.momentum | {"params": ema(state.momentum["params"], online, cfg.loss.ema)}
     batch = batch | {"img": normalize_pixels(batch["img"])}
     following = lambda key, weights, first_row: jnp.roll(jnp.arange(cfg.train.batch, dtype=jnp.int32), -1)
-    metrics = steps.LOSSES[cfg.objective](model, cfg, state.all_params, momentum, batch, jnp.float32(cfg.loss.alpha),
-                                          (jax.random.key(0), jax.random.key(1)), 0, following)[1][0]
+    metrics = step.LOSSES[cfg.objective](
+        model,
+        cfg,
+        state.all_params,
+        momentum,
+        batch,
+        jnp.float32(cfg.loss.alpha),
+        (jax.random.key(0), jax.random.key(1)),
+        0,
+        following,
+    )[1][0]
     return {name: x for name, x in metrics.items() if name.startswith("loss_")}
 
 

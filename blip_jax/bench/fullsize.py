@@ -1,7 +1,8 @@
 """Full size really runs: `python -m blip_jax.bench.fullsize` prints what it measured and what the formulas say.
 
-ViT-B/16 at 224 pixels takes three real pre-training steps (batch 8, float32, queue 57600, random pixels, texts of caption
-length) on the devices there are: some minutes and 12 GB on two CPU cores. ViT-L/16 is traced and lowered, not run.
+ViT-B/16 at 224 pixels takes three real pre-training steps (batch 8, float32, queue 57600, random pixels, texts of
+caption length) on the devices there are: some minutes and 12 GB on two CPU cores. ViT-L/16 is traced and lowered, not
+run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import resource
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from blip_jax import config, optim, sharding, steps, train_state
-from blip_jax.bench import flops
+from blip_jax import config, trees
+from blip_jax.models import flops
 from blip_jax.models.blip import Blip
+from blip_jax.parallel import sharding
+from blip_jax.tasks import step as steps
+from blip_jax.train import optim
+from blip_jax.train import state as train_state
 
 BATCH, STEPS, EPOCH_STEPS = 8, 3, 1000
 
@@ -37,12 +41,13 @@ def make(cfg):
 
 
 def parameter_counts(state, vocab_size: int) -> tuple[int, int]:
-    """(trainable, total with the momentum copies) numbers of parameters of a TrainState, vocabulary padding left out."""
+    """(trainable, total with the momentum copies) numbers of parameters of a TrainState, vocabulary padding left
+    out."""
 
     def count(tree):
         n = 0
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            by_vocab = sharding.logical_dims(sharding.path_name(path), x.ndim)[:1] == ("vocab",)
+            by_vocab = sharding.logical_dims(trees.path_name(path), x.ndim)[:1] == ("vocab",)
             n += x.size * vocab_size // x.shape[0] if by_vocab else x.size
         return n
 
@@ -57,13 +62,21 @@ def random_batch(cfg, seed: int) -> dict[str, np.ndarray]:
     B, T, size = cfg.train.batch, cfg.text.max_len, cfg.model.img_size
     txt_mask = np.arange(T) < rng.integers(8, 15, (B, 1))
     ids = np.where(txt_mask, rng.integers(1000, cfg.model.med.vocab_size - 2, (B, T)), 0).astype(np.int32)
-    return {"img": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8), "ids": ids, "txt_mask": txt_mask,
-            "image_id": np.arange(B, dtype=np.int32)}
+    return {
+        "img": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8),
+        "ids": ids,
+        "txt_mask": txt_mask,
+        "image_id": np.arange(B, dtype=np.int32),
+    }
 
 
 def _bytes(tree) -> int:
     """Bytes of the arrays of a tree, random keys left out."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    return sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
 
 
 def _peak_memory() -> str:
@@ -76,25 +89,34 @@ def _shapes(tree):
 
 def _say_size(cfg, shapes) -> None:
     trainable, total = parameter_counts(shapes, cfg.model.med.vocab_size)
-    print(f"parameters: {trainable:,} trainable, {total:,} in all; state {_bytes(shapes) / 1e9:.2f} GB (parameters "
-          f"{_bytes(shapes.params) / 1e9:.2f}, optimiser {_bytes(shapes.opt) / 1e9:.2f}, momentum {_bytes(shapes.momentum) / 1e9:.2f})")
+    print(
+        f"parameters: {trainable:,} trainable, {total:,} in all; state {_bytes(shapes) / 1e9:.2f} GB (parameters "
+        f"{_bytes(shapes.params) / 1e9:.2f}, optimiser {_bytes(shapes.opt) / 1e9:.2f}, momentum {_bytes(shapes.momentum) / 1e9:.2f})"
+    )
 
 
 def _say_flops(cfg, traced) -> float:
     """Prints formula and jaxpr count of the traced step; returns FLOPs per step by the formula."""
     count = flops.pretrain_step(cfg)
     traced_pair = flops.count_jaxpr(traced.jaxpr) / cfg.train.batch
-    print("forward, GFLOP per pair: " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in count.items() if name != "step"))
-    print(f"step: {count['step'] / 1e9:.1f} GFLOP per pair by the formula, {traced_pair / 1e9:.1f} in the traced program "
-          f"({100 * (traced_pair / count['step'] - 1):+.2f} %)")
+    print(
+        "forward, GFLOP per pair: "
+        + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in count.items() if name != "step")
+    )
+    print(
+        f"step: {count['step'] / 1e9:.1f} GFLOP per pair by the formula, {traced_pair / 1e9:.1f} in the traced program "
+        f"({100 * (traced_pair / count['step'] - 1):+.2f} %)"
+    )
     return count["step"] * cfg.train.batch
 
 
 def run_base() -> None:
     """Three real steps of ViT-B/16 at 224; prints counts, memory (GB = 1e9 bytes), times, rates and losses."""
     cfg = full_config("base")
-    print(f"ViT-B/16, {cfg.model.img_size} px, batch {BATCH}, T {cfg.text.max_len}, {cfg.model.dtype}, queue {cfg.loss.queue}; "
-          f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
+    print(
+        f"ViT-B/16, {cfg.model.img_size} px, batch {BATCH}, T {cfg.text.max_len}, {cfg.model.dtype}, queue {cfg.loss.queue}; "
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    )
     create, step = make(cfg)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
@@ -109,16 +131,20 @@ def run_base() -> None:
         start = time.perf_counter()
         compiled = traced.lower().compile()
         memory = compiled.memory_analysis()
-        print(f"compiled in {time.perf_counter() - start:.1f} s: state in and out {memory.argument_size_in_bytes / 1e9:.2f} GB, of "
-              f"which {memory.alias_size_in_bytes / 1e9:.2f} GB in place, temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB; "
-              f"{_peak_memory()} so far")
+        print(
+            f"compiled in {time.perf_counter() - start:.1f} s: state in and out {memory.argument_size_in_bytes / 1e9:.2f} GB, of "
+            f"which {memory.alias_size_in_bytes / 1e9:.2f} GB in place, temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB; "
+            f"{_peak_memory()} so far"
+        )
         for i in range(STEPS):
             batch = place(i)
             start = time.perf_counter()
             state, metrics = jax.block_until_ready(compiled(state, batch))
             seconds = time.perf_counter() - start
-            print(f"step {i}: {seconds:.2f} s, {BATCH / seconds:.3f} pairs/s, {step_flops / seconds / 1e9:.1f} GFLOP/s; "
-                  + ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items()))
+            print(
+                f"step {i}: {seconds:.2f} s, {BATCH / seconds:.3f} pairs/s, {step_flops / seconds / 1e9:.1f} GFLOP/s; "
+                + ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+            )
             if not all(np.isfinite(float(value)) for value in metrics.values()):
                 raise ValueError(f"step {i} gave a metric that is not finite: {metrics}")
     print(_peak_memory())

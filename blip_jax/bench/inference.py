@@ -1,6 +1,7 @@
 """Images per second of the vision tower, `blip-jax bench encode`, and of CapFilt's filter, `blip-jax bench filter`.
 
-Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine. The peer is transformers' module
+Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine. The peer is
+transformers' module
 with the same weights: the outputs of both must agree before they take turns.
 """
 
@@ -11,14 +12,18 @@ from typing import Callable, NamedTuple
 import jax
 import numpy as np
 
-from blip_jax import config, sharding, train_state
-from blip_jax.bench import flops, throughput
-from blip_jax.capfilt import filter as filtering
+from blip_jax import config
+from blip_jax.bench import throughput
+from blip_jax.capfilt import filter
+from blip_jax.models import flops
 from blip_jax.models.blip import Blip
-from blip_jax.models.dense import rounded
-from blip_jax.models.vit import encode_pixels
+from blip_jax.models.layers.dense import rounded
+from blip_jax.models.vision.vit import encode_pixels
+from blip_jax.parallel import sharding
+from blip_jax.train import state as train_state
 
-LIMIT = {"float32": 1e-3, "bfloat16": 0.2}  # root mean square difference from the peer, of the outputs' standard deviation
+# root mean square difference from the peer, of the outputs' standard deviation
+LIMIT = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 class Settings(NamedTuple):
@@ -38,7 +43,8 @@ class Settings(NamedTuple):
 
 
 class Ours:
-    """The model of one image size and dtype with random weights, and `job`: (weights, batch) -> outputs, not yet jitted."""
+    """The model of one image size and dtype with random weights, and `job`: (weights, batch) -> outputs, not yet
+    jitted."""
 
     def __init__(self, settings: Settings, img_size: int, dtype: str):
         cfg = config.base(settings.size)
@@ -53,8 +59,8 @@ class Ours:
         """{"states": [B,P,D]}, or {"itm", "itc": f32[B,G]}"""
         if self.settings.workload == "encode":
             return {"states": encode_pixels(self.model, weights, batch["img"])}
-        view = filtering.viewer(self.model)(weights, batch["img"])
-        return filtering.scorer(self.model)(weights, view, batch["ids"], batch["txt_mask"])
+        view = filter.viewer(self.model)(weights, batch["img"])
+        return filter.scorer(self.model)(weights, view, batch["ids"], batch["txt_mask"])
 
     def image_flops(self) -> float:
         if self.settings.workload == "encode":
@@ -69,14 +75,18 @@ class Ours:
             return {"img": img}
         shape = images, self.settings.texts, self.settings.positions
         txt_mask = np.arange(shape[-1]) < rng.integers(5, shape[-1] + 1, (*shape[:-1], 1))
-        return {"img": img, "ids": np.where(txt_mask, rng.integers(5, med.vocab_size - 2, shape), 0).astype(np.int32), "txt_mask": txt_mask}
+        return {
+            "img": img,
+            "ids": np.where(txt_mask, rng.integers(5, med.vocab_size - 2, shape), 0).astype(np.int32),
+            "txt_mask": txt_mask,
+        }
 
 
 def run(settings: Settings, command: str, out: str = "", say: Callable = print) -> dict:
     """Measures all combinations, says the figures, writes JSON to `out` where given; returns what is in it.
 
-    ValueError: fewer cores than threads, no multiple of the patch, too few text positions, an output folder that does not exist, or
-    a peer whose outputs differ. Where transformers is not installed the peer is left out, and said so.
+    ValueError: fewer cores than threads, no multiple of the patch, too few text positions, an output folder that does
+    not exist, or a peer whose outputs differ. Where transformers is not installed the peer is left out, and said so.
     """
     throughput.limit_threads(settings.threads)
     throughput.check_out(out)
@@ -87,7 +97,13 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print) 
         raise ValueError(f"--positions={settings.positions}: texts have 5 to {most}, the positions of this model")
     if settings.against and not throughput.installed("transformers", ("torch", "transformers"), say):
         settings = settings._replace(against="")
-    result = {"command": command, "workload": settings.workload, "settings": settings._asdict(), **throughput.about(), "cases": []}
+    result = {
+        "command": command,
+        "workload": settings.workload,
+        "settings": settings._asdict(),
+        **throughput.about(),
+        "cases": [],
+    }
     say(throughput.headline(result, settings.threads))
     for img_size in settings.img_sizes:
         for dtype in settings.dtypes:
@@ -110,6 +126,7 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable) -> dic
         jobs = {"ours": lambda: jax.block_until_ready(program(*args))}
         if settings.against:
             from blip_jax.bench.transformers_peer import Matcher
+
             peer = Matcher(ours.config, jax.tree.map(np.asarray, ours.params), dtype, settings.threads)
             jobs["transformers"] = peer.job(settings.workload, peer.inputs(batch))
             agreed = agreement(jobs["ours"](), jobs["transformers"](), dtype)
@@ -124,8 +141,16 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable) -> dic
         say(f"{name}: {throughput.words(found)}")
     if ratios:
         say(f"ours is {ratios['transformers']:.2f} times as fast as transformers")
-    return {"img_size": img_size, "dtype": dtype, "images": images, "mesh": dict(mesh.shape), "compile_s": compile_s, "sides": sides,
-            "ours_over": ratios, "agreement": agreed}
+    return {
+        "img_size": img_size,
+        "dtype": dtype,
+        "images": images,
+        "mesh": dict(mesh.shape),
+        "compile_s": compile_s,
+        "sides": sides,
+        "ours_over": ratios,
+        "agreement": agreed,
+    }
 
 
 def agreement(ours: dict, theirs: dict, dtype: str) -> dict[str, float]:
@@ -135,6 +160,8 @@ def agreement(ours: dict, theirs: dict, dtype: str) -> dict[str, float]:
         mine, peer = np.asarray(x, np.float32), theirs[name].float().cpu().numpy()
         found[name] = float(np.sqrt(np.mean((mine - peer) ** 2)) / np.std(peer))
         if not found[name] <= LIMIT[dtype]:
-            raise ValueError(f"transformers with our weights is not our model: {name} differs by {found[name]:.2g} of its deviation, "
-                             f"more than {LIMIT[dtype]:.2g}; times would not be comparable")
+            raise ValueError(
+                f"transformers with our weights is not our model: {name} differs by {found[name]:.2g} of its deviation, "
+                f"more than {LIMIT[dtype]:.2g}; times would not be comparable"
+            )
     return found

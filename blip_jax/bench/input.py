@@ -20,9 +20,12 @@ from PIL import Image, ImageFilter
 
 from blip_jax import config
 from blip_jax.bench import throughput
-from blip_jax.data import image, text
-from blip_jax.data.pipeline import TrainData
-from blip_jax.data.records import Source, open_source
+from blip_jax.data import image
+from blip_jax.data.batches import TrainData
+from blip_jax.data.formats import open_source
+from blip_jax.data.source import Source
+from blip_jax.data.text.clean import clean_caption
+from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 
 SIZE = (500, 375)  # pixels, a common size of web photographs
 PICTURES = 64  # different files
@@ -44,15 +47,19 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
     """PICTURES JPEGs with the detail of photographs (about 50 kB) and captions of 12 words. Returns the list."""
     rng, rows = np.random.default_rng(0), []
     for i in range(PICTURES):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-        fine = Image.fromarray(rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(1))
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            SIZE, Image.Resampling.BICUBIC
+        )
+        fine = Image.fromarray(rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)).filter(
+            ImageFilter.GaussianBlur(1)
+        )
         Image.blend(coarse, fine, 0.35).save(folder / f"{i}.jpg", quality=90)
         rows.append({"image": f"{i}.jpg", "caption": " ".join(rng.choice(WORDS, 12))})
     (folder / "list.json").write_text(json.dumps(rows))
     return folder / "list.json"
 
 
-def stages(source: Source, tokenizer: text.Tokenizer, cfg, examples: int) -> dict[str, float]:
+def stages(source: Source, tokenizer: Tokenizer, cfg, examples: int) -> dict[str, float]:
     """Processor seconds of one thread per example, by stage."""
     spent: collections.Counter = collections.Counter()
     size = cfg.model.img_size
@@ -63,11 +70,13 @@ def stages(source: Source, tokenizer: text.Tokenizer, cfg, examples: int) -> dic
         marks.append(time.thread_time())
         picture = image.decode(record["image"], cfg.data.max_pixels)[0]
         marks.append(time.thread_time())
-        img = image.train_transform(picture, size, rng, scale=cfg.data.crop_scale, flip=cfg.data.flip, randaugment=False)
+        img = image.train_transform(
+            picture, size, rng, scale=cfg.data.crop_scale, flip=cfg.data.flip, randaugment=False
+        )
         marks.append(time.thread_time())
         image.rand_augment(img, rng)
         marks.append(time.thread_time())
-        tokenizer.encode([text.clean_caption(record["captions"][0], cfg.text.max_words)], cfg.text.max_len)
+        tokenizer.encode([clean_caption(record["captions"][0], cfg.text.max_words)], cfg.text.max_len)
         marks.append(time.thread_time())
         spent.update(dict(zip(("read", "decode", "crop+resize", "augment", "tokenise"), np.diff(marks))))
     return {stage: seconds / examples for stage, seconds in spent.items()}
@@ -94,7 +103,8 @@ def _resident() -> float:
 
 
 def run(settings: Settings, command: str, out: str = "", say: Callable = print) -> dict:
-    """Measures and says both, writes JSON to `out` where given; returns what is in it. ValueError: no folder of `out`."""
+    """Measures and says both, writes JSON to `out` where given; returns what is in it. ValueError: no folder of
+    `out`."""
     throughput.check_out(out)
     with tempfile.TemporaryDirectory() as name:
         found = _measure(pathlib.Path(name), settings, say)
@@ -105,20 +115,34 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print) 
 
 def _measure(folder: pathlib.Path, settings: Settings, say: Callable) -> dict:
     listing = write_pictures(folder)
-    text.train_vocab(WORDS, 300, folder / "vocab.txt")
-    tokenizer = text.Tokenizer(folder / "vocab.txt")
+    train_vocab(WORDS, 300, folder / "vocab.txt")
+    tokenizer = Tokenizer(folder / "vocab.txt")
     cfg = config.base()
     with cfg.unlocked():
-        cfg.model.img_size, cfg.train.batch, cfg.data.threads = settings.img_size, min(64, settings.examples), settings.threads
+        cfg.model.img_size, cfg.train.batch, cfg.data.threads = (
+            settings.img_size,
+            min(64, settings.examples),
+            settings.threads,
+        )
         cfg.data.train.pictures = config.source("json", str(listing))
     spent = stages(open_source("pictures", cfg.data.train.pictures), tokenizer, cfg, settings.timed)
     total, mean = sum(spent.values()), sum(f.stat().st_size for f in folder.glob("*.jpg")) / PICTURES / 1000
-    say(f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {settings.img_size}: {1 / total:.0f} images/s per core, {settings.timed} examples")
+    say(
+        f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {settings.img_size}: {1 / total:.0f} images/s per core, {settings.timed} examples"
+    )
     for stage, seconds in spent.items():
         say(f"  {stage:12s} {1000 * seconds:6.2f} ms  {100 * seconds / total:5.1f} %")
     data = TrainData(cfg, tokenizer, process_index=0, process_count=1, skipped_path=folder / "skipped.jsonl")
     first, most, rate = memory(data, settings.examples)
-    say(f"{settings.examples} examples through TrainData, {settings.threads} threads: {rate:.0f} images/s; resident "
-        f"{first:.0f} MB after {WARM_UP:.0%}, at most {most:.0f} MB later: grew {most - first:.1f} MB (limit {LIMIT})")
-    return {"images_per_s_per_core": 1 / total, "stage_s": spent, "jpeg_kb": mean, "images_per_s": rate, "resident_mb": [first, most],
-            "grew_mb": most - first}
+    say(
+        f"{settings.examples} examples through TrainData, {settings.threads} threads: {rate:.0f} images/s; resident "
+        f"{first:.0f} MB after {WARM_UP:.0%}, at most {most:.0f} MB later: grew {most - first:.1f} MB (limit {LIMIT})"
+    )
+    return {
+        "images_per_s_per_core": 1 / total,
+        "stage_s": spent,
+        "jpeg_kb": mean,
+        "images_per_s": rate,
+        "resident_mb": [first, most],
+        "grew_mb": most - first,
+    }

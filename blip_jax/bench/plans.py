@@ -1,4 +1,5 @@
-"""What a folder of plans says together: a table in Markdown and a chart of scaling. `python -m blip_jax.bench.plans benchmarks/plans`."""
+"""What a folder of plans says together: a table in Markdown and a chart of scaling. `python -m
+blip_jax.bench.plans benchmarks/plans`."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import math
 import pathlib
 import sys
 
-from blip_jax.bench.plan import gib
-from blip_jax.report import charts
-from blip_jax.report.markup import escape
+from blip_jax.demo.report import charts
+from blip_jax.demo.report.markup import escape
+from blip_jax.plan.plan import gib
 
 HEAD = """# Plans
 
@@ -18,15 +19,19 @@ What the TPU compiler makes of the step of a config on slices that were not at h
 bounds, every unit at its data sheet's rate and all at once; `memory` counts the traffic of a program compiled at -O0, which fuses less than
 a run's, so images/s is given as bounded by compute and interconnect, too. Nothing here was measured on a TPU.
 """
-STYLE = ("svg{background:#fdfdfb;font-family:system-ui,sans-serif}text{fill:#5c6166;font-size:11px}"
-         ".end{text-anchor:end}.middle{text-anchor:middle}"
-         ".axis{stroke:#5c6166;fill:none}.grid{stroke:#dcdcd6;fill:none}.line{fill:none;stroke-width:1.8}")
+STYLE = (
+    "svg{background:#fdfdfb;font-family:system-ui,sans-serif}text{fill:#5c6166;font-size:11px}"
+    ".end{text-anchor:end}.middle{text-anchor:middle}"
+    ".axis{stroke:#5c6166;fill:none}.grid{stroke:#dcdcd6;fill:none}.line{fill:none;stroke-width:1.8}"
+)
 COLOURS = {"v5e": "#1b5e9b", "v5p": "#c2500a", "v6e": "#2c7a3f", "v4": "#7d3c98", "v7x": "#8a6a00"}
 
 
 def read(folder) -> dict[str, dict]:
     """Plans by name. ValueError: the folder holds none."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(pathlib.Path(folder).glob("*.json"))}
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(pathlib.Path(folder).glob("*.json"))
+    }
     if not found:
         raise ValueError(f"{folder} holds no plan: write some there with blip-jax plan ... --out={folder}/NAME.json")
     return {name: plan["best"] if "tried" in plan else plan for name, plan in found.items() if plan.get("best", True)}
@@ -42,20 +47,28 @@ def without_memory(plan: dict) -> tuple[float, str]:
 
 def markdown(plans: dict[str, dict]) -> str:
     """A row for each plan: memory, the three times, images/s, what bounds."""
-    lines = [HEAD, "| plan | on | mesh | a device | remat | needs | of | compute, memory, interconnect ms | images/s a chip, in all "
-                   "| bound | images/s and bound without memory traffic | compiled in s |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        HEAD,
+        "| plan | on | mesh | a device | remat | needs | of | compute, memory, interconnect ms | images/s a chip, in all "
+        "| bound | images/s and bound without memory traffic | compiled in s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, plan in plans.items():
         rows, model = plan["programs"], plan["config"].get("model", {})
         most = max(rows, key=lambda row: row.get("needed", row["known"]))
-        units = lambda row: ", ".join(f"{1e3 * row['seconds'].get(k, math.nan):.1f}" for k in ("compute", "memory", "interconnect"))
+        units = lambda row: ", ".join(
+            f"{1e3 * row['seconds'].get(k, math.nan):.1f}" for k in ("compute", "memory", "interconnect")
+        )
         times, mesh = " + ".join(map(units, rows)), " × ".join(str(n) for n in plan["mesh"].values())
         needs = gib(most.get("needed", most["known"])) + ("" if plan["fits"] else " **too much**")
         rate, bound = without_memory(plan)
         speed = f"{plan['images_per_s_per_chip']:,.0f}, {plan['images_per_s']:,.0f}" if "images_per_s" in plan else "–"
         slowest = max(rows, key=lambda row: row["best_seconds"])["bound"]
-        lines.append(f"| {name} | {plan['topology']} | {mesh} | {rows[0]['images'] // plan['devices']} | "
-                     f"{model.get('remat', '–')} | {needs} | {gib(most['usable'])} | {times} | {speed} | {slowest} | "
-                     f"{rate:,.0f}, {bound} | {sum(row.get('compile_seconds', 0.0) for row in rows):.0f} |")
+        lines.append(
+            f"| {name} | {plan['topology']} | {mesh} | {rows[0]['images'] // plan['devices']} | "
+            f"{model.get('remat', '–')} | {needs} | {gib(most['usable'])} | {times} | {speed} | {slowest} | "
+            f"{rate:,.0f}, {bound} | {sum(row.get('compile_seconds', 0.0) for row in rows):.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -69,7 +82,9 @@ def scaling(plans: dict[str, dict]) -> str:
     series: dict = {}
     for name, plan in plans.items():
         rate, bound = without_memory(plan)
-        series.setdefault(name.rpartition("-")[0], []).append((math.log2(plan["chips"]), rate / plan["chips"] / 1000, bound))
+        series.setdefault(name.rpartition("-")[0], []).append(
+            (math.log2(plan["chips"]), rate / plan["chips"] / 1000, bound)
+        )
     every = [p for points in series.values() for p in points]
     if not every:
         raise ValueError("no plan to draw: their names begin with scaling-")
@@ -82,13 +97,17 @@ def scaling(plans: dict[str, dict]) -> str:
         dash = ' stroke-dasharray="5 3"' if "paper" in name else ""
         body.append(f'<path class="line" stroke="{colour}"{dash} d="{plot.path([(x, y) for x, y, _ in points])}"/>')
         filled = {"compute": colour, "interconnect": "#fdfdfb"}
-        body += [f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="3" stroke="{colour}" fill="{filled[bound]}"/>'
-                 for x, y, bound in points]
-        x, y = plot.x(points[-1][0]), plot.y(points[-1][1]) + (16 if "paper" in name else -7)  # below its line, or above
+        body += [
+            f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="3" stroke="{colour}" fill="{filled[bound]}"/>'
+            for x, y, bound in points
+        ]
+        # below its line, or above
+        x, y = plot.x(points[-1][0]), plot.y(points[-1][1]) + (16 if "paper" in name else -7)
         body.append(f'<text class="end" x="{x:.1f}" y="{y:.1f}">{escape(name.removeprefix("scaling-"))}</text>')
         told.append(f"{name}: " + ", ".join(f"{2**x:.0f} chips {1000 * y:.0f} ({bound})" for x, y, bound in points))
-    return charts.svg("scaling", "images/s a chip at best, by compute and interconnect", "; ".join(told), "".join(body)).replace(
-        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return charts.svg(
+        "scaling", "images/s a chip at best, by compute and interconnect", "; ".join(told), "".join(body)
+    ).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
 def main(folder: str) -> None:

@@ -1,6 +1,8 @@
-"""What every benchmark shares: the settings of a run, times to figures, hardware and versions beside them, traces, files.
+"""What every benchmark shares: the settings of a run, times to figures, hardware and versions beside them, traces,
+files.
 
-A figure is taken after a warm-up that compiles. FLOPs are those of `bench/flops.py`, so recomputation does not raise MFU.
+A figure is taken after a warm-up that compiles. FLOPs are those of `bench/flops.py`, so recomputation does not raise
+MFU.
 """
 
 from __future__ import annotations
@@ -20,12 +22,21 @@ from typing import Any, Callable, Iterator
 import jax
 import numpy as np
 
-from blip_jax import summary
-from blip_jax.bench import chips
+from blip_jax.console import revision
+from blip_jax.plan import chips
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "numpy", "torch", "transformers")
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE",
-             "XLA_PYTHON_CLIENT_MEM_FRACTION", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "OMP_NUM_THREADS",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
+)
 KEEPS_FREED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1"  # glibc's
 TRACED = 3  # steps of a profile
 
@@ -34,43 +45,68 @@ def about() -> dict:
     """Hardware, versions, revision and environment, as they stand beside every figure."""
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
-    return {"date": time.strftime("%Y-%m-%d"), "revision": summary.revision(),
-            "hardware": {"cpu": cpu[0], "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-                         "devices": jax.device_count(), "processes": jax.process_count()},
-            "versions": {"python": platform.python_version(),
-                         **{p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}},
-            "environment": {k: os.environ[k] for k in VARIABLES if k in os.environ}}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "revision": revision(),
+        "hardware": {
+            "cpu": cpu[0],
+            "cores": os.cpu_count(),
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)},
+        },
+        "environment": {k: os.environ[k] for k in VARIABLES if k in os.environ},
+    }
 
 
 def headline(result: dict, threads: int) -> str:
     """The line that stands above the figures of a result that holds `about`."""
     hardware, versions = result["hardware"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return (f"{hardware['devices']} x {hardware['device']}; {hardware['cpu']}, {hardware['cores']} cores, "
-            f"{threads or len(os.sched_getaffinity(0))} threads; {versions}; revision {result['revision']}")
+    return (
+        f"{hardware['devices']} x {hardware['device']}; {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{threads or len(os.sched_getaffinity(0))} threads; {versions}; revision {result['revision']}"
+    )
 
 
 def memory_note() -> str:
-    """What to set on a CPU before a step with gigabytes of temporaries is timed; "" where it is set, or on other devices."""
+    """What to set on a CPU before a step with gigabytes of temporaries is timed; "" where it is set, or on other
+    devices."""
     if jax.default_backend() != "cpu" or os.environ.get("MALLOC_MMAP_MAX_") == "0":
         return ""
-    return ("note: glibc gives the memory of a step back to the kernel after it and takes it anew page by page; "
-            f"{KEEPS_FREED} before the command keeps it (benchmarks/README.md)")
+    return (
+        "note: glibc gives the memory of a step back to the kernel after it and takes it anew page by page; "
+        f"{KEEPS_FREED} before the command keeps it (benchmarks/README.md)"
+    )
 
 
 def figures(seconds: list[float], images: int, image_flops: float, devices: int = 1) -> dict:
-    """Figures of steps that took `seconds` each and did `images` images of `image_flops` FLOPs each on `devices` devices.
+    """Figures of steps that took `seconds` each and did `images` images of `image_flops` FLOPs each on `devices`
+    devices.
 
-    Rates are all images over all seconds. MFU is the share of the devices' bf16 peak; null where no peak is known (a CPU).
+    Rates are all images over all seconds. MFU is the share of the devices' bf16 peak; null where no peak is known (a
+    CPU).
     """
     p50, p95 = (float(np.percentile(seconds, q)) for q in (50, 95))
-    return {"step_s": {"p50": p50, "p95": p95, "all": list(seconds)}, **rates(images / statistics.mean(seconds), image_flops, devices)}
+    return {
+        "step_s": {"p50": p50, "p95": p95, "all": list(seconds)},
+        **rates(images / statistics.mean(seconds), image_flops, devices),
+    }
 
 
 def rates(images_per_s: float, image_flops: float, devices: int) -> dict:
     """Images per second with what follows from it."""
     peak = chips.peak_flops(jax.devices()[0].device_kind)
-    return {"images_per_s": images_per_s, "images_per_s_per_device": images_per_s / devices, "gflop_per_image": image_flops / 1e9,
-            "gflop_per_s": images_per_s * image_flops / 1e9, "mfu": images_per_s * image_flops / (devices * peak) if peak else None}
+    return {
+        "images_per_s": images_per_s,
+        "images_per_s_per_device": images_per_s / devices,
+        "gflop_per_image": image_flops / 1e9,
+        "gflop_per_s": images_per_s * image_flops / 1e9,
+        "mfu": images_per_s * image_flops / (devices * peak) if peak else None,
+    }
 
 
 def peak_memory() -> dict:
@@ -92,7 +128,11 @@ def rate_words(found: dict) -> str:
     rate = f"{found['images_per_s']:.4g} images/s"
     if found["images_per_s_per_device"] != found["images_per_s"]:
         rate += f", {found['images_per_s_per_device']:.4g} per device"
-    return rate + (f", {found['gflop_per_s']:.1f} GFLOP/s, no peak known" if found["mfu"] is None else f", MFU {100 * found['mfu']:.1f} %")
+    return rate + (
+        f", {found['gflop_per_s']:.1f} GFLOP/s, no peak known"
+        if found["mfu"] is None
+        else f", MFU {100 * found['mfu']:.1f} %"
+    )
 
 
 def compiled(jitted, *args) -> tuple[Any, float]:
@@ -113,7 +153,8 @@ def seconds_of(job: Callable, repeats: int) -> list[float]:
 
 
 def rounds(jobs: dict[str, Callable], n: int, say: Callable) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(seconds of each job's first call, which compiles and does not count, and of each call in n rounds in which all take turns)"""
+    """(seconds of each job's first call, which compiles and does not count, and of each call in n rounds in which
+    all take turns)"""
     first = {name: seconds_of(job, 1)[0] for name, job in jobs.items()}
     times = {name: [] for name in jobs}
     for i in range(n):
@@ -133,7 +174,7 @@ def limit_threads(threads: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if threads and not 1 <= threads <= len(cores):
         raise ValueError(f"--threads={threads}: this process may use {len(cores)} cores; give 1 to {len(cores)}")
-    os.sched_setaffinity(0, cores[:threads or None])
+    os.sched_setaffinity(0, cores[: threads or None])
 
 
 def installed(peer: str, packages: tuple[str, ...], say: Callable) -> bool:

@@ -1,8 +1,9 @@
 """BLIP's pre-training step in plain PyTorch, the peer of `blip-jax bench train`; needs torch.
 
-Wired as the original is (paper section 3.2): each of the passes over an image - matching positives, two groups of negatives, language
-modelling - projects the image's keys and values for itself, matching computes every position of the last layer, texts are padded
-to `text.max_len`. Modules carry the names of the published checkpoints, so that `convert.apply.to_torch` gives their weights.
+Wired as the original is (paper section 3.2): each of the passes over an image - matching positives, two groups of
+negatives, language modelling - projects the image's keys and values for itself, matching computes every position of the
+last layer, texts are padded to `text.max_len`. Modules carry the names of the published checkpoints, so that
+`convert.apply.to_torch` gives their weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blip_jax.models.vit import PIXEL_MEAN, PIXEL_STD
+from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 
 HIDDEN = -10000.0  # added to the scores of what is not attended to
 
@@ -75,7 +76,9 @@ class Attention(nn.Module):
         super().__init__()
         W = med.width
         self.heads, self.drop = med.heads, nn.Dropout(dropout)
-        self.self = nn.ModuleDict({"query": nn.Linear(W, W), "key": nn.Linear(source_width, W), "value": nn.Linear(source_width, W)})
+        self.self = nn.ModuleDict(
+            {"query": nn.Linear(W, W), "key": nn.Linear(source_width, W), "value": nn.Linear(source_width, W)}
+        )
         self.output = nn.ModuleDict({"dense": nn.Linear(W, W), "LayerNorm": _norm(W)})
 
     def forward(self, x, source, mask=None):
@@ -110,16 +113,27 @@ class Text(nn.Module):
 
     def __init__(self, med, dropout: float, image_width: int):
         super().__init__()
-        self.embeddings = nn.ModuleDict({"word_embeddings": nn.Embedding(med.vocab_size, med.width),
-                                         "position_embeddings": nn.Embedding(med.positions, med.width), "LayerNorm": _norm(med.width)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer(med, dropout, image_width) for _ in range(med.layers))})
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(med.vocab_size, med.width),
+                "position_embeddings": nn.Embedding(med.positions, med.width),
+                "LayerNorm": _norm(med.width),
+            }
+        )
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList(TextLayer(med, dropout, image_width) for _ in range(med.layers))}
+        )
         self.drop = nn.Dropout(dropout)
 
     def share(self, other: "Text") -> None:
         """Makes all of `other`'s modules but its self-attention this one's (paper section 3.1)."""
         self.embeddings = other.embeddings
         for mine, theirs in zip(self.encoder["layer"], other.encoder["layer"]):
-            mine.crossattention, mine.intermediate, mine.output = theirs.crossattention, theirs.intermediate, theirs.output
+            mine.crossattention, mine.intermediate, mine.output = (
+                theirs.crossattention,
+                theirs.intermediate,
+                theirs.output,
+            )
 
     def forward(self, ids, mask, img_tok=None):
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -156,7 +170,11 @@ class Pretrain(nn.Module):
         self.text_decoder = nn.ModuleDict({"bert": text(), "cls": nn.ModuleDict({"predictions": Predictions(m.med)})})
         self.text_decoder["bert"].share(self.text_encoder)
         self.text_decoder["cls"]["predictions"].decoder.weight = self.text_encoder.embeddings["word_embeddings"].weight
-        self.vision_proj, self.text_proj, self.itm_head = nn.Linear(m.vit.width, E), nn.Linear(m.med.width, E), nn.Linear(m.med.width, 2)
+        self.vision_proj, self.text_proj, self.itm_head = (
+            nn.Linear(m.vit.width, E),
+            nn.Linear(m.med.width, E),
+            nn.Linear(m.med.width, 2),
+        )
         self.visual_encoder_m, self.text_encoder_m = Vit(m), text()
         self.vision_proj_m, self.text_proj_m = nn.Linear(m.vit.width, E), nn.Linear(m.med.width, E)
         for name in ("image_queue", "text_queue"):
@@ -168,10 +186,15 @@ class Pretrain(nn.Module):
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(parameter, its momentum copy)"""
         names = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-        return [pair for name in names for pair in zip(getattr(self, name).parameters(), getattr(self, name + "_m").parameters())]
+        return [
+            pair
+            for name in names
+            for pair in zip(getattr(self, name).parameters(), getattr(self, name + "_m").parameters())
+        ]
 
     def forward(self, pixels, ids, txt_mask, alpha, draw: Callable):
-        """Losses {"loss_itc", "loss_itm", "loss_lm"} and momentum features (img, txt), f32[B,E] each; `draw` as in `Step`."""
+        """Losses {"loss_itc", "loss_itm", "loss_lm"} and momentum features (img, txt), f32[B,E] each; `draw` as in
+        `Step`."""
         hide = lambda mask: (~mask)[:, None] * HIDDEN
         mask = hide(txt_mask[:, None])
         img_tok = self.visual_encoder(pixels)
@@ -199,7 +222,9 @@ class Pretrain(nn.Module):
         for emb, own, cols in ((txt_emb, txt_m, img_all), (img_emb, img_m, txt_all)):
             sim = emb @ cols / self.temp
             with torch.no_grad():
-                target = (1 - alpha) * torch.eye(B, sim.shape[1], device=sim.device) + alpha * (own @ cols / self.temp).softmax(-1)
+                target = (1 - alpha) * torch.eye(B, sim.shape[1], device=sim.device) + alpha * (
+                    own @ cols / self.temp
+                ).softmax(-1)
             total = total - (sim.log_softmax(-1) * target).sum(-1).mean() / 2
             sims.append(sim[:, :B].detach())
         return total, *sims
@@ -208,8 +233,9 @@ class Pretrain(nn.Module):
         ids = torch.cat([torch.full_like(ids[:, :1], self.enc_id), ids[:, 1:]], dim=1)
         B = len(ids)
         positive = self.text_encoder(ids, mask, img_tok)
-        negative = self.text_encoder(torch.cat([ids, ids[neg_txt]]), torch.cat([mask, mask[neg_txt]]),
-                                     torch.cat([img_tok[neg_img], img_tok]))
+        negative = self.text_encoder(
+            torch.cat([ids, ids[neg_txt]]), torch.cat([mask, mask[neg_txt]]), torch.cat([img_tok[neg_img], img_tok])
+        )
         labels = torch.cat([torch.ones(B, dtype=torch.long), torch.zeros(2 * B, dtype=torch.long)]).to(ids.device)
         return F.cross_entropy(self.itm_head(torch.cat([positive[:, 0], negative[:, 0]])).float(), labels)
 
@@ -218,17 +244,30 @@ class Step:
     """The training step: temperature clamped, momentum encoder moved, losses, gradients, AdamW, queue.
 
     Args: cfg: a pre-training config that `against.check` lets pass; tensors: name -> array, as
-      `to_torch("pretrain", ...)` gives them; device: "cpu" or "cuda"; compiled: through `torch.compile`; dtype of autocast.
+      `to_torch("pretrain", ...)` gives them; device: "cpu" or "cuda"; compiled: through `torch.compile`; dtype of
+      autocast.
     """
 
-    def __init__(self, cfg, tensors: Mapping[str, np.ndarray], device: str = "cpu", compiled: bool = False, dtype: str = "float32"):
+    def __init__(
+        self,
+        cfg,
+        tensors: Mapping[str, np.ndarray],
+        device: str = "cpu",
+        compiled: bool = False,
+        dtype: str = "float32",
+    ):
         self.net, self.cfg, self.dtype, self.device, self.compiled = Pretrain(cfg), cfg, dtype, device, compiled
         self.net.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
         self.net.to(device).train()
         self.losses = torch.compile(self.net) if compiled else self.net
         o = cfg.optim
-        self.opt = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=o.lr, betas=(o.b1, o.b2), eps=o.eps,
-                                     weight_decay=o.weight_decay)
+        self.opt = torch.optim.AdamW(
+            [p for p in self.net.parameters() if p.requires_grad],
+            lr=o.lr,
+            betas=(o.b1, o.b2),
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+        )
 
     def batch(self, img: np.ndarray, ids: np.ndarray, txt_mask: np.ndarray) -> tuple:
         """u8 or normalised f32 [B,S,S,3], i32[B,T], bool[B,T] -> what `__call__` takes, on the device"""
@@ -240,7 +279,8 @@ class Step:
     def gradients(self, batch: tuple, alpha: float, draw: Callable | None = None):
         """Momentum moved, losses {name: f32[]} computed and their sum differentiated; also the features to enqueue.
 
-        draw: f32[B,B] sampling weights -> i64[B] negatives, called for texts' images and then for images' texts; None: multinomial.
+        draw: f32[B,B] sampling weights -> i64[B] negatives, called for texts' images and then for images' texts; None:
+        multinomial.
         """
         net, decay = self.net, self.cfg.loss.ema
         with torch.no_grad():
@@ -260,7 +300,9 @@ class Step:
         """The losses without dropout, each row's negative being the next row's text or image; nothing is changed."""
         self.net.eval()
         with torch.no_grad():
-            losses, _ = self._forward(batch, alpha, lambda weights: torch.arange(len(weights), device=weights.device).roll(-1))
+            losses, _ = self._forward(
+                batch, alpha, lambda weights: torch.arange(len(weights), device=weights.device).roll(-1)
+            )
         self.net.train()
         return {name: float(x) for name, x in losses.items()}
 
@@ -273,7 +315,7 @@ class Step:
         net, B = self.net, len(batch[0])
         start = int(net.queue_ptr)
         for queue, new in zip((net.image_queue, net.text_queue), features):
-            queue[:, start:start + B] = new.T
+            queue[:, start : start + B] = new.T
         net.queue_ptr[0] = (start + B) % self.cfg.loss.queue
         return {name: x.detach() for name, x in losses.items()}
 

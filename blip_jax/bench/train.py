@@ -1,8 +1,8 @@
 """Speed of the training step of any objective, `blip-jax bench train`; `bench/against.py` sets it beside PyTorch.
 
-Input is synthetic, batches of random pixels and ids that lie on the devices already and texts as long as COCO's, or real: the config's
-own data, read while the step before runs. With `text.buckets` synthetic batches of each length are timed apart, and the figure of
-all weighs the lengths by their share of the batches.
+Input is synthetic, batches of random pixels and ids that lie on the devices already and texts as long as COCO's, or
+real: the config's own data, read while the step before runs. With `text.buckets` synthetic batches of each length are
+timed apart, and the figure of all weighs the lengths by their share of the batches.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from typing import Any, Callable, Iterator, NamedTuple
 import jax
 import numpy as np
 
-from blip_jax import cluster, config, optim, sharding, steps, summary, train_state
-from blip_jax.bench import flops, lengths, throughput
+from blip_jax import config, console, trees
+from blip_jax.bench import lengths, throughput
+from blip_jax.console import plain
 from blip_jax.data import windows
-from blip_jax.data.pipeline import TrainData
-from blip_jax.data.text import Tokenizer
+from blip_jax.data.batches import TrainData
+from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.models import flops
 from blip_jax.models.build import build
-from blip_jax.train import to_devices
+from blip_jax.parallel import sharding
+from blip_jax.tasks import step as steps
+from blip_jax.train import optim
+from blip_jax.train import state as train_state
+from blip_jax.train.loop import to_devices
 
 EPOCH_STEPS = 1000  # of the schedules
 WINDOWS = 16  # that the shares of text lengths are taken from
@@ -44,11 +50,14 @@ class Settings(NamedTuple):
 
 
 def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buckets: tuple = ()):
-    """A config that needs no data: the paper's training of an objective on a model of a size. ValueError: as `config.validate`."""
+    """A config that needs no data: the paper's training of an objective on a model of a size. ValueError: as
+    `config.validate`."""
     cfg = config.base(size)
     with cfg.unlocked():
         cfg.objective = objective
-        cfg.model.update(img_size=img_size, dtype=dtype, encoder=objective != "caption", decoder=objective != "retrieval")
+        cfg.model.update(
+            img_size=img_size, dtype=dtype, encoder=objective != "caption", decoder=objective != "retrieval"
+        )
         cfg.text.update(max_len=TEXT[objective], buckets=buckets, vocab="of random ids")
         cfg.data.train.random = config.source("scenes", count=1)  # never opened
         cfg.train.update(batch=batch, steps=EPOCH_STEPS)
@@ -68,14 +77,18 @@ class Program:
         self.shapes = jax.eval_shape(create, jax.random.key(cfg.seed))
         self.shardings = sharding.shardings_for(self.shapes, mesh)
         self.state = jax.jit(create, out_shardings=self.shardings)(jax.random.key(cfg.seed))
-        self.step = jax.jit(steps.make_step(cfg, self.model, self.tx, EPOCH_STEPS), **steps.jit_arguments(self.shardings, mesh))
+        self.step = jax.jit(
+            steps.make_step(cfg, self.model, self.tx, EPOCH_STEPS), **steps.jit_arguments(self.shardings, mesh)
+        )
         self.compiled: dict[int, Any] = {}  # text positions -> program
         self.about: dict[int, dict] = {}  # ... -> what is known of it
 
     def place(self, batch: dict) -> dict:
         """A whole batch of numpy arrays, the same in every process, on the mesh."""
         A, place = self.cfg.optim.accumulate, sharding.batch_sharding(self.mesh, self.cfg.optim.accumulate)
-        return {name: jax.device_put(x.reshape(A, -1, *x.shape[1:]) if A > 1 else x, place) for name, x in batch.items()}
+        return {
+            name: jax.device_put(x.reshape(A, -1, *x.shape[1:]) if A > 1 else x, place) for name, x in batch.items()
+        }
 
     def program(self, batch: dict):
         """The step for batches like this one, compiled if it is not yet."""
@@ -85,9 +98,12 @@ class Program:
             traced = self.step.trace(self.state, batch)
             self.compiled[T] = traced.lower().compile()
             seconds, memory = time.perf_counter() - start, self.compiled[T].memory_analysis()
-            self.about[T] = {"compile_s": seconds, "gflop_per_image": step_flops(self.cfg, T) / 1e9,
-                             "traced_gflop_per_image": flops.count_jaxpr(traced.jaxpr) / self.cfg.train.batch / 1e9,
-                             "temporary_bytes": memory.temp_size_in_bytes if memory else None}
+            self.about[T] = {
+                "compile_s": seconds,
+                "gflop_per_image": step_flops(self.cfg, T) / 1e9,
+                "traced_gflop_per_image": flops.count_jaxpr(traced.jaxpr) / self.cfg.train.batch / 1e9,
+                "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+            }
         return self.compiled[T]
 
     def run(self, batch: dict) -> dict:
@@ -143,33 +159,46 @@ def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarra
     real = np.clip(lengths.coco(rng, B), 3, longest or T)
     txt_mask = np.arange(T) < real[:, None]
     ids = np.where(txt_mask, rng.integers(5, cfg.model.med.vocab_size - 2, (B, T)), 0).astype(np.int32)
-    return {"img": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8), "ids": ids, "txt_mask": txt_mask,
-            "lm_mask": txt_mask & (np.arange(T) > 0), "image_id": np.arange(B, dtype=np.int32)}
+    return {
+        "img": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8),
+        "ids": ids,
+        "txt_mask": txt_mask,
+        "lm_mask": txt_mask & (np.arange(T) > 0),
+        "image_id": np.arange(B, dtype=np.int32),
+    }
 
 
-def run(cfgs: list, settings: Settings, command: str, out: str = "", say: Callable = summary.say) -> dict:
+def run(cfgs: list, settings: Settings, command: str, out: str = "", say: Callable = console.say) -> dict:
     """Measures the training step of each config, says it, writes JSON to `out` where given; returns what is in it.
 
-    ValueError: the config does not fit the devices, real input that is not there, fewer cores than threads, an output folder that
-    does not exist, or a peer that is not the same model. Where torch is not installed the peer is left out, and said so.
+    ValueError: the config does not fit the devices, real input that is not there, fewer cores than threads, an output
+    folder that does not exist, or a peer that is not the same model. Where torch is not installed the peer is left out,
+    and said so.
     """
     throughput.limit_threads(settings.threads)
     throughput.check_out(out)
     if settings.against:
         from blip_jax.bench import against
+
         against.check(cfgs, settings)
         if not throughput.installed(settings.against, ("torch",), say):
             settings = settings._replace(against="")
     cfgs = [against.one_device(cfg) for cfg in cfgs] if settings.against else cfgs
     for cfg in cfgs:
         config.validate(cfg, None, jax.process_count(), 1 if settings.against else jax.device_count())
-    result = {"command": command, "workload": "train", "settings": settings._asdict(), **throughput.about(), "cases": []}
+    result = {
+        "command": command,
+        "workload": "train",
+        "settings": settings._asdict(),
+        **throughput.about(),
+        "cases": [],
+    }
     say(throughput.headline(result, settings.threads))
     if note := throughput.memory_note():
         say(note)
     for cfg in cfgs:
         case = against.measure(cfg, settings, say) if settings.against else measure(cfg, settings, say)
-        result["cases"].append(case | {"memory": throughput.peak_memory(), "config": summary.plain(cfg)})
+        result["cases"].append(case | {"memory": throughput.peak_memory(), "config": plain(cfg)})
         throughput.write(out, result)  # after each, so that a run that is stopped leaves what it has
     return result
 
@@ -193,7 +222,8 @@ def measure(cfg, settings: Settings, say: Callable) -> dict:
 
 @contextlib.contextmanager
 def _batches(program: Program, settings: Settings):
-    """[(share of the batches, iterator of batches on the mesh)]: one for each text length, or one of the real data without share."""
+    """[(share of the batches, iterator of batches on the mesh)]: one for each text length, or one of the real data
+    without share."""
     cfg = program.cfg
     if settings.input == "synthetic":
         share = shares(cfg)
@@ -203,9 +233,15 @@ def _batches(program: Program, settings: Settings):
     config.validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
     with tempfile.TemporaryDirectory() as folder:
         micro = cfg.train.batch // cfg.optim.accumulate
-        rows, _ = cluster.rows(program.mesh, micro)
-        data = TrainData(cfg, tokenizer, process_index=jax.process_index(), process_count=jax.process_count(), rows=rows,
-                         skipped_path=pathlib.Path(folder) / "skipped.jsonl")
+        rows, _ = sharding.rows(program.mesh, micro)
+        data = TrainData(
+            cfg,
+            tokenizer,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            rows=rows,
+            skipped_path=pathlib.Path(folder) / "skipped.jsonl",
+        )
         with contextlib.closing(data.batches(0)) as batches:
             yield [(None, (to_devices(x, program.mesh, cfg.optim.accumulate, rows, micro) for x in batches))]
 
@@ -228,27 +264,50 @@ def figures(program: Program, seen: list[dict], share: dict[int, float], say: Ca
     cfg, devices, texts = program.cfg, program.mesh.size, {}
     for T in sorted({s["T"] for s in seen}):
         own = [s["seconds"] for s in seen if s["T"] == T]
-        texts[T] = {"share": share.get(T, len(own) / len(seen)), **program.about[T],
-                    **throughput.figures(own, cfg.train.batch, step_flops(cfg, T), devices)}
-        say(f"texts of {T} positions, {100 * texts[T]['share']:.0f} % of the batches: {throughput.words(texts[T])}; compiled in "
-            f"{texts[T]['compile_s']:.1f} s")
+        texts[T] = {
+            "share": share.get(T, len(own) / len(seen)),
+            **program.about[T],
+            **throughput.figures(own, cfg.train.batch, step_flops(cfg, T), devices),
+        }
+        say(
+            f"texts of {T} positions, {100 * texts[T]['share']:.0f} % of the batches: {throughput.words(texts[T])}; compiled in "
+            f"{texts[T]['compile_s']:.1f} s"
+        )
     step = sum(t["share"] * statistics.mean(t["step_s"]["all"]) for t in texts.values())
-    total = throughput.rates(cfg.train.batch / step, sum(t["share"] * step_flops(cfg, T) for T, t in texts.items()), devices)
+    total = throughput.rates(
+        cfg.train.batch / step, sum(t["share"] * step_flops(cfg, T) for T, t in texts.items()), devices
+    )
     waiting = sum(s["waited"] for s in seen) / sum(s["seconds"] for s in seen)
     say(f"all: {throughput.rate_words(total)}; waiting for data {100 * waiting:.1f} % of the time")
-    return {"objective": cfg.objective, "dtype": cfg.model.dtype, "batch": cfg.train.batch, "mesh": dict(program.mesh.shape),
-            "texts": texts, **total, "waiting": waiting, "state_bytes": state_bytes(program.shapes)}
+    return {
+        "objective": cfg.objective,
+        "dtype": cfg.model.dtype,
+        "batch": cfg.train.batch,
+        "mesh": dict(program.mesh.shape),
+        "texts": texts,
+        **total,
+        "waiting": waiting,
+        "state_bytes": state_bytes(program.shapes),
+    }
 
 
 def describe(program: Program) -> str:
     """Sizes of the run in one line."""
     cfg = program.cfg
-    trained, frozen = (sum(x.size for _, x in optim.paths(tree)) for tree in (program.shapes.params, program.shapes.frozen))
-    return (f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} px, batch "
-            f"{cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh {dict(program.mesh.shape)}; "
-            f"{trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB")
+    trained, frozen = (
+        sum(x.size for _, x in trees.paths(tree)) for tree in (program.shapes.params, program.shapes.frozen)
+    )
+    return (
+        f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} px, batch "
+        f"{cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh {dict(program.mesh.shape)}; "
+        f"{trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB"
+    )
 
 
 def state_bytes(tree) -> int:
     """Bytes of all arrays of a state, random keys left out."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    return sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )

@@ -1,4 +1,5 @@
-"""transformers' BLIP with our weights, the peer of `bench/caption.py` and `bench/inference.py`; needs torch and transformers."""
+"""transformers' BLIP with our weights, the peer of `bench/caption.py` and `bench/inference.py`; needs torch and
+transformers."""
 
 from __future__ import annotations
 
@@ -11,20 +12,23 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageT
 from blip_jax.convert.apply import to_torch
 from blip_jax.convert.hf import to_hf
 from blip_jax.convert.hf_config import model_json
-from blip_jax.models.vit import PIXEL_MEAN, PIXEL_STD
+from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 
 CLASSES = {"caption": BlipForConditionalGeneration, "itm": BlipForImageTextRetrieval, "vqa": BlipForQuestionAnswering}
 
 
 def peer_config(model, *, eos: int, pad: int) -> BlipConfig:
-    """The sizes of our `cfg.model`, with the constants of the original where transformers' defaults differ (heads, eps)."""
+    """The sizes of our `cfg.model`, with the constants of the original where transformers' defaults differ (heads,
+    eps)."""
     return BlipConfig.from_dict(model_json("caption", model, sep=eos, pad=pad))
 
 
 class Peer:
-    """BlipForConditionalGeneration with the parameters of our captioner, on the CPU, and its parts as functions of arrays.
+    """BlipForConditionalGeneration with the parameters of our captioner, on the CPU, and its parts as functions of
+    arrays.
 
-    Args: model: our `cfg.model`; params: nested dict of f32 arrays; dtype: float32 | bfloat16; eos, pad: ids that end and fill.
+    Args: model: our `cfg.model`; params: nested dict of f32 arrays; dtype: float32 | bfloat16; eos, pad: ids that end
+      and fill.
     Raises: RuntimeError (torch's) if a tensor is missing, left over or misshapen.
     """
 
@@ -66,14 +70,21 @@ class Peer:
     def decode(self, states, prompt: list[int], **how) -> np.ndarray:
         """`generate` from image states on: image keys and values and the token loop."""
         return self.net.text_decoder.generate(
-            input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states, eos_token_id=self.eos,
-            pad_token_id=self.pad, encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long), **how).numpy()
+            input_ids=torch.tensor([prompt] * len(states)),
+            encoder_hidden_states=states,
+            eos_token_id=self.eos,
+            pad_token_id=self.pad,
+            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
+            **how,
+        ).numpy()
 
 
 class Matcher:
-    """BlipForImageTextRetrieval with the parameters of our `Blip`, on the CPU or the GPU, and its parts as functions of arrays.
+    """BlipForImageTextRetrieval with the parameters of our `Blip`, on the CPU or the GPU, and its parts as functions of
+    arrays.
 
-    Args: model: our `cfg.model`; params: nested dict of f32 arrays; dtype: float32 | bfloat16; threads: of torch, 0: its own choice.
+    Args: model: our `cfg.model`; params: nested dict of f32 arrays; dtype: float32 | bfloat16; threads: of torch, 0:
+      its own choice.
     Raises: RuntimeError (torch's) if a tensor is missing, left over or misshapen.
     """
 
@@ -94,7 +105,8 @@ class Matcher:
         return {name: x.to(self.device) for name, x in out.items()}
 
     def job(self, workload: str, inputs: dict) -> Callable:
-        """A call that gives the outputs when they are done: encode {"states"}, filter {"itm", "itc"} after one pass of the vision tower."""
+        """A call that gives the outputs when they are done: encode {"states"}, filter {"itm", "itc"} after one
+        pass of the vision tower."""
         work = {"encode": self._encode, "filter": self._filter}[workload]
 
         @torch.inference_mode()
@@ -112,14 +124,17 @@ class Matcher:
     def _filter(self, img, ids, txt_mask):
         net, (states,) = self.net, self._encode(img).values()
         texts = len(ids) // len(img)
-        grounded = torch.cat([torch.full_like(ids[:, :1], self.enc_id), ids[:, 1:]], dim=1)  # as trained; its forward leaves [CLS]
+        # as trained; its forward leaves [CLS]
+        grounded = torch.cat([torch.full_like(ids[:, :1], self.enc_id), ids[:, 1:]], dim=1)
         repeated = states.repeat_interleave(texts, dim=0)
         seen = net.text_encoder(input_ids=grounded, attention_mask=txt_mask, encoder_hidden_states=repeated)[0]
         own = net.text_encoder(input_ids=ids, attention_mask=txt_mask)[0]
         unit = lambda x: torch.nn.functional.normalize(x, dim=-1)
         img_emb, txt_emb = unit(net.vision_proj(states[:, 0])), unit(net.text_proj(own[:, 0]))
-        return {"itm": net.itm_head(seen[:, 0]).softmax(-1)[:, 1].reshape(-1, texts),
-                "itc": torch.einsum("bge,be->bg", txt_emb.reshape(-1, texts, txt_emb.shape[-1]), img_emb)}
+        return {
+            "itm": net.itm_head(seen[:, 0]).softmax(-1)[:, 1].reshape(-1, texts),
+            "itc": torch.einsum("bge,be->bg", txt_emb.reshape(-1, texts, txt_emb.shape[-1]), img_emb),
+        }
 
 
 def _pixels(img: np.ndarray) -> torch.Tensor:
@@ -132,14 +147,18 @@ def _pixels(img: np.ndarray) -> torch.Tensor:
 def outputs(family: str, model, params: Mapping, img: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
     """What transformers' model of a family (a key of CLASSES) with our parameters makes of random input: name -> f32.
 
-    model: our `cfg.model`; img: normalised f32[B,S,S,3]; ids: i32[B,T], all real; decoders begin with [DEC] in their place.
+    model: our `cfg.model`; img: normalised f32[B,S,S,3]; ids: i32[B,T], all real; decoders begin with [DEC] in their
+    place.
     """
     tensors = to_torch(family, {"params": params}, vocab_size=model.med.vocab_size)
     net = CLASSES[family](BlipConfig.from_dict(model_json(family, model, sep=0, pad=0))).eval()
     missing, unexpected = net.load_state_dict({to_hf(k): torch.from_numpy(x) for k, x in tensors.items()}, strict=False)
     if missing or any("decoder.weight" not in k and "decoder.bias" not in k for k in unexpected):
         raise ValueError(f"transformers' {type(net).__name__} lacks {missing} and does not know {unexpected}")
-    pixels, ids = torch.from_numpy(np.ascontiguousarray(img.transpose(0, 3, 1, 2))), torch.from_numpy(ids.astype(np.int64))
+    pixels, ids = (
+        torch.from_numpy(np.ascontiguousarray(img.transpose(0, 3, 1, 2))),
+        torch.from_numpy(ids.astype(np.int64)),
+    )
     decoded = torch.cat([torch.full_like(ids[:, :1], model.med.vocab_size - 2), ids[:, 1:]], dim=1)
     mask = torch.ones_like(ids)
     if family == "caption":

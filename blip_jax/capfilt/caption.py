@@ -1,4 +1,5 @@
-"""Captions of images: one pass of the vision tower, keys and values once, n texts that share them (paper section 3.3)."""
+"""Captions of images: one pass of the vision tower, keys and values once, n texts that share them (paper section
+3.3)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax.decode import beam, generate
-from blip_jax.models.dense import single_cpu
-from blip_jax.models.vit import encode_pixels
+from blip_jax.models.layers.cpu import single_cpu
+from blip_jax.models.vision.vit import encode_pixels
 
 
 class Method(NamedTuple):
-    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in `generate.Sampling`."""
+    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in
+    `generate.Sampling`."""
 
     kind: str = "nucleus"  # nucleus | beam
     n: int = 1
@@ -45,8 +47,9 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
     """A function (params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, for jax.jit.
 
-    Caption i of an image is drawn with fold_in(its key, i): it depends on nothing else in the batch. ids: [DEC], prompt, caption,
-    [SEP] if it ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed over caption and [SEP].
+    Caption i of an image is drawn with fold_in(its key, i): it depends on nothing else in the batch. ids: [DEC],
+    prompt, caption, [SEP] if it ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed
+    over caption and [SEP].
     """
     start = prompt_ids(tokenizer, prompt)
     decode = decoder(model, start, method, eos=tokenizer.sep, pad=tokenizer.pad)
@@ -67,7 +70,8 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
 
     def decode(params, kv, keys):
         B, n, t = kv[0][0].shape[0], rows_per_image, len(prompt)
-        # stored as the products of the loop read it (B N H P and B N P H; on a CPU, whose small products are in float32, in that):
+        # stored as the products of the loop read it (B N H P and B N P H; on a CPU, whose small products are in
+        # float32, in that):
         # else every token transposes and raises all of it again
         dtype, wide = kv[0][0].dtype, jnp.float32 if single_cpu() else kv[0][0].dtype
         store = lambda k, v: (jnp.moveaxis(k, 1, -1).astype(wide), jnp.moveaxis(v, 1, 2).astype(wide))
@@ -80,11 +84,19 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
         repeat = lambda x: jnp.repeat(x, n, axis=0)  # the prompt is the same for all texts of an image: one pass
         cache = jax.tree.map(repeat, cache)
         if method.kind == "beam":
-            how = beam.Beam(method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length)
+            how = beam.Beam(
+                method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
+            )
             ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
             return {"ids": ids, "log_prob": log_prob}
-        how = generate.Sampling(method.top_p, method.top_k, method.temperature, method.repetition_penalty, method.min_length,
-                                method.max_length)
+        how = generate.Sampling(
+            method.top_p,
+            method.top_k,
+            method.temperature,
+            method.repetition_penalty,
+            method.min_length,
+            method.max_length,
+        )
         of_row = lambda key, row: jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
         own = jax.vmap(of_row)(repeat(keys), jnp.arange(B * n))
         ids, log_prob = generate.sample(extend, repeat(logits), cache, repeat(start), own, how, eos=eos, pad=pad)

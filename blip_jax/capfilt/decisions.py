@@ -12,9 +12,20 @@ import pyarrow.parquet as pq
 SOURCES = ("web", "synthetic")
 MATCHED, BELOW, EMPTY, REPEATED, UNREADABLE = "matched", "below threshold", "empty caption", "repeated", "unreadable"
 REASONS = (MATCHED, BELOW, EMPTY, REPEATED)  # of a readable picture's texts; else "unreadable: category"
-SCHEMA = pa.schema([("key", pa.string()), ("dataset", pa.string()), ("record", pa.int64()), ("text", pa.string()),
-                    ("source", pa.string()), ("itm", pa.float32()), ("itc", pa.float32()), ("log_prob", pa.float32()),
-                    ("kept", pa.bool_()), ("reason", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("dataset", pa.string()),
+        ("record", pa.int64()),
+        ("text", pa.string()),
+        ("source", pa.string()),
+        ("itm", pa.float32()),
+        ("itc", pa.float32()),
+        ("log_prob", pa.float32()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),
+    ]
+)
 
 
 class Row(NamedTuple):
@@ -44,9 +55,11 @@ def judge(rows: Iterable[Row], threshold: float) -> list[Row]:
         elif row.text in seen:
             row = row._replace(kept=False, reason=REPEATED)
         elif not abs(row.itm) + abs(row.itc) < float("inf"):
-            raise ValueError(f"{row.key} of {row.dataset!r}: the filter's scores are not finite (itm {row.itm}, itc {row.itc}): "
-                             "its parameters hold NaN or infinity, or its dtype overflows; give an earlier checkpoint or "
-                             "dtype=float32")
+            raise ValueError(
+                f"{row.key} of {row.dataset!r}: the filter's scores are not finite (itm {row.itm}, itc {row.itc}): "
+                "its parameters hold NaN or infinity, or its dtype overflows; give an earlier checkpoint or "
+                "dtype=float32"
+            )
         else:
             row = by_threshold(row, threshold)
         seen.add(row.text)
@@ -78,7 +91,9 @@ def read(path: pathlib.Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns or SCHEMA.names)
     except (pa.ArrowInvalid, FileNotFoundError) as e:
-        raise ValueError(f"{path} is no decision table ({e}): remove the folder it is in and run again, to make it anew") from e
+        raise ValueError(
+            f"{path} is no decision table ({e}): remove the folder it is in and run again, to make it anew"
+        ) from e
 
 
 def rows_of(path: pathlib.Path) -> list[Row]:

@@ -8,11 +8,12 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.vit import encode_pixels
+from blip_jax.models.vision.vit import encode_pixels
 
 
 def viewer(model) -> Callable:
-    """A function (params, img u8[B,S,S,3]) -> what `scorer` needs of the images: (keys and values, img_emb f32[B,E])."""
+    """A function (params, img u8[B,S,S,3]) -> what `scorer` needs of the images: (keys and values, img_emb
+    f32[B,E])."""
 
     def view(params, img):
         apply = functools.partial(model.apply, {"params": params})
@@ -25,7 +26,8 @@ def viewer(model) -> Callable:
 def scorer(model) -> Callable:
     """A function (params, view of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"itm", "itc"}, each f32[B,G].
 
-    itm is the probability that a text belongs to its image, softmax of the matching head; itc the cosine of their embeddings.
+    itm is the probability that a text belongs to its image, softmax of the matching head; itc the cosine of their
+    embeddings.
     """
 
     def score(params, view, ids, txt_mask):

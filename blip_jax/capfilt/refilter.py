@@ -8,10 +8,10 @@ import pathlib
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from blip_jax.capfilt import decisions, settings, shards, tally
+from blip_jax.capfilt import decisions, settings, shards, summary
 from blip_jax.capfilt.decisions import BELOW, MATCHED, Row
-from blip_jax.data import pipeline
-from blip_jax.data.records import BadRecord
+from blip_jax.data import batches
+from blip_jax.data.source import BadRecord
 
 
 def refilter(run_dir, threshold: float, out) -> dict:
@@ -29,20 +29,23 @@ def refilter(run_dir, threshold: float, out) -> dict:
     plan = shards.Plan(record["records"], record["settings"]["shard_examples"])
     missing = len(plan) - len(shards.finished(run_dir, len(plan)))
     if missing:
-        raise ValueError(f"{run_dir} is not finished, {missing} of {len(plan)} shards are missing: run `blip-jax capfilt` on it "
-                         "until it prints its summary")
-    sources = pipeline._open_all(ConfigDict(record["settings"]["data"]["sources"]))
+        raise ValueError(
+            f"{run_dir} is not finished, {missing} of {len(plan)} shards are missing: run `blip-jax capfilt` on it "
+            "until it prints its summary"
+        )
+    sources = batches.open_all(ConfigDict(record["settings"]["data"]["sources"]))
     lengths = {name: len(source) for name, source in sources.items()}
     if lengths != record["records"]:
-        raise ValueError(f"the sources hold {lengths} records, the run had {record['records']}: give back the data it was made "
-                         "from")
+        raise ValueError(
+            f"the sources hold {lengths} records, the run had {record['records']}: give back the data it was made from"
+        )
     record["settings"]["threshold"] = float(threshold)
     with shards.writing("the settings", out):
         settings.settle(out, record)
     done = set(shards.finished(out, len(plan)))
     for shard in tqdm([k for k in range(len(plan)) if k not in done], desc="refilter", unit="shard"):
         _make(shard, run_dir, out, sources, threshold)
-    return tally.finish(out, len(plan), threshold)
+    return summary.finish(out, len(plan), threshold)
 
 
 def _make(shard: int, run_dir: pathlib.Path, out: pathlib.Path, sources: dict, threshold: float) -> None:
@@ -63,8 +66,12 @@ def _record(source, number: int, rows: list[Row]) -> dict:
     try:
         fields = shards.storable(source[number])
     except BadRecord as e:
-        raise ValueError(f"record {number} of source {source.name!r} could be read in the run and cannot be now: {e}") from e
+        raise ValueError(
+            f"record {number} of source {source.name!r} could be read in the run and cannot be now: {e}"
+        ) from e
     if fields["key"] != rows[0].key:
-        raise ValueError(f"record {number} of source {source.name!r} is {fields['key']!r}, in the run it was {rows[0].key!r}: "
-                         "give back the data it was made from")
+        raise ValueError(
+            f"record {number} of source {source.name!r} is {fields['key']!r}, in the run it was {rows[0].key!r}: "
+            "give back the data it was made from"
+        )
     return fields

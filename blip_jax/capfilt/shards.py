@@ -1,8 +1,9 @@
 """Output shards: which records belong to which, and a writer whose shard appears whole or not at all.
 
 OUT/shards/00000/ holds decisions.parquet, web.array_record and synthetic.array_record. It is written as
-OUT/unfinished/00000/ and then renamed: the rename is the commit. Whatever a killed process leaves in unfinished/ counts for
-nothing; it goes when the shard is made anew, all of it at the end. OUT is on a file system where a rename is atomic.
+OUT/unfinished/00000/ and then renamed: the rename is the commit. Whatever a killed process leaves in unfinished/ counts
+for nothing; it goes when the shard is made anew, all of it at the end. OUT is on a file system where a rename is
+atomic.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from blip_jax.capfilt import decisions
 from blip_jax.capfilt.decisions import SOURCES, UNREADABLE, Row
-from blip_jax.data import records, text
+from blip_jax.data.formats.array_record import pack
+from blip_jax.data.text.clean import plain_text
 
 TABLE = "decisions.parquet"
 FORMAT = "group_size:1,uncompressed"  # random access; pictures are compressed already
@@ -62,7 +64,7 @@ def finished(out: pathlib.Path, count: int) -> list[int]:
 
 def storable(fields: dict) -> dict:
     """A record with a key and an image_id that any file can hold: NUL and broken characters replaced."""
-    return {**fields, **{name: text.plain_text(fields[name])[0] for name in ("key", "image_id")}}
+    return {**fields, **{name: plain_text(fields[name])[0] for name in ("key", "image_id")}}
 
 
 @contextlib.contextmanager
@@ -71,8 +73,10 @@ def writing(what: str, out: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:  # RuntimeError: ArrayRecord's writer, which keeps the number only in words
-        raise OSError(f"writing {what} in {out} failed: {e}. Nothing half-written counts. Make room or give a folder that can "
-                      "be written, then run the same command again: finished shards stay as they are") from e
+        raise OSError(
+            f"writing {what} in {out} failed: {e}. Nothing half-written counts. Make room or give a folder that can "
+            "be written, then run the same command again: finished shards stay as they are"
+        ) from e
 
 
 def put(out: pathlib.Path, name: str, content: str, keep: bool = False) -> None:
@@ -89,7 +93,8 @@ def put(out: pathlib.Path, name: str, content: str, keep: bool = False) -> None:
 
 
 class ShardWriter:
-    """One shard while it is made; `commit` finishes it, `drop` leaves nothing. OSError: the folder cannot be written."""
+    """One shard while it is made; `commit` finishes it, `drop` leaves nothing. OSError: the folder cannot be
+    written."""
 
     def __init__(self, out: pathlib.Path, shard: int):
         self._out, self.shard, self.rows = out, shard, []
@@ -107,12 +112,13 @@ class ShardWriter:
         return writing(f"shard {self.shard:05d}", self._out)
 
     def add(self, record: dict | None, rows: list[Row]) -> None:
-        """Takes one record (None where no text of it is kept) and its rows: its kept texts of each source become a record."""
+        """Takes one record (None where no text of it is kept) and its rows: its kept texts of each source become a
+        record."""
         self.rows += rows
         for source, file in self._files.items():
             if kept := [row.text for row in rows if row.kept and row.source == source]:
                 with self._writing():
-                    file.write(records.pack(self._written[source], {**record, "captions": kept}))
+                    file.write(pack(self._written[source], {**record, "captions": kept}))
                 self._written[source] += 1
 
     def commit(self) -> None:
@@ -210,5 +216,7 @@ def _hash(key: str) -> int:
 
 def _twice(key: str, first: tuple[str, int, int], second: tuple[str, int, int]) -> ValueError:
     place = "record {1} of source {0!r} (shard {2:05d})"
-    return ValueError(f"key {key!r} occurs twice: {place.format(*first)} and {place.format(*second)}. A key names one picture "
-                      "and its random stream: remove one of the two, or give the sources' records keys of their own")
+    return ValueError(
+        f"key {key!r} occurs twice: {place.format(*first)} and {place.format(*second)}. A key names one picture "
+        "and its random stream: remove one of the two, or give the sources' records keys of their own"
+    )

@@ -9,11 +9,11 @@ from typing import Iterable, Iterator, Mapping, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax.convert.rules import FAMILIES, FIRST_LAYER, IGNORED, OPTIONAL, TIED
-from blip_jax.models.med import padded_vocab
+from blip_jax.convert.rules.blip import FAMILIES, FIRST_LAYER, IGNORED, OPTIONAL, TIED
+from blip_jax.models.text.med import padded_vocab
 
-
-COUNTERS = ("queue/ptr", "queue/image_id")  # endings of the paths that hold integers, 64 bits wide in the originals' files
+# endings of the paths that hold integers, 64 bits wide in the originals' files
+COUNTERS = ("queue/ptr", "queue/image_id")
 
 
 class Row(NamedTuple):
@@ -27,14 +27,17 @@ class Row(NamedTuple):
 
 
 def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int, med_heads: int) -> dict:
-    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}; f32 (counters as they are).
+    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}; f32 (counters as
+    they are).
 
     Args:
       family: a key of `rules.FAMILIES`.
-      tensors: arrays under the original's names, or what `numpy.asarray` reads and has shape and dtype. Tied copies may be present
-        and must then be equal; an optional group (`rules.OPTIONAL`) may be absent. What needs no rearranging is not copied.
+      tensors: arrays under the original's names, or what `numpy.asarray` reads and has shape and dtype. Tied copies may
+        be present and must then be equal; an optional group (`rules.OPTIONAL`) may be absent. What needs no rearranging
+        is not copied.
       vit_heads, med_heads: not stored in the tensors, so they must be given.
-    Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite together.
+    Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite
+      together.
     """
     table = rows(family, tensors)
     problems = check_keys(family, tensors, table)
@@ -52,9 +55,11 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int
 
 
 def rows(family: str, tensors: Iterable[str]) -> list[Row]:
-    """The table of a family with a key for every layer that any of `tensors` (their names) belongs to; absent groups left out.
+    """The table of a family with a key for every layer that any of `tensors` (their names) belongs to; absent groups
+    left out.
 
-    ViT and MED each have one number of layers, the largest found, so that a layer that some module lacks counts as missing.
+    ViT and MED each have one number of layers, the largest found, so that a layer that some module lacks counts as
+    missing.
     """
     absent = {key for _, keys in absent_groups(family, tensors) for key in keys}
     counts = layer_counts(family, tensors)
@@ -93,7 +98,9 @@ def absent_groups(family: str, tensors: Iterable[str]) -> list[tuple[str, list[s
 
 def paths_of(family: str) -> str:
     """A regex of the paths of our parameters that a family's table fills."""
-    paths = (re.escape(path).replace(r"\{qkv\}", "[qkv]").replace(r"\{i:02d\}", r"\d\d") for _, path, *_ in FAMILIES[family])
+    paths = (
+        re.escape(path).replace(r"\{qkv\}", "[qkv]").replace(r"\{i:02d\}", r"\d\d") for _, path, *_ in FAMILIES[family]
+    )
     return "|".join(dict.fromkeys(paths))
 
 
@@ -108,7 +115,8 @@ def copies(family: str, table: list[Row]) -> Iterator[tuple[str, str]]:
 
 
 def buffers(names: Iterable[str]) -> dict[str, str]:
-    """Torch keys of the originals' buffers of positions 0, 1, ..., each with the key of the position table beside it."""
+    """Torch keys of the originals' buffers of positions 0, 1, ..., each with the key of the position table beside
+    it."""
     table = "embeddings.position_embeddings.weight"
     return {name.replace(table, "embeddings.position_ids"): name for name in names if name.endswith(table)}
 
@@ -121,8 +129,11 @@ def check_keys(family: str, tensors: Iterable[str], table: list[Row]) -> list[st
     unknown = [k for k in tensors if k not in known and not any(re.search(p, k) for p in IGNORED[family])]
     if FAMILIES[family] and not any(layer_counts(family, tensors).values()):
         missing.append("all layers")
-    return [f"{what}: {', '.join(folded(keys))}" for what, keys in
-            (("missing", missing), (f"not in the table of family {family!r}", unknown)) if keys]
+    return [
+        f"{what}: {', '.join(folded(keys))}"
+        for what, keys in (("missing", missing), (f"not in the table of family {family!r}", unknown))
+        if keys
+    ]
 
 
 def folded(keys: Iterable[str]) -> list[str]:
@@ -130,7 +141,7 @@ def folded(keys: Iterable[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for key in keys:
         match = re.search(r"(?<=[._])\d+(?=[./])", key)
-        numbers = groups.setdefault(key if match is None else key[: match.start()] + "{}" + key[match.end():], [])
+        numbers = groups.setdefault(key if match is None else key[: match.start()] + "{}" + key[match.end() :], [])
         numbers += [] if match is None else [match[0]]
     return [name.replace("{}", _ranges(numbers)) if numbers else name for name, numbers in groups.items()]
 
@@ -161,7 +172,7 @@ def infer(table: list[Row], tensors: Mapping) -> dict[str, int]:
 
 
 def shape_of(words: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """"3D D" with the sizes of the letters -> (3 * D, D). KeyError: a letter without a size."""
+    """ "3D D" with the sizes of the letters -> (3 * D, D). KeyError: a letter without a size."""
     parts = [re.fullmatch(r"(\d*)([A-Za-z]?)", word).groups() for word in words.split()]
     return tuple(int(n or 1) * (sizes[letter] if letter else 1) for n, letter in parts)
 
@@ -175,7 +186,9 @@ def _check_shapes(table, tensors, sizes, vit_heads: int, med_heads: int) -> list
                 if found != expected:
                     out.append(f"misshapen: {key} is {list(found)}, the other tensors imply {list(expected)}")
             elif key in tensors:
-                out.append(f"misshapen: {key} is {list(tensors[key].shape)}, not of the form [{', '.join(row.shape.split())}]")
+                out.append(
+                    f"misshapen: {key} is {list(tensors[key].shape)}, not of the form [{', '.join(row.shape.split())}]"
+                )
     for letter, heads, part in (("D", vit_heads, "ViT"), ("W", med_heads, "MED")):
         if letter in sizes and (heads < 1 or sizes[letter] % heads):
             out.append(f"the {part}'s width {sizes[letter]} does not divide into {heads} heads")
@@ -195,14 +208,19 @@ def _check_values(family: str, tensors, table) -> list[str]:
         for key in (k for k in row.keys if k in tensors):
             dtype = tensors[key].dtype
             if not jnp.issubdtype(dtype, np.integer if counts else np.floating):
-                kinds.append(f"misshapen: {key} holds {dtype}, expected {'integers' if counts else 'floating-point numbers'}")
+                kinds.append(
+                    f"misshapen: {key} holds {dtype}, expected {'integers' if counts else 'floating-point numbers'}"
+                )
             elif not counts and not _finite(as_float32(tensors[key])):
                 broken.append(key)
     for copy, original in copies(family, table):
         if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
             unequal.append(f"{copy} and {original}")
-    return (kinds + [f"NaN or infinite: {', '.join(folded(broken))}"] * bool(broken)
-            + [f"tied but unequal: {', '.join(folded(sorted(unequal)))}"] * bool(unequal))
+    return (
+        kinds
+        + [f"NaN or infinite: {', '.join(folded(broken))}"] * bool(broken)
+        + [f"tied but unequal: {', '.join(folded(sorted(unequal)))}"] * bool(unequal)
+    )
 
 
 def _finite(x) -> bool:
@@ -230,30 +248,35 @@ def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
 
 def _to_ours(x, layout: str, heads: int) -> dict[str, np.ndarray]:
     if layout in ("qkv", "qkv_bias"):
-        return {name: _to_ours(block, layout.replace("qkv", "heads_in"), heads)[""]
-                for name, block in zip("qkv", np.split(x, 3, axis=0))}
+        return {
+            name: _to_ours(block, layout.replace("qkv", "heads_in"), heads)[""]
+            for name, block in zip("qkv", np.split(x, 3, axis=0))
+        }
     rows = x.shape[0] if x.ndim else 1
-    return {"": {
-        "same": lambda: x,
-        "lead": lambda: x.reshape(x.shape[1:]),
-        "lead2": lambda: x.reshape(x.shape[2:]),
-        "scalar": lambda: x.reshape(()),
-        "linear": lambda: x.T,
-        "transpose": lambda: x.T,
-        "conv": lambda: x.transpose(2, 3, 1, 0),
-        "heads_in": lambda: x.T.reshape(x.shape[1], heads, rows // heads),
-        "heads_in_bias": lambda: x.reshape(heads, rows // heads),
-        "heads_out": lambda: x.T.reshape(heads, x.shape[1] // heads, rows),
-        "vocab": lambda: np.pad(x, [(0, padded_vocab(rows) - rows)] + [(0, 0)] * (x.ndim - 1)),
-    }[layout]()}
+    return {
+        "": {
+            "same": lambda: x,
+            "lead": lambda: x.reshape(x.shape[1:]),
+            "lead2": lambda: x.reshape(x.shape[2:]),
+            "scalar": lambda: x.reshape(()),
+            "linear": lambda: x.T,
+            "transpose": lambda: x.T,
+            "conv": lambda: x.transpose(2, 3, 1, 0),
+            "heads_in": lambda: x.T.reshape(x.shape[1], heads, rows // heads),
+            "heads_in_bias": lambda: x.reshape(heads, rows // heads),
+            "heads_out": lambda: x.T.reshape(heads, x.shape[1] // heads, rows),
+            "vocab": lambda: np.pad(x, [(0, padded_vocab(rows) - rows)] + [(0, 0)] * (x.ndim - 1)),
+        }[layout]()
+    }
 
 
 def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = False) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: nested dict {"params", "momentum"} -> arrays under the original's names, tied copies included.
+    """The inverse of `from_torch`: nested dict {"params", "momentum"} -> arrays under the original's names, tied copies
+    included.
 
-    The padding rows of the stored vocabulary (from vocab_size on) are dropped; a tied copy is the same array as its original. An
-    optional group of which the state has nothing is left out. consume: takes what was written out of `state`, so that the two are
-    never in memory together. ValueError lists all parameters that are missing.
+    The padding rows of the stored vocabulary (from vocab_size on) are dropped; a tied copy is the same array as its
+    original. An optional group of which the state has nothing is left out. consume: takes what was written out of
+    `state`, so that the two are never in memory together. ValueError lists all parameters that are missing.
     """
     out, problems = {}, []
     absent = {row[0] for _, pattern in OPTIONAL.get(family, ()) for row in _unless_held(family, pattern, state)}
@@ -304,19 +327,22 @@ def _to_torch(arrays, layout, vocab_size):
     if layout in ("qkv", "qkv_bias"):
         return np.concatenate([_to_torch([a], layout.replace("qkv", "heads_in"), vocab_size) for a in arrays])
     x = np.asarray(arrays[0])
-    return np.asarray({
-        "same": lambda: x,
-        "lead": lambda: x[None],
-        "lead2": lambda: x[None, None],
-        "scalar": lambda: x.reshape(1),
-        "linear": lambda: x.T,
-        "transpose": lambda: x.T,
-        "conv": lambda: x.transpose(3, 2, 0, 1),
-        "heads_in": lambda: x.reshape(x.shape[0], -1).T,
-        "heads_in_bias": lambda: x.reshape(-1),
-        "heads_out": lambda: x.reshape(-1, x.shape[-1]).T,
-        "vocab": lambda: x[:vocab_size],
-    }[layout](), order="C")
+    return np.asarray(
+        {
+            "same": lambda: x,
+            "lead": lambda: x[None],
+            "lead2": lambda: x[None, None],
+            "scalar": lambda: x.reshape(1),
+            "linear": lambda: x.T,
+            "transpose": lambda: x.T,
+            "conv": lambda: x.transpose(3, 2, 0, 1),
+            "heads_in": lambda: x.reshape(x.shape[0], -1).T,
+            "heads_in_bias": lambda: x.reshape(-1),
+            "heads_out": lambda: x.reshape(-1, x.shape[-1]).T,
+            "vocab": lambda: x[:vocab_size],
+        }[layout](),
+        order="C",
+    )
 
 
 def _get(tree, path: str, take: bool = False):

@@ -2,9 +2,10 @@
 
 What transformers' classes do otherwise than the models that were trained is settled knowingly:
   text heads      a BlipTextConfig without num_attention_heads has 8, the released models have 12 (hf_config.text_heads)
-  eps             of the vision tower: transformers' default is 1e-5, the weights were trained with 1e-6, which ours always has
-  first id        its matching and question answering leave [CLS] where training had [ENC]: ours sets [ENC], unless `first_id` is
-                  given; a folder says nothing about it
+  eps             of the vision tower: transformers' default is 1e-5, the weights were trained with 1e-6, which ours
+  always has
+  first id        its matching and question answering leave [CLS] where training had [ENC]: ours sets [ENC], unless
+                  `first_id` is given; a folder says nothing about it
   [DEC], [ENC]    its vocabularies may lack them; they are the last two ids, as here
 """
 
@@ -21,9 +22,9 @@ from safetensors.numpy import save_file
 
 from blip_jax.convert import hf_config, torch_io
 from blip_jax.convert.apply import from_torch, infer, layer_counts, rows, to_torch
-from blip_jax.convert.rules import HF_NAMES, TIED, WORDS
-from blip_jax.convert.source import Source, dtype_notes, make_config
-from blip_jax.data.text import Tokenizer
+from blip_jax.convert.read import Source, dtype_notes, make_config
+from blip_jax.convert.rules.blip import HF_NAMES, TIED, WORDS
+from blip_jax.data.text.wordpiece import Tokenizer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
@@ -56,10 +57,10 @@ def to_original(name: str) -> str:
 def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
     """A folder as transformers' `save_pretrained` or the hub leaves it -> Source of family caption, itm or vqa.
 
-    vit_heads, med_heads: instead of what config.json says. vocab: a file of the folder, one that fits the model before others. Notes
-    tell what was taken otherwise than config.json has it.
-    ValueError: no such folder or architecture; activations, eps or ids that our models do not have, sizes that the weights
-    contradict (listed together); weights that are not complete. No file outside the folder is read.
+    vit_heads, med_heads: instead of what config.json says. vocab: a file of the folder, one that fits the model before
+    others. Notes tell what was taken otherwise than config.json has it.
+    ValueError: no such folder or architecture; activations, eps or ids that our models do not have, sizes that the
+    weights contradict (listed together); weights that are not complete. No file outside the folder is read.
     """
     folder = pathlib.Path(folder)
     config, weights = _json(folder, "config.json"), open_weights(folder)
@@ -72,11 +73,15 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
     vocab, tokenizer = _vocabulary(folder, parts["text_config"]["vocab_size"])
     problems = hf_config.check_values(parts, notes)
     if not problems:
-        problems = hf_config.check_sizes(parts, sizes, layers) + (hf_config.check_ids(parts, tokenizer) if family != "itm" else [])
+        problems = hf_config.check_sizes(parts, sizes, layers) + (
+            hf_config.check_ids(parts, tokenizer) if family != "itm" else []
+        )
     if problems:
         raise ValueError("\n  ".join([f"{folder / 'config.json'} does not fit:", *problems]))
-    heads = {"vit_heads": vit_heads or parts["vision_config"]["num_attention_heads"],
-             "med_heads": med_heads or hf_config.text_heads(parts, notes)}
+    heads = {
+        "vit_heads": vit_heads or parts["vision_config"]["num_attention_heads"],
+        "med_heads": med_heads or hf_config.text_heads(parts, notes),
+    }
     try:
         state = from_torch(family, tensors, **heads)
     except ValueError as e:
@@ -85,13 +90,16 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
 
 
 def open_weights(folder) -> Mapping:
-    """The tensors of a folder under transformers' names, read when asked for. ValueError: none there; shards that do not fit."""
+    """The tensors of a folder under transformers' names, read when asked for. ValueError: none there; shards that
+    do not fit."""
     folder = pathlib.Path(folder)
     for name in WEIGHTS:
         if os.path.lexists(folder / name):
             return _shards(folder, name) if name.endswith(".json") else torch_io.open_tensors(_inside(folder, name))
-    raise ValueError(f"{folder} holds no weights, none of {', '.join(WEIGHTS)}: weights of another framework have to be saved with "
-                     "transformers' save_pretrained first")
+    raise ValueError(
+        f"{folder} holds no weights, none of {', '.join(WEIGHTS)}: weights of another framework have to be saved with "
+        "transformers' save_pretrained first"
+    )
 
 
 class _Named(Mapping):
@@ -121,13 +129,17 @@ def _under_original_names(family: str, weights: Mapping) -> Mapping:
 
 
 def _shards(folder: pathlib.Path, index: str) -> Mapping:
-    """The tensors of all shards that an index file names. ValueError lists all that is wrong with names, files and keys."""
+    """The tensors of all shards that an index file names. ValueError lists all that is wrong with names, files and
+    keys."""
     where = _json(folder, index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(x, str) for x in where.values()):
         raise ValueError(f"{folder / index} has no weight_map of names and shards")
     files = sorted(set(where.values()))
-    problems = [f"{name!r} is no plain file name ending in .safetensors or .bin" for name in files
-                if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name, re.ASCII)]
+    problems = [
+        f"{name!r} is no plain file name ending in .safetensors or .bin"
+        for name in files
+        if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name, re.ASCII)
+    ]
     problems += [] if problems else [f"{name} is missing" for name in files if not (folder / name).is_file()]
     opened = {} if problems else {name: torch_io.open_tensors(_inside(folder, name)) for name in files}
     found: dict[str, list[str]] = {}
@@ -136,8 +148,12 @@ def _shards(folder: pathlib.Path, index: str) -> Mapping:
             found.setdefault(key, []).append(name)
     if opened:
         problems += [f"{key} is in {' and in '.join(names)}" for key, names in found.items() if len(names) > 1]
-        problems += [f"{key} is in {names[0]}, but not in the index" for key, names in found.items() if key not in where]
-        problems += [f"{key} should be in {name}, but is not" for key, name in where.items() if name not in found.get(key, ())]
+        problems += [
+            f"{key} is in {names[0]}, but not in the index" for key, names in found.items() if key not in where
+        ]
+        problems += [
+            f"{key} should be in {name}, but is not" for key, name in where.items() if name not in found.get(key, ())
+        ]
     if problems:
         raise ValueError(f"{folder / index} does not fit:\n  " + "\n  ".join(problems))
     return _Named({key: (opened[name], key) for key, name in where.items()})
@@ -146,7 +162,8 @@ def _shards(folder: pathlib.Path, index: str) -> Mapping:
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """folder / name. ValueError: it is a link that leads out of the folder (of the model, in the hub's cache)."""
     path, root = (folder / name).resolve(), folder.resolve()
-    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # of the hub's cache, links to ../../blobs
+    # of the hub's cache, links to ../../blobs
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
         root = root.parent.parent
     if not path.is_relative_to(root):
         raise ValueError(f"{folder / name} is a link to {path}, out of its folder: copy the file if it belongs there")
@@ -158,14 +175,17 @@ def _json(folder: pathlib.Path, name: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): give a folder that transformers' save_pretrained wrote") from None
+        raise ValueError(
+            f"{path} cannot be read ({e}): give a folder that transformers' save_pretrained wrote"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not settings")
     return content
 
 
 def _vocabulary(folder: pathlib.Path, size: int) -> tuple[pathlib.Path | None, Tokenizer | None]:
-    """The folder's vocabulary of `size` entries with [DEC] and [ENC], and its tokenizer; if none fits, the first file there."""
+    """The folder's vocabulary of `size` entries with [DEC] and [ENC], and its tokenizer; if none fits, the first
+    file there."""
     found = [_inside(folder, name) for name in VOCABULARIES if os.path.lexists(folder / name)]
     for path in found:
         try:
@@ -178,39 +198,51 @@ def _vocabulary(folder: pathlib.Path, size: int) -> tuple[pathlib.Path | None, T
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-CLASSES = {"caption": "caption", "itm": "itm", "retrieval": "itm", "vqa": "vqa"}  # family -> that of the class that can hold it
+# family -> that of the class that can hold it
+CLASSES = {"caption": "caption", "itm": "itm", "retrieval": "itm", "vqa": "vqa"}
 
 
 def write(folder, source: Source) -> None:
-    """What transformers' `from_pretrained` and AutoProcessor load: config.json, model.safetensors (f32), vocabulary, pixels.
+    """What transformers' `from_pretrained` and AutoProcessor load: config.json, model.safetensors (f32), vocabulary,
+    pixels.
 
-    What transformers has no place for goes into source.notes. ValueError: a family without a class, or a vocabulary that is missing
-    or of another size.
+    What transformers has no place for goes into source.notes. ValueError: a family without a class, or a vocabulary
+    that is missing or of another size.
     """
     family, model, folder = CLASSES.get(source.family), source.cfg.model, pathlib.Path(folder)
     if not family:
         halves = "; choose a half with --family=caption or --family=itm" if source.family == "pretrain" else ""
-        raise ValueError(f"transformers has no class for {WORDS[source.family][0]} (family {source.family}), only "
-                         f"{', '.join(hf_config.ARCHITECTURES)}{halves}")
+        raise ValueError(
+            f"transformers has no class for {WORDS[source.family][0]} (family {source.family}), only "
+            f"{', '.join(hf_config.ARCHITECTURES)}{halves}"
+        )
     if family == "vqa" and model.vit.width != model.med.width:
-        raise ValueError("transformers' BlipForQuestionAnswering works only where vision and text models have one width, not "
-                         f"{model.vit.width} and {model.med.width}")
+        raise ValueError(
+            "transformers' BlipForQuestionAnswering works only where vision and text models have one width, not "
+            f"{model.vit.width} and {model.med.width}"
+        )
     if source.vocab is None:
         raise ValueError("a Hugging Face folder needs a vocabulary: give --vocab=FILE, a vocab.txt or tokenizer.json")
     tokenizer = Tokenizer(source.vocab)
     if tokenizer.vocab_size != model.med.vocab_size:
-        raise ValueError(f"{source.vocab} has {tokenizer.vocab_size} entries with [DEC] and [ENC], but the model has "
-                         f"{model.med.vocab_size}: give the vocabulary it was trained with, --vocab=FILE")
+        raise ValueError(
+            f"{source.vocab} has {tokenizer.vocab_size} entries with [DEC] and [ENC], but the model has "
+            f"{model.med.vocab_size}: give the vocabulary it was trained with, --vocab=FILE"
+        )
     tensors = to_torch(family, source.state, vocab_size=model.med.vocab_size)
     for copy, _ in TIED[family]:  # transformers leaves them out, too
         del tensors[copy]
     folder.mkdir(parents=True, exist_ok=True)
     save_file({to_hf(name): x for name, x in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = {"config.json": hf_config.model_json(family, model, sep=tokenizer.sep, pad=tokenizer.pad),
-                "tokenizer_config.json": hf_config.tokenizer_json(model.med.positions, tokenizer),
-                "preprocessor_config.json": hf_config.pixels_json(model.img_size)}
+    settings = {
+        "config.json": hf_config.model_json(family, model, sep=tokenizer.sep, pad=tokenizer.pad),
+        "tokenizer_config.json": hf_config.tokenizer_json(model.med.positions, tokenizer),
+        "preprocessor_config.json": hf_config.pixels_json(model.img_size),
+    }
     for name, content in settings.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(source.vocab, folder / VOCABULARIES[source.vocab.suffix == ".json"])
     if source.family == "retrieval":
-        source.notes.append("temperature, momentum encoder and queues are left out: transformers' class has no place for them")
+        source.notes.append(
+            "temperature, momentum encoder and queues are left out: transformers' class has no place for them"
+        )

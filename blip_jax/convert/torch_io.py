@@ -1,4 +1,5 @@
-"""Tensors of files that other programs wrote, read without running anything that is in them; all checks of such files are here.
+"""Tensors of files that other programs wrote, read without running anything that is in them; all checks of such files
+are here.
 
 PyTorch's files (.pth, .bin) need torch, the extra "convert"; .safetensors and .npz do not.
 """
@@ -16,9 +17,20 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-BLOW_UP = 4  # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
-SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
-                      "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+# an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
+BLOW_UP = 4
+SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
 class Lazy:
@@ -91,15 +103,21 @@ def _open_zip(path: pathlib.Path) -> Tensors:
     if len(pickles) == 1:
         squeezed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
         if squeezed or total > size:
-            raise ValueError(f"{path} is no file of torch.save: {f'{squeezed[0]} is compressed' if squeezed else 'its members claim'} "
-                             f"{total} bytes in a file of {size}; torch stores tensors as they are")
+            raise ValueError(
+                f"{path} is no file of torch.save: {f'{squeezed[0]} is compressed' if squeezed else 'its members claim'} "
+                f"{total} bytes in a file of {size}; torch stores tensors as they are"
+            )
         return _open_pickle(path, mmap=True, records=[m.file_size for m in members])
     if names and all(n.endswith(".npy") for n in names):
         if total > BLOW_UP * size:
-            raise ValueError(f"{path} would unpack to {total} bytes, {total / size:.0f} times its size: these are no weights")
+            raise ValueError(
+                f"{path} would unpack to {total} bytes, {total / size:.0f} times its size: these are no weights"
+            )
         return Tensors({m.filename.removesuffix(".npy"): _npy(path, m) for m in members})
-    raise ValueError(f"{path} is a zip but no checkpoint: it holds {', '.join(names[:5])}{', ...' * (len(names) > 5)}, neither the "
-                     "data.pkl of torch.save nor arrays of numpy")
+    raise ValueError(
+        f"{path} is a zip but no checkpoint: it holds {', '.join(names[:5])}{', ...' * (len(names) > 5)}, neither the "
+        "data.pkl of torch.save nor arrays of numpy"
+    )
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -112,7 +130,8 @@ def _torch():
 
 
 def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Tensors:
-    """A file of torch.save, zip (mapped into memory) or the older plain pickle. `records`: sizes of the zip's members."""
+    """A file of torch.save, zip (mapped into memory) or the older plain pickle. `records`: sizes of the zip's
+    members."""
     torch = _torch()
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -132,7 +151,9 @@ def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Ten
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in content.values()}
         beyond = collections.Counter(storages.values()) - collections.Counter(records)
         if beyond - collections.Counter({0: len(content)}):
-            raise ValueError(f"{path} is damaged: it declares storages of {sorted(beyond)} bytes that its zip does not hold")
+            raise ValueError(
+                f"{path} is damaged: it declares storages of {sorted(beyond)} bytes that its zip does not hold"
+            )
     return Tensors({name: _array(torch, x) for name, x in content.items()}, left_out)
 
 
@@ -140,8 +161,10 @@ def _refusal(message: str) -> str:
     """What torch says about a file that it does not read, in a line."""
     names = re.findall(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", message)
     if names:
-        return (f"it asks for {next(filter(None, names[0]))}, which is code, not a tensor; nothing of it was run. Ask whoever made it "
-                "for the state dict alone, best as .safetensors")
+        return (
+            f"it asks for {next(filter(None, names[0]))}, which is code, not a tensor; nothing of it was run. Ask whoever made it "
+            "for the state dict alone, best as .safetensors"
+        )
     if "legacy .tar" in message or "TorchScript" in message:
         return "TorchScript and torch's oldest .tar format cannot be read safely: save its state dict with torch.save"
     first = message.strip().split("\n")[0]
@@ -168,7 +191,8 @@ def _array(torch, x) -> np.ndarray:
 
 
 def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes {"model": tensors} with torch.save, as the originals do; names that share an array share its bytes in the file."""
+    """Writes {"model": tensors} with torch.save, as the originals do; names that share an array share its bytes in
+    the file."""
     torch = _torch()
     shared = {id(x): torch.from_numpy(x if x.flags.writeable else x.copy()) for x in tensors.values()}
     torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
@@ -187,10 +211,16 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
         raise ValueError(f"{path} holds tensors of kinds that no BLIP has: {', '.join(odd[:5])}")
 
     def read(name):
-        with safe_open(path, framework="np") as file:  # opened anew each time: what it has read would stay mapped into memory
+        # opened anew each time: what it has read would stay mapped into memory
+        with safe_open(path, framework="np") as file:
             return file.get_tensor(name)
 
-    return Tensors({name: Lazy(shape, SAFETENSORS_DTYPES[dtype], functools.partial(read, name)) for name, (shape, dtype) in kinds.items()})
+    return Tensors(
+        {
+            name: Lazy(shape, SAFETENSORS_DTYPES[dtype], functools.partial(read, name))
+            for name, (shape, dtype) in kinds.items()
+        }
+    )
 
 
 def _npy(path: pathlib.Path, member: zipfile.ZipInfo) -> Lazy:

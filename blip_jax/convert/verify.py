@@ -1,4 +1,5 @@
-"""What was written, read again and compared: every tensor bit by bit, and the outputs of both models where transformers is there."""
+"""What was written, read again and compared: every tensor bit by bit, and the outputs of both models where
+transformers is there."""
 
 from __future__ import annotations
 
@@ -8,28 +9,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax import optim
+from blip_jax import trees
 from blip_jax.convert import apply, torch_io
-from blip_jax.convert.rules import INITIAL
-from blip_jax.convert.source import Source, find_family, narrow, read
+from blip_jax.convert.read import Source, find_family, narrow, read
+from blip_jax.convert.rules.blip import INITIAL
 from blip_jax.models.build import build
 
-PEERS = {"pretrain": ("caption", "itm"), "retrieval": ("itm",), "itm": ("itm",), "caption": ("caption",), "vqa": ("vqa",)}
+PEERS = {
+    "pretrain": ("caption", "itm"),
+    "retrieval": ("itm",),
+    "itm": ("itm",),
+    "caption": ("caption",),
+    "vqa": ("vqa",),
+}
 FIRST_ID = 2  # transformers leaves the first id as it is, and so have both models here
 TOLERANCE = 1e-3  # of the largest output (or of 1): float32 sums in another order differ by 1e-5 or so
 
 
 def verify(source: Source, written: pathlib.Path, to: str, origin: pathlib.Path) -> None:
-    """Compares `written` (a format of `run.FORMATS`) with the `source` it was made of and with the file `origin`, and says so.
+    """Compares `written` (a format of `run.FORMATS`) with the `source` it was made of and with the file `origin`, and
+    says so.
 
-    ValueError: a tensor is missing, added or changed, or the outputs of transformers' model differ by more than TOLERANCE.
+    ValueError: a tensor is missing, added or changed, or the outputs of transformers' model differ by more than
+    TOLERANCE.
     """
     model = source.cfg.model
     own = {} if to == "ours" else {"vit_heads": model.vit.heads, "med_heads": model.med.heads}
     again = read(written, vocab=str(source.vocab or ""), **own)
     expected = source if again.family == source.family else narrow(source, again.family, str(origin))
-    _same(dict(optim.paths(expected.state)), dict(optim.paths(again.state)), f"what was written ({to})",
-          ignore=() if to == "ours" else ("params/temp",) * (again.family in ("itm", "features")))
+    _same(
+        dict(trees.paths(expected.state)),
+        dict(trees.paths(again.state)),
+        f"what was written ({to})",
+        ignore=() if to == "ours" else ("params/temp",) * (again.family in ("itm", "features")),
+    )
     _against_file(source, again, origin)
     _against_peer(source)
 
@@ -37,9 +50,13 @@ def verify(source: Source, written: pathlib.Path, to: str, origin: pathlib.Path)
 def _same(want: dict, got: dict, what: str, ignore: tuple = ()) -> None:
     """Says that two sets of arrays are equal in every bit. ValueError: those that are not, or only in one of them."""
     names = (want.keys() | got.keys()) - set(ignore)
-    changed = [name for name in sorted(names) if name not in want or name not in got or not _equal(want[name], got[name])]
+    changed = [
+        name for name in sorted(names) if name not in want or name not in got or not _equal(want[name], got[name])
+    ]
     if changed:
-        raise ValueError(f"{what} differs from its origin in {len(changed)} of {len(names)} tensors: {', '.join(apply.folded(changed))}")
+        raise ValueError(
+            f"{what} differs from its origin in {len(changed)} of {len(names)} tensors: {', '.join(apply.folded(changed))}"
+        )
     print(f"  verified: {what} equals its origin in all {len(names)} tensors, bit by bit", flush=True)
 
 
@@ -53,23 +70,39 @@ def _against_file(source: Source, again: Source, origin: pathlib.Path) -> None:
     """The way back to the originals' names against the file itself, where it is one of theirs and was taken whole."""
     if not origin.is_file() or source.family in INITIAL:
         return
-    from blip_jax.convert.run import official
+    from blip_jax.convert.write import official
+
     tensors = torch_io.open_tensors(origin)
     if find_family(tensors) != source.family or again.family != source.family:
         return
     back = official(again._replace(absent=source.absent))
-    resized = [name for name in back if name.endswith("pos_embed") and name in tensors and back[name].shape != tensors[name].shape]
+    resized = [
+        name
+        for name in back
+        if name.endswith("pos_embed") and name in tensors and back[name].shape != tensors[name].shape
+    ]
     ignored = [name for name in tensors if name not in back and name not in source.absent]
-    _same({k: tensors[k] for k in tensors if k not in ignored}, back, "the way back to the original's names", ignore=tuple(resized))
+    _same(
+        {k: tensors[k] for k in tensors if k not in ignored},
+        back,
+        "the way back to the original's names",
+        ignore=tuple(resized),
+    )
 
 
 def _against_peer(source: Source) -> None:
     """Runs our model and transformers' on random input and says the largest difference of each output."""
-    if source.family not in PEERS or source.family == "vqa" and source.cfg.model.vit.width != source.cfg.model.med.width:
-        print(f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared only")
+    if (
+        source.family not in PEERS
+        or source.family == "vqa"
+        and source.cfg.model.vit.width != source.cfg.model.med.width
+    ):
+        print(
+            f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared only"
+        )
         return
     try:
-        from blip_jax.bench import transformers_peer as peer
+        from blip_jax.bench import transformers_peer
     except ImportError as e:
         print(f"  not run: transformers' model ({e}; pip install 'blip-jax[peers]'), so tensors were compared only")
         return
@@ -79,11 +112,13 @@ def _against_peer(source: Source) -> None:
     ids = rng.integers(5, model.med.vocab_size - 2, (2, min(12, model.med.positions))).astype(np.int32)
     ids[:, 0] = FIRST_ID
     for half in PEERS[source.family]:
-        theirs = peer.outputs(half, model, source.state["params"], img, ids)
+        theirs = transformers_peer.outputs(half, model, source.state["params"], img, ids)
         ours = _outputs(half, source, img, ids)
         for name, want in theirs.items():
             difference, largest = np.abs(ours[name] - want).max(), max(1.0, np.abs(want).max())
-            print(f"  verified: {name}, ours and transformers': largest difference {difference:.2e} (largest value {largest:.3g})")
+            print(
+                f"  verified: {name}, ours and transformers': largest difference {difference:.2e} (largest value {largest:.3g})"
+            )
             if not difference <= TOLERANCE * largest:
                 raise ValueError(f"{name} of transformers' model differs by {difference:.2e}: more than rounding")
 
@@ -99,8 +134,10 @@ def _outputs(half: str, source: Source, img: np.ndarray, ids: np.ndarray) -> dic
         kv = call("image_kv", img_tok)
         if half == "itm":
             _, txt_emb = call("encode_text", ids, mask)
-            return {"matching logits": call("match", ids, mask, kv, first_id=FIRST_ID),
-                    "cosines": call("project_image", img_tok) @ txt_emb.T}
+            return {
+                "matching logits": call("match", ids, mask, kv, first_id=FIRST_ID),
+                "cosines": call("project_image", img_tok) @ txt_emb.T,
+            }
         if half == "vqa":
             states = call("encode_question", ids, mask, kv, first_id=FIRST_ID)
             kv = call("question_kv", states)

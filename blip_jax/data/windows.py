@@ -1,7 +1,7 @@
 """Batches of one text length each: which examples of a window form which batch, computed ahead in threads.
 
-The global order is cut into windows of W batches. The examples of a window are ordered by the bucket that holds their text,
-ties by position, and cut into W batches, which come in a shuffled order. So a window holds the same examples as
+The global order is cut into windows of W batches. The examples of a window are ordered by the bucket that holds their
+text, ties by position, and cut into W batches, which come in a shuffled order. So a window holds the same examples as
 without buckets, each once; a batch is as long as its longest text's bucket; and all of it depends on (seed, window) and
 on the lengths alone. Every process finds the same batches without a word to the others.
 """
@@ -16,7 +16,8 @@ import numpy as np
 
 
 def cut(lengths: np.ndarray, batch: int, buckets) -> tuple[np.ndarray, np.ndarray]:
-    """Batches of n = len(lengths) / batch, shortest first: positions i64[n,batch], ascending in a batch, and T i64[n] of each.
+    """Batches of n = len(lengths) / batch, shortest first: positions i64[n,batch], ascending in a batch, and T i64[n]
+    of each.
 
     lengths: text positions of the examples, at most the last of `buckets`.
     """
@@ -28,17 +29,29 @@ def cut(lengths: np.ndarray, batch: int, buckets) -> tuple[np.ndarray, np.ndarra
 class Windows:
     """Which examples a step takes, and their T. Used from several threads; close it.
 
-    length_of: (range of global example numbers) -> their text lengths, called in `threads` threads. When a step is asked for,
-    the lengths of the batch `window` steps later are begun, so that the work of the next window is spread over this one.
+    length_of: (range of global example numbers) -> their text lengths, called in `threads` threads. When a step is
+    asked for, the lengths of the batch `window` steps later are begun, so that the work of the next window is spread
+    over this one.
     ahead: steps by which the asking may be out of order.
     """
 
-    def __init__(self, length_of: Callable[[range], np.ndarray], *, batch: int, window: int, buckets, seed: int, start_step: int,
-                 threads: int, ahead: int):
+    def __init__(
+        self,
+        length_of: Callable[[range], np.ndarray],
+        *,
+        batch: int,
+        window: int,
+        buckets,
+        seed: int,
+        start_step: int,
+        threads: int,
+        ahead: int,
+    ):
         self._length_of, self._batch, self._window, self._buckets, self._seed = length_of, batch, window, buckets, seed
         self._ahead, self._lock = ahead, threading.Lock()
         self._pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1), thread_name_prefix="text-lengths")
-        self._lengths: dict[int, concurrent.futures.Future] = {}  # of the examples of a step in the order without buckets
+        # of the examples of a step in the order without buckets
+        self._lengths: dict[int, concurrent.futures.Future] = {}
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of a window: global numbers i64[W,B], T i64[W]
         self._asked = start_step // window * window  # the lengths of the steps before have been begun or are not needed
 
@@ -69,7 +82,8 @@ class Windows:
         first = window * self._window
         steps = range(first, first + self._window)
         rows, T = cut(np.concatenate([self._lengths[step].result() for step in steps]), self._batch, self._buckets)
-        stream = np.random.Philox(key=np.array([self._seed, 2**63 + window], np.uint64))  # smaller numbers are examples' streams
+        # smaller numbers are examples' streams
+        stream = np.random.Philox(key=np.array([self._seed, 2**63 + window], np.uint64))
         order = np.random.Generator(stream).permutation(self._window)
         for step in steps:
             del self._lengths[step]

@@ -1,8 +1,8 @@
 """Beam search with the original's scores (reference: transformers 4.15 as BLIP uses it, early_stopping False).
 
-A text's score is the sum of its processed log-probabilities / length ** length_penalty; the length counts the prompt, not [SEP].
-A search ends when it has M finished texts and the best candidate of the step, by its length so far, is no better than the
-worst of them. `extend` is as in decode/generate.py, on rows b*M + m.
+A text's score is the sum of its processed log-probabilities / length ** length_penalty; the length counts the prompt,
+not [SEP]. A search ends when it has M finished texts and the best candidate of the step, by its length so far, is no
+better than the worst of them. `extend` is as in decode/generate.py, on rows b*M + m.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def search(extend: Callable, logits, cache, prompt, how: Beam, n: int, *, eos: i
         raw = parents.log_prob + jnp.take_along_axis(log_probs.reshape(B, M * V), at, axis=1)
 
         ended = (token == eos) & (jnp.arange(2 * M) < M)
-        ending = _Texts(parents.ids.at[:, :, s.length].set(eos), jnp.where(ended, best / s.length**how.length_penalty, -jnp.inf), raw)
+        ending = _Texts(
+            parents.ids.at[:, :, s.length].set(eos),
+            jnp.where(ended, best / s.length**how.length_penalty, -jnp.inf),
+            raw,
+        )
         finished = _best(s.finished, ending, M)
         worst, ahead = finished.score.min(axis=1), best.max(axis=1) / s.length**how.length_penalty
 

@@ -1,7 +1,7 @@
 """Sampling texts token by token: a jittable loop with an explicit cache that ends when every row has.
 
-The model is a function `extend(ids i32[R,t], start i32[], cache) -> (logits f32[R,V], cache)`: the scores after the last of
-t tokens that stand at positions start..start+t-1. Row r may mean anything; the loop never mixes rows.
+The model is a function `extend(ids i32[R,t], start i32[], cache) -> (logits f32[R,V], cache)`: the scores after the
+last of t tokens that stand at positions start..start+t-1. Row r may mean anything; the loop never mixes rows.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ def sample(extend: Callable, logits, cache, prompt, keys, how: Sampling, *, eos:
     """Continues `prompt` until [SEP] or how.max_length tokens.
 
     Args:
-      logits f32[R,V], cache: what `extend` gave for the prompt. prompt i32[R,t], t < how.max_length; keys: random keys [R].
-    Returns: ids i32[R,L], L = how.max_length: prompt, text, `eos` if it ended before L, then `pad`; log_prob f32[R], the sum of
-    the model's own log-probabilities of what was chosen, the end included (without penalty, temperature and truncation).
+      logits f32[R,V], cache: what `extend` gave for the prompt. prompt i32[R,t], t < how.max_length; keys: random keys
+        [R].
+    Returns: ids i32[R,L], L = how.max_length: prompt, text, `eos` if it ended before L, then `pad`; log_prob f32[R],
+    the sum of the model's own log-probabilities of what was chosen, the end included (without penalty, temperature and
+    truncation).
     """
     R, t = prompt.shape
     if not t < how.max_length:
@@ -61,9 +63,13 @@ def sample(extend: Callable, logits, cache, prompt, keys, how: Sampling, *, eos:
         token = sampling.draw(at, sampling.top_p(scores, how.top_p), tokens)
         chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         token = jnp.where(s.done, pad, token)
-        return s._replace(length=s.length + 1, ids=jax.lax.dynamic_update_slice(s.ids, token[:, None], (0, s.length)),
-                          seen=s.seen | (jnp.arange(logits.shape[-1]) == token[:, None]),
-                          done=s.done | (token == eos), log_prob=s.log_prob + jnp.where(s.done, 0.0, chosen))
+        return s._replace(
+            length=s.length + 1,
+            ids=jax.lax.dynamic_update_slice(s.ids, token[:, None], (0, s.length)),
+            seen=s.seen | (jnp.arange(logits.shape[-1]) == token[:, None]),
+            done=s.done | (token == eos),
+            log_prob=s.log_prob + jnp.where(s.done, 0.0, chosen),
+        )
 
     def body(s: _Loop) -> _Loop:
         last = jax.lax.dynamic_slice_in_dim(s.ids, s.length - 1, 1, axis=1)

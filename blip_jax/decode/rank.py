@@ -1,4 +1,5 @@
-"""Choosing among given answers: the few whose first token is likely are scored in full (reference: BLIP's VQA `rank`)."""
+"""Choosing among given answers: the few whose first token is likely are scored in full (reference: BLIP's VQA
+`rank`)."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ def rank(first_logits, score: Callable, ids, mask, k: int):
       score: (ids i32[B*k,T], mask bool[B*k,T]) -> f32[B*k], higher is better; row b*k + j is a candidate of question b.
       ids i32[C,T], mask bool[C,T]: the candidates, the start token at 0; every one has a first token at 1.
       k: at least 1; more than C means C.
-    Returns: candidates i32[B,k], best first; their scores f32[B,k]. Equal ones stay in the order of the list, here and in the
-    choice of the k, where many candidates share a first token.
+    Returns: candidates i32[B,k], best first; their scores f32[B,k]. Equal ones stay in the order of the list, here and
+    in the choice of the k, where many candidates share a first token.
     """
     if k < 1 or len(ids) < 1 or ids.shape[1] < 2:
-        raise ValueError(f"k is {k}, candidates are {tuple(ids.shape)}: give at least one candidate of two tokens, and k from 1 on")
+        raise ValueError(
+            f"k is {k}, candidates are {tuple(ids.shape)}: give at least one candidate of two tokens, and k from 1 on"
+        )
     B, k = len(first_logits), min(k, len(ids))
     _, chosen = jax.lax.top_k(first_logits[:, ids[:, 1]], k)
     chosen = jnp.sort(chosen, axis=1)  # so that equal scores below fall back to the order of the list

@@ -1,7 +1,9 @@
-"""What happens to next-token scores before one is chosen: pure functions, in the order in which the original applies them.
+"""What happens to next-token scores before one is chosen: pure functions, in the order in which the original applies
+them.
 
-Repetition penalty, minimum length, temperature, top-k, top-p (reference: BLIP's `generate` on transformers 4.15, whose sampling
-has a top-k of 50 by default that the original's arguments do not show). Scores are logits or log-probabilities f32[R,V].
+Repetition penalty, minimum length, temperature, top-k, top-p (reference: BLIP's `generate` on transformers 4.15, whose
+sampling has a top-k of 50 by default that the original's arguments do not show). Scores are logits or log-probabilities
+f32[R,V].
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 
 
 def repetition_penalty(scores, seen, penalty: float):
-    """Scores of tokens that occur already, prompt included (bool[R,V]), divided by `penalty` if positive, else multiplied."""
+    """Scores of tokens that occur already, prompt included (bool[R,V]), divided by `penalty` if positive, else
+    multiplied."""
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
@@ -43,8 +46,8 @@ def top_p(scores, p: float):
 def draw(keys, scores, tokens):
     """One token i32[R] per row with probability softmax(scores).
 
-    keys: R random keys, one per row; scores f32[R,k]; tokens i32[R,k]. The noise belongs to (key, token): neither the other rows
-    nor the rank of a token change what is drawn.
+    keys: R random keys, one per row; scores f32[R,k]; tokens i32[R,k]. The noise belongs to (key, token): neither the
+    other rows nor the rank of a token change what is drawn.
     """
     noise_of = lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token))
     noise = jax.vmap(lambda key, row: jax.vmap(lambda token: noise_of(key, token))(row))(keys, tokens)

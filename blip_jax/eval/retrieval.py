@@ -1,12 +1,14 @@
 """Two-stage image-text retrieval (BLIP paper, section 4.1): cosine shortlist, re-ranked by the matching head.
 
-Every text and image is embedded; for each image the k closest texts, and for each text the k closest images, are scored by
+Every text and image is embedded; for each image the k closest texts, and for each text the k closest images, are scored
+by
 the matching head: score = logit of "match" + cosine. All other entries are -100. Recall@K in percent, both ways.
 
-Every shortlisted pair of either direction is scored once. Images' token states wait in host memory; a pass of the matching
-head takes a batch of images and up to `eval.rerank_texts` texts of each, so keys and values serve that many texts. Rows
-that only fill a static shape repeat a real row, and their results are dropped. Ties: the shortlist prefers the lower
-index; a rank counts every candidate that scores as high as the right one as before it, so a constant score earns nothing.
+Every shortlisted pair of either direction is scored once. Images' token states wait in host memory; a pass of the
+matching head takes a batch of images and up to `eval.rerank_texts` texts of each, so keys and values serve that many
+texts. Rows that only fill a static shape repeat a real row, and their results are dropped. Ties: the shortlist prefers
+the lower index; a rank counts every candidate that scores as high as the right one as before it, so a constant score
+earns nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from blip_jax import sharding
-from blip_jax.models.vit import encode_pixels
+from blip_jax.models.vision.vit import encode_pixels
+from blip_jax.parallel import sharding
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ CHUNK = 1024  # rows of a score matrix handled at a time, to bound temporaries
 
 
 def shortlist(similarity: np.ndarray, k: int) -> np.ndarray:
-    """bool[N,M]: True for the k largest entries of each row of f32[N,M]; equal values by lower column. k > M keeps all."""
+    """bool[N,M]: True for the k largest entries of each row of f32[N,M]; equal values by lower column. k > M keeps
+    all."""
     n, m = similarity.shape
     if k >= m:
         return np.ones((n, m), bool)
@@ -56,8 +59,9 @@ def image_to_text_ranks(scores: np.ndarray, text_image: np.ndarray) -> np.ndarra
     own = scores[text_image, np.arange(len(text_image))]
     best = np.full(len(scores), -np.inf, scores.dtype)
     np.maximum.at(best, text_image, own)
-    as_high = np.concatenate([(scores[s : s + CHUNK] >= best[s : s + CHUNK, None]).sum(axis=1)
-                              for s in range(0, len(scores), CHUNK)])
+    as_high = np.concatenate(
+        [(scores[s : s + CHUNK] >= best[s : s + CHUNK, None]).sum(axis=1) for s in range(0, len(scores), CHUNK)]
+    )
     own_as_high = np.bincount(text_image, weights=own == best[text_image], minlength=len(scores)).astype(np.int64)
     has_caption = np.bincount(text_image, minlength=len(scores)) > 0
     return (as_high - own_as_high)[has_caption]
@@ -78,8 +82,9 @@ def recalls(ranks: np.ndarray) -> dict[str, float]:
 def both_ways(i2t: np.ndarray, t2i: np.ndarray, text_image: np.ndarray) -> dict[str, float]:
     """Recalls of both directions in percent, their means, and "r_mean", the mean of the two means.
 
-    Args: i2t, t2i f32[n_images, n_texts], the scores that images rank texts by, and texts images; text_image i64[n_texts].
-    Returns {"txt_r1", "txt_r5", "txt_r10", "txt_r_mean", "img_r1", ..., "r_mean"}: txt_* retrieves texts, img_* images.
+    Args: i2t, t2i f32[n_images, n_texts], the scores that images rank texts by, and texts images; text_image
+    i64[n_texts]. Returns {"txt_r1", "txt_r5", "txt_r10", "txt_r_mean", "img_r1", ..., "r_mean"}: txt_* retrieves texts,
+    img_* images.
     """
     txt = recalls(image_to_text_ranks(i2t, text_image))
     img = recalls(text_to_image_ranks(t2i, text_image))
@@ -91,7 +96,8 @@ def rerank_units(needed: np.ndarray, texts_per_unit: int) -> tuple[np.ndarray, n
     """Cuts the wanted pairs into units of one image and up to G = `texts_per_unit` of its texts.
 
     Args: needed bool[n_images, n_texts].
-    Returns: image i64[U] and text i64[U,G] of each unit, -1 where a unit has fewer texts. Every wanted pair occurs once.
+    Returns: image i64[U] and text i64[U,G] of each unit, -1 where a unit has fewer texts. Every wanted pair occurs
+      once.
     """
     image, text = np.nonzero(needed)  # sorted by image
     per_image = np.bincount(image, minlength=len(needed))
@@ -161,7 +167,10 @@ def _text_features(model, params, ids, txt_mask, mesh, batch):
         for start in _progress(range(0, n, batch), "text features", math.ceil(n / batch)):
             rows = np.arange(start, min(start + batch, n))
             filled = _filled(rows, batch)
-            yield rows, _embed_texts(model, whole, params, *_on_mesh(mesh, ("act_batch",), ids[filled], txt_mask[filled]))
+            yield (
+                rows,
+                _embed_texts(model, whole, params, *_on_mesh(mesh, ("act_batch",), ids[filled], txt_mask[filled])),
+            )
 
     return np.concatenate([np.float32(emb)[: len(rows)] for rows, emb in _one_behind(passes())])
 
@@ -196,7 +205,15 @@ def _match_scores(model, params, img_tok, ids, txt_mask, needed, mesh, batch, te
             units = np.arange(start, min(start + batch, len(image)))
             filled = _filled(units, batch)
             rows = np.maximum(text[filled], 0)  # B G
-            yield units, _match(model, whole, params, *_on_mesh(mesh, ("act_batch",), img_tok[image[filled]], ids[rows], txt_mask[rows]))
+            yield (
+                units,
+                _match(
+                    model,
+                    whole,
+                    params,
+                    *_on_mesh(mesh, ("act_batch",), img_tok[image[filled]], ids[rows], txt_mask[rows]),
+                ),
+            )
 
     scores = np.zeros(needed.shape, np.float32)
     for units, logits in _one_behind(passes()):
@@ -210,24 +227,33 @@ def _drop_unreadable(readable, text_image):
     """(kept texts bool[n_texts], image of each kept text counted among the readable images i64)"""
     lost = int((~readable).sum())
     if lost == len(readable):
-        raise ValueError(f"retrieval evaluation: none of the {lost} images could be read; see skipped.jsonl and data.eval")
+        raise ValueError(
+            f"retrieval evaluation: none of the {lost} images could be read; see skipped.jsonl and data.eval"
+        )
     kept = readable[text_image]
     if not kept.any():
         raise ValueError("retrieval evaluation: no readable image has a caption; see skipped.jsonl and data.eval")
     if lost:
-        log.warning("retrieval: %d of %d images could not be read; they and their %d captions are left out",
-                    lost, len(readable), int((~kept).sum()))
+        log.warning(
+            "retrieval: %d of %d images could not be read; they and their %d captions are left out",
+            lost,
+            len(readable),
+            int((~kept).sum()),
+        )
     return kept, (np.cumsum(readable) - 1)[text_image[kept]]
 
 
 def _clipped(k: int, candidates: int, what: str) -> int:
     if k > candidates:
-        log.warning("retrieval: eval.k = %d is more than the %d %s there are: all of them are re-ranked", k, candidates, what)
+        log.warning(
+            "retrieval: eval.k = %d is more than the %d %s there are: all of them are re-ranked", k, candidates, what
+        )
     return min(k, candidates)
 
 
 class Scores(NamedTuple):
-    """Score matrices f32[n_images, n_texts] of the readable images and their texts, and i64[n_texts], each text's image."""
+    """Score matrices f32[n_images, n_texts] of the readable images and their texts, and i64[n_texts], each text's
+    image."""
 
     cosine: np.ndarray
     i2t: np.ndarray  # what images rank texts by: logit + cosine for each image's shortlist, else -100
@@ -287,8 +313,10 @@ def _check(cfg, data):
 
 def _check_finite(x, what):
     if not np.isfinite(x).all():
-        raise ValueError(f"retrieval evaluation: {what} are not finite: the parameters hold NaN or infinity, or model.dtype "
-                         "overflows; evaluate an earlier checkpoint or use float32")
+        raise ValueError(
+            f"retrieval evaluation: {what} are not finite: the parameters hold NaN or infinity, or model.dtype "
+            "overflows; evaluate an earlier checkpoint or use float32"
+        )
 
 
 def table(result: dict) -> str:

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax.models.med import Med, empty_cache
-from blip_jax.models.vit import Vit, _torch_uniform
+from blip_jax.models.text.med import Med, empty_cache
+from blip_jax.models.vision.vit import Vit, torch_uniform
 
 
 class Blip(nn.Module):
@@ -34,17 +34,42 @@ class Blip(nn.Module):
     @classmethod
     def from_config(cls, model) -> "Blip":
         """Builds from `cfg.model` of blip_jax.config."""
-        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.embed_dim, model.encoder, model.decoder,
-                   model.init_std, model.drop_path, model.dropout, model.remat, jnp.dtype(model.dtype))
+        return cls(
+            FrozenDict(model.vit),
+            FrozenDict(model.med),
+            model.img_size,
+            model.embed_dim,
+            model.encoder,
+            model.decoder,
+            model.init_std,
+            model.drop_path,
+            model.dropout,
+            model.remat,
+            jnp.dtype(model.dtype),
+        )
 
     def setup(self):
-        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, init_std=self.init_std, drop_path=self.drop_path,
-                       remat=self.remat, dtype=self.dtype)
-        self.med = Med(**self.med_sizes, encoder=self.encoder, decoder=self.decoder, init_std=self.init_std, dropout=self.dropout,
-                       dtype=self.dtype)
+        self.vit = Vit(
+            **self.vit_sizes,
+            img_size=self.img_size,
+            init_std=self.init_std,
+            drop_path=self.drop_path,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+        self.med = Med(
+            **self.med_sizes,
+            encoder=self.encoder,
+            decoder=self.decoder,
+            init_std=self.init_std,
+            dropout=self.dropout,
+            dtype=self.dtype,
+        )
         if not self.encoder:
             return
-        dense = lambda n, fan_in: nn.Dense(n, precision="highest", kernel_init=_torch_uniform(fan_in), bias_init=_torch_uniform(fan_in))
+        dense = lambda n, fan_in: nn.Dense(
+            n, precision="highest", kernel_init=torch_uniform(fan_in), bias_init=torch_uniform(fan_in)
+        )
         self.vision_proj = dense(self.embed_dim, self.vit_sizes["width"])
         self.text_proj = dense(self.embed_dim, self.med_sizes["width"])
         self.itm_head = dense(2, self.med_sizes["width"])
@@ -84,12 +109,21 @@ class Blip(nn.Module):
         """img_tok [B,P,D] -> per MED layer (k, v), each [B,P,N,H]"""
         return self.med.image_kv(img_tok)
 
-    def match(self, ids, txt_mask, kv, *, img_idx: tuple | None = None, first_id: int | None = None,
-              deterministic: bool = True):
+    def match(
+        self,
+        ids,
+        txt_mask,
+        kv,
+        *,
+        img_idx: tuple | None = None,
+        first_id: int | None = None,
+        deterministic: bool = True,
+    ):
         """Matching logits f32[B*G,2] (column 1: the text belongs to the image) of ids i32[B*G,T] against B images.
 
-        Row b*G + g is a text for image b, or for the image that img_idx[g] names (`grouped_cross_attention`). Position 0 is set to [ENC],
-        as in training; `first_id` puts another id there (the original's stand-alone ITM class leaves [CLS]).
+        Row b*G + g is a text for image b, or for the image that img_idx[g] names (`grouped_cross_attention`). Position
+        0 is set to [ENC], as in training; `first_id` puts another id there (the original's stand-alone ITM class leaves
+        [CLS]).
         """
         if img_idx is None:
             img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
@@ -104,13 +138,15 @@ class Blip(nn.Module):
         return self.med.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each [rows,length,N,H] of zeros."""
+        """Self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each
+        [rows,length,N,H] of zeros."""
         return empty_cache(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv):
         """Cached decoding: (next-token logits f32[R,Vp] after the last of ids i32[R,t], cache).
 
-        ids are positions start..start+t-1 of R = B*n texts, rows b*n+i for image b; [DEC] is the caller's. Works without dropout.
+        ids are positions start..start+t-1 of R = B*n texts, rows b*n+i for image b; [DEC] is the caller's. Works
+        without dropout.
         """
         texts = ids.shape[0] // kv[0][0].shape[0]
         txt_tok, cache = self.med.extend(ids, start, cache, kv, (None,) * texts)

@@ -7,10 +7,10 @@ from typing import Callable
 
 import flax.linen as nn
 
-from blip_jax import optim
+from blip_jax import trees
 from blip_jax.models.blip import Blip
 from blip_jax.models.nlvr import BlipNlvr
-from blip_jax.models.vit import resize_pos_embed
+from blip_jax.models.vision.vit import resize_pos_embed
 from blip_jax.models.vqa import BlipVqa
 
 MODELS = {"pretrain": Blip, "retrieval": Blip, "caption": Blip, "vqa": BlipVqa, "nlvr": BlipNlvr}
@@ -24,13 +24,17 @@ def build(cfg) -> nn.Module:
 
 
 def vqa_from_pretrain(params: dict, fresh: dict) -> tuple[dict, list[str]]:
-    """Parameters of a pre-trained `Blip` as those of a `BlipVqa`: what text encoder and decoder shared becomes a copy in each.
+    """Parameters of a pre-trained `Blip` as those of a `BlipVqa`: what text encoder and decoder shared becomes a copy
+    in each.
 
-    `fresh`: random parameters of the BlipVqa. With a ViT wider than the MED the kernels of the decoder's cross-attention keys and values
-    do not fit and stay random, as in the original. The position table is resized, projections and matching head are left out.
-    Returns the parameters and the names of those that stayed random. ValueError: what else is missing or has another shape.
+    `fresh`: random parameters of the BlipVqa. With a ViT wider than the MED the kernels of the decoder's
+    cross-attention keys and values do not fit and stay random, as in the original. The position table is resized,
+    projections and matching head are left out. Returns the parameters and the names of those that stayed random.
+    ValueError: what else is missing or has another shape.
     """
-    return _start(params, fresh, lambda path: path.replace("med_dec/", "med/"), misfit=r"med_dec/layer_\d+/cross_attn/[kv]/kernel")
+    return _start(
+        params, fresh, lambda path: path.replace("med_dec/", "med/"), misfit=r"med_dec/layer_\d+/cross_attn/[kv]/kernel"
+    )
 
 
 def nlvr_from_pretrain(params: dict, fresh: dict) -> tuple[dict, list[str]]:
@@ -43,9 +47,10 @@ def nlvr_from_pretrain(params: dict, fresh: dict) -> tuple[dict, list[str]]:
 
 
 def _start(params: dict, fresh: dict, origin: Callable, new: str = "", misfit: str = "") -> tuple[dict, list[str]]:
-    """`fresh` with every leaf from origin(path) of `params`, but those that match `new`, or `misfit` in another shape."""
-    have, out, random, problems = dict(optim.paths(params)), {}, [], []
-    for path, want in optim.paths(fresh):
+    """`fresh` with every leaf from origin(path) of `params`, but those that match `new`, or `misfit` in another
+    shape."""
+    have, out, random, problems = dict(trees.paths(params)), {}, [], []
+    for path, want in trees.paths(fresh):
         x = have.get(origin(path))
         if path == "vit/pos_embed" and x is not None and x.shape != want.shape and x.shape[-1] == want.shape[-1]:
             x = resize_pos_embed(x, want.shape[0])
@@ -59,6 +64,13 @@ def _start(params: dict, fresh: dict, origin: Callable, new: str = "", misfit: s
         else:
             out[path] = x
     if problems:
-        raise ValueError("\n  ".join(["these are no parameters of a pre-training model of this size:", *problems,
-                                      "give a checkpoint of objective pretrain, and the model.* sizes it was trained with"]))
-    return optim.nest(out.items()), random
+        raise ValueError(
+            "\n  ".join(
+                [
+                    "these are no parameters of a pre-training model of this size:",
+                    *problems,
+                    "give a checkpoint of objective pretrain, and the model.* sizes it was trained with",
+                ]
+            )
+        )
+    return trees.nest(out.items()), random

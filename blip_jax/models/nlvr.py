@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax.models.attention import HeadedAttention, Mlp, attention
-from blip_jax.models.dense import Dense
-from blip_jax.models.med import EPS, Embed, PostNormAttention
-from blip_jax.models.pointwise import LayerNorm
-from blip_jax.models.vit import Vit, _torch_uniform
+from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
+from blip_jax.models.layers.dense import Dense
+from blip_jax.models.layers.norm import LayerNorm
+from blip_jax.models.text.med import EPS, Embed, PostNormAttention
+from blip_jax.models.vision.vit import Vit, torch_uniform
 
 FIRST_MERGE = 6  # layers before this one average what they saw in the two images, from it on a dense layer merges it
 
@@ -42,8 +42,10 @@ class TwinLayer(nn.Module):
     def __call__(self, x, mask, img_tok0, img_tok1, deterministic: bool, first_only: bool):
         drop = lambda y: self.drop(y, deterministic=deterministic)
         x = self.self_attn.self_attention(x, mask, deterministic, first_only)
-        seen0, seen1 = (a.project_out(attention(a.project_q(x), *a.project_kv(tok), drop=drop))
-                        for a, tok in ((self.cross_attn0, img_tok0), (self.cross_attn1, img_tok1)))
+        seen0, seen1 = (
+            a.project_out(attention(a.project_q(x), *a.project_kv(tok), drop=drop))
+            for a, tok in ((self.cross_attn0, img_tok0), (self.cross_attn1, img_tok1))
+        )
         both = self.merge(jnp.concatenate([seen0, seen1], axis=-1)) if self.merges else (seen0 + seen1) / 2
         x = self.cross_ln(x + drop(both))
         return self.mlp_ln(x + drop(self.mlp(x)))
@@ -65,11 +67,14 @@ class TwinMed(nn.Module):
     def setup(self):
         self.embed = Embed(self.width, self.vocab_size, self.positions, self.init_std, self.dropout, self.dtype)
         for i in range(self.layers):
-            layer = TwinLayer(self.width, self.heads, self.mlp, self.init_std, i >= FIRST_MERGE, self.dropout, self.dtype)
+            layer = TwinLayer(
+                self.width, self.heads, self.mlp, self.init_std, i >= FIRST_MERGE, self.dropout, self.dtype
+            )
             setattr(self, f"layer_{i:02d}", layer)
 
     def __call__(self, ids, txt_mask, img_tok0, img_tok1, *, deterministic: bool = True):
-        """State of the first position [B,1,D]: ids i32[B,T], txt_mask bool[B,T] (True = real token), img_tok0/1 [B,P,D']."""
+        """State of the first position [B,1,D]: ids i32[B,T], txt_mask bool[B,T] (True = real token), img_tok0/1
+        [B,P,D']."""
         x = self.embed(ids, deterministic)
         for i in range(self.layers):
             last = i == self.layers - 1
@@ -82,7 +87,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        uniform = _torch_uniform(x.shape[-1])
+        uniform = torch_uniform(x.shape[-1])
         dense = lambda n, name: nn.Dense(n, precision="highest", kernel_init=uniform, bias_init=uniform, name=name)
         return dense(2, "out")(jax.nn.relu(dense(x.shape[-1], "dense")(x.astype(jnp.float32))))
 
@@ -105,12 +110,26 @@ class BlipNlvr(nn.Module):
     @classmethod
     def from_config(cls, model) -> "BlipNlvr":
         """Builds from `cfg.model` of blip_jax.config."""
-        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.init_std, model.drop_path, model.dropout,
-                   model.remat, jnp.dtype(model.dtype))
+        return cls(
+            FrozenDict(model.vit),
+            FrozenDict(model.med),
+            model.img_size,
+            model.init_std,
+            model.drop_path,
+            model.dropout,
+            model.remat,
+            jnp.dtype(model.dtype),
+        )
 
     def setup(self):
-        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, init_std=self.init_std, drop_path=self.drop_path,
-                       remat=self.remat, dtype=self.dtype)
+        self.vit = Vit(
+            **self.vit_sizes,
+            img_size=self.img_size,
+            init_std=self.init_std,
+            drop_path=self.drop_path,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
         self.med = TwinMed(**self.med_sizes, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype)
         self.cls_head = Head()
 
@@ -128,7 +147,8 @@ class BlipNlvr(nn.Module):
         return self.vit(img, deterministic=deterministic)
 
     def classify(self, ids, txt_mask, img_tok0, img_tok1, *, first_id: int | None = None, deterministic: bool = True):
-        """Logits f32[B,2] (column 1: the text is true) of ids i32[B,T] given the left and the right image, img_tok [B,P,D].
+        """Logits f32[B,2] (column 1: the text is true) of ids i32[B,T] given the left and the right image, img_tok
+        [B,P,D].
 
         Position 0 is set to [ENC], as in training; `first_id` puts another id there.
         """

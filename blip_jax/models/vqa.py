@@ -1,4 +1,5 @@
-"""Visual question answering: a question encoder that looks at the image, an answer decoder that looks at the question's states."""
+"""Visual question answering: a question encoder that looks at the image, an answer decoder that looks at the
+question's states."""
 
 from __future__ import annotations
 
@@ -11,16 +12,17 @@ from flax.core import FrozenDict
 
 from blip_jax import losses
 from blip_jax.decode.rank import rank
-from blip_jax.models.med import Med, empty_cache
-from blip_jax.models.vit import Vit
+from blip_jax.models.text.med import Med, empty_cache
+from blip_jax.models.vision.vit import Vit
 
 
 class BlipVqa(nn.Module):
-    """BLIP's VQA model as methods on arrays; parameters vit, med (question encoder), med_dec (answer decoder), nothing shared.
+    """BLIP's VQA model as methods on arrays; parameters vit, med (question encoder), med_dec (answer decoder), nothing
+    shared.
 
-    Cross-attention of med reads image tokens, that of med_dec question states, [B,S,D] of med's width. Masks of questions are the
-    caller's choice: None lets padding be attended to, as the original does when it generates; it masks it in training and ranking.
-    [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
+    Cross-attention of med reads image tokens, that of med_dec question states, [B,S,D] of med's width. Masks of
+    questions are the caller's choice: None lets padding be attended to, as the original does when it generates; it
+    masks it in training and ranking. [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
     """
 
     vit_sizes: Any
@@ -35,13 +37,29 @@ class BlipVqa(nn.Module):
     @classmethod
     def from_config(cls, model) -> "BlipVqa":
         """Builds from `cfg.model` of blip_jax.config."""
-        return cls(FrozenDict(model.vit), FrozenDict(model.med), model.img_size, model.init_std, model.drop_path, model.dropout,
-                   model.remat, jnp.dtype(model.dtype))
+        return cls(
+            FrozenDict(model.vit),
+            FrozenDict(model.med),
+            model.img_size,
+            model.init_std,
+            model.drop_path,
+            model.dropout,
+            model.remat,
+            jnp.dtype(model.dtype),
+        )
 
     def setup(self):
-        self.vit = Vit(**self.vit_sizes, img_size=self.img_size, init_std=self.init_std, drop_path=self.drop_path,
-                       remat=self.remat, dtype=self.dtype)
-        text = lambda **parts: Med(**self.med_sizes, **parts, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype)
+        self.vit = Vit(
+            **self.vit_sizes,
+            img_size=self.img_size,
+            init_std=self.init_std,
+            drop_path=self.drop_path,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+        text = lambda **parts: Med(
+            **self.med_sizes, **parts, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype
+        )
         self.med = text(encoder=True, decoder=False)
         self.med_dec = text(encoder=False, decoder=True)
 
@@ -83,18 +101,22 @@ class BlipVqa(nn.Module):
         """Next-token logits f32[A,T-1,Vp] of answers ids i32[A,T]; position 0 is set to [DEC].
 
         Args:
-          kv: `question_kv` of B questions; kv_mask: bool[B,S], their real tokens, or None: padding is attended to as well.
+          kv: `question_kv` of B questions; kv_mask: bool[B,S], their real tokens, or None: padding is attended to as
+            well.
           of: i32[A], which question each answer belongs to; None: A = B*G, row b*G + g answers question b.
         """
         if of is not None:
             kv, kv_mask = jax.tree.map(lambda x: x[of], (kv, kv_mask))
         img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
         ids = ids.at[:, 0].set(self.dec_id)[:, :-1]
-        txt_tok = self.med_dec(ids, txt_mask[:, :-1], kv=kv, kv_mask=kv_mask, img_idx=img_idx, causal=True, deterministic=deterministic)
+        txt_tok = self.med_dec(
+            ids, txt_mask[:, :-1], kv=kv, kv_mask=kv_mask, img_idx=img_idx, causal=True, deterministic=deterministic
+        )
         return self.med_dec.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` answers of at most `length` tokens, per layer (k, v), each [rows,length,N,H] of zeros."""
+        """Self-attention cache of `rows` answers of at most `length` tokens, per layer (k, v), each
+        [rows,length,N,H] of zeros."""
         return empty_cache(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv, kv_mask=None):
@@ -103,14 +125,17 @@ class BlipVqa(nn.Module):
         txt_tok, cache = self.med_dec.extend(ids, start, cache, kv, (None,) * answers, kv_mask)
         return self.med_dec.lm_logits(txt_tok[:, -1:])[:, 0], cache
 
-    def rank_answers(self, ids, txt_mask, kv, kv_mask=None, *, k: int = 128, smoothing: float = 0.1, smoothing_over: str = "all"):
+    def rank_answers(
+        self, ids, txt_mask, kv, kv_mask=None, *, k: int = 128, smoothing: float = 0.1, smoothing_over: str = "all"
+    ):
         """The best k of C candidate answers to each of B questions, best first: candidates i32[B,k], scores f32[B,k].
 
         Args:
           ids i32[C,T], txt_mask bool[C,T]: the candidates; position 0 is set to [DEC]. kv, kv_mask: as in `lm_logits`.
           k: candidates whose first token is the most probable and that are scored in full; more than C: all.
-          smoothing, smoothing_over: a score is minus `losses.text_ce`. "all" is what the published models were ranked with: every
-            position up to the list's longest answer adds its smoothing term, past the answer's end too; "valid" leaves those out.
+          smoothing, smoothing_over: a score is minus `losses.text_ce`. "all" is what the published models were ranked
+            with: every position up to the list's longest answer adds its smoothing term, past the answer's end too;
+              "valid" leaves those out.
         Needs the logits of B*k answers at once, 4*B*k*T*Vp bytes.
         """
         B, V = kv[0][0].shape[0], self.med_sizes["vocab_size"]
@@ -119,6 +144,8 @@ class BlipVqa(nn.Module):
 
         def score(ids, txt_mask):
             logits = self.lm_logits(ids, txt_mask, kv, kv_mask)
-            return -losses.text_ce(logits, ids[:, 1:], txt_mask[:, 1:], V, smoothing=smoothing, over=smoothing_over, counted=longest)
+            return -losses.text_ce(
+                logits, ids[:, 1:], txt_mask[:, 1:], V, smoothing=smoothing, over=smoothing_over, counted=longest
+            )
 
         return rank(first_logits, score, ids, txt_mask, k)

@@ -1,0 +1,164 @@
+"""blip-jax bench train | caption | filter | encode | input: flags become settings, settings go to one function of
+blip_jax/bench."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from blip_jax.config import VIT_SIZES
+
+# flags of `train` that make a config, where none is given
+OWN = ("size", "objective", "img_size", "dtype", "batch", "buckets")
+
+
+def bench(argv: list[str], parse: Callable) -> int:
+    """blip-jax bench; `parse` as in cli.py."""
+    what = argv[1] if argv[1:] else ""
+    if what not in WORKLOADS:
+        raise ValueError(f"blip-jax bench measures {', '.join(WORKLOADS)}, not {what or 'nothing'!r}")
+    return WORKLOADS[what]([f"bench {what}", *argv[2:]], parse, shlex.join(["blip-jax", *argv]))
+
+
+def _train(argv: list[str], parse: Callable, command: str) -> int:
+    from blip_jax.bench import train
+
+    values, default = flags.FlagValues(), train.Settings()
+    with_config = any(re.match(r"--?config(=|$)", arg) for arg in argv)
+    if with_config:
+        config_flags.DEFINE_config_file(
+            "config", None, "what trains; its leaves are flags", lock_config=True, flag_values=values, sys_argv=argv
+        )
+    flags.DEFINE_enum("size", "base", sorted(VIT_SIZES), "of the model", flag_values=values)
+    flags.DEFINE_enum("objective", "pretrain", sorted(train.TEXT), "what is trained", flag_values=values)
+    flags.DEFINE_integer("img_size", 224, "pixels", lower_bound=1, flag_values=values)
+    flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "repeatable", flag_values=values)
+    flags.DEFINE_integer("batch", 8, "global", lower_bound=1, flag_values=values)
+    flags.DEFINE_list("buckets", [], "text lengths, as 12,16,20,30", flag_values=values)
+    flags.DEFINE_enum("input", default.input, ["synthetic", "real"], "real: the data of --config", flag_values=values)
+    _numbers(values, default, steps="timed steps of each text length", rounds="with a peer, in which all take turns")
+    _common(values, default, ["torch", "torch-compile"])
+    parse(values, argv, required=())
+    settings = train.Settings(**{name: getattr(values, name) for name in train.Settings._fields})
+    if with_config:
+        if given := [name for name in OWN if values[name].present]:
+            raise ValueError(
+                f"--{given[0]} and --config: the config has its own; override its leaf, as --config.train.batch=64"
+            )
+        cfgs = [values.config]
+    elif settings.input == "real":
+        raise ValueError("--input=real needs --config: whose data?")
+    else:
+        buckets = tuple(_positions(b) for b in values.buckets)
+        cfgs = [
+            train.sized(values.size, values.objective, values.img_size, dtype, values.batch, buckets)
+            for dtype in values.dtype
+        ]
+    from blip_jax.parallel import processes
+
+    with processes.start():
+        train.run(cfgs, settings, command, values.out)
+    return 0
+
+
+def _positions(text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"--buckets holds {text!r}: give text lengths with commas, as 12,16,20,30")
+    return int(text)
+
+
+def _caption(argv: list[str], parse: Callable, command: str) -> int:
+    from blip_jax.bench import caption
+
+    values, default = flags.FlagValues(), caption.Settings()
+    _sizes(values, default)
+    flags.DEFINE_multi_integer(
+        "captions", list(default.captions), "per image; repeatable", lower_bound=1, flag_values=values
+    )
+    _numbers(values, default, batch="images", tokens="new tokens per caption", rounds="of which medians are taken")
+    _common(values, default, ["transformers"])
+    parse(values, argv, required=())
+    caption.run(_settings(caption.Settings, values), command, values.out)
+    return 0
+
+
+def _inference(workload: str) -> Callable:
+    def run(argv: list[str], parse: Callable, command: str) -> int:
+        from blip_jax.bench import inference
+
+        values, default = flags.FlagValues(), inference.Settings(workload)
+        _sizes(values, default)
+        _numbers(values, default, batch="images per device", rounds="in which all take turns")
+        if workload == "filter":
+            _numbers(values, default, texts="per image", positions="of each text")
+        _common(values, default, ["transformers"])
+        parse(values, argv, required=())
+        inference.run(_settings(inference.Settings, values, workload=workload), command, values.out)
+        return 0
+
+    return run
+
+
+def _input(argv: list[str], parse: Callable, command: str) -> int:
+    from blip_jax.bench import input
+
+    values, default = flags.FlagValues(), input.Settings()
+    _numbers(
+        values,
+        default,
+        examples="of the memory measurement",
+        timed="examples of the speed measurement",
+        img_size="pixels",
+    )
+    flags.DEFINE_integer(
+        "threads", default.threads, "that decode in the memory measurement", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
+    parse(values, argv, required=())
+    return int(input.run(_settings(input.Settings, values), command, values.out)["grew_mb"] > input.LIMIT)
+
+
+def _sizes(values: flags.FlagValues, default) -> None:
+    flags.DEFINE_enum("size", default.size, sorted(VIT_SIZES), "of the model", flag_values=values)
+    flags.DEFINE_multi_integer(
+        "img_size", list(default.img_sizes), "pixels; repeatable", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_multi_enum("dtype", list(default.dtypes), list(default.dtypes), "repeatable", flag_values=values)
+
+
+def _numbers(values: flags.FlagValues, default, **help: str) -> None:
+    for name, text in help.items():
+        flags.DEFINE_integer(name, getattr(default, name), text, lower_bound=1, flag_values=values)
+
+
+def _common(values: flags.FlagValues, default, peers: list[str]) -> None:
+    flags.DEFINE_integer(
+        "threads", default.threads, "of each side on a CPU; 0: all cores", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_enum("against", "", ["", *peers], "the peer", flag_values=values)
+    flags.DEFINE_string("trace", "", "folder for a profile that TensorBoard and xprof open", flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
+
+
+def _settings(kind, values: flags.FlagValues, **more):
+    """The NamedTuple `kind` from the flags of the same names; img_sizes and dtypes from the repeated --img_size
+    and --dtype."""
+    plural = {"img_sizes": "img_size", "dtypes": "dtype"}
+    for name in kind._fields:
+        if (flag := plural.get(name, name)) in values:
+            found = getattr(values, flag)
+            more[name] = tuple(found) if isinstance(found, list) else found
+    return kind(**more)
+
+
+WORKLOADS = {
+    "train": _train,
+    "caption": _caption,
+    "filter": _inference("filter"),
+    "encode": _inference("encode"),
+    "input": _input,
+}

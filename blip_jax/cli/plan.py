@@ -1,0 +1,49 @@
+"""blip-jax plan: flags become a request, a request goes to bench/plan.py or bench/search.py."""
+
+from __future__ import annotations
+
+import os
+from typing import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+
+def plan(argv: list[str], parse: Callable) -> int:
+    """blip-jax plan; `parse` as in cli.py. Exit status 0 where the plan fits, 1 where it does not."""
+    values = flags.FlagValues()
+    for name, text in (
+        ("config", "what is planned; its leaves are flags"),
+        ("captioner", "CapFilt: config of the captioner's training"),
+        ("filter", "CapFilt: config of the filter's training"),
+    ):
+        config_flags.DEFINE_config_file(name, None, text, lock_config=True, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("topology", None, "TPU and chips of a slice, as v5e:4x8", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "slices of this topology", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "workload", "", ["", "train", "evaluate", "capfilt"], "default: what the config is of", flag_values=values
+    )
+    flags.DEFINE_bool("search", False, "find mesh, batch per chip and remat policy", flag_values=values)
+    flags.DEFINE_integer(
+        "tries", 4, "search: how many of the candidates are compiled", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_bool("exact", False, "compile at the compiler's usual level, several times slower", flag_values=values)
+    flags.DEFINE_integer("timeout", 3600, "seconds that one compilation may take", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
+    parse(values, argv, required=("config", "topology"))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what runs here only counts
+    from blip_jax.plan import chips, search
+    from blip_jax.plan import plan as planning
+
+    topology = chips.topology(values.topology, values.slices)
+    wanted = planning.request(values.config, topology, values.workload, values.captioner, values.filter)
+    if values.search:
+        found = search.run(wanted, values.tries, values.exact, values.timeout)
+        print(search.table(found))
+    else:
+        found = planning.make(wanted, values.exact, values.timeout)
+        print(planning.table(found))
+    if values.out:
+        planning.save(found, values.out)
+        print(f"written to {values.out}")
+    return 0 if found["fits"] else 1

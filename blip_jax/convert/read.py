@@ -1,0 +1,386 @@
+"""Checkpoints of others, and ours, as one kind of thing: what family, which parameters, which settings, which
+vocabulary."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Mapping, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from blip_jax import checkpoint, config, trees
+from blip_jax.convert import apply, hub, torch_io
+from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
+from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
+from blip_jax.models.text.med import padded_vocab
+from blip_jax.models.vision.vit import resize_pos_embed
+
+HEAD_DIM = 64  # of every released model
+BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30524)  # repository, file, entries with [DEC] and [ENC]
+PARTS = {  # family -> objective, text encoder, text decoder, tokens of a text, what captions continue
+    "pretrain": ("pretrain", True, True, 30, ""),
+    "retrieval": ("retrieval", True, False, 35, ""),
+    "itm": ("retrieval", True, False, 35, ""),
+    "features": ("retrieval", True, False, 35, ""),
+    "caption": ("caption", False, True, 40, "a picture of "),
+    "vqa": ("vqa", True, True, 35, ""),
+    "nlvr": ("nlvr", True, False, 64, ""),
+    **dict.fromkeys(INITIAL, ("pretrain", True, True, 30, "")),
+}
+MARKS = (  # family -> a tensor that only it has, or only it and those above it; first match wins
+    ("augreg", r"Transformer/encoderblock_\d+/.*"),
+    ("nlvr", r"text_encoder\..*\.crossattention\.self0\..*"),
+    ("pretrain", r"(text_encoder|itm_head|\w+_m)\..*", r"text_decoder\..*", r"(itm_head|text_proj|\w+_m)\..*"),
+    ("vqa", r"text_encoder\..*", r"text_decoder\..*"),
+    ("caption", r"text_decoder\..*"),
+    ("retrieval", r"text_encoder\..*", r"temp|idx_queue|\w+_m\..*"),
+    ("itm", r"text_encoder\..*", r"(itm_head|text_proj|vision_proj)\..*"),
+    ("features", r"text_encoder\..*"),
+    ("deit", r"blocks\.\d+\.attn\.qkv\..*"),
+    ("bert", r"bert\.encoder\.layer\..*"),
+)
+
+
+class Source(NamedTuple):
+    """A checkpoint as read. state: {"params": nested numpy, and "momentum" where there is one}, arrays possibly still
+    in the file.
+
+    cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
+    it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
+    way back leaves them out.
+    """
+
+    family: str
+    state: dict
+    cfg: ConfigDict
+    vocab: pathlib.Path | None
+    notes: list[str]
+    absent: tuple[str, ...] = ()
+
+
+def read(
+    path,
+    *,
+    family: str = "",
+    img_size: int = 0,
+    vit_heads: int = 0,
+    med_heads: int = 0,
+    vocab: str = "",
+    momentum: bool = True,
+) -> Source:
+    """A checkpoint of any kind: official or LAVIS .pth, Hugging Face folder or name on its hub, initial weights, or a
+    workdir of ours.
+
+    Args:
+      family: "" = as found; else it must be that, or a part of it (`rules.WORDS`): the rest is left out.
+      img_size: pixels; resizes the position table as the originals do.
+      vit_heads, med_heads: numbers of heads where the file does not say; default: width / 64.
+      vocab: vocab.txt or tokenizer.json; "": what came with the checkpoint, else BERT's from the Hugging Face hub's
+        cache.
+      momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
+    Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, or one of another size.
+    """
+    path = pathlib.Path(path) if pathlib.Path(path).exists() else hub.folder(str(path))
+    heads = {"vit_heads": vit_heads, "med_heads": med_heads}
+    if family and family not in FAMILIES:
+        raise ValueError(f"family is {family!r}: choose one of {', '.join(FAMILIES)}")
+    if _is_ours(path):
+        source = _read_ours(path, heads, momentum)
+    elif path.is_dir():
+        source = _read_folder(path, heads)
+    else:
+        source = _read_file(path, family, heads)
+    found, source = source.family, narrow(source, family or source.family, str(path))
+    if not _is_ours(path) or source.family != found:
+        _settle(source)
+    if img_size and "vit" in source.state["params"]:
+        _resize(source, img_size)
+    return source._replace(vocab=_vocabulary(source, vocab))
+
+
+def find_family(names) -> str:
+    """The family that tensors of these names belong to, "" if they look like none."""
+    names = list(names)
+    for family, *patterns in MARKS:
+        if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
+            return family
+    return ""
+
+
+def narrow(source: Source, family: str, origin: str) -> Source:
+    """The part of a checkpoint that a model of `family` needs. ValueError: it is no part of it."""
+    if family == source.family:
+        return source
+    what, parts = WORDS[source.family]
+    if family not in parts:
+        raise ValueError(
+            f"{origin} holds {what} (family {source.family}), not {WORDS[family][0]} (family {family}); "
+            f"it can be read as {', '.join((source.family, *parts))}"
+        )
+    wanted = re.compile(apply.paths_of(family) + "|params/temp" * (family in ("itm", "features")))
+    leaves = list(trees.paths(source.state))
+    left = sorted({"/".join(path.split("/")[:3]) for path, _ in leaves if not wanted.fullmatch(path)})
+    state = trees.nest((path, x) for path, x in leaves if wanted.fullmatch(path))
+    if "queue" in state.get("momentum", {}):  # the originals' retrieval loader takes these features along, of no image
+        length = len(state["momentum"]["queue"]["img"])
+        state["momentum"]["queue"] |= {"image_id": np.full(length, -100, np.int64), "ptr": np.zeros((), np.int64)}
+    note = f"of {what} only what {WORDS[family][0]} needs: left out {', '.join(apply.folded(left))}"
+    return source._replace(family=family, state=state, notes=[*source.notes, note], absent=())
+
+
+def make_config(
+    family: str, sizes: Mapping[str, int], layers: Mapping[bool, int], vit_heads: int, med_heads: int
+) -> ConfigDict:
+    """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`); what they do not
+    show stays."""
+    c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
+    with c.unlocked():
+        if "D" in sizes:
+            c.model.vit.update(width=sizes["D"], depth=layers[True], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
+            c.model.img_size = int((sizes["P"] - 1) ** 0.5) * sizes["p"]
+        if "W" in sizes:
+            c.model.med.update(
+                width=sizes["W"],
+                layers=layers[False],
+                heads=med_heads,
+                mlp=sizes["M"],
+                positions=sizes["T"],
+                vocab_size=sizes["V"],
+            )
+        c.model.embed_dim = sizes.get("E", c.model.embed_dim)
+    return c
+
+
+# --- where it comes from ----------------------------------------------------------------------------------------------
+def _is_ours(path: pathlib.Path) -> bool:
+    return any((path / name).is_dir() for name in (checkpoint.SUBDIR, "state")) or any(path.glob("[0-9]*/state"))
+
+
+def _read_ours(path: pathlib.Path, heads: Mapping, with_momentum: bool) -> Source:
+    if any(heads.values()):
+        raise ValueError(
+            f"{path} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and --med_heads"
+        )
+    folder = checkpoint.newest(path)
+    saved, converted = checkpoint.load_config(folder), checkpoint.load_data(folder).get("converted", {})
+    state, momentum = (
+        {"params": checkpoint.load_params(folder)},
+        checkpoint.load_momentum(folder) if with_momentum else None,
+    )
+    if momentum:
+        state["momentum"] = {name: part for name, part in momentum.items() if part}
+    c = config.base()
+    with c.unlocked():
+        c.objective = saved["objective"]
+        c.update({"model": saved["model"], "text": saved["text"]})
+    suffix = pathlib.Path(saved["text"]["vocab"]).suffix or ".txt"
+    vocab = folder.parent.parent / f"vocab{suffix}"
+    return Source(
+        converted.get("family", saved["objective"]),
+        state,
+        c,
+        vocab if vocab.is_file() else None,
+        [],
+        tuple(converted.get("absent", ())),
+    )
+
+
+def _read_folder(path: pathlib.Path, heads: Mapping) -> Source:
+    """A Hugging Face folder, of BLIP or of BERT."""
+    settings = path / "config.json"
+    if not settings.is_file():
+        raise ValueError(
+            f"{path} holds neither checkpoints of ours ({checkpoint.SUBDIR}/) nor a Hugging Face model (config.json)"
+        )
+    try:
+        kind = json.loads(settings.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        kind = None
+    from blip_jax.convert import hf
+
+    if kind != "bert":
+        return hf.read(path, **heads)
+    source = _of_tensors(hf.open_weights(path), str(path), "bert", heads)
+    vocab = path / "vocab.txt"
+    return source._replace(vocab=vocab if vocab.is_file() else None)
+
+
+def _read_file(path: pathlib.Path, family: str, heads: Mapping) -> Source:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a checkpoint file, a Hugging Face folder, or a workdir")
+    tensors = torch_io.open_tensors(path)
+    source = _of_tensors(tensors, str(path), family, heads)
+    if tensors.left_out:
+        source.notes.append(f"left out what stands beside the weights: {', '.join(sorted(tensors.left_out))}")
+    return source
+
+
+def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> Source:
+    """State dict under the originals' names -> Source without vocabulary."""
+    tensors = _bert_names(tensors)
+    found = find_family(tensors)
+    if not found and any(name.startswith("vision_model.") for name in tensors):
+        raise ValueError(
+            f"{origin} holds a model under Hugging Face's names: give the folder it lies in, with its config.json"
+        )
+    if not (found or family):
+        raise ValueError(
+            f"{origin} holds {', '.join(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP and no "
+            f"initial weights; families are {', '.join(FAMILIES)}"
+        )
+    found = found or family
+    table = apply.rows(found, tensors)
+    sizes, layers = apply.infer(table, tensors), apply.layer_counts(found, tensors)
+    heads = {
+        "vit_heads": sizes["N"] if "N" in sizes else _heads(origin, "vit_heads", heads, sizes.get("D")),
+        "med_heads": _heads(origin, "med_heads", heads, sizes.get("W")),
+    }
+    try:
+        state = apply.from_torch(found, tensors, **heads)
+    except ValueError as e:
+        hint = (
+            ""
+            if family in ("", found)
+            else f"\nand it holds {WORDS[found][0]}, not {WORDS[family][0]} (--family={family})"
+        )
+        raise ValueError(f"{origin}: {e}{hint}") from None
+    notes = dtype_notes(tensors) + [f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors)]
+    if found == "bert":
+        sizes["V"] = _add_tokens(state["params"]["med"], sizes["V"], notes)
+    copies = [copy for copy, _ in apply.copies(found, table)]
+    optional = copies + list(apply.buffers([*copies, *(key for row in table for key in row.keys)]))
+    return Source(
+        found,
+        state,
+        make_config(found, sizes, layers, **heads),
+        None,
+        notes,
+        tuple(name for name in optional if name not in tensors),
+    )
+
+
+def _bert_names(tensors: Mapping) -> Mapping:
+    """BERT's files come with and without `bert.` before the names, and with TensorFlow's names of LayerNorm's
+    parameters."""
+    if not any(name.removeprefix("bert.").startswith("embeddings.word_embeddings") for name in tensors):
+        return tensors
+
+    def rename(name):
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+        return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+
+    return {rename(name): x for name, x in tensors.items()}
+
+
+def _heads(origin: str, name: str, given: Mapping, width: int | None) -> int:
+    if given[name] or width is None:
+        return given[name] or 1
+    if width % HEAD_DIM:
+        raise ValueError(
+            f"{origin}: a width of {width} is no multiple of {HEAD_DIM}, the head dim of the released models: give the "
+            f"number of heads with --{name}"
+        )
+    return width // HEAD_DIM
+
+
+def dtype_notes(tensors: Mapping) -> list[str]:
+    other: dict[str, int] = {}
+    for x in tensors.values():
+        if x.dtype != np.float32 and not np.issubdtype(x.dtype, np.integer):
+            other[str(x.dtype)] = other.get(str(x.dtype), 0) + 1
+    return [f"{n} tensors in {dtype} became float32" for dtype, n in other.items()]
+
+
+def _add_tokens(med: dict, size: int, notes: list[str]) -> int:
+    """Appends the rows of [DEC] and [ENC] to BERT's word table, N(0, 0.02), and to the head's bias, zeros; the new
+    size."""
+    grown, table = size + len(EXTRA), med["embed"]["word"]["embedding"]
+    rows = np.zeros((padded_vocab(grown), table.shape[1]), np.float32)
+    rows[:size] = table[:size]
+    rows[size:grown] = np.random.default_rng(0).normal(0.0, 0.02, (len(EXTRA), table.shape[1]))
+    med["embed"]["word"]["embedding"] = rows
+    if "lm_head" in med:
+        bias = np.zeros(padded_vocab(grown), np.float32)
+        bias[:size] = med["lm_head"]["bias"][:size]
+        med["lm_head"]["bias"] = bias
+    notes.append(f"the word table grew from {size} to {grown} rows: {' and '.join(EXTRA)}, random with deviation 0.02")
+    return grown
+
+
+# --- what all have in common ------------------------------------------------------------------------------------------
+def _settle(source: Source) -> None:
+    """Settings that follow from the family alone; a temperature where the family has none, for no inference reads
+    it."""
+    objective, encoder, decoder, max_len, prompt = PARTS[source.family]
+    c, momentum = source.cfg, source.state.get("momentum", {})
+    queue = len(momentum["queue"]["img"]) if "queue" in momentum else 0
+    with c.unlocked():
+        c.objective = objective
+        c.model.update(encoder=encoder, decoder=decoder, dtype="float32")
+        c.text.update(vocab="", max_len=min(max_len, c.model.med.positions), prompt=prompt)
+        c.loss.update(momentum=bool(momentum), queue=queue)
+    if source.family in ("itm", "features"):
+        source.state["params"].setdefault("temp", np.float32(0.07))
+
+
+def _resize(source: Source, img_size: int) -> None:
+    model = source.cfg.model
+    if img_size < 1 or img_size % model.vit.patch:
+        raise ValueError(f"--img_size={img_size} is no multiple of the patch, {model.vit.patch} pixels")
+    before, positions = model.img_size, (img_size // model.vit.patch) ** 2 + 1
+    if before == img_size:
+        return
+    for part in (source.state["params"], source.state.get("momentum", {}).get("params", {})):
+        if "vit" in part:
+            part["vit"]["pos_embed"] = resize_pos_embed(part["vit"]["pos_embed"], positions)
+    with source.cfg.unlocked():
+        model.img_size = img_size
+    source.notes.append(f"position table resized from {before} to {img_size} pixels")
+
+
+def _vocabulary(source: Source, given: str) -> pathlib.Path | None:
+    """The vocabulary file, checked against the model; None for a model without text. ValueError: none, or of
+    another size."""
+    if "med" not in source.state["params"]:
+        return None
+    size = source.cfg.model.med.vocab_size
+    path = pathlib.Path(given) if given else source.vocab or _from_hub(size)
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} entries with {' and '.join(EXTRA)}, but the model has {size}: give the "
+            "vocabulary it was trained with, --vocab=FILE"
+        )
+    if (tokenizer.dec, tokenizer.enc) != (size - 2, size - 1):
+        raise ValueError(
+            f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two of {size}"
+        )
+    return path
+
+
+def _from_hub(size: int) -> pathlib.Path:
+    repository, name, entries = BERT_VOCAB
+    remedy = "give one with --vocab=FILE, a vocab.txt or tokenizer.json"
+    if size != entries:
+        raise ValueError(
+            f"no vocabulary came with the checkpoint, and {size} entries are not those of {repository}: {remedy}"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ValueError(
+            f"no vocabulary came with the checkpoint: {remedy}; or pip install 'blip-jax[hub]', which fetches that of "
+            f"{repository}"
+        ) from None
+    for local in (True, False):
+        try:
+            return pathlib.Path(hf_hub_download(repository, name, local_files_only=local))
+        except Exception as e:  # not in the cache, then: no network, no such host, a proxy's page
+            reason = e
+    raise ValueError(
+        f"no vocabulary came with the checkpoint, and {name} of {repository} could not be fetched "
+        f"({type(reason).__name__}): {remedy}"
+    )

@@ -1,0 +1,142 @@
+"""`blip-jax convert`: reads any checkpoint, writes ours, the originals' .pth or a Hugging Face folder; whole or
+not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import time
+
+import numpy as np
+
+from blip_jax import checkpoint, trees
+from blip_jax.convert import apply, torch_io
+from blip_jax.convert.read import Source, read
+from blip_jax.convert.rules.blip import INITIAL, WORDS
+
+FORMATS = ("ours", "official", "hf")
+
+
+def convert(
+    path,
+    out,
+    *,
+    to: str = "",
+    vocab: str = "",
+    family: str = "",
+    img_size: int = 0,
+    vit_heads: int = 0,
+    med_heads: int = 0,
+    verify: bool = False,
+) -> None:
+    """Converts the checkpoint `path` into `out`, which must not exist, and says what it does.
+
+    to: ours (a workdir that train.init_from, CapFilt and from_pretrained take) | official (a .pth) | hf (a folder for
+    transformers); "": official if `out` ends in .pth, else ours. verify: read what was written again, compare every
+    tensor with the origin bit by bit, and run both models where transformers is installed. The other arguments are
+    those of `source.read`.
+    Raises: ValueError: `path` cannot be read, `out` exists or cannot hold this family, or the two differ; `out` then
+      stays absent.
+    """
+    began, out = time.perf_counter(), pathlib.Path(out).absolute()
+    to = to or ("official" if out.suffix == ".pth" else "ours")
+    if to not in FORMATS:
+        raise ValueError(f"--to={to}: choose one of {', '.join(FORMATS)}")
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists already: give another OUT, or remove it first")
+    source = read(path, family=family, img_size=img_size, vit_heads=vit_heads, med_heads=med_heads, vocab=vocab)
+    print(f"{path}: {describe(source)}", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        if to == "ours":
+            write_ours(beside, source, pathlib.Path(path).name)
+        elif to == "official":
+            write_official(beside, source, consume=not verify)
+        else:
+            from blip_jax.convert import hf
+
+            hf.write(beside, source)
+        for note in source.notes:
+            print(f"  {note}")
+        if verify:
+            from blip_jax.convert.verify import verify as check
+
+            check(source, beside, to, pathlib.Path(path))
+        os.rename(beside, out)
+    finally:
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+    size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
+    print(
+        f"{out}: {size / 1e9:.3f} GB written in {time.perf_counter() - began:.1f} s, peak memory "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
+    )
+
+
+def describe(source: Source) -> str:
+    """What a source is, in a line."""
+    m, parts = source.cfg.model, source.state["params"]
+    sizes = [f"ViT {m.vit.depth} x {m.vit.width}, {m.vit.heads} heads, {m.img_size} px"] * ("vit" in parts)
+    sizes += [f"MED {m.med.layers} x {m.med.width}, {m.med.heads} heads, {m.med.vocab_size} entries"] * ("med" in parts)
+    # rows without the padding
+    words = lambda path: m.med.vocab_size if re.search("word/embedding$|lm_head/bias$", path) else None
+    count = sum(x[: words(path)].size if x.ndim else 1 for path, x in trees.paths(parts))
+    momentum = source.state.get("momentum", {})
+    queue = f" and queues of {len(momentum['queue']['img'])}" if "queue" in momentum else ""
+    return f"{WORDS[source.family][0]} (family {source.family}), {'; '.join(sizes)}; {count:,} parameters" + (
+        f", with momentum encoder{queue}" if "params" in momentum else queue
+    )
+
+
+def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
+    """A workdir with the source as checkpoint 0, and its vocabulary. `origin`: the name to record."""
+    cfg = source.cfg.copy_and_resolve_references()
+    workdir.mkdir()
+    if source.vocab:
+        name = f"vocab{'.json' if source.vocab.suffix == '.json' else '.txt'}"
+        shutil.copyfile(source.vocab, workdir / name)
+        cfg.text.vocab = name
+    momentum = source.state.get("momentum")
+    state = {
+        "params": source.state["params"],
+        "frozen": {},
+        "momentum": momentum and {"params": None, "queue": None} | momentum,
+    }
+    record = {"family": source.family, "origin": origin, "notes": source.notes, "absent": list(source.absent)}
+    checkpoint.write(
+        workdir, state, {"step": 0, "crc": 0, "sums": None, "converted": record}, json.loads(cfg.to_json())
+    )
+
+
+def write_official(path: pathlib.Path, source: Source, consume: bool = False) -> None:
+    """A .pth of the originals: tied copies and position buffers included, but for what the file that this came from had
+    not.
+
+    consume: as in `apply.to_torch`; the source is of no use afterwards.
+    """
+    left = _left_out(source)
+    torch_io.save_pth(path, official(source, consume=consume))
+    if left:
+        source.notes.append(f"the originals' files have no place for {', '.join(left)}")
+
+
+def official(source: Source, consume: bool = False) -> dict[str, np.ndarray]:
+    """The state dict of the originals: name -> array. ValueError: initial weights, which are no model."""
+    if source.family in INITIAL:
+        raise ValueError(
+            f"{WORDS[source.family][0]} (family {source.family}) are no model: they start pre-training, --config.train."
+            "init_from, and there is nothing to write back"
+        )
+    tensors = apply.to_torch(source.family, source.state, vocab_size=source.cfg.model.med.vocab_size, consume=consume)
+    for name, beside in apply.buffers(tensors).items():
+        tensors[name] = np.arange(len(tensors[beside]), dtype=np.int64)[None]
+    return {name: x for name, x in tensors.items() if name not in source.absent}
+
+
+def _left_out(source: Source) -> list[str]:
+    """Paths of the state that no row of the family's table takes."""
+    return [path for path, _ in trees.paths(source.state) if not re.fullmatch(apply.paths_of(source.family), path)]

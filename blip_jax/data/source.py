@@ -1,0 +1,81 @@
+"""Sources of records: random access to {key, image bytes, captions, image_id} in the layouts that people have.
+
+json          BLIP's lists of {image, caption, image_id}, as one JSON array or JSON lines, beside a folder of pictures
+tar           webdataset and img2dataset shards (blip_jax/data/formats/tar.py)
+array_record  ArrayRecord files written by `write_array_record`
+tfds          a prepared TensorFlow Datasets data set, read without TensorFlow
+scenes        the built-in world (blip_jax/data/scenes/world.py)
+
+A source keeps an index in compact arrays, never the records. A wrong file list is a ValueError when the source is
+opened; a record that cannot be used is a BadRecord when it is read, and the pipeline counts it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from typing import Protocol
+
+MAX_BYTES = 1 << 28  # of one picture or row; longer is not a record but an accident
+
+
+class BadRecord(Exception):
+    """One record that cannot be used. `key` names it; `reason` is "category" or "category: detail"."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+
+class Source(Protocol):
+    """Random access by index, safe from several threads. `self[i]` is a record or raises BadRecord:
+
+    {"key": str, unique in the source; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
+    str}
+
+    Where captions can be had without reading the picture (text.buckets needs that), `captions_of(i)` gives those of
+    record i, and is a BadRecord for what self[i] is, as far as that shows without it.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict: ...
+
+
+def expand(name: str, cfg) -> list[str]:
+    """The sorted files that cfg.path names or matches. ValueError when there are none."""
+    found = sorted(glob.glob(cfg.path)) if glob.has_magic(cfg.path) else [cfg.path]
+    if not found:
+        raise ValueError(f"data source {name!r}: no file matches {cfg.path!r}; paths are relative to {os.getcwd()}")
+    missing = [f for f in found if not os.path.isfile(f)]
+    if missing:
+        raise ValueError(f"data source {name!r}: {missing[0]!r} is not a file; paths are relative to {os.getcwd()}")
+    return found
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a regular file; opened for each call, so that thousands of shards need no open files."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # non-blocking: a pipe named like a picture must not hang the run
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError("not a regular file")
+        parts = []
+        while size > 0 and (part := os.pread(fd, min(size, MAX_BYTES), offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def as_captions(key: str, value) -> list[str]:
+    """str | list of str | None -> list of str; anything else is a BadRecord."""
+    if value is None:
+        return []
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(c, str) for c in value):
+        raise BadRecord(key, f"malformed caption: text or a list of texts is expected, not {str(value)[:80]!r}")
+    return list(value)

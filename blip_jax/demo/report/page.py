@@ -1,0 +1,113 @@
+"""The report as one HTML file that needs nothing else: no network, no script, no font."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+from blip_jax.demo.report import sections, style
+from blip_jax.demo.report.markup import escape
+
+# what each part may hold, and what each of its rows must; a part that is not named here is plain text or (name, value)
+# pairs
+NOISE = {
+    "before",
+    "after",
+    "web_before",
+    "web_after",
+    "synthetic_before",
+    "synthetic_after",
+    "rows",
+    "threshold",
+    "precision",
+    "recall",
+    "auc",
+    "auc_wrong",
+    "roc",
+    "hist",
+}
+ROWS = {
+    "table1": ({"captioner", "filter", "metrics"}, {"images", "texts", "noise"}),
+    "table2": ({"method", "metrics"}, {"noise_removed", "true"}),
+    "gallery": (
+        {"image", "web", "web_kept", "synthetic", "synthetic_kept"},
+        {"web_itm", "web_true", "synthetic_itm", "synthetic_true"},
+    ),
+    "retrieval": ({"query", "images"}, set()),
+}
+PARTS = {"title", "intro", "facts", "curves", "noise", "phases", *ROWS}
+
+
+def write(path, results: dict) -> None:
+    """Writes the report of `results` to the file `path`, whole or not at all; its folder is made.
+
+    Every part of `results` may be missing, and its section is then left out; within a row a value may be None.
+      title, intro: str; facts: [(label, value)]; phases: [(name, seconds)]
+      table1: [{"captioner": bool, "filter": bool, "images": int, "texts": int, "noise": share of its texts that are
+          false, "metrics": result of eval.retrieval, in percent}], one row per corpus
+      table2: [{"method": "none" | "beam" | "nucleus", "noise_removed": share of the synthetic texts dropped, "true":
+          share of the synthetic texts that are true, "metrics": as above}]
+      noise: {"before", "after", and the same with "web_" or "synthetic_" in front: share of texts that are false;
+          "rows": [(kind of noise, texts, share dropped)]; "threshold": least ITM probability that is kept;
+          "precision": share of the kept texts that are true; "recall": share of the true texts that are kept;
+          "roc": [(share of false texts kept, share of true texts kept)]; "auc": area under it;
+          "auc_wrong": the same for clean web captions against captions of other pictures;
+          "hist": {"edges": [n + 1 ITM probabilities], "true": [n counts], "false": [n counts]}}
+      gallery: [{"image": PNG or JPEG bytes, "web": str, "web_kept": bool, "web_itm": probability, "web_true": bool, and
+          the same four of "synthetic"}]
+      retrieval: [{"query": str, "images": [{"image": bytes, "right": bool, "score": float}], the best first}]
+      curves: {run: {"loss_itc" | "loss_itm" | "loss_lm" | any name: [(step, value)] in order of steps}}
+    Shares and probabilities are 0 ... 1. Raises ValueError that names every part that is unknown or lacks something.
+    """
+    text = page(results)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def page(results: dict) -> str:
+    """The text of the file that `write` makes."""
+    check(results)
+    title = escape(results.get("title") or "CapFilt, the paper in miniature")
+    intro = f'<p class="lead">{escape(results["intro"])}</p>' if results.get("intro") else ""
+    body = [text for text in (part(results) for part in sections.ALL) if text]
+    links = [re.search(r'id="(\w+)"><h2>(.*?)</h2>', text).groups() for text in body]
+    nav = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in links)
+    nav = f'<nav aria-label="Contents">{nav}</nav>' if len(links) > 1 else ""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style.sheet()}</style>
+</head>
+<body>
+<header><h1>{title}</h1>{intro}{sections.glance(results)}{sections.facts(results)}{nav}</header>
+<main>
+{chr(10).join(body)}
+</main>
+<footer><p>Made by blip_jax. The paper: Li, Li, Xiong, Hoi, BLIP: Bootstrapping Language-Image Pre-training for Unified
+Vision-Language Understanding and Generation, 2022.</p></footer>
+</body>
+</html>
+"""
+
+
+def check(results: dict) -> None:
+    """Raises ValueError that lists every unknown name and every missing one."""
+    problems = [f"{name!r} is no part of a report" for name in sorted(results.keys() - PARTS)]
+    problems += [f"noise has an unknown {name!r}" for name in sorted(results.get("noise", {}).keys() - NOISE)]
+    for part, (needed, optional) in ROWS.items():
+        for i, row in enumerate(results.get(part, ())):
+            problems += [f"{part}[{i}] lacks {name!r}" for name in sorted(needed - row.keys())]
+            problems += [f"{part}[{i}] has an unknown {name!r}" for name in sorted(row.keys() - needed - optional)]
+    if problems:
+        raise ValueError(f"results: {'; '.join(problems)}. The parts are {', '.join(sorted(PARTS))}; see report.write")

@@ -1,0 +1,442 @@
+"""A model in two lines: `from_pretrained(path)` gives one that captions, matches, answers and describes in features.
+
+Pictures are given as a path, bytes, a PIL image or an array u8[H,W,3], one or many; they are decoded as in training
+(first frame, alpha dropped, orientation tags left alone) and resized to the model's size. Texts are cleaned as in
+training. Work is cut into batches, padded to a power of two of rows and of tokens, so that each verb compiles once per
+such shape; padding changes no result.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import sys
+from typing import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from blip_jax import trees
+from blip_jax.capfilt import caption
+from blip_jax.convert import read as source
+from blip_jax.data.text.clean import clean_caption, clean_question
+from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.decode import beam
+from blip_jax.inference import inputs, programs
+from blip_jax.inference.batching import Buckets, at_least, padded
+from blip_jax.models.blip import Blip
+from blip_jax.models.build import build
+from blip_jax.models.layers.dense import rounds
+from blip_jax.parallel import sharding
+
+THREADS = 8  # that decode the pictures of a batch
+TEXTS = 8  # go through a pass for each image that would: they are that much less work
+LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with
+WHO = {  # verb -> the checkpoints that can do it
+    "caption": "a captioner or a pre-training checkpoint",
+    "match": "a retrieval or pre-training checkpoint",
+    "answer": "a VQA checkpoint",
+    "text and multimodal features": "a retrieval or pre-training checkpoint",
+}
+NEEDS = {  # verb -> the parts of the model that it needs
+    "caption": ("text decoder",),
+    "match": ("text encoder", "projections", "matching head"),
+    "answer": ("question encoder and answer decoder",),
+    "text and multimodal features": ("text encoder",),
+}
+
+
+def from_pretrained(
+    name_or_path, *, dtype: str | None = None, mesh: Mesh | None = None, vocab="", batch: int = 0
+) -> "Pretrained":
+    """A model with verbs.
+
+    Args:
+      name_or_path: a workdir of `blip-jax train` or `convert`, or one of its checkpoint folders; a PyTorch checkpoint,
+        official or LAVIS's; a Hugging Face folder; or a name on the Hugging Face hub.
+      dtype: of the computation, "float32" | "bfloat16"; None: float32 on CPUs, bfloat16 elsewhere.
+      mesh: of `sharding.make_mesh`, over which parameters and batches are spread; None: the first device alone.
+      vocab: vocab.txt or tokenizer.json; "": the one that came with the checkpoint.
+      batch: most images per pass, rounded down to a power of two; 0: 2 on CPUs, 64 elsewhere.
+    Compiled programs are kept in $XDG_CACHE_HOME/blip_jax (~/.cache/blip_jax), unless jax_compilation_cache_dir is set.
+    ValueError: what is wrong with the checkpoint, its vocabulary or the mesh.
+    """
+    mesh = _mesh(mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None")
+    if batch < 0:
+        raise ValueError(f"batch is {batch}: it must be positive, or 0 for 2 on CPUs and 64 elsewhere")
+    _keep_compiled()
+    read = source.read(name_or_path, vocab=str(vocab), momentum=False)
+    if missing := [
+        what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in read.state["params"]
+    ]:
+        raise ValueError(
+            f"{name_or_path} ({read.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
+            "give a trained model"
+        )
+    for note in read.notes:
+        print(f"{name_or_path}: {note}", file=sys.stderr)
+    cfg = read.cfg.copy_and_resolve_references().unlock()
+    cfg.model.dtype = dtype
+    params = _placed(read.state.pop("params"), dtype, mesh)
+    return Pretrained(
+        build(cfg), cfg.lock(), Tokenizer(read.vocab), params, mesh, batch or (2 if on_cpu else 64), str(name_or_path)
+    )
+
+
+class Pretrained:
+    """A model with the verbs caption, match, answer and features; which of them depends on what it was trained for.
+
+    Attributes: model (of blip_jax.models), params (on the devices), cfg (of config.base), tokenizer, mesh, batch (most
+    rows per pass). Verbs raise ValueError for a picture or text that cannot be used, named by its place, and where the
+    checkpoint lacks the parts.
+    """
+
+    def __init__(self, model, cfg, tokenizer: Tokenizer, params: dict, mesh: Mesh, batch: int, origin: str):
+        self.model, self.cfg, self.tokenizer, self.params, self.mesh, self.origin = (
+            model,
+            cfg,
+            tokenizer,
+            params,
+            mesh,
+            origin,
+        )
+        self._run = Buckets(params, mesh, batch)
+        self.batch = self._run.limit
+
+    def __repr__(self):
+        parts = ", ".join(p for p, there in self._parts().items() if there)
+        return (
+            f"Pretrained({self.origin!r}: {self.cfg.objective}, {self.cfg.model.img_size} px, {self.cfg.model.dtype}, "
+            f"image encoder{', ' * bool(parts)}{parts})"
+        )
+
+    def caption(
+        self,
+        images,
+        n: int = 1,
+        method: str = "beam",
+        *,
+        prompt: str | None = None,
+        beams: int = 3,
+        min_length: int = 5,
+        max_length: int = 20,
+        top_p: float = 0.9,
+        top_k: int = 50,
+        temperature: float = 1.0,
+        repetition_penalty: float | None = None,
+        length_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> list:
+        """n captions of each image, as [{"caption": str, "log_prob": float}, ...], best first with beams; a list of
+        these lists for several images.
+
+        Args:
+          method: "beam" (beams, length_penalty) | "nucleus" (top_p, top_k with 0 for none, temperature).
+          prompt: what each caption continues, and is not part of it; None: as the captioner was trained, else "a
+            picture of ".
+          min_length, max_length: tokens, the prompt's counted.
+          repetition_penalty: None: the original's, 1.0 with beams, 1.1 with nucleus.
+          seed: of nucleus sampling. A caption depends on it and on the pixels alone: the same picture has the same
+            captions wherever it stands, another seed other ones.
+        log_prob is the model's own, summed over the caption's tokens and its end.
+        """
+        self._require("caption")
+        if prompt is None:
+            prompt = self.cfg.text.prompt if self.cfg.objective == "caption" else "a picture of "
+        penalty = repetition_penalty if repetition_penalty is not None else 1.1 if method == "nucleus" else 1.0
+        how = caption.Method(
+            method, n, top_p, top_k, temperature, penalty, min_length, max_length, beams, length_penalty
+        )
+        start = self._check(how, prompt)
+        pictures, one = inputs.pictures(images)
+
+        def rows(at: slice):
+            img = self._pixels(pictures[at])
+            return img, np.stack(
+                [caption.example_key(hashlib.blake2b(x, digest_size=16).hexdigest(), seed) for x in img]
+            )
+
+        program = self._run.program(
+            ("caption", how, prompt), lambda: caption.captioner(self.model, self.tokenizer, prompt, how)
+        )
+        found = self._run.map(program, len(pictures), rows)
+        told = [
+            [
+                {"caption": caption.text_of(self.tokenizer, row, start), "log_prob": float(p)}
+                for row, p in zip(ids, log_prob)
+            ]
+            for ids, log_prob in zip(found["ids"], found["log_prob"])
+        ]
+        return told[0] if one else told
+
+    def match(self, images, texts, *, first: str = "[ENC]", every_pair: bool = False) -> dict:
+        """How well texts fit images: {"probability": of the matching head, "cosine": of the embeddings}.
+
+        The first text is compared with the first image and so on; a single one of either with all of the other: NumPy
+        f32[n], or two floats where one image and one text are given. every_pair: every image with every text,
+        f32[images,texts].
+        first: the token at the text's beginning, "[ENC]" as in training, or "[CLS]", which the original's stand-alone
+          matching model and transformers have there.
+        """
+        self._require("match")
+        if first not in ("[ENC]", "[CLS]"):
+            raise ValueError(f"first is {first!r}: choose [ENC] or [CLS]")
+        (pictures, one_image), (texts, one_text) = inputs.pictures(images), self._texts(texts, "texts")
+        in_pairs = not every_pair and 1 not in (len(pictures), len(texts))
+        if in_pairs:
+            inputs.pairs(len(pictures), len(texts), "texts")
+        ids, txt_mask = self._tokens(texts)
+        embed = self._run.program(("embed text",), lambda: programs.text_embedding(self.model))
+        txt_emb = self._run.map(embed, len(texts), lambda at: (ids[at], txt_mask[at]), limit=TEXTS * self.batch)[
+            "txt_emb"
+        ]
+        itm, itc = self._scores(pictures, ids, txt_mask, txt_emb, first, in_pairs)
+        if not every_pair:
+            itm, itc = itm.ravel(), itc.ravel()
+            if one_image and one_text:
+                itm, itc = float(itm[0]), float(itc[0])
+        return {"probability": itm, "cosine": itc}
+
+    def answer(
+        self,
+        images,
+        questions,
+        *,
+        method: str = "generate",
+        answers=None,
+        k: int = 128,
+        beams: int = 3,
+        max_length: int = 10,
+        min_length: int = 1,
+    ) -> dict | list:
+        """An answer to each question about its image, paired as in `match`: a dict, or a list of them where several are
+        given.
+
+        method "generate": {"answer", "log_prob"}, by beam search; lengths are tokens and count [DEC]. "rank":
+        {"answer", "score"}, the best of `answers` by the published rule: the k with the likeliest first token, then the
+        smoothed log-probability of the whole, which also depends on the longest of `answers`. Of a question its first
+        50 words count.
+        """
+        self._require("answer")
+        (pictures, one_image), (questions, one) = (
+            inputs.pictures(images),
+            inputs.texts(questions, "questions", clean_question),
+        )
+        i, t = inputs.pairs(len(pictures), len(questions), "questions")
+        ids, txt_mask = self._tokens(questions)
+        rows = lambda at: (self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]])
+        if method == "generate":
+            how = self._search(answers, beams, min_length, max_length)
+            make = lambda: programs.answering(self.model, how, 1, eos=self.tokenizer.sep, pad=self.tokenizer.pad)
+            found = self._run.map(self._run.program(("answer", how), make), len(t), rows)
+            told = [
+                {"answer": caption.text_of(self.tokenizer, row[0], 1), "log_prob": float(p[0])}
+                for row, p in zip(found["ids"], found["log_prob"])
+            ]
+        elif method == "rank":
+            told = self._rank(answers, k, len(t), rows)
+        else:
+            raise ValueError(f"method is {method!r}: choose generate, or rank with answers=")
+        return told[0] if one and one_image else told
+
+    def features(self, images=None, texts=None, mode: str = "") -> dict[str, np.ndarray]:
+        """States of every token, NumPy f32, one row per image, text or pair; without the leading dimension where one is
+        given.
+
+        mode: "image": image_embeds [n,P,D] and image_embeds_proj [n,P,E]; "text": text_embeds [n,T,D], text_embeds_proj
+        [n,T,E] and text_mask bool[n,T] (True = real token, states elsewhere are 0); "multimodal": multimodal_embeds
+        [n,T,D] of texts that look at images, paired as in `match`, and text_mask; "": as many of the two as are given.
+        Token 0 stands for the whole. The projected ones have unit norm, and their products at token 0 are the cosines
+        of `match`; a captioner has none.
+        """
+        mode = mode or ("image" if texts is None else "text" if images is None else "multimodal")
+        wanted = {"image": (True, False), "text": (False, True), "multimodal": (True, True)}
+        if mode not in wanted or (images is not None, texts is not None) != wanted[mode]:
+            came = " and ".join(f"{'no ' * (x is None)}{name}" for name, x in (("images", images), ("texts", texts)))
+            raise ValueError(
+                f"mode is {mode!r} with {came}: image takes images alone, text takes texts alone, multimodal takes both"
+            )
+        projected = self._parts()["projections"]
+        if mode == "image":
+            pictures, one = inputs.pictures(images)
+            program = self._run.program((mode, "features"), lambda: programs.image_features(self.model, projected))
+            found = self._run.map(program, len(pictures), lambda at: (self._pixels(pictures[at]),))
+        else:
+            self._require("text and multimodal features")
+            texts, one = self._texts(texts, "texts")
+            ids, txt_mask = self._tokens(texts)
+            t, rows, limit = list(range(len(texts))), lambda at: (ids[at], txt_mask[at]), TEXTS * self.batch
+            make = lambda: programs.text_features(self.model, projected)
+            if mode == "multimodal":
+                pictures, one_image = inputs.pictures(images)
+                (i, t), one = inputs.pairs(len(pictures), len(texts), "texts"), one and one_image
+                rows = lambda at: (self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]])
+                make, limit = lambda: programs.multimodal_features(self.model), self.batch
+            found = self._run.map(self._run.program((mode, "features"), make), len(t), rows, limit=limit)
+            real = txt_mask[t][:, : txt_mask.sum(1).max()]  # without the padding to the bucket
+            found = {name: x[:, : real.shape[1]] * real[..., None] for name, x in found.items()} | {"text_mask": real}
+        return {name: x[0] for name, x in found.items()} if one else found
+
+    def _parts(self) -> dict[str, bool]:
+        """Which parts there are beside the image encoder."""
+        blip, med = isinstance(self.model, Blip), self.params["med"]
+        return {
+            "text decoder": blip and "lm_head" in med,
+            "text encoder": blip and "self_attn" in med["layer_00"],
+            "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
+            "matching head": "itm_head" in self.params,
+            "question encoder and answer decoder": "med_dec" in self.params,
+        }
+
+    def _require(self, verb: str) -> None:
+        parts = self._parts()
+        if missing := [part for part in NEEDS[verb] if not parts[part]]:
+            raise ValueError(
+                f"{self.origin} ({self.cfg.objective}) cannot do {verb}: it has no {' and no '.join(missing)}; "
+                f"give {WHO[verb]}"
+            )
+
+    def _check(self, how: caption.Method, prompt: str) -> int:
+        """Tokens of the prompt with [DEC]. ValueError: everything that is wrong with the arguments of `caption`."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
+        start, room = len(caption.prompt_ids(self.tokenizer, prompt)), self.cfg.model.med.positions
+        wrong = [
+            f"{name} is {value}: {what}"
+            for name, value, bad, what in (
+                ("method", how.kind, how.kind not in ("beam", "nucleus"), "choose beam or nucleus"),
+                ("n", how.n, how.n < 1, "it must be at least 1"),
+                (
+                    "n",
+                    how.n,
+                    how.kind == "beam" and how.n > how.beams,
+                    f"{how.beams} beams give at most so many; raise beams",
+                ),
+                ("beams", how.beams, how.beams < 1, "it must be at least 1"),
+                ("top_p", how.top_p, not 0 < how.top_p <= 1, "it must lie between 0 and 1"),
+                ("top_k", how.top_k, how.top_k < 0, "it must not be negative; 0 is none"),
+                ("temperature", how.temperature, not how.temperature > 0, "it must be positive"),
+                ("repetition_penalty", how.repetition_penalty, not how.repetition_penalty > 0, "it must be positive"),
+                (
+                    "max_length",
+                    how.max_length,
+                    not start < how.max_length <= room,
+                    f"it must be more than the {start} tokens of the prompt with [DEC], and at most the model's {room} positions",
+                ),
+                (
+                    "min_length",
+                    how.min_length,
+                    not 0 <= how.min_length <= how.max_length,
+                    f"it must lie between 0 and max_length = {how.max_length}",
+                ),
+            )
+            if bad
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return start
+
+    def _search(self, answers, beams: int, min_length: int, max_length: int) -> beam.Beam:
+        if answers is not None:
+            raise ValueError("answers are given but method is 'generate': set method='rank', or leave them out")
+        if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= self.cfg.model.med.positions:
+            raise ValueError(
+                f"beams, min_length, max_length are {beams}, {min_length}, {max_length}: give at least 1 beam and lengths in "
+                f"order, more than 1 token and at most the model's {self.cfg.model.med.positions} positions"
+            )
+        return beam.Beam(beams, min_length=min_length, max_length=max_length)
+
+    def _rank(self, answers, k: int, n: int, rows: Callable) -> list[dict]:
+        if answers is None:
+            raise ValueError("method is 'rank' without answers=: give the texts to choose from")
+        if k < 1:
+            raise ValueError(f"k is {k}: it must be at least 1")
+        answers, _ = inputs.texts(answers, "answers", str.strip)
+        ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
+        k = min(k, len(answers))
+        program = self._run.program(("rank", k), lambda: programs.ranking(self.model, k))
+        # the logits of k answers to each question of a pass are there at once
+        per_pass = min(self.batch, max(1, TEXTS * self.batch // k))
+        found = self._run.map(program, n, rows, (ids, ans_mask), per_pass)
+        return [
+            {"answer": answers[best[0]], "score": float(score[0])}
+            for best, score in zip(found["candidate"], found["score"])
+        ]
+
+    def _scores(
+        self, pictures: list, ids, txt_mask, txt_emb, first: str, in_pairs: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(probability, cosine), f32[images,texts], or f32[n,1] in pairs."""
+        first_id = self.tokenizer.enc if first == "[ENC]" else self.tokenizer.cls
+        see = self._run.program(("view",), lambda: programs.view(self.model, True))
+        match = self._run.program(("match", first_id), lambda: programs.matching(self.model, first_id))
+        if in_pairs:
+            columns, limit = [], 0
+            rows = lambda at: (self._pixels(pictures[at]), ids[at, None], txt_mask[at, None])
+        else:
+            G = at_least(min(len(ids), TEXTS * self.batch))  # texts per image and pass
+            columns = [[padded(x[at : at + G], G)[None] for x in (ids, txt_mask)] for at in range(0, len(ids), G)]
+            limit, rows = min(self.batch, max(1, TEXTS * self.batch // G)), lambda at: (self._pixels(pictures[at]),)
+
+        def scored(params, img, *own):
+            seen = see(params, img)
+            return seen["img_emb"], [match(params, seen["kv"], *tokens) for tokens in columns or [own]]
+
+        img_emb, itm = self._run.map(scored, len(pictures), rows, limit=limit)
+        itc = (img_emb * txt_emb).sum(1, keepdims=True) if in_pairs else img_emb @ txt_emb.T
+        return np.concatenate(itm, axis=1)[:, : itc.shape[1]], itc
+
+    def _pixels(self, pictures: list) -> np.ndarray:
+        """u8[n,S,S,3]"""
+        read = lambda picture: inputs.pixels(picture, self.cfg.model.img_size, self.cfg.data.max_pixels)
+        with concurrent.futures.ThreadPoolExecutor(min(THREADS, len(pictures))) as pool:
+            return np.stack(list(pool.map(read, pictures)))
+
+    def _texts(self, texts, name: str) -> tuple[list[str], bool]:
+        return inputs.texts(texts, name, lambda s: clean_caption(s, self.cfg.text.max_words))
+
+    def _tokens(self, texts: list[str], most: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """ids i32[n,T] and mask bool[n,T]; T is the bucket of the longest, cut to `most` tokens (0: those of
+        training)."""
+        most = most or self.cfg.text.max_len
+        ids, txt_mask = self.tokenizer.encode(texts, most)
+        T = min(at_least(int(txt_mask.sum(1).max()), LEAST_TOKENS), most)
+        return ids[:, :T], txt_mask[:, :T]
+
+
+def _placed(params: dict, dtype: str, mesh: Mesh) -> dict:
+    """Parameters on the devices of `mesh`; in `dtype`, once, what every use would round to it: the transformers'
+    matrices."""
+    flat = dict(trees.paths(params))
+    places = dict(trees.paths(sharding.shardings_for(params, mesh)))
+    params.clear()  # each array is let go as soon as the device has it
+    out = {}
+    for path in list(flat):
+        x = flat.pop(path)
+        out[path] = jax.device_put(x.astype(jax.numpy.dtype(dtype)) if rounds(path) else x, places[path])
+    return trees.nest(out.items())
+
+
+def _mesh(mesh: Mesh | None) -> Mesh:
+    """`mesh`, or one of the first device alone. ValueError: it has other axes than those of
+    blip_jax/parallel/sharding.py."""
+    if mesh is None:
+        return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
+    if mesh.axis_names != sharding.MESH:
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names}: make it with blip_jax.sharding.make_mesh(config.base().mesh)"
+        )
+    return mesh
+
+
+def _keep_compiled() -> None:
+    if jax.config.jax_compilation_cache_dir is None:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(root / "blip_jax"))

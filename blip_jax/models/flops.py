@@ -1,0 +1,265 @@
+"""Floating-point operations of training, captioning, filtering and evaluation, from the sizes in the config and, as a
+cross-check, from a jaxpr.
+
+A multiply-add counts as two. Only matrix products and convolutions are counted: norms, softmax, biases and the
+optimiser are left out, as is usual for model FLOPs. A training step is counted per image-text pair: the forward pass
+plus twice the
+forward of what trains: one product for the gradient of the weights, one for that of the inputs, which is left out where
+nobody needs it (pixels, momentum features, queue). The momentum pass has no backward. Recomputation by
+`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained. Captioning and filtering
+are counted per image; `model` is a `cfg.model`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from blip_jax.data import windows
+
+
+def _positions(model) -> int:
+    """P, image positions."""
+    return (model.img_size // model.vit.patch) ** 2 + 1
+
+
+def _vision(model) -> tuple[float, float]:
+    """(FLOPs of the ViT for one image, of which patch embedding)."""
+    v = model.vit
+    positions = _positions(model)
+    embed = 2 * (positions - 1) * v.width * 3 * v.patch**2
+    dense = 2 * positions * (4 * v.width**2 + 2 * v.width * v.mlp)  # q, k, v, out, two of the mlp
+    mixing = 4 * positions**2 * v.width  # scores, weighted sum
+    return embed + v.depth * (dense + mixing), embed
+
+
+def _text_layer(med, T: int, queries: int, P: int = 0) -> float:
+    """One MED layer for one text of T positions, of which `queries` are computed; P image positions, 0: text mode."""
+    D = med.width
+    own = 2 * T * 2 * D**2 + 2 * queries * (2 * D**2 + 2 * D * med.mlp) + 4 * queries * T * D
+    cross = 2 * queries * 2 * D**2 + 4 * queries * P * D  # query, out, scores, weighted sum; keys and values apart
+    return own + (cross if P else 0)
+
+
+def _text(model, T: int, image: bool) -> float:
+    """All MED layers for every position of one text, in text mode or with an image whose keys and values are there."""
+    return model.med.layers * _text_layer(model.med, T, T, _positions(model) if image else 0)
+
+
+def _match(model, T: int, original: bool) -> float:
+    """Matching one text with an image: the head reads position 0 alone, so our last layer has no other query."""
+    saved = (
+        0.0
+        if original
+        else _text_layer(model.med, T, T, _positions(model)) - _text_layer(model.med, T, 1, _positions(model))
+    )
+    return _text(model, T, True) - saved + 2 * model.med.width * 2
+
+
+def _image_kv(model) -> float:
+    """Cross-attention keys and values of one image, in all MED layers."""
+    return model.med.layers * 2 * _positions(model) * model.vit.width * 2 * model.med.width
+
+
+def _lm_head(med) -> float:
+    """Transform and logits of one position."""
+    return 2 * med.width**2 + 2 * med.width * med.vocab_size
+
+
+def _contrastive(cfg) -> tuple[float, float]:
+    """(forward, backward) of projections and similarities for one pair; the momentum features have no gradient."""
+    E, loss = cfg.model.embed_dim, cfg.loss
+    project = 2 * E * (cfg.model.vit.width + cfg.model.med.width)
+    local = loss.group_size or cfg.train.batch // cfg.optim.accumulate
+    if not loss.momentum:  # one matrix, read by rows and by columns; both sides have gradients
+        similarity = 2 * E * local
+        return project + similarity, 2 * (project + similarity)
+    similarity = 2 * E * (local + loss.queue)
+    return 2 * project + 4 * similarity, 2 * project + 2 * similarity
+
+
+def _image_parts(cfg, original: bool) -> dict[str, float]:
+    """Forward FLOPs of the ViT, and of the keys and values that all text passes share."""
+    return {"vision": _vision(cfg.model)[0], "image_kv": 0.0 if original else _image_kv(cfg.model)}
+
+
+def _encoder_parts(cfg, T: int, original: bool) -> tuple[dict[str, float], float]:
+    """(forward FLOPs by part, backward FLOPs of the similarities) of ITC and ITM for one pair."""
+    model, text = cfg.model, _text(cfg.model, T, False)
+    itc, itc_backward = _contrastive(cfg)
+    momentum = 1 if cfg.loss.momentum else 0
+    return {
+        "momentum_vision": momentum * _vision(model)[0],
+        "text": text,
+        "momentum_text": momentum * text,
+        "match": 3 * (_match(model, T, original) + (_image_kv(model) if original else 0)),
+        "itc": itc,
+    }, itc_backward
+
+
+def _decoder_parts(cfg, T: int, original: bool) -> dict[str, float]:
+    """Forward FLOPs of language modelling for one pair."""
+    return {
+        "decoder": _text(cfg.model, T, True) + (_image_kv(cfg.model) if original else 0),
+        "lm_head": (T if original else T - 1) * _lm_head(cfg.model.med),  # the last position predicts nothing
+    }
+
+
+def _step(cfg, T: int | None, encoder: bool, decoder: bool, original: bool) -> dict[str, float]:
+    parts, itc_backward, T = _image_parts(cfg, original), 0.0, T or cfg.text.max_len
+    if encoder:
+        encoder_parts, itc_backward = _encoder_parts(cfg, T, original)
+        parts |= encoder_parts
+    if decoder:
+        parts |= _decoder_parts(cfg, T, original)
+    forward = sum(parts.values())
+    trained = sum(n for part, n in parts.items() if part not in ("momentum_vision", "momentum_text", "itc"))
+    return {**parts, "forward": forward, "step": forward + 2 * trained - _vision(cfg.model)[1] + itc_backward}
+
+
+def pretrain_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
+    """FLOPs per image-text pair of a pre-training step (BLIP paper, section 3.2: ITC, ITM and LM).
+
+    `original`: the wiring of the published PyTorch code, where each of the four passes over an image projects its own
+    cross-attention keys and values, matching computes every position of the last layer, and the language modelling head
+    that of every position; these products are then in the rows of those passes. Otherwise keys and values are one row.
+    `T`: text positions, cfg.text.max_len unless given.
+    Returns the forward count by part (momentum parts are 0 where `loss.momentum` is off), "forward" and "step".
+    """
+    return _step(cfg, T, True, True, original)
+
+
+def retrieval_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
+    """FLOPs per image-text pair of a retrieval fine-tuning step (ITC and ITM); arguments and result as
+    `pretrain_step`."""
+    return _step(cfg, T, True, False, original)
+
+
+def caption_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
+    """FLOPs per image-text pair of a captioner's fine-tuning step (LM alone); arguments and result as
+    `pretrain_step`."""
+    return _step(cfg, T, False, True, original)
+
+
+STEPS = {"pretrain": pretrain_step, "retrieval": retrieval_step, "caption": caption_step}
+
+
+def bucketed_step(cfg, lengths: np.ndarray) -> float:
+    """FLOPs per pair of a step of `cfg`, the mean over the batches that text.buckets make of texts of `lengths`,
+    i32[n].
+
+    lengths: positions with [CLS] and [SEP], in the order of the data; what does not fill a batch at the end is left
+    out.
+    ValueError: not one batch is full.
+    """
+    size, batch = cfg.text.bucket_window * cfg.train.batch, cfg.train.batch
+    if len(lengths) < batch:
+        raise ValueError(f"{len(lengths)} lengths do not fill a batch of train.batch={batch}: give more")
+    parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+    T = np.concatenate([windows.cut(part[: len(part) // batch * batch], batch, cfg.text.buckets)[1] for part in parts])
+    return sum(
+        n * STEPS[cfg.objective](cfg, T=int(t))["step"] for t, n in zip(*np.unique(T, return_counts=True))
+    ) / len(T)
+
+
+def encode_image(model) -> float:
+    """FLOPs of the ViT for one image."""
+    return _vision(model)[0]
+
+
+def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
+    """FLOPs of n captions of one image (blip_jax/capfilt/caption.py), each of `tokens` tokens after `prompt` positions.
+
+    The ViT, keys and values and the prompt are one pass for all n (beams count as texts); the prompt gives the first
+    token, and every further one reads a cache as long as the whole text.
+    """
+    med, cache = model.med, prompt + tokens - 1
+    extend = lambda t: _text(model, t, True) + med.layers * 4 * t * (cache - t) * med.width + _lm_head(med)
+    return encode_image(model) + _image_kv(model) + extend(prompt) + n * (tokens - 1) * extend(1)
+
+
+def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = False) -> float:
+    """FLOPs of scoring `texts` texts of T positions against one image (blip_jax/capfilt/filter.py): matching and
+    cosine.
+
+    itc False: matching alone; original: matching as the published code, with every position of the last layer.
+    """
+    E, cosine = model.embed_dim, 0.0
+    if itc:
+        cosine = 2 * E * model.vit.width + texts * (_text(model, T, False) + 2 * E * model.med.width + 2 * E)
+    return encode_image(model) + _image_kv(model) + texts * _match(model, T, original) + cosine
+
+
+def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
+    """FLOPs of a retrieval evaluation (blip_jax/eval/retrieval.py): {"encode", "rerank", "total"}.
+
+    Each image re-ranks its eval.k texts and each text its eval.k images; counted as if no pair were in both shortlists
+    (at most), in passes of eval.rerank_texts texts an image, all full, each with its own keys and values.
+    """
+    model, T, group, k = cfg.model, cfg.text.max_len, cfg.eval.rerank_texts, cfg.eval.k
+    project = 2 * model.embed_dim
+    encode = images * (encode_image(model) + project * model.vit.width) + texts * (
+        _text(model, T, False) + project * model.med.width
+    )
+    pairs = min(images * min(k, texts) + texts * min(k, images), images * texts)
+    rerank = pairs / group * rerank_unit(model, T, group)
+    return {"encode": encode, "rerank": rerank, "total": encode + rerank}
+
+
+def rerank_unit(model, T: int, texts: int) -> float:
+    """FLOPs of one pass of re-ranking: keys and values of an image, and `texts` texts of T positions matched with
+    it."""
+    return _image_kv(model) + texts * _match(model, T, False)
+
+
+def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr, trips: int | None = None) -> float:
+    """FLOPs of the matrix products and convolutions of a jaxpr, its inner jaxprs included.
+
+    A scan counts its body times its length, a conditional its most expensive branch, a `while` with a product inside
+    its body times `trips`; without `trips` that has no count: ValueError.
+    """
+    if isinstance(jaxpr, ClosedJaxpr):
+        jaxpr = jaxpr.jaxpr
+    return sum(_count_equation(eqn, trips) for eqn in jaxpr.eqns)
+
+
+def _count_equation(eqn, trips: int | None) -> float:
+    if eqn.primitive.name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        lhs = eqn.invars[0].aval.shape
+        return 2.0 * eqn.outvars[0].aval.size * math.prod(lhs[d] for d in contract)
+    if eqn.primitive.name == "conv_general_dilated":
+        rhs, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+        return 2.0 * eqn.outvars[0].aval.size * math.prod(rhs) / rhs[numbers.rhs_spec[0]]
+    inner = [count_jaxpr(j, trips) for p in eqn.params.values() for j in _jaxprs_in(p)]
+    match eqn.primitive.name:
+        case "scan":
+            return eqn.params["length"] * sum(inner)
+        case "cond":
+            return max(inner)
+        case "shard_map":
+            return eqn.params["mesh"].size * sum(inner)
+        case "while" if sum(inner):
+            if trips is None:
+                raise ValueError(
+                    "count_jaxpr: a while loop with matrix products has no fixed count: use scan or fori_loop "
+                    "with static bounds, or give trips"
+                )
+            return trips * sum(inner)
+    return sum(inner)
+
+
+def _jaxprs_in(param) -> list:
+    if isinstance(param, (Jaxpr, ClosedJaxpr)):
+        return [param]
+    if isinstance(param, (tuple, list)):
+        return [j for item in param for j in _jaxprs_in(item)]
+    return []
+
+
+def count_function(f, *args, trips: int | None = None) -> float:
+    """FLOPs of the matrix products of `f(*args)`, traced and not run; `args` may be arrays or ShapeDtypeStructs."""
+    return count_jaxpr(jax.make_jaxpr(f)(*args), trips)

@@ -1,0 +1,113 @@
+"""Attention on plain arrays and the projections around it. Masks are bool, True = keep."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blip_jax.models.layers.cpu import dot_general, summed
+from blip_jax.models.layers.dense import Dense, DenseGeneral
+from blip_jax.models.layers.norm import gelu, softmax
+from blip_jax.parallel.collectives import within_cells
+from blip_jax.parallel.sharding import constrain
+
+
+def attention(q, k, v, mask=None, drop: Callable | None = None):
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+      q: [B,T,N,H]; k, v: [B,S,N,H].
+      mask: bool, broadcastable to [B,N,T,S], True = attend; None = all.
+      drop: applied to the probabilities [B,N,T,S]; None = nothing.
+    Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
+    """
+    s = summed(q * q.shape[-1] ** -0.5, k, (((3,), (3,)), ((0, 2), (0, 2))))  # B N T S
+    if mask is not None:
+        s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
+    p = softmax(s, v.dtype)
+    p = p if drop is None else drop(p)
+    return jnp.moveaxis(dot_general(p, v, (((3,), (1,)), ((0, 1), (0, 2)))), 1, 2)  # B N T H -> B T N H
+
+
+def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None):
+    """Attention of G texts per image to that image's keys and values, which are never repeated per text.
+
+    Args:
+      q: [B*G,T,N,H], row b*G + g (so that rows stay with their image when B is split over devices); k, v: [B,P,N,H].
+      img_idx: one entry per text: None (text g of image b looks at image b), or i32[C,c] with C*c = B (it looks at an
+        image of the same cell of c images: text g of image j of cell C looks at the cell's image img_idx[g][C,j]).
+          Cells keep a gather on the devices
+        that hold them: one cell of all images means that keys and values travel between all devices.
+      kv_mask: bool[B,P], True = a key that is attended to; None = all.
+    Returns: [B*G,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
+    """
+    G, (B, _, N, H), T = len(img_idx), k.shape, q.shape[1]
+    q = q.reshape(B, G, T, N, H)
+    own = [g for g in range(G) if img_idx[g] is None]
+    outs: list[Any] = [None] * G
+    mask = None if kv_mask is None else kv_mask[:, None, None]
+    if own:
+        folded = jnp.concatenate([q[:, g] for g in own], axis=1)  # B, len(own)*T, N, H
+        for g, o in zip(own, jnp.split(attention(folded, k, v, mask, drop), len(own), axis=1)):
+            outs[g] = o
+    for g in range(G):
+        if img_idx[g] is not None:
+            of = lambda x: within_cells(x, img_idx[g], None, "act_heads", None)
+            with jax.named_scope("keys"):  # told apart in a compiler's list of collectives
+                keys = of(k)
+            with jax.named_scope("values"):
+                values = of(v)
+            outs[g] = attention(q[:, g], keys, values, None if mask is None else within_cells(mask, img_idx[g]), drop)
+    return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
+
+
+class HeadedAttention(nn.Module):
+    """Projections q, k, v (kernels [D,N,H]) and out ([N,H,D]) around an attention function; the attention itself is a
+    function that the caller puts between `project_q`, `project_kv` and `project_out`."""
+
+    width: int
+    heads: int
+    init_std: float
+    dtype: Any
+
+    def setup(self):
+        init = nn.initializers.normal(self.init_std)
+        headed = lambda: DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
+        self.q, self.k, self.v = headed(), headed(), headed()
+        self.out = DenseGeneral(self.width, axis=(-2, -1), embed=1, dtype=self.dtype, kernel_init=init)
+
+    def project_q(self, x):
+        """[B,T,D] -> [B,T,N,H]"""
+        return constrain(self.q(x), "act_batch", None, "act_heads", None)
+
+    def project_kv(self, x):
+        """[B,S,D'] -> (k, v), each [B,S,N,H]"""
+        pin = lambda y: constrain(y, "act_batch", None, "act_heads", None)
+        return pin(self.k(x)), pin(self.v(x))
+
+    def project_out(self, x):
+        """[B,T,N,H] -> [B,T,D]"""
+        return constrain(self.out(x), "act_batch", None, "act_embed")
+
+
+class Mlp(nn.Module):
+    """fc1, exact-erf GELU, fc2: [B,T,D] -> [B,T,D], hidden width F."""
+
+    hidden: int
+    init_std: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(self.init_std)
+        h = Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        h = gelu(constrain(h, "act_batch", None, "act_mlp"))
+        return constrain(
+            Dense(x.shape[-1], embed=1, dtype=self.dtype, kernel_init=init, name="fc2")(h),
+            "act_batch",
+            None,
+            "act_embed",
+        )

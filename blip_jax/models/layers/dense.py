@@ -1,0 +1,79 @@
+"""The dense layers of all models, and the one product of matrices behind them."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from blip_jax import trees
+from blip_jax.models.layers.cpu import as_bits, dot_general, platform
+from blip_jax.parallel import sharding
+from blip_jax.parallel.collectives import summed_in_parts, words_summed_in_parts
+
+
+def _promoted(*arrays, dtype=None, inexact=True):
+    """flax's promotion, after `as_bits` is undone."""
+    back = lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x is not None and x.dtype == jnp.uint16 else x
+    return promote_dtype(*map(back, arrays), dtype=dtype, inexact=inexact)
+
+
+def _layer(kind, *args, embed: int = 0, **kwargs):
+    """A layer of flax; `embed`: whether the width of the model is what its kernel [in, out] takes in (0) or gives
+    (1)."""
+    return kind(*args, dot_general=functools.partial(_product, embed=embed), promote_dtype=_promoted, **kwargs)
+
+
+def _product(x, kernel, dimension_numbers, precision=None, *, embed: int):
+    """`dot_general` with a kernel of which fsdp may split dimension `embed`; then both are made matrices (see
+    `sharding.summed_in_parts`)."""
+    if not sharding.splits("embed"):
+        return dot_general(x, kernel, dimension_numbers, precision)
+    (taken, of_kernel), _ = dimension_numbers
+    lead = [d for d in range(x.ndim) if d not in taken]
+    rows = jnp.transpose(x, (*lead, *taken)).reshape(*(x.shape[d] for d in lead), -1)
+    matrix = summed_in_parts(kernel.reshape(rows.shape[-1], -1), embed)
+    y = dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), precision)
+    return y.reshape(*rows.shape[:-1], *kernel.shape[len(of_kernel) :])
+
+
+Dense = functools.partial(_layer, nn.Dense)
+DenseGeneral = functools.partial(_layer, nn.DenseGeneral)
+
+
+def rounds(path: str) -> bool:
+    """Whether the layers round the parameter at `path` to the dtype of the computation whenever they use it: the
+    matrices of vit and med.
+
+    Rounded once beforehand they give the same results, bit for bit.
+    """
+    return path.startswith(("vit/", "med")) and path.endswith(("/kernel", "/embedding"))
+
+
+def rounded(params: dict, dtype) -> dict:
+    """Parameters with all that `rounds` in `dtype`; on CPUs the ViT's stacked kernels as `as_bits` has them."""
+    out = trees.nest((path, x.astype(dtype) if rounds(path) else x) for path, x in trees.paths(params))
+    return stacked_as_bits(out) if platform() == "cpu" else out
+
+
+def rounded_once(params: dict, dtype) -> dict:
+    """Parameters with med's that `rounds` in `dtype`, each where it lies: for training, where several passes use them.
+
+    Their gradients then meet in `dtype`, before they are summed over the devices: once a step, not once for every pass.
+    """
+
+    def keep(path, x):
+        x = sharding.constrain(x.astype(dtype), *sharding.logical_dims(path, x.ndim))
+        return words_summed_in_parts(x) if path.endswith("word/embedding") and sharding.splits("embed") else x
+
+    return trees.nest(
+        (path, keep(path, x) if rounds(path) and path.startswith("med") else x) for path, x in trees.paths(params)
+    )
+
+
+def stacked_as_bits(params: dict) -> dict:
+    """`as_bits` of the kernels that a scan slices."""
+    return params | {"vit": params["vit"] | {"blocks": as_bits(params["vit"]["blocks"])}}

@@ -1,0 +1,163 @@
+"""Vision transformer of BLIP (paper section 3.1; timm's ViT with pre-LN, eps 1e-6, no pooling)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
+from blip_jax.models.layers.cpu import single_cpu
+from blip_jax.models.layers.dense import DenseGeneral, stacked_as_bits
+from blip_jax.models.layers.norm import LayerNorm
+from blip_jax.parallel.sharding import constrain
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def normalize_pixels(img):
+    """u8[B,img_h,img_w,3] RGB -> f32 of the same shape, CLIP mean and standard deviation."""
+    return (img.astype(jnp.float32) / 255.0 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+
+
+def encode_pixels(model, params, img):
+    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa or BlipNlvr, without dropout.
+
+    A single CPU takes a large batch some images at a time, so that what a layer leaves is still in the caches for the
+    next one.
+    """
+    encode = lambda img: model.apply({"params": params}, normalize_pixels(img), method="encode_image")
+    B, P = len(img), 1 + (model.img_size // model.vit_sizes["patch"]) ** 2
+    if single_cpu():
+        params = stacked_as_bits(params)
+    if not single_cpu() or B * P < 2 * CPU_ROWS:
+        return encode(img)
+    few = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(CPU_ROWS // P, 1))
+    img_tok = jax.lax.map(encode, img.reshape(B // few, few, *img.shape[1:]))
+    return img_tok.reshape(B, *img_tok.shape[2:])
+
+
+def resize_pos_embed(table, positions: int):
+    """Position table [1+n*n, D] -> f32[positions, D], bicubic as torch's `interpolate` (a = -0.75, edge clamp, no
+    antialias).
+
+    The class position is kept; grids are square (reference: BLIP's interpolate_pos_embed). ValueError if either is not.
+    """
+    table = np.asarray(table, np.float32)
+    n, m = int((len(table) - 1) ** 0.5), int((positions - 1) ** 0.5)
+    if n * n + 1 != len(table) or m * m + 1 != positions:
+        raise ValueError(f"position table of {len(table)} rows to {positions}: both must be 1 + a square")
+    if n == m:
+        return table
+    w = _cubic_matrix(n, m)
+    grid = np.einsum("yi,xj,ijD->yxD", w, w, table[1:].reshape(n, n, -1).astype(np.float64))
+    return np.concatenate([table[:1], grid.reshape(m * m, -1).astype(np.float32)])
+
+
+def _cubic_matrix(n: int, m: int) -> np.ndarray:
+    """f64[m,n]: row o holds the weights of the n inputs for output o, out-of-range taps clamped to the edge."""
+    w = np.zeros((m, n))
+    a = -0.75
+    for o in range(m):
+        source = (o + 0.5) * n / m - 0.5
+        first = int(np.floor(source))
+        for tap in range(-1, 3):
+            x = abs(source - first - tap)
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+            w[o, min(max(first + tap, 0), n - 1)] += near if x <= 1 else far if x < 2 else 0.0
+    return w
+
+
+def torch_uniform(fan_in: int):
+    """torch's default initialiser of linear and convolution layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Block(nn.Module):
+    """Pre-LN block with stochastic depth: x += DP(attn(ln1(x))); x += DP(mlp(ln2(x)))."""
+
+    width: int
+    heads: int
+    mlp: int
+    init_std: float
+    drops: bool  # whether stochastic depth is active
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, rate):
+        attn = HeadedAttention(self.width, self.heads, self.init_std, self.dtype, name="attn")
+        h = LayerNorm(1e-6, self.dtype, name="ln1")(x)
+        x = x + self._drop_path(attn.project_out(attention(attn.project_q(h), *attn.project_kv(h))), rate)
+        h = LayerNorm(1e-6, self.dtype, name="ln2")(x)
+        return x + self._drop_path(Mlp(self.mlp, self.init_std, self.dtype, name="mlp")(h), rate), None
+
+    def _drop_path(self, y, rate):
+        """Drops the whole branch of an example with probability `rate`, else scales it by 1 / (1 - rate)."""
+        if not self.drops:
+            return y
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, (y.shape[0], 1, 1))
+        return jnp.where(keep, y / (1.0 - rate).astype(y.dtype), 0)
+
+
+class Vit(nn.Module):
+    """Pixels to tokens. Parameters: cls, pos_embed, patch_embed, blocks (stacked over depth), ln_post."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch: int
+    img_size: int
+    pos_std: float = 0.02
+    init_std: float = 0.02  # timm's normal is cut at +-2, 100 deviations away
+    drop_path: float = 0.0
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, img, *, deterministic: bool = True):
+        """Normalised pixels f32[B,S,S,3], S = img_size -> img_tok [B,P,D] in `dtype`, P = 1 + (S/patch)^2, [CLS] first.
+
+        With deterministic=False and drop_path > 0 it needs rngs={"dropout": key}. ValueError for another image size.
+        """
+        B, n, p = img.shape[0], self.img_size // self.patch, self.patch
+        if img.shape[1:] != (self.img_size, self.img_size, 3):
+            raise ValueError(
+                f"images of {img.shape[1:]} given to a ViT built for ({self.img_size}, {self.img_size}, 3): set "
+                "model.img_size and resize the position table with resize_pos_embed"
+            )
+        patches = img.reshape(B, n, p, n, p, 3)
+        embed = DenseGeneral(
+            self.width,
+            axis=(2, 4, 5),
+            embed=1,
+            dtype=self.dtype,
+            kernel_init=torch_uniform(p * p * 3),
+            bias_init=torch_uniform(p * p * 3),
+            name="patch_embed",
+        )
+        x = embed(patches).reshape(B, n * n, self.width)
+        cls = self.param("cls", nn.initializers.normal(self.init_std), (self.width,)).astype(self.dtype)
+        pos = self.param("pos_embed", nn.initializers.normal(self.pos_std), (1 + n * n, self.width)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, self.width)), x], axis=1) + pos
+        x = constrain(x, "act_batch", None, "act_embed")
+
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth
+        )
+        drops = not deterministic and self.drop_path > 0
+        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        x, _ = blocks(self.width, self.heads, self.mlp, self.init_std, drops, self.dtype, name="blocks")(x, rates)
+        return LayerNorm(1e-6, self.dtype, name="ln_post")(x)

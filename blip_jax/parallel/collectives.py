@@ -1,0 +1,88 @@
+"""What travels between devices, where XLA's own choice sends more than has to: gradients in parts, rows within
+cells."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from blip_jax.parallel.sharding import AXES, axis_size, constrain, partition_spec
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x, dims: tuple, whole: tuple):
+    """An array of logical dimensions `dims` as `whole` has them; its gradient stays as `whole` has it, for other uses'
+    to be added first.
+
+    `constrain` to `whole` alone would have XLA gather what x was rounded from.
+    """
+    return constrain(constrain(x, *dims), *whole)
+
+
+gathered.defvjp(
+    lambda x, dims, whole: (gathered(x, dims, whole), None), lambda dims, whole, _, g: (constrain(g, *whole),)
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def summed_in_parts(matrix, embed: int):
+    """A kernel as matrix, whose dimension `embed` is split: each device receives its own part of the gradient alone.
+
+    XLA's TPU compiler sends a product over all rows in parts (reduce-scatter) if the split dimension is the first of
+    two; in other forms it may send every device the whole (all-reduce), twice as much.
+    """
+    return matrix
+
+
+def _in_parts(embed, _, g):
+    g = g if embed == 0 else g.T
+    g = jax.lax.with_sharding_constraint(g, P(AXES["embed"], P.UNCONSTRAINED))  # the other one stays split over tensor
+    return (g if embed == 0 else g.T,)
+
+
+summed_in_parts.defvjp(lambda matrix, embed: (matrix, None), _in_parts)
+
+
+@jax.custom_vjp
+def words_summed_in_parts(table):
+    """The word table [V,D], split over fsdp, for all its uses in a step: each device receives its own part of their
+    gradients' sum alone.
+
+    XLA's TPU compiler scatters this sum (239 * 128 rows) only by rows, over all devices that add to it; the parts are
+    then cut anew, along D. Where the devices do not divide the rows (256 and more), each receives the whole sum.
+    """
+    return table
+
+
+@jax.named_scope("word_table")
+def _by_rows(_, g):
+    adding = AXES["vocab"], *AXES["act_batch"]
+    if len(g) % axis_size(jax.sharding.get_abstract_mesh(), adding) == 0:
+        for axes in (adding, (AXES["vocab"], AXES["embed"])):
+            g = jax.lax.with_sharding_constraint(g, P(axes, None))
+    return (constrain(g, "vocab", "embed"),)
+
+
+words_summed_in_parts.defvjp(lambda table: (table, None), _by_rows)
+
+
+def within_cells(x, idx, *dims):
+    """x [B,...], idx i32[C,c], B = C*c -> [B,...]: row C*c + j is row idx[C,j] of cell C.
+
+    dims: logical dimensions of x behind the first, which is act_batch; those not named are whole. The devices of a cell
+    receive its rows once, and of the gradient only that of their own rows; left to XLA each would receive the gradient
+    of the whole cell.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), AXES["act_batch"]
+    devices = 1 if mesh.empty or mesh.manual_axes else axis_size(mesh, axes)
+    own, cell = x.shape[0] // devices, idx.shape[1]
+    if x.shape[0] % devices or cell <= own or cell % own:  # cut unevenly, or each cell on one device
+        cells = x.reshape(*idx.shape, *x.shape[1:])
+        return jax.vmap(lambda cell, i: cell[i])(cells, idx).reshape(x.shape)
+    groups = np.arange(devices).reshape(-1, cell // own).tolist() if cell < x.shape[0] else None
+    spec = partition_spec(("act_batch", *dims))
+    gather = lambda x, i: jax.lax.all_gather(x, axes, axis_index_groups=groups, tiled=True)[i]
+    return jax.shard_map(gather, in_specs=(spec, P(axes)), out_specs=spec, check_vma=False)(x, idx.reshape(-1))

@@ -1,0 +1,235 @@
+"""The programs of a config as the compiler would get them, from sizes alone: no data, vocabulary, checkpoint or
+device is touched."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from blip_jax import config
+from blip_jax.capfilt import caption, filter, settings
+from blip_jax.eval import retrieval
+from blip_jax.models import flops
+from blip_jax.models.blip import Blip
+from blip_jax.models.layers.dense import rounded
+from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.parallel import sharding
+from blip_jax.tasks import step as steps
+from blip_jax.train import optim
+from blip_jax.train import state as train_state
+
+PROMPT = 4  # positions of the paper's prompt "a picture of " with [DEC]
+
+
+class Program(NamedTuple):
+    """One jitted function of a workload with the shapes, dtypes and shardings of what it is called with."""
+
+    name: str
+    function: Callable
+    args: tuple  # of ShapeDtypeStruct trees
+    jit: dict  # what jax.jit is told beside: donate_argnums, out_shardings, compiler_options
+    images: int  # of all devices together that one call handles
+    flops: float  # of one call by the formulas of bench.flops, all devices together
+    recomputed: float  # what model.remat makes the backward pass do again, likewise
+    trips: int  # iterations of its token loop, 0: it has none
+    parts: dict  # what its arguments are -> tree of ShapeDtypeStructs
+
+
+def arguments(program: Program) -> dict[str, int]:
+    """Bytes on one device of each of the program's `parts`, before the compiler pads them."""
+    return {name: _local(tree) for name, tree in program.parts.items()}
+
+
+def _local(tree) -> int:
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _placed(shapes, shardings):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def train(cfg, mesh) -> list[Program]:
+    """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.fit` jits it."""
+    if cfg.objective not in steps.LOSSES:
+        raise ValueError(
+            f"objective is {cfg.objective!r}: a plan needs one that can be trained, {', '.join(steps.LOSSES)}"
+        )
+    epoch = max(1, (cfg.data.epoch_examples or cfg.train.batch) // cfg.train.batch)
+    model, (tx, _) = Blip.from_config(cfg.model), optim.make(cfg, epoch)
+    shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
+    shardings = sharding.shardings_for(shapes, mesh)
+    state, batch = _placed(shapes, shardings), _batch(cfg, mesh)
+    momentum = state.momentum or {"params": {}, "queue": None}
+    parts = {
+        "parameters": (state.params, state.frozen),
+        "optimiser": state.opt,
+        "momentum copies": momentum["params"],
+        "queue": momentum["queue"],
+        "batch": batch,
+    }
+    step = steps.make_step(cfg, model, tx, epoch)
+    return [
+        Program(
+            "train step",
+            step,
+            (state, batch),
+            steps.jit_arguments(shardings, mesh),
+            cfg.train.batch,
+            flops.STEPS[cfg.objective](cfg)["step"] * cfg.train.batch,
+            recomputed(cfg) * cfg.train.batch,
+            0,
+            parts,
+        )
+    ]
+
+
+def recomputed(cfg) -> float:
+    """FLOPs of an image that the backward pass repeats by model.remat: the ViT's blocks but for what no gradient
+    needs, or scores."""
+    v, positions = cfg.model.vit, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
+    scores, mixing = 2 * positions**2 * v.width, 4 * positions**2 * v.width
+    blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + mixing  # without fc2, whose result is only added
+    return v.depth * {"none": 0.0, "dots": scores, "full": blocks}[cfg.model.remat]
+
+
+def _batch(cfg, mesh) -> dict:
+    place, A = sharding.batch_sharding(mesh, cfg.optim.accumulate), cfg.optim.accumulate
+    B, S, T = cfg.train.batch, cfg.model.img_size, cfg.text.max_len
+    rows = lambda shape, dtype: jax.ShapeDtypeStruct(
+        (A, B // A, *shape) if A > 1 else (B, *shape), dtype, sharding=place
+    )
+    batch = {"img": rows((S, S, 3), jnp.uint8), "ids": rows((T,), jnp.int32), "txt_mask": rows((T,), jnp.bool_)}
+    extra = {"image_id": rows((), jnp.int32)} if cfg.objective != "caption" else {"lm_mask": rows((T,), jnp.bool_)}
+    return batch | extra
+
+
+def evaluate(cfg, mesh) -> list[Program]:
+    """Retrieval of `cfg` on `mesh`: the pass over images, the one over texts, and the one that re-ranks."""
+    model, rows = Blip.from_config(cfg.model), mesh.shape["data"] * mesh.shape["fsdp"]
+    if not cfg.model.encoder:
+        raise ValueError(
+            "workload evaluate: retrieval needs a model with text encoder, and model.encoder is False; plan its training, "
+            "or give a config of objective pretrain or retrieval"
+        )
+    B, G, T, S = -(-cfg.eval.batch // rows) * rows, cfg.eval.rerank_texts, cfg.text.max_len, cfg.model.img_size
+    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    params, place = _placed(shapes, sharding.shardings_for(shapes, mesh)), sharding.batch_sharding(mesh)
+    array = lambda shape, dtype: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
+    whole, positions = NamedSharding(mesh, P()), (S // cfg.model.vit.patch) ** 2 + 1
+    bind = lambda f: lambda params, *x: f(model, whole, params, *x)
+    img, ids, txt = array((S, S, 3), jnp.uint8), array((G, T), jnp.int32), array((G, T), jnp.bool_)
+    tok = array((positions, cfg.model.vit.width), jnp.dtype(cfg.model.dtype))
+    one, real = array((T,), jnp.int32), array((T,), jnp.bool_)
+    make = lambda name, f, x, n: Program(
+        name, bind(f), (params, *x), {}, B, n * B, 0.0, 0, {"parameters": params, "batch": x}
+    )
+    project = 2 * cfg.model.embed_dim * cfg.model.vit.width
+    both = flops.filter_image(cfg.model, T, 1) - flops.filter_image(cfg.model, T, 1, itc=False)
+    return [
+        make("encode images", retrieval._encode_images, (img,), flops.encode_image(cfg.model) + project),
+        make("encode texts", retrieval._embed_texts, (one, real), both - project - 2 * cfg.model.embed_dim),
+        make("re-rank", retrieval._match, (tok, ids, txt), flops.rerank_unit(cfg.model, T, G)),
+    ]
+
+
+def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
+    """Captioner and filter of the CapFilt config `cfg`, as configs of their training; every device works alone with
+    whole parameters.
+
+    The token loop is counted to its end, method.max_length tokens.
+    """
+    method, n = settings.method_of(cfg), mesh.size
+    size, T, texts = cfg.device_batch * n, judge.text.max_len, 1 + method.n
+    alone = lambda f: (
+        lambda params, *rows: jax.shard_map(
+            f,
+            mesh=mesh,
+            in_specs=(P(), *(P(mesh.axis_names) for _ in rows)),
+            out_specs=P(mesh.axis_names),
+            check_vma=False,
+        )(params, *rows)
+    )
+    place, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    rows = lambda shape, dtype: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
+    models = {"captioner": captioner, "filter": judge}
+    params = {name: _rounded(c, whole, cfg.dtype) for name, c in models.items()}
+    model = {name: _model(c, cfg.dtype) for name, c in models.items()}
+    pixels = lambda c: rows((c.model.img_size, c.model.img_size, 3), jnp.uint8)
+    end, pad = captioner.model.med.vocab_size - 3, 0  # ids do not change what is computed
+    decode = caption.decoder(
+        model["captioner"], [captioner.model.med.vocab_size - 2] + [1] * (PROMPT - 1), method, eos=end, pad=pad
+    )
+
+    def make(params, img, keys):
+        apply = functools.partial(model["captioner"].apply, {"params": params})
+        return decode(params, apply(apply(normalize_pixels(img), method="encode_image"), method="image_kv"), keys)
+
+    view = alone(filter.viewer(model["filter"]))
+    seen = jax.eval_shape(view, params["filter"], pixels(judge))
+    seen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), seen)
+    tokens = method.max_length - PROMPT
+    own = lambda name, x: {
+        "parameters": params[name],
+        "other model's parameters": params["filter" if name == "captioner" else "captioner"],
+        "batch": x,
+    }
+    captioned, viewed = (pixels(captioner), rows((2,), jnp.uint32)), (pixels(judge),)
+    scored = (seen, rows((texts, T), jnp.int32), rows((texts, T), jnp.bool_))
+    look = (
+        flops.encode_image(judge.model)
+        + flops.rerank_unit(judge.model, T, 0)
+        + 2 * judge.model.embed_dim * judge.model.vit.width
+    )
+    width = method.n if method.kind == "nucleus" else method.beams
+    return [
+        Program(
+            "caption",
+            alone(make),
+            (params["captioner"], *captioned),
+            {},
+            size,
+            size * flops.caption_image(captioner.model, PROMPT, tokens, width),
+            0.0,
+            tokens - 1,
+            own("captioner", captioned),
+        ),
+        Program("view", view, (params["filter"], *viewed), {}, size, size * look, 0.0, 0, own("filter", viewed)),
+        Program(
+            "score",
+            alone(filter.scorer(model["filter"])),
+            (params["filter"], *scored),
+            {},
+            size,
+            size * (flops.filter_image(judge.model, T, texts) - look),
+            0.0,
+            0,
+            own("filter", scored),
+        ),
+    ]
+
+
+def _model(cfg, dtype: str) -> Blip:
+    sizes = config.base().unlock()
+    sizes.update({"model": cfg.model})
+    sizes.model.dtype = dtype or cfg.model.dtype
+    return Blip.from_config(sizes.model)
+
+
+def _rounded(cfg, place, dtype: str):
+    """Shapes of a model's parameters as CapFilt keeps them on the devices of `place`, matrices in the dtype of the
+    computation."""
+    model = _model(cfg, dtype)
+    # `rounded` looks at the platform, which is not this host's
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        shapes = jax.eval_shape(lambda: rounded(train_state.init_params(cfg, model, jax.random.key(0)), model.dtype))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)

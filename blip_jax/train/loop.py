@@ -1,0 +1,370 @@
+"""The training loop. `fit` is the only one: every objective runs through it, and running it again resumes.
+
+Order: maybe evaluate, maybe save, next batch, step, maybe log. The number of steps done is the whole data position, so
+a checkpoint is the state, that number and the running sums of the current log interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+import time
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from blip_jax import checkpoint, trees
+from blip_jax.config import validate
+from blip_jax.console import plain, revision, say
+from blip_jax.data.batches import EvalData, TrainData
+from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.eval import retrieval
+from blip_jax.models.blip import Blip
+from blip_jax.parallel import processes, sharding
+from blip_jax.parallel.interrupt import Interrupt
+from blip_jax.tasks import step as steps
+from blip_jax.train import metrics, optim, start
+from blip_jax.train import state as train_state
+from blip_jax.train.summary import bucket_report, describe
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient became infinite or not a number; the message names the step and what remains."""
+
+
+class Run(NamedTuple):
+    """Everything that stays the same while a run trains."""
+
+    cfg: Any
+    workdir: pathlib.Path
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    model: Blip
+    tx: optax.GradientTransformation
+    lr: Any  # step -> f32[]
+    epoch_steps: int
+    shapes: Any  # of the state, ShapeDtypeStruct leaves
+    shardings: Any  # of the state
+    data: TrainData
+    rows: np.ndarray  # positions in a micro-batch that this process makes, i64
+    first: np.ndarray  # whether it is the first process that does, bool
+    eval_data: EvalData | None
+
+
+class At(NamedTuple):
+    """Where a run stands when the loop begins: a checkpoint's data entry, and what the log already holds."""
+
+    step: int  # steps done
+    crc: int  # this process's part of the checksum of the examples seen
+    sums: dict | None  # running sums of the log interval; None: empty
+    evaluated: frozenset[int]  # steps with an evaluation row
+
+
+def fit(cfg, workdir) -> dict:
+    """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
+
+    Writes checkpoints/, metrics.jsonl, tb/, config.json, skipped.jsonl and a copy of the vocabulary. SIGTERM, or SIGINT
+    once, finishes the step, saves and returns. Returns {"step", "stopped", "log": last row, "eval": last evaluation}.
+    ValueError: the config, the data or the checkpoint in `workdir` do not fit; raised before anything compiles.
+    NonFiniteLoss: the step is named and the last good checkpoint is kept.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Interrupt("finishing this step, then saving", several=jax.process_count() > 1))
+        stack.enter_context(processes.remedy(lambda: _go_on(pathlib.Path(workdir))))
+        run = prepare(cfg, workdir)
+        stack.enter_context(jax.set_mesh(run.mesh))
+        newest = _newest(run.workdir)
+        manager = stack.enter_context(checkpoint.open_dir(run.workdir, cfg.train.keep))
+        loaded = start.load(run) if newest is None else check_resume(manager, newest, run)
+        describe(run, newest)
+        if newest is None:
+            state, at = start.create(run, loaded), At(0, 0, None, frozenset())
+        else:
+            state, saved = checkpoint.restore(manager, newest, run.shapes, run.shardings)
+            at = At(newest, saved["crc"] if jax.process_index() == 0 else 0, saved["sums"], frozenset())
+        evaluated = []
+        if jax.process_index() == 0:
+            rows = metrics.drop_after(run.workdir / "metrics.jsonl", at.step)
+            evaluated = [r["step"] for r in rows if any(n.startswith("eval/") for n in r)]
+        at = at._replace(evaluated=frozenset(processes.gather(evaluated)[0]))  # all take part in an evaluation or none
+        writer = stack.enter_context(metrics.Writer(run.workdir, jax.process_index() == 0, at.step + 1))
+        return _loop(run, state, at, manager, writer, stop)
+
+
+def _newest(workdir: pathlib.Path) -> int | None:
+    """The checkpoint to go on from, as process 0 sees it; says what else is in the folder. ValueError: it is
+    incomplete."""
+    newest, notes = checkpoint.check_folders(workdir)
+    for note in notes:
+        say(note)
+    return processes.gather(newest)[0]
+
+
+def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interrupt) -> dict:
+    cfg, every, last = run.cfg, run.cfg.train, run.cfg.train.steps
+    step_fn = jax.jit(
+        steps.make_step(cfg, run.model, run.tx, run.epoch_steps), **steps.jit_arguments(run.shardings, run.mesh)
+    )
+    batches, compiled = run.data.batches(at.step), set()
+    sums, step, crc = at.sums and metrics.load(at.sums), at.step, at.crc
+    out, clock, ahead = {}, metrics.Clock(), None
+    with contextlib.closing(batches):
+        if cfg.text.buckets and at.step < last:
+            say(bucket_report(cfg, at.step, batches.text_shares(at.step)))
+        while True:
+            stopping = manager.reached_preemption(step) if jax.process_count() > 1 else stop.asked
+            due = step > 0 and (step >= last or every.eval_every > 0 and step % every.eval_every == 0)
+            if due and run.eval_data and not stopping and step not in at.evaluated:
+                with clock.paused():
+                    out["eval"] = _evaluate(run, step, state, sums)
+                    writer.row(step, "eval", out["eval"])
+            if step > at.step and (step >= last or step % every.save_every == 0 or stopping):
+                with clock.paused():
+                    _save(run, manager, step, state, sums, crc)
+            if step >= last or stopping:
+                break
+            asked = time.perf_counter()
+            local = next(batches)
+            waited = time.perf_counter() - asked
+            crc += _checksum(run, step, local["key"])
+            batch = to_devices(local, run.mesh, cfg.optim.accumulate, run.rows, cfg.train.batch // cfg.optim.accumulate)
+            T, compiling = local["ids"].shape[1], contextlib.nullcontext()
+            if cfg.text.buckets and T not in compiled:
+                say(f"step {step + 1}: compiling the step for texts of {T} positions")
+                compiled.add(T)
+                compiling = clock.paused()
+            with jax.transfer_guard("disallow"), compiling:
+                state, values = step_fn(state, batch)
+            jax.block_until_ready(ahead or values)  # at most one step is in flight while the next batch is fetched
+            sums, ahead = metrics.add(metrics.zeros(values) if sums is None else sums, values), values
+            step += 1
+            clock.step(waited)
+            if step % every.log_every == 0 or step >= last:
+                out["log"] = _log(run, writer, step, sums, crc, clock)
+                sums = None
+    manager.wait_until_finished()
+    say(
+        f"{'stopped by a signal' if step < last else 'done'} at step {step} of {last}; "
+        f"checkpoint {manager.latest_step()} in {manager.directory}; examples {run.data.counts()}"
+    )
+    return {"step": step, "stopped": step < last, **out}
+
+
+def prepare(cfg, workdir) -> Run:
+    """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
+    validate(cfg, None, jax.process_count(), jax.device_count())
+    tokenizer = Tokenizer(cfg.text.vocab)
+    validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
+    workdir = pathlib.Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    _keep_vocabulary(cfg, workdir)
+    mesh = sharding.make_mesh(cfg.mesh)
+    rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
+    data = TrainData(
+        cfg,
+        tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        rows=rows,
+        skipped_path=workdir / f"skipped{_suffix()}.jsonl",
+    )
+    eval_data = None
+    if len(cfg.data.eval):
+        eval_data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / f"skipped-eval{_suffix()}.jsonl")
+    processes.agree(
+        cfg,
+        workdir,
+        vocabulary=zlib.crc32(pathlib.Path(cfg.text.vocab).read_bytes()),
+        records={name: len(source) for name, source in data.sources.items()},
+    )
+    epoch_steps = data.epoch_examples // cfg.train.batch
+    if epoch_steps == 0:
+        raise ValueError(
+            f"an epoch has {data.epoch_examples} examples, fewer than train.batch = {cfg.train.batch}: "
+            "lower train.batch, or set data.epoch_examples to what the schedule should call an epoch"
+        )
+    model = Blip.from_config(cfg.model)
+    tx, lr = optim.make(cfg, epoch_steps)
+    shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
+    shardings = sharding.shardings_for(shapes, mesh)
+    return Run(
+        cfg, workdir, tokenizer, mesh, model, tx, lr, epoch_steps, shapes, shardings, data, rows, first, eval_data
+    )
+
+
+def _suffix() -> str:
+    """What the names of files that each process writes for itself end in."""
+    return f"-p{jax.process_index()}" if jax.process_index() else ""
+
+
+def _go_on(workdir: pathlib.Path) -> str:
+    """What to do when another process is gone."""
+    newest = checkpoint.newest_complete(workdir)
+    what = "begin anew, as there is no checkpoint yet" if newest is None else f"go on from checkpoint {newest}"
+    return f"run the same command again to {what} in {workdir}"
+
+
+def evaluate(cfg, workdir, path="") -> dict:
+    """Retrieval on `cfg.data.eval` with the newest checkpoint of `workdir`, or the one at `path`; metrics in percent.
+
+    The table goes to `workdir`/retrieval.json with the checkpoint's name.
+    ValueError: no checkpoint, another model's, no evaluation source.
+    """
+    if not len(cfg.data.eval):
+        raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
+    folder = checkpoint.newest(path or workdir)
+    tokenizer = Tokenizer(cfg.text.vocab)
+    validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
+    workdir = pathlib.Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh, model = sharding.make_mesh(cfg.mesh), Blip.from_config(cfg.model)
+    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(cfg.seed)))
+    data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / f"skipped-eval{_suffix()}.jsonl")
+    processes.agree(
+        cfg,
+        workdir,
+        vocabulary=zlib.crc32(pathlib.Path(cfg.text.vocab).read_bytes()),
+        checkpoint=folder.name,
+        captions=len(data.captions),
+    )
+    params = start.fit_params(checkpoint.load_params(folder), shapes, str(folder))
+    params = start.placed(params, sharding.shardings_for(shapes, mesh))
+    say(f"evaluating {folder} on {data.n_images} images, {len(data.captions)} captions")
+    with jax.set_mesh(mesh):
+        result = retrieval.evaluate(cfg, model, params, data, tokenizer, mesh)
+    result = {"images": data.n_images, "texts": len(data.captions), **result}
+    if jax.process_index() == 0:
+        text = json.dumps({"checkpoint": str(folder), **result}, indent=1)
+        (workdir / "retrieval.json").write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def check_resume(manager, step: int, run: Run) -> None:
+    """Says which settings changed since checkpoint `step`. ValueError: they changed the model or the optimiser."""
+    before, now = trees.flat(checkpoint.saved_config(manager, step)), trees.flat(plain(run.cfg))
+    changed = [
+        f"{name}: {before.get(name, 'absent')!r} -> {now.get(name, 'absent')!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    try:
+        checkpoint.check_same(manager, step, run.shapes)
+    except ValueError as e:
+        listing = "\n  ".join(changed) or "none"
+        raise ValueError(f"{e}\nsettings that changed since it was written:\n  {listing}") from None
+    say(f"resuming from checkpoint {step}; settings changed since: {'; '.join(changed) or 'none'}")
+
+
+def to_devices(local: dict, mesh, accumulate: int, rows: np.ndarray, micro: int) -> dict:
+    """This process's `rows` of a batch as global arrays, [micro, ...] or [A, micro, ...] for A > 1 micro-batches.
+
+    Of 64-bit image ids the low 32 bits stay.
+    """
+    place, axis = sharding.batch_sharding(mesh, accumulate), int(accumulate > 1)
+
+    def put(x):
+        x = x.astype(np.int32) if x.dtype == np.int64 else x
+        x = x.reshape(accumulate, -1, *x.shape[1:]) if accumulate > 1 else x
+
+        def part(index):  # of one device, whose rows follow each other
+            at = np.searchsorted(rows, index[axis].indices(micro)[:2])
+            return x[(slice(None),) * axis + (slice(*at),)]
+
+        return jax.make_array_from_callback((*x.shape[:axis], micro, *x.shape[axis + 1 :]), place, part)
+
+    return {name: put(x) for name, x in local.items() if name != "key"}
+
+
+def _checksum(run: Run, step: int, keys: list[str]) -> int:
+    """Sum of crc32("number key") over the examples of a batch that no process before this one makes, by number in the
+    order of all.
+
+    The sums of all processes add up to the same for any number of them.
+    """
+    micro = run.cfg.train.batch // run.cfg.optim.accumulate
+    at = (step * run.cfg.train.batch + np.arange(run.cfg.optim.accumulate)[:, None] * micro + run.rows).ravel()
+    own = np.tile(run.first, run.cfg.optim.accumulate)
+    return sum(zlib.crc32(f"{i} {key}".encode()) for i, key, counts in zip(at, keys, own) if counts)
+
+
+def _total(crc: int) -> int:
+    """The checksum of the examples seen by all processes, 32 bits."""
+    return sum(processes.gather(crc)) % 2**32
+
+
+def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock) -> dict:
+    """Writes and returns the means since the last log. NonFiniteLoss: one of these steps had a value not finite."""
+    numbers = _finite(run, step, sums)
+    row = {
+        **metrics.means(numbers),
+        "lr": float(run.lr(step - 1)),
+        "epoch": step / run.epoch_steps,
+        "examples": step * run.cfg.train.batch,
+        "examples_crc": _total(crc),
+    }
+    timing, measured = "", clock.take()
+    if measured:
+        rate, waiting = measured
+        left = (run.cfg.train.steps - step) / rate
+        row |= {"examples_per_s": rate * run.cfg.train.batch, "waiting": waiting}
+        timing = (
+            f"  {row['examples_per_s']:.1f} examples/s  eta {int(left // 3600)}:{int(left % 3600 // 60):02}:"
+            f"{int(left % 60):02}  waiting {100 * waiting:.0f} %"
+        )
+    writer.row(step, "train", row)
+    losses = "  ".join(f"{name} {row[name]:.4f}" for name in sorted(numbers["sum"], key=lambda n: ("loss" not in n, n)))
+    say(f"step {step}/{run.cfg.train.steps}  {losses}  lr {row['lr']:.3e}{timing}")
+    return row
+
+
+def _save(run: Run, manager, step: int, state, sums: dict | None, crc: int) -> None:
+    numbers = _finite(run, step, sums)
+    checkpoint.save(
+        manager,
+        step,
+        state,
+        {"step": step, "crc": _total(crc), "sums": numbers, "revision": revision()},
+        plain(run.cfg),
+    )
+    say(f"step {step}: saving checkpoint")
+
+
+def _finite(run: Run, step: int, sums: dict | None) -> dict | None:
+    """The running sums as plain numbers, None if there are none. NonFiniteLoss: a value among them was not finite."""
+    numbers = None if sums is None else metrics.fetch(sums)
+    if numbers and numbers["bad"]:
+        bad = step - numbers["count"] + numbers["bad"]
+        raise NonFiniteLoss(
+            f"step {bad}: a loss or the gradient norm is not finite; nothing after it was saved, the "
+            f"newest checkpoint in {run.workdir / checkpoint.SUBDIR} is good; lower optim.lr, set "
+            "optim.clip, or use model.dtype=float32, and run again to resume from it"
+        )
+    return numbers
+
+
+def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
+    _finite(run, step, sums)
+    result = retrieval.evaluate(run.cfg, run.model, state.all_params, run.eval_data, run.tokenizer, run.mesh)
+    say("retrieval: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    return {"images": run.eval_data.n_images, "texts": len(run.eval_data.captions), **result}
+
+
+def _keep_vocabulary(cfg, workdir: pathlib.Path) -> None:
+    """Copies the vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
+    source = pathlib.Path(cfg.text.vocab)
+    copy = workdir / f"vocab{source.suffix}"
+    same = copy.exists() and copy.read_bytes() == source.read_bytes()
+    if copy.exists() and not same and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
+        raise ValueError(
+            f"text.vocab is {source}, but this workdir was trained with another vocabulary, kept in "
+            f"{copy}: set text.vocab={copy} or use another workdir"
+        )
+    if not same and jax.process_index() == 0:
+        beside = copy.with_name(copy.name + ".tmp")
+        shutil.copyfile(source, beside)
+        beside.replace(copy)

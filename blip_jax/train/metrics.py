@@ -1,0 +1,141 @@
+"""Means that stay on the device between logs, and where they are written: console, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+# tensorboardX imports torch where that is installed, for which a run would wait and of which scalars need nothing
+if hidden := "torch" not in sys.modules:
+    sys.modules["torch"] = None
+try:
+    import tensorboardX
+finally:
+    if hidden:
+        del sys.modules["torch"]
+
+
+def zeros(names) -> dict:
+    """Empty running sums, f32[] each, with the count of steps and the place of the first that was not finite."""
+    return {"sum": {name: jnp.float32(0) for name in sorted(names)}, "count": jnp.int32(0), "bad": jnp.int32(0)}
+
+
+@jax.jit
+def add(sums: dict, values: dict) -> dict:
+    """`sums` plus one step's values, f32[] each. `bad` stays at the first step, from 1, with a value not finite."""
+    count = sums["count"] + 1
+    finite = jnp.all(jnp.stack([jnp.isfinite(v) for v in values.values()]))
+    return {
+        "sum": {name: sums["sum"][name] + values[name].astype(jnp.float32) for name in sums["sum"]},
+        "count": count,
+        "bad": jnp.where((sums["bad"] == 0) & ~finite, count, sums["bad"]),
+    }
+
+
+def fetch(sums: dict) -> dict:
+    """Running sums as plain numbers, which JSON keeps exactly; waits for the device."""
+    got = jax.device_get(sums)
+    totals = {name: float(v) for name, v in got["sum"].items()}
+    return {"sum": totals, "count": int(got["count"]), "bad": int(got["bad"])}
+
+
+def load(numbers: dict) -> dict:
+    """The inverse of `fetch`."""
+    return {
+        "sum": {name: jnp.float32(v) for name, v in numbers["sum"].items()},
+        "count": jnp.int32(numbers["count"]),
+        "bad": jnp.int32(numbers["bad"]),
+    }
+
+
+def means(numbers: dict) -> dict[str, float]:
+    """Mean of every value over the steps of `fetch`'s numbers."""
+    return {name: v / numbers["count"] for name, v in numbers["sum"].items()}
+
+
+def drop_after(path: pathlib.Path, step: int) -> list[dict]:
+    """Rows of a metrics.jsonl up to `step`, after removing later ones and a torn last line from the file atomically."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON: {line[:80]!r}; repair or remove it") from None
+    kept = [row for row in rows if row["step"] <= step]
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(beside, path)
+    return kept
+
+
+class Writer:
+    """Appends rows to `workdir`/metrics.jsonl and `workdir`/tb; nothing where `write` is False (other processes)."""
+
+    def __init__(self, workdir: pathlib.Path, write: bool, purge_step: int):
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8") if write else None
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=purge_step) if write else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._file:
+            self._file.close()
+            self._board.close()
+
+    def row(self, step: int, prefix: str, values: dict) -> None:
+        """One row {"step": step, prefix/name: value, ...}; numbers go to TensorBoard too."""
+        if not self._file:
+            return
+        row = {"step": step} | {f"{prefix}/{name}": value for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+
+class Clock:
+    """Steps per second and share of time waiting for data, without the first step, which compiles, and pauses."""
+
+    def __init__(self):
+        self._since: float | None = None  # running since then; None: before the first step is done
+        self._steps, self._spent, self._waited = 0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time inside does not count."""
+        if self._since is not None:
+            self._spent += time.perf_counter() - self._since
+        yield
+        if self._since is not None:
+            self._since = time.perf_counter()
+
+    def step(self, waited: float) -> None:
+        """One more step, which waited so many seconds for its batch."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._steps, self._waited = self._steps + 1, self._waited + waited
+
+    def take(self) -> tuple[float, float] | None:
+        """(steps per second, share of time waiting) since the last call; None if no step was counted."""
+        if not self._steps:
+            return None
+        now = time.perf_counter()
+        spent = max(self._spent + now - self._since, 1e-9)
+        out = self._steps / spent, self._waited / spent
+        self._since, self._steps, self._spent, self._waited = now, 0, 0.0, 0.0
+        return out

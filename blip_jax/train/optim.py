@@ -1,0 +1,77 @@
+"""AdamW with the original's learning-rate schedules, decay masks and frozen parts.
+
+Accumulation over micro-batches is the step's business: what arrives here is the gradient of the whole global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blip_jax.trees import path_name
+
+SCHEDULES = ("epoch_decay", "epoch_cosine", "cosine", "constant")
+DECAY_MASKS = ("all", "kernels")
+
+
+def make(cfg, epoch_steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser over the trained parameters and its learning rate, f32[] as a function of the step, i32[].
+
+    AdamW in torch's order: p <- (1 - lr * weight_decay) p - lr * m_hat / (sqrt(v_hat) + eps). `epoch_steps`: steps in
+    one epoch. (BLIP paper, section 4.1: AdamW, weight decay 0.05 on every parameter, no clipping.)
+    """
+    o = cfg.optim
+    lr = schedule(cfg, epoch_steps)
+    adamw = optax.adamw(lr, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask(o.decay_mask))
+    return (optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip > 0 else adamw), lr
+
+
+def schedule(cfg, epoch_steps: int) -> Callable:
+    """Learning rate f32[] of the step i32[] whose update it scales, counted from 0; `epoch_steps` > 0.
+
+    With e = step // epoch_steps and E = epochs in the run, rounded up:
+    epoch_decay: max(min_lr, lr * decay_rate^e); epoch_cosine: min_lr + (lr - min_lr) (1 + cos(pi e / E)) / 2;
+    cosine: the same per step, over the steps after the warm-up; constant: lr.
+    Warm-up: min(lr, warmup_lr + (lr - warmup_lr) * step / warmup_steps), for epoch_* only while e = 0, as the original.
+    """
+    o, steps = cfg.optim, cfg.train.steps
+    if o.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule is {o.schedule!r}: choose one of {SCHEDULES}")
+    if epoch_steps <= 0:
+        raise ValueError(f"epoch_steps is {epoch_steps}, must be positive: the data hold less than one global batch")
+    epochs = -(-steps // epoch_steps)
+
+    def cosine(share):
+        return o.min_lr + (o.lr - o.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+
+    def after_warmup(step, epoch):
+        if o.schedule == "epoch_decay":
+            return jnp.maximum(o.min_lr, o.lr * jnp.power(jnp.float32(o.decay_rate), epoch))
+        if o.schedule == "epoch_cosine":
+            return cosine(epoch / epochs)
+        if o.schedule == "cosine":
+            return cosine(jnp.clip((step - o.warmup_steps) / max(1, steps - o.warmup_steps), 0, 1))
+        return jnp.float32(o.lr)
+
+    def lr(step):
+        step, epoch = jnp.asarray(step, jnp.int32), jnp.asarray(step, jnp.int32) // epoch_steps
+        rate = jnp.asarray(after_warmup(step, epoch), jnp.float32)
+        if o.warmup_steps == 0:
+            return rate
+        ramp = jnp.minimum(o.lr, o.warmup_lr + (o.lr - o.warmup_lr) * step / o.warmup_steps)
+        within = (epoch == 0) if o.schedule.startswith("epoch_") else (step < o.warmup_steps)
+        return jnp.where(within, ramp, rate).astype(jnp.float32)
+
+    return lr
+
+
+def decay_mask(name: str) -> Callable | None:
+    """Which leaves decay: "all" (None: every one, as the original) or "kernels" (leaves named `kernel`, matrices)."""
+    if name not in DECAY_MASKS:
+        raise ValueError(f"optim.decay_mask is {name!r}: choose one of {DECAY_MASKS}")
+    if name == "all":
+        return None
+    return lambda params: jax.tree.map_with_path(lambda path, _: path_name(path).split("/")[-1] == "kernel", params)

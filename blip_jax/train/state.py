@@ -1,0 +1,52 @@
+"""The train state: one pytree that holds all that a step changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from blip_jax import trees
+from blip_jax.tasks.momentum import init_queue, momentum_params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step i32[]; params trained, frozen (nested dicts, disjoint leaves); opt of optax; momentum or None; rng root key.
+
+    momentum = {"params": copies, "queue": {"img", "txt": f32[K,E], "ptr": i32[], ...} or None for K = 0}.
+    """
+
+    step: Any
+    params: Any
+    frozen: Any
+    opt: Any
+    momentum: Any
+    rng: Any
+
+    @property
+    def all_params(self):
+        """Trained and frozen parameters in one nested dict."""
+        return trees.merge(self.params, self.frozen)
+
+
+def init_params(cfg, model, key):
+    """Random parameters of `model` as nested dict; pure (use under jax.jit with out_shardings, or jax.eval_shape)."""
+    size, T = cfg.model.img_size, min(8, cfg.text.max_len)
+    img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)
+    return model.init(key, img, ids, jnp.ones((1, T), bool))["params"]
+
+
+def create(cfg, model, tx, key, params=None) -> TrainState:
+    """Fresh state. `params`: start from these instead of random ones; momentum copies start equal to the parameters."""
+    params_key, queue_key, rng = jax.random.split(key, 3)
+    params = init_params(cfg, model, params_key) if params is None else params
+    trained, frozen = trees.split(params, cfg.optim.freeze)
+    momentum = None
+    if cfg.loss.momentum:
+        ids = cfg.objective == "retrieval"
+        queue = init_queue(queue_key, cfg.loss.queue, cfg.model.embed_dim, ids) if cfg.loss.queue else None
+        momentum = {"params": jax.tree.map(jnp.copy, momentum_params(params)), "queue": queue}
+    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained), momentum, rng)

@@ -1,0 +1,203 @@
+"""validate(): every problem at once, each with its remedy; the files in configs/ are valid."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from blip_jax.capfilt import settings
+from blip_jax.config import base, source, validate
+
+CAPTION = {"objective": "caption", "model.encoder": False, "loss.momentum": False, "loss.queue": 0}
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def changed(cfg, changes):
+    for path, value in changes.items():
+        *parents, leaf = path.split(".")
+        node = cfg
+        for name in parents:
+            node = node[name]
+        node[leaf] = value
+    return cfg
+
+
+def test_the_tiny_config_is_valid(tiny_cfg):
+    validate(tiny_cfg, 120, 1, 8)
+    validate(changed(tiny_cfg, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), 120, 2, 8)
+
+
+def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
+    tiny_cfg.text.prompt = "a picture of "
+    validate(changed(tiny_cfg, CAPTION), 120, 1, 8)
+    tiny_cfg.optim.accumulate = 16
+    tiny_cfg.mesh.data = 1
+    validate(tiny_cfg, 120, 1, 1)
+    with pytest.raises(ValueError, match="a micro-batch needs 2 examples"):
+        validate(changed(tiny_cfg, {"objective": "pretrain", "model.encoder": True, "text.prompt": ""}), 120, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"objective": "vqa"}, ["objective is 'vqa'", "pretrain, retrieval, caption"]),
+        ({"model.dtype": "f16"}, ["model.dtype is 'f16'", "bfloat16, float32"]),
+        ({"model.remat": "all"}, ["model.remat", "none, dots, full"]),
+        ({"optim.schedule": "linear"}, ["optim.schedule is 'linear'"]),
+        ({"train.steps": 0}, ["train.steps is 0: it must be at least 1"]),
+        ({"train.batch": 20, "loss.queue": 40}, ["train.batch is 20", "multiple of 8", "16 or 24"]),
+        (
+            {"train.batch": 24, "loss.queue": 48, "optim.accumulate": 2},
+            ["train.batch is 24", "multiple of 16", "16 or 32"],
+        ),
+        ({"mesh.data": 3}, ["(3, 1, 1)", "8 are here"]),
+        ({"mesh.data": -1, "mesh.fsdp": -1}, ["at most one of them is -1"]),
+        ({"mesh.tensor": 3}, ["mesh", "8 are here"]),
+        ({"loss.queue": 40}, ["loss.queue is 40", "train.batch = 16", "32 or 48"]),
+        ({"loss.momentum": False}, ["loss.queue is 32", "loss.queue=0 or loss.momentum=True"]),
+        ({"loss.group_size": 5}, ["loss.group_size is 5", "4 or 8"]),
+        ({"loss.group_size": 1}, ["loss.group_size is 1", "at least 2"]),
+        ({"model.img_size": 20}, ["model.img_size is 20", "16 or 24"]),
+        ({"model.vit.heads": 5}, ["model.vit.width is 48", "45 or 50"]),
+        ({"model.med.heads": 5}, ["model.med.width is 32", "30 or 35"]),
+        ({"model.med.vocab_size": 130}, ["model.med.vocab_size=120"]),
+        ({"text.max_len": 41}, ["text.max_len is 41", "model.med.positions = 40"]),
+        ({"text.vocab": ""}, ["text.vocab is empty", "blip-jax vocab"]),
+        ({"data.train.world.weight": 0.0}, ["data.train.world.weight is 0.0"]),
+        ({"data.train.world.kind": "csv"}, ["data.train.world.kind is 'csv'"]),
+        ({"data.train.world.kind": "json"}, ["data.train.world.path is empty"]),
+        ({"data.train.world.count": 0}, ["data.train.world.count is 0"]),
+        ({"data.crop_scale": (0.9, 0.2)}, ["data.crop_scale is (0.9, 0.2)"]),
+        ({"data.max_bad_share": 1.5}, ["data.max_bad_share is 1.5", "between 0 and 1"]),
+        ({"optim.lr": 0.0}, ["optim.lr is 0.0: it must be positive"]),
+        ({"optim.b2": 1.0}, ["optim.b2 is 1.0", "below 1"]),
+        ({"optim.freeze": ("vit/(",)}, ["optim.freeze holds 'vit/('"]),
+        ({"model.decoder": False}, ["model.decoder is False", "pre-training needs the text encoder and the decoder"]),
+        ({"model.encoder": False}, ["model.encoder is False", "set model.encoder=True"]),
+        ({"objective": "retrieval"}, ["model.decoder is True but objective is retrieval", "set model.decoder=False"]),
+        (
+            {**CAPTION, "model.encoder": True},
+            ["model.encoder is True but objective is caption", "set model.encoder=False"],
+        ),
+        (
+            {**CAPTION, "model.decoder": False},
+            ["model.decoder is False but objective is caption", "set model.decoder=True"],
+        ),
+        ({**CAPTION, "loss.momentum": True}, ["loss.momentum is True but objective is caption", "loss.queue=0"]),
+        ({**CAPTION, "data.eval": {"val": source("scenes", count=4)}}, ["data.eval holds val", "a captioner has not"]),
+        ({**CAPTION, "text.prompt": "a picture of"}, ["text.prompt is 'a picture of'", "end it with a space"]),
+        ({"text.prompt": "a picture of "}, ["text.prompt is 'a picture of ' but objective is pretrain"]),
+    ],
+)
+def test_each_problem_names_value_and_remedy(tiny_cfg, changes, expected):
+    with pytest.raises(ValueError) as e:
+        validate(changed(tiny_cfg, changes), 120, 1, 8)
+    assert str(e.value).startswith("the config has 1 problem:\n"), e.value
+    for part in expected:
+        assert part in str(e.value)
+
+
+def test_all_problems_are_listed_at_once(tiny_cfg):
+    changes = {
+        "objective": "vqa",
+        "train.steps": -1,
+        "loss.queue": 31,
+        "model.img_size": 20,
+        "text.max_len": 99,
+        "optim.schedule": "linear",
+        "optim.lr": -1.0,
+    }
+    cfg = changed(tiny_cfg, changes)
+    with cfg.data.unlocked():
+        del cfg.data.train["world"]
+    with pytest.raises(ValueError) as e:
+        validate(cfg, 120, 1, 8)
+    assert str(e.value).startswith("the config has 8 problems:")
+    for part in (*changes, "data.train is empty"):
+        assert f"  {part}" in str(e.value)
+
+
+def test_processes_divide_the_batch(tiny_cfg):
+    with pytest.raises(ValueError, match="3 processes"):
+        validate(changed(tiny_cfg, {"train.batch": 16, "mesh.data": 3}), 120, 3, 3)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_configs_are_valid_and_documented(path):
+    cfg = runpy.run_path(str(path))["get_config"]()
+    assert cfg.is_locked
+    if path.stem.startswith("capfilt"):
+        settings.validate(cfg)
+    else:
+        if not cfg.text.vocab:  # the demo trains it
+            cfg.text.vocab = "vocab.txt"
+        validate(cfg, cfg.model.med.vocab_size, 1, 1)
+    header = runpy.run_path(str(path))["__doc__"]
+    for part in ("Command", "Data"):
+        assert part in header, f"{path.name}: its header lacks {part}"
+    assert f"`{path.name}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
+
+
+def test_paper_configs_have_the_papers_numbers():
+    """BLIP paper, section 4.1: batch 2880 (B) and 2400 (L), learning rate 3e-4 and 2e-4, 20 epochs, decay 0.05."""
+    for name, batch, lr, width in (
+        ("vitb_14m", 2880, 3e-4, 768),
+        ("vitb_129m", 2880, 3e-4, 768),
+        ("vitl_129m", 2400, 2e-4, 1024),
+    ):
+        c = runpy.run_path(str(CONFIGS / f"pretrain_{name}.py"))["get_config"]()
+        assert (c.train.batch, c.optim.lr, c.model.vit.width, c.model.img_size) == (batch, lr, width, 224)
+        assert (c.loss.queue, c.optim.weight_decay, c.optim.schedule) == (57600, 0.05, "epoch_decay")
+        assert c.train.steps == 20 * (c.data.epoch_examples // batch)
+
+
+def load(name):
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+
+
+@pytest.mark.parametrize("size, lr_caption, lr_filter, batch_filter", [("b", 1e-5, 1e-5, 256), ("l", 2e-6, 5e-6, 512)])
+def test_fine_tuning_configs_have_the_papers_numbers(size, lr_caption, lr_filter, batch_filter):
+    """BLIP paper, appendix, and configs/caption_coco.yaml, retrieval_coco.yaml of the published code."""
+    captioner, judge = load(f"caption_coco_vit{size}"), load(f"retrieval_coco_vit{size}")
+    assert (captioner.optim.lr, captioner.train.batch, captioner.text.max_len) == (lr_caption, 256, 40)
+    assert (judge.optim.lr, judge.train.batch, judge.text.max_len) == (lr_filter, batch_filter, 35)
+    assert (captioner.text.prompt, captioner.loss.smoothing_over, judge.eval.k) == ("a picture of ", "all", 256)
+    for c, epochs in ((captioner, 5), (judge, 6)):
+        assert (
+            c.model.img_size == 384
+            and c.optim.schedule == "epoch_cosine"
+            and c.optim.min_lr == c.optim.warmup_steps == 0
+        )
+        assert c.train.steps == epochs * (566_747 // c.train.batch) and c.data.crop_scale == (0.5, 1.0)
+        assert c.model.vit.width == {"b": 768, "l": 1024}[size]
+
+
+def test_capfilt_takes_what_the_fine_tuning_configs_make():
+    header = lambda name: (CONFIGS / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    c = load("capfilt_14m")
+    assert f"--workdir={c.captioner}\n" in header("caption_coco_vitb")
+    assert f"--workdir={c.filter}\n" in header("retrieval_coco_vitb")
+    assert c.text.prompt == load("caption_coco_vitb").text.prompt
+    assert (c.method.kind, c.method.top_p, c.threshold) == ("nucleus", 0.9, 0.5)
+
+
+@pytest.mark.parametrize("name, first", [("14m_bootstrapped", "14m"), ("129m_capfilt_l", "129m")])
+def test_the_second_round_reads_shards_and_gives_every_pair_the_same_weight(name, first):
+    c, before = load(f"pretrain_vitb_{name}"), load(f"pretrain_vitb_{first}")
+    weights = {source: s.weight for source, s in c.data.train.items()}
+    assert sum(weights.values()) == c.data.epoch_examples == pytest.approx(c.train.steps * c.train.batch / 20, rel=1e-3)
+    kinds = {path.rsplit("/", 1)[1] for s in c.data.train.values() if "/shards/*/" in (path := s.path)}
+    assert kinds == {"web.array_record", "synthetic.array_record"}
+    assert weights["coco"] / weights["vg"] == pytest.approx(567 / 769, rel=1e-3)
+    for part in ("model", "text", "loss", "optim"):
+        assert c[part] == before[part], part
+
+
+def test_unknown_leaves_are_errors():
+    c = base("tiny")
+    with pytest.raises(AttributeError, match="momentun"):
+        c.loss.momentun = True
+    with pytest.raises(ValueError, match="wieght"):
+        source("json", "x.json", wieght=2)
+    with pytest.raises(ValueError, match="huge"):
+        base("huge")

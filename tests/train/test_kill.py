@@ -1,0 +1,135 @@
+"""Runs that are killed: kill -9 at any moment leaves them able to resume and to end as if nothing had happened.
+
+A captioner, which starts in half the time; a pre-training with momentum and queue is killed in test_processes.py.
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from world.runs import rows, write_config
+
+from blip_jax import checkpoint, trees
+
+# imports once, then forks one training process per line of standard input: "<workdir> <log file>"; answers with its id
+SERVER = """
+import os, sys
+from blip_jax.cli import main
+from blip_jax.train import loop
+for line in sys.stdin:
+    workdir, log = line.split()
+    pid = os.fork()
+    if pid == 0:
+        file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2), os.close(0)
+        try:
+            os._exit(main.main(["train", "--config={config}", "--workdir=" + workdir]))
+        finally:
+            os._exit(99)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Trainer:
+    """Training processes, forked from one that has imported everything."""
+
+    def __init__(self, config: pathlib.Path, folder: pathlib.Path):
+        self.log = folder / "log.txt"
+        one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+        env = os.environ | {"XLA_FLAGS": one_device, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SERVER.format(config=config)],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, workdir) -> int:
+        self.log.unlink(missing_ok=True)
+        self.server.stdin.write(f"{workdir} {self.log}\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait_for(self, text: str, times: int = 1) -> bool:
+        """Until the log holds `text` so often, or "done at step" or an error: whether it does."""
+        for _ in range(12000):
+            content = self.log.read_text() if self.log.exists() else ""
+            if content.count(text) >= times:
+                return True
+            if "done at step" in content or "rror" in content:
+                return False
+            time.sleep(0.01)
+        raise AssertionError(f"no {text!r} in:\n{content}")
+
+    def end(self) -> int:
+        """Exit status of the process that was started last."""
+        return int(self.server.stdout.readline())
+
+    def kill(self, pid: int) -> int:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it had ended by itself
+            pass
+        return self.end()
+
+    def close(self):
+        self.server.stdin.close()
+        assert self.server.wait(60) == 0
+
+
+def leaves(workdir) -> dict[str, bytes]:
+    return {path: x.tobytes() for path, x in trees.paths(checkpoint.load_params(workdir))}
+
+
+def test_kill_at_20_moments_and_sigterm(tiny_cfg, tmp_path):
+    tiny_cfg.train.steps, tiny_cfg.train.save_every, tiny_cfg.train.log_every, tiny_cfg.train.keep = 36, 2, 3, 2
+    tiny_cfg.objective, tiny_cfg.model.encoder, tiny_cfg.loss.momentum, tiny_cfg.loss.queue = "caption", False, False, 0
+    trainer = Trainer(write_config(tiny_cfg, tmp_path / "config.py"), tmp_path)
+    whole, cut, asked = (tmp_path / name for name in ("whole", "cut", "asked"))
+    started = time.perf_counter()
+    trainer.start(whole)
+    assert trainer.wait_for("step 3/36"), trainer.log.read_text()
+    start_up = time.perf_counter() - started
+    assert trainer.end() == 0, trainer.log.read_text()
+
+    draw, statuses, torn = random.Random(0), [], 0
+    for attempt in range(20):
+        begun = time.perf_counter()
+        pid = trainer.start(cut)
+        if attempt % 2:  # anywhere between the start and the first steps
+            time.sleep(draw.uniform(0, start_up))
+        else:  # while the n-th checkpoint is being written, or just after
+            trainer.wait_for("saving checkpoint", draw.randint(1, 2))
+            start_up = time.perf_counter() - begun  # the first start compiled, later ones do not
+            time.sleep(draw.uniform(0, 0.15))
+        statuses.append(trainer.kill(pid))
+        torn += any("tmp" in p.name for p in (cut / "checkpoints").glob("*"))
+        assert "Traceback" not in trainer.log.read_text(), trainer.log.read_text()
+    assert statuses.count(-signal.SIGKILL) >= 15 and set(statuses) <= {0, -signal.SIGKILL}
+    assert torn, "no kill fell into a save"
+    trainer.start(cut)
+    assert trainer.end() == 0, trainer.log.read_text()
+    assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == list(range(3, 37, 3))
+    assert leaves(cut) == leaves(whole)
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["34", "36"]
+
+    pid = trainer.start(asked)
+    assert trainer.wait_for("step 3/36")
+    os.kill(pid, signal.SIGTERM)
+    assert trainer.end() == 75
+    text = trainer.log.read_text()
+    stopped = checkpoint.newest(asked).name
+    assert "SIGTERM: finishing this step, then saving" in text
+    assert f"stopped by a signal at step {stopped} of 36" in text
+    assert 3 <= int(stopped) < 36
+    trainer.start(asked)
+    assert trainer.end() == 0
+    assert rows(asked) == rows(whole) and leaves(asked) == leaves(whole)
+    trainer.close()

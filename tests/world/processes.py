@@ -1,0 +1,202 @@
+"""Processes that meet over loopback, for the tests: one server imports everything once and forks the processes of
+a run from itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+from local_processes import environment, free_port  # noqa: E402
+
+
+class Pod:
+    """n processes of one run, of some fake devices each; `call` names a function of this file and its arguments."""
+
+    def __init__(
+        self,
+        server: Server,
+        folder: pathlib.Path,
+        n: int,
+        devices: int,
+        call: list,
+        started: int | None = None,
+        **env: str,
+    ):
+        self._server, port = server, free_port()
+        self.logs = [folder / f"log-{k}.txt" for k in range(n)]
+        self.pids = []
+        for k in range(n if started is None else started):
+            self.logs[k].write_text("")
+            own = {
+                name: value
+                for name, value in environment(k, n, port, devices).items()
+                if name.startswith(("BLIP", "XLA", "JAX"))
+            }
+            self.pids.append(server.ask({"log": str(self.logs[k]), "env": own | env, "call": call}))
+
+    def text(self, k: int) -> str:
+        return self.logs[k].read_text()
+
+    def wait_for(self, text: str, k: int = 0, seconds: float = 240) -> None:
+        """Until process k has written `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in self.text(k):
+            assert time.monotonic() < deadline and "rror" not in self.text(k), f"no {text!r} in:\n{self.text(k)}"
+            time.sleep(0.01)
+
+    def kill(self, k: int, number=signal.SIGKILL) -> None:
+        os.kill(self.pids[k], number)
+
+    def ends(self) -> list[int]:
+        """Exit statuses, by number; of a signal negative."""
+        return [self._server.ask({"wait": pid}) for pid in self.pids]
+
+
+class Server:
+    """The process from which all others are forked, with everything imported and nothing computed."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, what: dict) -> int:
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        assert self._process.wait(60) == 0
+
+
+def serve() -> None:
+    """Obeys lines: {"log", "env", "call"} forks a process and answers with its id, {"wait": id} answers with its
+    exit status."""
+    import jax
+
+    import blip_jax.capfilt.run  # noqa: F401
+    import blip_jax.parallel.processes  # noqa: F401
+    import blip_jax.train.loop  # noqa: F401
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            file = os.open(asked["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(file, 1), os.dup2(file, 2), os.close(0)
+            os.environ.update(asked["env"])
+            # jax, imported before the fork, has read the server's
+            if asked["env"].get("JAX_ENABLE_COMPILATION_CACHE") == "false":
+                jax.config.update("jax_enable_compilation_cache", False)
+            status = 99
+            try:
+                name, *rest = asked["call"]
+                status = CALLS[name](*rest)
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        print(pid, flush=True)
+
+
+def command(*argv: str) -> int:
+    """A blip-jax command."""
+    from blip_jax.cli import main
+
+    return main.main(list(argv))
+
+
+def train_and_capfilt(config: str, workdir: str, capfilt_config: str, out: str) -> int:
+    """A training run, then an evaluation of its last checkpoint and a CapFilt run by the same processes."""
+    from blip_jax.capfilt.run import run
+    from blip_jax.parallel import processes
+    from blip_jax.train import loop
+
+    with processes.start():
+        loop.fit(_config(config), workdir)
+        loop.evaluate(_config(config), workdir)
+        run(_config(capfilt_config), out)
+    return 0
+
+
+def stay() -> int:
+    """Meets the others, says so, and waits for ever."""
+    from blip_jax.parallel import processes
+
+    with processes.start(), processes.remedy(lambda: "take another"):
+        print(f"met {processes.gather(os.getpid())}", flush=True)
+        while True:
+            time.sleep(0.1)
+
+
+def stop_one() -> int:
+    """Process 1 stops as after a signal; the others stay."""
+    from blip_jax.parallel import peers, processes
+
+    peers.GRACE = 0.5
+    with processes.start():
+        if os.environ["BLIP_JAX_PROCESS"] == "1":
+            processes.stop()
+        while True:
+            time.sleep(0.1)
+
+
+def disagree(config: str, shared: str, private: str) -> int:
+    """Process 1 differs from the others in one thing after the other; each prints what it is told of each."""
+    from blip_jax.parallel import peers, processes
+
+    processes.VISIBLE, peers.GRACE = 0.5, 1.0
+    me, cfg = int(os.environ["BLIP_JAX_PROCESS"]), _config(config)
+    other = _config(config)
+    other.optim.lr, other.train.batch = 0.5, 48
+    revision = processes.revision
+    cases = {
+        "the same": lambda: processes.agree(cfg, shared, records={"web": 3}),
+        "config": lambda: processes.agree(other if me == 1 else cfg, shared),
+        "vocabulary": lambda: processes.agree(cfg, shared, vocabulary=me == 1),
+        "folder": lambda: processes.agree(cfg, private if me == 1 else shared),
+    }
+    clock = time.time
+    if me == 1:
+        time.time = lambda: clock() + 30
+    with processes.start():
+        for name, case in cases.items():
+            print(f"{name}: {_said(case)}", flush=True)
+        if me == 1:
+            processes.revision = lambda: "0123abc"
+        print(f"revision: {_said(cases['the same'])}", flush=True)
+        processes.revision = revision
+        if me == 1:
+            raise ValueError("a broken file\nin two lines")
+        while True:
+            time.sleep(0.1)
+
+
+def _said(case) -> str:
+    try:
+        case()
+    except ValueError as e:
+        return str(e)
+    return "agreed"
+
+
+def _config(path: str):
+    scope: dict = {}
+    exec(pathlib.Path(path).read_text(encoding="utf-8"), scope)
+    return scope["get_config"]().unlock()
+
+
+CALLS = {f.__name__: f for f in (command, train_and_capfilt, stay, stop_one, disagree)}
+
+if __name__ == "__main__":
+    serve()
