@@ -32,6 +32,17 @@ SLICE, WRITERS = 2**14, 64
 STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")
 
 
+def vocabulary(workdir, like="") -> pathlib.Path | None:
+    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt or vocab.json, whichever there is, else None.
+
+    like: a vocabulary file; then where a copy of it belongs, whether there is one or not.
+    """
+    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json")]
+    if like:
+        return found[pathlib.Path(like).suffix == ".json"]
+    return next((path for path in found if path.is_file()), None)
+
+
 def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of `workdir`, created if missing; the `keep` newest stay. Close it (`with`) to finish saves."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)

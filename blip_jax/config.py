@@ -137,7 +137,7 @@ def base(size: str = "base") -> ConfigDict:
     c.train.save_every = 1000  # steps; the last step is always saved
     c.train.eval_every = 0  # steps; 0: only at the end (if data.eval is not empty)
     c.train.keep = 3  # newest checkpoints kept
-    # workdir or checkpoint folder whose parameters start this run, or several with commas; "": random
+    # what starts this run: workdir, checkpoint folder, .pth, Hugging Face folder or name; or several with commas
     c.train.init_from = ""
 
     c.eval = ConfigDict()
@@ -151,8 +151,9 @@ def base(size: str = "base") -> ConfigDict:
 def capfilt() -> ConfigDict:
     """Every leaf of a CapFilt run (`blip-jax capfilt`) with the paper's values; the models bring their own settings."""
     c = ConfigDict()
-    c.captioner = ""  # workdir or checkpoint folder of a model with a decoder
-    c.filter = ""  # workdir or checkpoint folder of a model with an encoder; its vocabulary must be the captioner's
+    # of a model with a decoder: workdir, checkpoint folder, .pth, Hugging Face folder or name on its hub
+    c.captioner = ""
+    c.filter = ""  # likewise, of a model with an encoder and a matching head; its vocabulary must be the captioner's
     c.dtype = ""  # compute of both models: bfloat16 | float32; "": as trained
     c.seed = 42  # root of the random streams; each picture has its own, from its key
     c.threshold = 0.5  # matching probability from which a text is kept
@@ -171,7 +172,12 @@ def capfilt() -> ConfigDict:
     c.method.beams = 3  # beam: width
     c.method.length_penalty = 1.0  # beam: exponent of the length that divides a score
 
+    c.mesh = ConfigDict()  # devices that share one copy of the parameters: 1 where a device holds them whole
+    c.mesh.fsdp = 1  # over which parameters and pictures are split; scores may differ in the last bit between numbers
+    c.mesh.tensor = 1  # over which heads, mlp and vocabulary are split, likewise
+
     c.text = ConfigDict()
+    c.text.vocab = ""  # vocab.txt or tokenizer.json, for models that bring none
     c.text.prompt = "a picture of "  # what each caption continues, as the captioner was trained
     c.text.max_words = 30  # words kept by the original's cleaning
 

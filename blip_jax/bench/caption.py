@@ -18,11 +18,11 @@ import numpy as np
 
 from blip_jax import config
 from blip_jax.bench import throughput
-from blip_jax.capfilt import caption
+from blip_jax.inference import programs
+from blip_jax.inference.programs import encode_pixels
 from blip_jax.models import flops
 from blip_jax.models.blip import Blip
 from blip_jax.models.layers.dense import rounded
-from blip_jax.models.vision.vit import encode_pixels
 from blip_jax.train import state as train_state
 
 EOS, PAD = 3, 0  # where a vocabulary of this project has them; EOS is never drawn
@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 
 
 class OriginalWay:
-    """Stands in for the model in `caption.decoder`, and image states [B,P,1,D] for keys and values: they are projected
+    """Stands in for the model in `programs.decoder`, and image states [B,P,1,D] for keys and values: they are projected
     again for every token and every caption, as in the original's `generate`, which caches only the self-attention."""
 
     def __init__(self, model):
@@ -87,14 +87,14 @@ class Ours:
         kv = self._apply(params, encode_pixels(self.model, params, img), "image_kv")
         return self._apply(params, ids, jnp.ones(ids.shape, bool), kv, "lm_logits")[..., : self.config.med.vocab_size]
 
-    def loop(self, method: caption.Method) -> Callable:
+    def loop(self, method: programs.Method) -> Callable:
         """The token loop: (params, image keys and values, keys) -> {"ids", "log_prob"}"""
-        return jax.jit(caption.decoder(self.model, self.prompt, method, eos=EOS, pad=PAD))
+        return jax.jit(programs.decoder(self.model, self.prompt, method, eos=EOS, pad=PAD))
 
-    def whole(self, method: caption.Method, original: bool = False) -> Callable:
+    def whole(self, method: programs.Method, original: bool = False) -> Callable:
         """(params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids", "log_prob"}; `original`: keys and values again for
         every token"""
-        decode = caption.decoder(
+        decode = programs.decoder(
             OriginalWay(self.model) if original else self.model, self.prompt, method, eos=EOS, pad=PAD
         )
 
@@ -184,7 +184,7 @@ def agreement(ours: Ours, peer, img: np.ndarray, dtype: str) -> dict:
     )
     if dtype == "float32" and not problem:
         length = len(ours.prompt) + 6
-        greedy = caption.Method(top_k=1, min_length=length, max_length=length)
+        greedy = programs.Method(top_k=1, min_length=length, max_length=length)
         keys = np.zeros((len(img), 2), np.uint32)
         mine = np.asarray(ours.whole(greedy)(ours.weights, img, keys)["ids"])[:, 0]
         theirs = peer.generate(
@@ -201,7 +201,7 @@ def agreement(ours: Ours, peer, img: np.ndarray, dtype: str) -> dict:
 def jobs(settings: Settings, ours: Ours, peer, img: np.ndarray) -> dict[str, Callable]:
     """What takes turns in a round, in this order: name -> call that returns when the work is done. "/n": n
     captions per image."""
-    keys = np.stack([caption.example_key(f"picture {i}", 0) for i in range(len(img))])
+    keys = np.stack([programs.example_key(f"picture {i}", 0) for i in range(len(img))])
     w, length = ours.weights, len(ours.prompt) + settings.tokens
     img_tok = ours.vision(w, img)
     kv = ours.image_kv(w, img_tok)
@@ -212,7 +212,7 @@ def jobs(settings: Settings, ours: Ours, peer, img: np.ndarray) -> dict[str, Cal
         states = peer.vision(pixels)
         out["transformers vision"] = lambda: peer.vision(pixels)
     for n in settings.captions:
-        method = caption.Method(n=n, min_length=length, max_length=length)
+        method = programs.Method(n=n, min_length=length, max_length=length)
         out[f"ours/{n}"] = wait(ours.whole(method), w, img, keys)
         if peer:
             how = dict(

@@ -14,11 +14,10 @@ import numpy as np
 
 from blip_jax import config
 from blip_jax.bench import throughput
-from blip_jax.capfilt import filter
+from blip_jax.inference import programs
 from blip_jax.models import flops
 from blip_jax.models.blip import Blip
 from blip_jax.models.layers.dense import rounded
-from blip_jax.models.vision.vit import encode_pixels
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
 
@@ -58,9 +57,9 @@ class Ours:
     def job(self, weights, batch: dict) -> dict:
         """{"states": [B,P,D]}, or {"itm", "itc": f32[B,G]}"""
         if self.settings.workload == "encode":
-            return {"states": encode_pixels(self.model, weights, batch["img"])}
-        view = filter.viewer(self.model)(weights, batch["img"])
-        return filter.scorer(self.model)(weights, view, batch["ids"], batch["txt_mask"])
+            return {"states": programs.encode_pixels(self.model, weights, batch["img"])}
+        seen = programs.view(self.model, "kv", "img_emb")(weights, batch["img"])
+        return programs.score(self.model)(weights, seen, batch["ids"], batch["txt_mask"])
 
     def image_flops(self) -> float:
         if self.settings.workload == "encode":

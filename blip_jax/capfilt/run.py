@@ -2,9 +2,10 @@
 section 3.3).
 
 Work is cut by shard of the output; shard k belongs to process k % processes. Processes never talk to each other, but
-for a look at the settings where JAX has joined them. Each drives its local devices, which hold the parameters whole.
-Row r of a shard always meets the program at place r % device_batch of a device's batch, with the same shapes, so
-neither the number of devices nor that of processes changes a byte.
+for a look at the settings where JAX has joined them. Each drives its local devices, which hold the parameters whole, or
+in groups of mesh.fsdp * mesh.tensor. Row r of a shard always meets the program at place r % device_batch of a device's
+batch (r % (device_batch * mesh.fsdp) of a group's), with the same shapes, so neither the number of devices or groups
+nor that of processes changes a byte.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
-from blip_jax.capfilt import caption, decisions, settings, summary
+from blip_jax.capfilt import decisions, settings, summary
 from blip_jax.capfilt.decisions import BELOW, EMPTY, REPEATED, UNREADABLE, Row
-from blip_jax.capfilt.filter import scorer, viewer
 from blip_jax.capfilt.input import Batch, Records
 from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
 from blip_jax.console import say
+from blip_jax.convert import read
 from blip_jax.data import batches as pipeline
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.models.layers.dense import rounded
+from blip_jax.inference import programs
+from blip_jax.inference.batching import Runner, alone, behind, placed
+from blip_jax.inference.load import Loaded, checksum, load
 from blip_jax.parallel import processes as cluster
+from blip_jax.parallel import sharding
 from blip_jax.parallel.interrupt import Interrupt
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
@@ -53,13 +56,15 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     if not 0 <= process < processes:
         raise ValueError(f"process={process} of processes={processes}: processes are numbered from 0")
     out = pathlib.Path(out).absolute()
-    captioner, judge, tokenizer = settings.load(cfg)
+    captioner, judge = models(cfg)
+    mesh = _mesh(cfg)
     sources = pipeline.open_all(cfg.data.sources)
     lengths = {name: len(source) for name, source in sources.items()}
+    record = settings.on_record(cfg, _record(captioner), _record(judge), captioner.tokenizer.crc, lengths)
     with writing("the settings", out):
         out.mkdir(parents=True, exist_ok=True)
-        cluster.agree(cfg, out, captioner=captioner.record, filter=judge.record, records=lengths)
-        settings.settle(out, settings.on_record(cfg, captioner, judge, lengths))
+        cluster.agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
+        settings.settle(out, record)
     plan = Plan(lengths, cfg.shard_examples)
     done, keys = set(finished(out, len(plan))), Keys(out)
     for shard in sorted(done):
@@ -67,13 +72,15 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     todo = [k for k in range(process, len(plan), processes) if k not in done]
     say(
         f"capfilt: {sum(lengths.values())} records of {len(lengths)} sources in {len(plan)} shards, {len(done)} finished; "
-        f"process {process} of {processes} makes {len(todo)} on {len(jax.local_devices())} devices of kind "
-        f"{jax.local_devices()[0].device_kind}; captioner {captioner.folder}, filter {judge.folder}; output in {out}"
+        f"process {process} of {processes} makes {len(todo)} on {mesh.size} devices of kind "
+        f"{mesh.devices.flat[0].device_kind}; captioner {captioner.origin}, filter {judge.origin}; output in {out}"
     )
     stopped = False
     if todo:
         data = Records(cfg, sources, plan, todo, (captioner.model.img_size, judge.model.img_size))
-        with contextlib.closing(_decided(cfg, data, captioner, judge, tokenizer)) as stream:
+        with contextlib.closing(
+            _decided(cfg, data, Devices(cfg, mesh, captioner, judge), captioner.tokenizer)
+        ) as stream:
             stopped = _write(cfg, stream, plan, todo, keys, out, process)
     done = finished(out, len(plan))
     if stopped or len(done) < len(plan):
@@ -83,85 +90,106 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     return summary.finish(out, len(plan), cfg.threshold)
 
 
+def models(cfg) -> tuple[Loaded, Loaded]:
+    """Captioner and filter of a CapFilt config, on the host; one and the same where their checkpoints are.
+
+    ValueError: a checkpoint that cannot be read or cannot do its work, vocabularies that differ, a prompt without room
+    behind it.
+    """
+    captioner = load(cfg.captioner, dtype=cfg.dtype, vocab=cfg.text.vocab)
+    same = read.locate(cfg.filter) == pathlib.Path(captioner.origin)
+    judge = captioner if same else load(cfg.filter, dtype=cfg.dtype, vocab=cfg.text.vocab)
+    captioner.require("caption", "captioner")
+    judge.require("match", "filter")
+    tokenizer = captioner.tokenizer
+    if tokenizer.crc != judge.tokenizer.crc:
+        raise ValueError(
+            f"captioner and filter have different vocabularies, {tokenizer.path} and {judge.tokenizer.path}: fine-tune both "
+            "from the same pre-training"
+        )
+    if captioner.cfg.text.prompt != cfg.text.prompt:
+        say(
+            f"capfilt: captions continue text.prompt={cfg.text.prompt!r}; the captioner was trained with {captioner.cfg.text.prompt!r}"
+        )
+    prompt, method = len(programs.prompt_ids(tokenizer, cfg.text.prompt)), cfg.method
+    room = captioner.cfg.model.med.positions
+    if not prompt < method.max_length <= room:
+        raise ValueError(
+            f"method.max_length is {method.max_length}: it must be more than the {prompt} tokens of text.prompt "
+            f"with [DEC], and at most the captioner's {room} positions"
+        )
+    return captioner, judge
+
+
+def _record(model: Loaded) -> dict:
+    return {"path": model.origin, "crc32": checksum(model.params)}
+
+
+def _mesh(cfg) -> Mesh:
+    """The local devices, in groups of mesh.fsdp * mesh.tensor. ValueError: these do not divide their number."""
+    devices, group = jax.local_devices(), cfg.mesh.fsdp * cfg.mesh.tensor
+    if len(devices) % group:
+        raise ValueError(
+            f"mesh.fsdp * mesh.tensor is {cfg.mesh.fsdp} * {cfg.mesh.tensor}: it must divide the {len(devices)} devices here"
+        )
+    shape = len(devices) // group, cfg.mesh.fsdp, cfg.mesh.tensor
+    return Mesh(np.asarray(devices).reshape(shape), sharding.MESH, axis_types=(AxisType.Auto,) * 3)
+
+
 class Devices:
-    """The local devices: programs that run on each of them alone, on its part of a batch, with parameters kept
-    whole."""
+    """Both models on the devices of a mesh, whose places on the data axis work alone, each on its part of a batch."""
 
-    def __init__(self):
-        local = jax.local_devices()
-        self._mesh = jax.make_mesh((len(local),), ("data",), devices=local, axis_types=(jax.sharding.AxisType.Auto,))
-        self.count = len(local)
+    def __init__(self, cfg, mesh: Mesh, captioner: Loaded, judge: Loaded):
+        self._run, self._seed, self._judge, self._captioner = Runner(mesh), cfg.seed, judge, captioner
+        self.size = cfg.device_batch * self._run.unit  # pictures of a batch
+        self.method = settings.method_of(cfg)
+        self.prompt_len = len(programs.prompt_ids(captioner.tokenizer, cfg.text.prompt))
+        self.width = 1 + self.method.n  # texts of a picture in a pass of the filter
 
-    def whole(self, tree) -> Any:
-        """Arrays that every device holds."""
-        return jax.device_put(tree, NamedSharding(self._mesh, P()))
+        caption = programs.captioner(captioner.model, captioner.tokenizer, cfg.text.prompt, self.method)
+        view = programs.view(judge.model, "kv", "img_emb")
+        seen = {name: programs.VIEW_ROWS[name] for name in ("kv", "img_emb")}
+        self._caption = jax.jit(alone(caption, mesh, (0, 0), 0))
+        self._view = jax.jit(alone(view, mesh, (0,), seen))
+        self._score = jax.jit(alone(programs.score(judge.model), mesh, (seen, 0, 0), 0))
+        self._params = placed(captioner.params, mesh, captioner.cfg.model.dtype)
+        self._judge_params = self._params if judge is captioner else placed(judge.params, mesh, judge.cfg.model.dtype)
 
-    def split(self, rows: np.ndarray) -> jax.Array:
-        """An array whose rows are shared out."""
-        return jax.device_put(rows, NamedSharding(self._mesh, P("data")))
+    def begin(self, examples: list[dict]) -> tuple[Any, Any]:
+        """(captions, what the filter sees) of the pictures of a batch; neither is waited for."""
+        keys = self._put(np.stack([programs.example_key(e["key"], self._seed) for e in examples]))
+        made = self._caption(self._params, self._pixels(examples, self._captioner.model.img_size), keys)
+        return made, self._view(self._judge_params, self._pixels(examples, self._judge.model.img_size))
 
-    def compiled(self, function):
-        """`function(params, *arrays)` of rows, for arrays from `whole` and `split`; no device waits for another."""
-        return jax.jit(
-            lambda params, *rows: jax.shard_map(
-                function,
-                mesh=self._mesh,
-                in_specs=(P(), *(P("data") for _ in rows)),
-                out_specs=P("data"),
-                check_vma=False,
-            )(params, *rows)
+    def score(self, seen, texts: list[list[str]]):
+        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture, given what was `seen` of these;
+        not waited for."""
+        rows = [t for own in texts for t in own + [""] * (self.width - len(own))]
+        ids, txt_mask = self._judge.tokenizer.encode(rows, self._judge.cfg.text.max_len)
+        return self._score(
+            self._judge_params, seen, *(self._put(x.reshape(len(texts), self.width, -1)) for x in (ids, txt_mask))
         )
 
+    def _pixels(self, examples: list[dict], size: int) -> jax.Array:
+        none = np.zeros((size, size, 3), np.uint8)  # of one that cannot be used
+        return self._put(np.stack([e["img"][size] if "img" in e else none for e in examples]))
 
-def _decided(cfg, data: Records, captioner: settings.Part, judge: settings.Part, tokenizer: Tokenizer) -> Iterator:
-    """(Batch, rows of the decision table of each of its examples). The device works a batch ahead of the host's
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        return self._run.put(rows, self.size)
+
+
+def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iterator:
+    """(Batch, rows of the decision table of each of its examples). The devices work a batch ahead of the host's
     share."""
-    devices, method = Devices(), settings.method_of(cfg)
-    make = devices.compiled(caption.captioner(captioner.model, tokenizer, cfg.text.prompt, method))
-    view = devices.compiled(viewer(judge.model))
-    score = devices.compiled(scorer(judge.model))
-    caption_params = devices.whole(rounded(captioner.params, captioner.model.dtype))
-    filter_params = (
-        caption_params if judge.params is captioner.params else devices.whole(rounded(judge.params, judge.model.dtype))
-    )
-    size, prompt_len = cfg.device_batch * devices.count, len(caption.prompt_ids(tokenizer, cfg.text.prompt))
 
-    def captioned(batches):
-        for batch in batches:
-            img = {
-                s: devices.split(_filled([e.get("img", {}).get(s) for e in batch.examples], size, (s, s, 3), np.uint8))
-                for s in data.img_sizes
-            }
-            keys = _filled([caption.example_key(e["key"], cfg.seed) for e in batch.examples], size, (2,), np.uint32)
-            yield (
-                batch,
-                (
-                    make(caption_params, img[captioner.model.img_size], devices.split(keys)),
-                    view(filter_params, img[judge.model.img_size]),
-                ),
-            )
+    def scored(batch: Batch, made, seen):
+        rows = _texts(batch, jax.device_get(made), tokenizer, devices.prompt_len, cfg.text.max_words)
+        passes = _passes(rows, devices.width)
+        return batch, rows, passes, [devices.score(seen, texts) for texts in passes]
 
-    def scored(batches):
-        for batch, (made, seen) in _one_behind(batches):
-            rows = _texts(batch, jax.device_get(made), tokenizer, prompt_len, cfg.text.max_words)
-            width = 1 + method.n
-            passes = _passes(rows, size, width)
-            yield (
-                batch,
-                (
-                    rows,
-                    passes,
-                    [
-                        score(
-                            filter_params, seen, *map(devices.split, _encoded(tokenizer, texts, width, judge.max_len))
-                        )
-                        for texts in passes
-                    ],
-                ),
-            )
-
-    with contextlib.closing(data.batches(size)) as batches:
-        for batch, (rows, passes, scores) in _one_behind(scored(captioned(batches))):
+    with contextlib.closing(data.batches(devices.size)) as batches:
+        begun = ((batch, *devices.begin(batch.examples)) for batch in batches)
+        for batch, rows, passes, scores in behind(scored(*item) for item in behind(begun)):
             found = _by_text(len(rows), passes, jax.device_get(scores))
             yield (
                 batch,
@@ -172,26 +200,6 @@ def _decided(cfg, data: Records, captioner: settings.Part, judge: settings.Part,
             )
 
 
-def _one_behind(items: Iterator) -> Iterator:
-    """Each item once the next has been started on the device."""
-    waiting = None
-    for item in items:
-        if waiting is not None:
-            yield waiting
-        waiting = item
-    if waiting is not None:
-        yield waiting
-
-
-def _filled(rows: list, size: int, shape: tuple, dtype) -> np.ndarray:
-    """`rows` as [size, *shape]; zeros where there is none."""
-    out = np.zeros((size, *shape), dtype)
-    for i, row in enumerate(rows):
-        if row is not None:
-            out[i] = row
-    return out
-
-
 def _texts(batch: Batch, made: dict, tokenizer: Tokenizer, prompt_len: int, max_words: int) -> list[list[Row]]:
     """Rows, not scored yet, of every example: its web texts, then its synthetic ones. Unreadable ones have none."""
     out = []
@@ -200,7 +208,7 @@ def _texts(batch: Batch, made: dict, tokenizer: Tokenizer, prompt_len: int, max_
             out.append([])
             continue
         place = (example["key"], example["dataset"], example["record"])
-        new = [clean_caption(caption.text_of(tokenizer, row, prompt_len), max_words) for row in ids]
+        new = [clean_caption(programs.text_of(tokenizer, row, prompt_len), max_words) for row in ids]
         out.append(
             [Row(*place, web, "web") for web in example["texts"]]
             + [Row(*place, own, "synthetic", log_prob=float(p)) for own, p in zip(new, log_probs)]
@@ -208,20 +216,11 @@ def _texts(batch: Batch, made: dict, tokenizer: Tokenizer, prompt_len: int, max_
     return out
 
 
-def _passes(rows: list[list[Row]], size: int, width: int) -> list[list[list[str]]]:
-    """The different texts of each of `size` images, cut into passes of `width` an image: [passes][size][at most
-    width]."""
+def _passes(rows: list[list[Row]], width: int) -> list[list[list[str]]]:
+    """The different texts of each image, cut into passes of `width` an image: [passes][images][at most width]."""
     different = [list(dict.fromkeys(row.text for row in of_one if row.text)) for of_one in rows]
     count = max((-(-len(texts) // width) for texts in different), default=0)
-    different += [[] for _ in range(size - len(rows))]
     return [[texts[n * width : (n + 1) * width] for texts in different] for n in range(count)]
-
-
-def _encoded(tokenizer: Tokenizer, texts: list[list[str]], width: int, max_len: int) -> list[np.ndarray]:
-    """ids i32[B,G,T] and mask bool[B,G,T] of at most `width` = G texts of each image; an empty text where there is
-    none."""
-    ids, mask = tokenizer.encode([t for own in texts for t in own + [""] * (width - len(own))], max_len)
-    return [x.reshape(len(texts), width, max_len) for x in (ids, mask)]
 
 
 def _by_text(images: int, passes: list, scores: list[dict]) -> list[dict[str, tuple[float, float]]]:

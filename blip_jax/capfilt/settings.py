@@ -1,5 +1,4 @@
-"""What a CapFilt run is made of: its config checked, two models from their checkpoints, and OUT/capfilt.json on
-record."""
+"""What a CapFilt run is made of: its config checked, and OUT/capfilt.json on record."""
 
 from __future__ import annotations
 
@@ -7,25 +6,20 @@ import json
 import os
 import pathlib
 import re
-import zlib
-from typing import NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from blip_jax import __version__, checkpoint, config, trees
-from blip_jax.capfilt import caption, shards
-from blip_jax.capfilt.caption import Method
-from blip_jax.console import plain, revision, say
-from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.models.blip import Blip
+from blip_jax import __version__
+from blip_jax.capfilt import shards
+from blip_jax.console import plain, revision
+from blip_jax.inference.programs import Method
 from blip_jax.trees import flat
 
 FILE = "capfilt.json"
 # what may differ between two starts of one run: places and speed, nothing that changes a result
 NOT_COMPARED = re.compile(
-    r"written_by|(captioner|filter)\.(path|step)|settings\.(captioner|filter)|"
+    r"written_by|(captioner|filter)\.path|settings\.(captioner|filter|text\.vocab)|"
     r"settings\.data\.(threads|prefetch|max_bad_share|sources\.\w+\.(path|images|weight))"
 )
 RANGES = {  # leaf -> (least, most, what that is)
@@ -40,6 +34,8 @@ RANGES = {  # leaf -> (least, most, what that is)
             "data.max_pixels",
             "data.threads",
             "data.prefetch",
+            "mesh.fsdp",
+            "mesh.tensor",
         ),
         (1, float("inf"), "at least 1"),
     ),
@@ -57,7 +53,7 @@ def validate(cfg: ConfigDict) -> None:
         if not least <= leaves[path] <= most
     ]
     out += [
-        f"{name} is empty: give a workdir of `blip-jax train` or one of its checkpoint folders"
+        f"{name} is empty: give a workdir, a checkpoint, a Hugging Face folder or a name on its hub"
         for name in ("captioner", "filter")
         if not cfg[name]
     ]
@@ -83,102 +79,16 @@ def validate(cfg: ConfigDict) -> None:
         )
 
 
-class Part(NamedTuple):
-    """The captioner or the filter, from its checkpoint."""
-
-    folder: pathlib.Path  # of the checkpoint
-    vocab: pathlib.Path
-    max_len: int  # tokens of a text, as it was trained
-    prompt: str  # likewise
-    model: Blip
-    params: dict  # numpy arrays
-    crc32: int  # of the parameters
-
-    @property
-    def record(self) -> dict:
-        return {"path": str(self.folder), "step": self.folder.name, "crc32": self.crc32}
-
-
-def load(cfg: ConfigDict) -> tuple[Part, Part, Tokenizer]:
-    """Captioner, filter and their tokenizer. ValueError: a checkpoint cannot do its work, or their vocabularies
-    differ."""
-    captioner = _load(cfg, "captioner", "decoder")
-    same = checkpoint.newest(cfg.filter) == captioner.folder
-    judge = _load(cfg, "filter", "encoder", captioner if same else None)
-    if captioner.vocab.read_bytes() != judge.vocab.read_bytes():
-        raise ValueError(
-            f"captioner and filter have different vocabularies, {captioner.vocab} and {judge.vocab}: fine-tune both "
-            "from the same pre-training"
-        )
-    tokenizer = Tokenizer(captioner.vocab)
-    if captioner.prompt != cfg.text.prompt:
-        say(
-            f"capfilt: captions continue text.prompt={cfg.text.prompt!r}; the captioner was trained with {captioner.prompt!r}"
-        )
-    prompt, method = len(caption.prompt_ids(tokenizer, cfg.text.prompt)), cfg.method
-    room = captioner.model.med_sizes["positions"]
-    if not prompt < method.max_length <= room:
-        raise ValueError(
-            f"method.max_length is {method.max_length}: it must be more than the {prompt} tokens of text.prompt "
-            f"with [DEC], and at most the captioner's {room} positions"
-        )
-    return captioner, judge, tokenizer
-
-
-def _load(cfg: ConfigDict, name: str, part: str, loaded: Part | None = None) -> Part:
-    """The checkpoint cfg[name]; `part` (encoder or decoder) is what it must have. `loaded`: the same one, loaded
-    already."""
-    folder = checkpoint.newest(cfg[name])
-    saved = checkpoint.load_config(folder)
-    sizes = config.base().unlock()
-    sizes.update({"model": saved["model"]})
-    if not sizes.model[part]:
-        raise ValueError(
-            f"{name} is {folder}, a model without {part} (model.{part}=False, objective {saved['objective']}): give "
-            + ("one that was trained to caption" if part == "decoder" else "one that was trained to match texts")
-        )
-    sizes.model.dtype = cfg.dtype or sizes.model.dtype
-    vocab = _vocabulary(folder, saved)
-    params = loaded.params if loaded else checkpoint.load_params(folder)
-    crc32 = loaded.crc32 if loaded else _crc32(params)
-    return Part(
-        folder,
-        vocab,
-        saved["text"]["max_len"],
-        saved["text"].get("prompt", ""),
-        Blip.from_config(sizes.model),
-        params,
-        crc32,
-    )
-
-
-def _vocabulary(folder: pathlib.Path, saved: dict) -> pathlib.Path:
-    """The vocabulary that a run keeps beside its checkpoints, else the one that its config names."""
-    suffix = pathlib.Path(saved["text"]["vocab"]).suffix
-    for path in (folder.parent.parent / f"vocab{suffix}", pathlib.Path(saved["text"]["vocab"])):
-        if path.is_file():
-            return path
-    raise ValueError(
-        f"{folder} was trained with the vocabulary {saved['text']['vocab']}, which is gone: put it into "
-        f"{folder.parent.parent} as vocab{suffix}"
-    )
-
-
-def _crc32(params: dict) -> int:
-    crc = 0
-    for path, leaf in sorted(trees.paths(params), key=lambda p: p[0]):
-        crc = zlib.crc32(np.ascontiguousarray(leaf), zlib.crc32(path.encode(), crc))
-    return crc
-
-
 def method_of(cfg: ConfigDict) -> Method:
-    """cfg.method as `caption.captioner` takes it."""
+    """cfg.method as `programs.captioner` takes it."""
     return Method(**cfg.method)
 
 
-def on_record(cfg: ConfigDict, captioner: Part, judge: Part, lengths: dict[str, int]) -> dict:
-    """What OUT/capfilt.json says: settings, checkpoints, vocabulary, records of each source. Paths are made
-    absolute."""
+def on_record(cfg: ConfigDict, captioner: dict, judge: dict, vocabulary: int, lengths: dict[str, int]) -> dict:
+    """What OUT/capfilt.json says: settings, checkpoints, vocabulary, records of each source. Paths are made absolute.
+
+    captioner, judge: {"path", "crc32"} of the checkpoints; vocabulary: Tokenizer.crc.
+    """
     settings = plain(cfg)
     for src in settings["data"]["sources"].values():
         for leaf in ("path", "images"):
@@ -187,9 +97,9 @@ def on_record(cfg: ConfigDict, captioner: Part, judge: Part, lengths: dict[str, 
     return {
         "written_by": f"blip_jax {__version__}, revision {revision()}, jax {jax.__version__}",
         "settings": settings,
-        "captioner": captioner.record,
-        "filter": judge.record,
-        "vocabulary": zlib.crc32(captioner.vocab.read_bytes()),
+        "captioner": captioner,
+        "filter": judge,
+        "vocabulary": vocabulary,
         "records": lengths,
     }
 

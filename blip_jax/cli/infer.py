@@ -1,5 +1,5 @@
 """blip-jax caption | match | answer | features: pictures named on the command line go through the verbs of
-pretrained.py.
+inference/verbs.py.
 
 Results go to standard output as they come; progress, pictures that cannot be used and the times go to standard error. A
 picture that cannot be used does not keep the others from being done; the exit status is then 1.

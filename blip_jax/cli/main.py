@@ -70,9 +70,12 @@ def train(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
-    cfg, values = _config_and_flags(argv, checkpoint="a checkpoint folder or workdir; default: the newest of --workdir")
+    cfg, values = _config_and_flags(
+        argv,
+        checkpoint="workdir, checkpoint folder, .pth, Hugging Face folder or name; default: the newest of --workdir",
+    )
     from blip_jax.console import say
-    from blip_jax.eval import retrieval
+    from blip_jax.eval import recall
     from blip_jax.parallel import processes
     from blip_jax.train import loop
 
@@ -80,7 +83,7 @@ def evaluate(argv: list[str]) -> int:
         # among several processes JAX takes note of it, for training to save
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         result = loop.evaluate(cfg, values.workdir, values.checkpoint or "")
-        say(retrieval.table(result))
+        say(recall.table(result))
         say(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
     return 0
 

@@ -61,6 +61,16 @@ class Source(NamedTuple):
     absent: tuple[str, ...] = ()
 
 
+def locate(path) -> pathlib.Path:
+    """What `read` reads: the newest checkpoint folder of a workdir of ours, a file, or a Hugging Face folder, fetched
+    where need be.
+
+    ValueError: no such file or folder, nor a name on the hub; no complete checkpoint in the workdir.
+    """
+    found = pathlib.Path(path).absolute() if pathlib.Path(path).exists() else hub.folder(str(path))
+    return checkpoint.newest(found) if _is_ours(found) else found
+
+
 def read(
     path,
     *,
@@ -78,12 +88,13 @@ def read(
       family: "" = as found; else it must be that, or a part of it (`rules.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
       vit_heads, med_heads: numbers of heads where the file does not say; default: width / 64.
-      vocab: vocab.txt or tokenizer.json; "": what came with the checkpoint, else BERT's from the Hugging Face hub's
-        cache.
+      vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
+        else BERT's from the Hugging Face hub's cache.
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
-    Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, or one of another size.
+    Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, one of another size or of
+      other tokens.
     """
-    path = pathlib.Path(path) if pathlib.Path(path).exists() else hub.folder(str(path))
+    path = locate(path)
     heads = {"vit_heads": vit_heads, "med_heads": med_heads}
     if family and family not in FAMILIES:
         raise ValueError(f"family is {family!r}: choose one of {', '.join(FAMILIES)}")
@@ -98,7 +109,7 @@ def read(
         _settle(source)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
-    return source._replace(vocab=_vocabulary(source, vocab))
+    return source._replace(vocab=_vocabulary(source, vocab, str(path)))
 
 
 def find_family(names) -> str:
@@ -159,12 +170,11 @@ def _is_ours(path: pathlib.Path) -> bool:
     return any((path / name).is_dir() for name in (checkpoint.SUBDIR, "state")) or any(path.glob("[0-9]*/state"))
 
 
-def _read_ours(path: pathlib.Path, heads: Mapping, with_momentum: bool) -> Source:
+def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool) -> Source:
     if any(heads.values()):
         raise ValueError(
-            f"{path} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and --med_heads"
+            f"{folder} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and --med_heads"
         )
-    folder = checkpoint.newest(path)
     saved, converted = checkpoint.load_config(folder), checkpoint.load_data(folder).get("converted", {})
     state, momentum = (
         {"params": checkpoint.load_params(folder)},
@@ -176,13 +186,11 @@ def _read_ours(path: pathlib.Path, heads: Mapping, with_momentum: bool) -> Sourc
     with c.unlocked():
         c.objective = saved["objective"]
         c.update({"model": saved["model"], "text": saved["text"]})
-    suffix = pathlib.Path(saved["text"]["vocab"]).suffix or ".txt"
-    vocab = folder.parent.parent / f"vocab{suffix}"
     return Source(
         converted.get("family", saved["objective"]),
         state,
         c,
-        vocab if vocab.is_file() else None,
+        checkpoint.vocabulary(folder.parent.parent),
         [],
         tuple(converted.get("absent", ())),
     )
@@ -341,9 +349,9 @@ def _resize(source: Source, img_size: int) -> None:
     source.notes.append(f"position table resized from {before} to {img_size} pixels")
 
 
-def _vocabulary(source: Source, given: str) -> pathlib.Path | None:
-    """The vocabulary file, checked against the model; None for a model without text. ValueError: none, or of
-    another size."""
+def _vocabulary(source: Source, given: str, origin: str) -> pathlib.Path | None:
+    """The vocabulary file, checked against the model and its own; None for a model without text. ValueError: none
+    that fits."""
     if "med" not in source.state["params"]:
         return None
     size = source.cfg.model.med.vocab_size
@@ -358,7 +366,22 @@ def _vocabulary(source: Source, given: str) -> pathlib.Path | None:
         raise ValueError(
             f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two of {size}"
         )
+    if given and source.vocab and tokenizer.crc != _crc(source.vocab, size, tokenizer.crc):
+        raise ValueError(
+            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {source.vocab}, which came "
+            "with it"
+        )
     return path
+
+
+def _crc(vocab: pathlib.Path, size: int, otherwise: int) -> int:
+    """Tokenizer.crc of a file; `otherwise` of one that does not fit a model of `size` entries, and so is not what
+    it was trained with."""
+    try:
+        own = Tokenizer(vocab)
+    except ValueError:
+        return otherwise
+    return own.crc if own.vocab_size == size else otherwise
 
 
 def _from_hub(size: int) -> pathlib.Path:

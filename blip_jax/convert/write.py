@@ -97,9 +97,9 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
     cfg = source.cfg.copy_and_resolve_references()
     workdir.mkdir()
     if source.vocab:
-        name = f"vocab{'.json' if source.vocab.suffix == '.json' else '.txt'}"
-        shutil.copyfile(source.vocab, workdir / name)
-        cfg.text.vocab = name
+        kept = checkpoint.vocabulary(workdir, like=source.vocab)
+        shutil.copyfile(source.vocab, kept)
+        cfg.text.vocab = kept.name
     momentum = source.state.get("momentum")
     state = {
         "params": source.state["params"],

@@ -10,18 +10,15 @@ import pathlib
 import jax
 import numpy as np
 
-from blip_jax import __version__, checkpoint
+from blip_jax import __version__
 from blip_jax.capfilt import decisions
 from blip_jax.console import revision, say
 from blip_jax.data.batches import EvalData
 from blip_jax.data.formats import open_source
-from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.demo import report, truth
-from blip_jax.eval import retrieval
-from blip_jax.models.blip import Blip
+from blip_jax.inference import retrieval
+from blip_jax.inference.load import load
 from blip_jax.parallel import sharding
-from blip_jax.train import state as train_state
-from blip_jax.train.start import fit_params
 
 GALLERY = 24  # pictures shown with their texts
 QUERIES = 6  # retrieval examples
@@ -201,11 +198,10 @@ def _gallery(texts: list[truth.Judged], worlds: dict) -> list[dict]:
 
 def _retrieved(cfg, run: pathlib.Path) -> list[dict]:
     """The best pictures for some captions of the evaluation data, by the newest checkpoint of `run`."""
-    tokenizer, mesh, model = Tokenizer(cfg.text.vocab), sharding.make_mesh(cfg.mesh), Blip.from_config(cfg.model)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(cfg.seed)))
-    params = fit_params(checkpoint.load_params(run), shapes, str(run))
-    data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=run / "skipped-eval.jsonl")
-    scores = retrieval.two_stage_scores(cfg, model, params, data, tokenizer, mesh)
+    mesh = sharding.make_mesh(cfg.mesh)
+    found = load(run, mesh, cfg.model.dtype)
+    data = EvalData(cfg, found.tokenizer, cfg.data.eval, skipped_path=run / "skipped-eval.jsonl")
+    scores = retrieval.two_stage_scores(cfg, found.model, found.params, data, found.tokenizer, mesh)
     source = next(iter(data.sources.values()))
     out = []
     for text in np.linspace(0, len(data.captions) - 1, QUERIES).astype(int):

@@ -1,14 +1,25 @@
-"""Programs on any number of rows: cut into batches and padded to a few sizes, so that each compiles once per size
-and not per call."""
+"""Programs over any number of rows: padded to a few static shapes, one batch ahead of the host, split over a mesh,
+gathered in order.
+
+A program is a function (params, rows...) -> rows. Row b of every argument and result belongs together, and no row
+changes another, so that rows can be padded, cut and shared out at will. Parameters lie whole on every device or split
+over fsdp and tensor, as `sharding` has them. A mesh may reach over several processes; each of them then gives the same
+rows and gets all results.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from blip_jax import trees
+from blip_jax.models.layers.dense import rounds
 from blip_jax.parallel import sharding
 
 
@@ -27,45 +38,116 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]) if len(rows) < size else rows
 
 
-class Buckets:
-    """Runs functions of (params, rows...) over a mesh, usually at most `limit` rows at a time.
+def placed(params: dict, mesh: Mesh, dtype) -> dict:
+    """Host arrays that every process holds as parameters on the devices of `mesh`; takes them out of `params` one by
+    one.
 
-    Row b of every argument and result belong together. Programs are jitted once per key. n rows make one batch of
-    `at_least` n, or
-    several of the same size: nothing is compiled for a remainder.
+    What every use would round to `dtype`, the transformers' matrices, is rounded here, once. ValueError:
+    `sharding.shardings_for`.
     """
+    arrays = dict(trees.paths(params))
+    places = dict(trees.paths(sharding.shardings_for(params, mesh)))
+    params.clear()  # each array is let go as soon as the devices have it
+    out = {}
+    for path in list(arrays):
+        x = np.asarray(arrays.pop(path))
+        out[path] = _put(x.astype(jax.numpy.dtype(dtype), copy=False) if rounds(path) else x, places[path])
+    return trees.nest(out.items())
 
-    def __init__(self, params: dict, mesh: Mesh, limit: int):
-        self.params, self.mesh = params, mesh
-        self.unit = mesh.shape["data"] * mesh.shape["fsdp"]  # the devices that rows are shared out over
-        self.limit = at_most(limit, self.unit)
+
+def behind(items: Iterable) -> Iterator:
+    """Each item once the next has been made: what an item started on the devices goes on while the host looks at
+    the one before."""
+    waiting = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
+
+
+def alone(function: Callable, mesh: Mesh, args: tuple, out: Any) -> Callable:
+    """`function` of (params, rows...) for `jax.jit`, so that each place on the mesh's data axis works by itself, on its
+    part of the rows.
+
+    No place waits for another, and what one computes does not depend on how many there are. args, out: the dimension
+    that counts the
+    rows, of each argument behind the parameters and of the result: trees of int, as prefixes of those of the arrays.
+    A place is one device, which holds the parameters whole, or the fsdp * tensor devices over which they are split.
+    """
+    single = mesh.size == mesh.shape["data"]
+    split = functools.partial(jax.tree.map, lambda dim: P(*[None] * dim, "data"))
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(P(), *split(args)),
+        out_specs=split(out),
+        check_vma=False,
+        axis_names=set(mesh.axis_names) if single else {"data"},
+    )
+
+
+class Runner:
+    """Runs programs, made with `jax.jit`, over rows on a mesh of `sharding.make_mesh`."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        # the devices that rows are shared out over: sizes are multiples of it
+        self.unit = mesh.shape["data"] * mesh.shape["fsdp"]
         self._place = sharding.batch_sharding(mesh)
-        self._programs: dict[tuple, Callable] = {}
 
-    def program(self, key: tuple, make: Callable[[], Callable]) -> Callable:
-        """make() under jax.jit; made once for each `key`."""
-        if key not in self._programs:
-            self._programs[key] = jax.jit(make())
-        return self._programs[key]
+    def put(self, rows: np.ndarray, size: int) -> jax.Array:
+        """`rows`, which every process holds, on the devices, each with its part; padded to `size`."""
+        return _put(padded(rows, size), self._place)
 
-    def compiled(self) -> int:
-        """How many programs were compiled so far, over all keys and shapes."""
-        return sum(program._cache_size() for program in self._programs.values())
+    def fetched(self, passes: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """(what it belongs to, NumPy arrays) of each (what it belongs to, arrays on the devices), one pass behind
+        (see `behind`)."""
+        for tag, out in behind((tag, self._whole(out)) for tag, out in passes):
+            yield tag, jax.device_get(out)
 
-    def map(self, program: Callable, n: int, rows: Callable[[slice], tuple], whole: tuple = (), limit: int = 0) -> Any:
-        """What `program` gives for rows 0..n-1, as NumPy arrays; the host prepares a batch while the device works on
-        the one before.
+    def map(
+        self,
+        program: Callable,
+        params: dict,
+        n: int,
+        rows: Callable[[slice], tuple],
+        *,
+        size: int,
+        whole: tuple = (),
+        progress: Callable[[range], Iterable[int]] = iter,
+    ) -> Any:
+        """What `program` gives for rows 0..n-1, as NumPy arrays.
 
-        rows: slice -> the arrays of these rows; whole: further arguments, the same every time; limit: most rows at a
-        time, 0: the usual.
+        rows: slice -> the arrays of these rows; size: rows of a pass; whole: further arguments, the same every time;
+        progress: passes on the numbers of the first rows, and may say how far they are.
         """
-        size, out, waiting = min(at_most(limit or self.limit, self.unit), at_least(n, self.unit)), [], None
-        put = lambda x: jax.device_put(padded(x, size), self._place)
+
+        def passes():
+            for start in progress(range(0, n, size)):
+                given = rows(slice(start, min(start + size, n)))
+                yield None, program(params, *(self.put(x, size) for x in given), *whole)
+
         with jax.set_mesh(self.mesh):
-            for start in range(0, n, size):
-                made = program(self.params, *map(put, rows(slice(start, min(start + size, n)))), *whole)
-                if waiting is not None:
-                    out.append(jax.device_get(waiting))
-                waiting = made
-            out.append(jax.device_get(waiting))
+            out = [found for _, found in self.fetched(passes())]
         return jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)
+
+    def size(self, n: int, limit: int) -> int:
+        """Rows of a pass for n of them, at most about `limit`: one pass of `at_least` n, or several of one size, so
+        that nothing is compiled for a remainder and little for another n."""
+        return min(at_most(limit, self.unit), at_least(n, self.unit))
+
+    def _whole(self, out):
+        """Arrays of which each process can read all."""
+        return _gatherer(self.mesh)(out) if self.mesh.is_multi_process else out
+
+
+@functools.cache
+def _gatherer(mesh: Mesh) -> Callable:
+    def gather(out):
+        return out
+
+    return jax.jit(gather, out_shardings=NamedSharding(mesh, P()))
+
+
+def _put(x: np.ndarray, place: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])

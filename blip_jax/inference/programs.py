@@ -1,104 +1,237 @@
-"""What the verbs of pretrained.py run on the device: functions of (params, rows of arrays), for jax.jit. Captions:
-capfilt/caption.py.
+"""What runs on the devices once a model is trained: functions of (params, rows of arrays), for jax.jit and
+`inference.batching`.
 
-Row b of every argument and result belongs to the same image, so rows can be padded and shared out over devices.
+Looking at images, matching and embedding texts, captions, answers, features: each said once, for the verbs, evaluation
+and CapFilt. Row b of every argument and result belongs to the same image, so rows can be padded and shared out over
+devices.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Callable
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from blip_jax.decode import beam
+from blip_jax import losses
+from blip_jax.decode import beam, generate
+from blip_jax.decode.rank import rank
 from blip_jax.models.blip import unit
-from blip_jax.models.vision.vit import encode_pixels, normalize_pixels
+from blip_jax.models.layers.cpu import single_cpu
+from blip_jax.models.layers.dense import stacked_as_bits
+from blip_jax.models.vision.vit import normalize_pixels
+
+CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches
+VIEW_ROWS = {"img_tok": 0, "kv": 0, "img_emb": 0}  # the dimension of what `view` gives that counts the images
 
 
-def view(model, projected: bool) -> Callable:
-    """(params, img u8[B,S,S,3]) -> {"kv": keys and values of the images, "img_emb": f32[B,E] if `projected`}."""
-
-    def run(params, img):
-        apply = functools.partial(model.apply, {"params": params})
-        img_tok = encode_pixels(model, params, img)
-        out = {"kv": apply(img_tok, method="image_kv")}
-        return out | {"img_emb": apply(img_tok, method="project_image")} if projected else out
-
-    return run
+def images_in(kv) -> int:
+    """Of how many images (or questions) these are the keys and values."""
+    return jax.tree.leaves(kv)[0].shape[VIEW_ROWS["kv"]]
 
 
-def text_embedding(model) -> Callable:
-    """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"txt_emb": f32[B,E]}, of unit norm."""
-    return lambda params, ids, txt_mask: {
-        "txt_emb": model.apply({"params": params}, ids, txt_mask, method="encode_text")[1]
-    }
+# --- images and texts -------------------------------------------------------------------------------------------------
+def encode_pixels(model, params, img):
+    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa or BlipNlvr, without dropout.
+
+    A single CPU takes a large batch some images at a time, so that what a layer leaves is still in the caches for the
+    next one.
+    """
+    if single_cpu():
+        params = stacked_as_bits(params)
+
+    def encode(img):
+        return model.apply({"params": params}, normalize_pixels(img), method="encode_image")
+
+    B, P = len(img), 1 + (model.img_size // model.vit_sizes["patch"]) ** 2
+    if not single_cpu() or B * P < 2 * CPU_ROWS:
+        return encode(img)
+    few = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(CPU_ROWS // P, 1))
+    img_tok = jax.lax.map(encode, img.reshape(B // few, few, *img.shape[1:]))
+    return img_tok.reshape(B, *img_tok.shape[2:])
 
 
-def matching(model, first_id: int) -> Callable:
-    """(params, kv of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> f32[B,G], probability that a text belongs to
-    its image.
+def view(model, *wanted: str) -> Callable:
+    """(params, img u8[B,S,S,3]) -> what is `wanted` of the images.
 
-    ids and txt_mask may be [1,G,T]: the same texts for every image. `first_id` begins each text.
+    img_tok [B,P,D] in the dtype of the computation; kv: keys and values for every text pass; img_emb f32[B,E], of unit
+    norm.
     """
 
-    def run(params, kv, ids, txt_mask):
-        (B, *_), (_, G, T) = kv[0][0].shape, ids.shape
+    def view(params, img):
+        apply = functools.partial(model.apply, {"params": params})
+        img_tok = encode_pixels(model, params, img)
+        out = {}
+        if "img_tok" in wanted:
+            out["img_tok"] = img_tok
+        if "kv" in wanted:
+            out["kv"] = apply(img_tok, method="image_kv")
+        if "img_emb" in wanted:
+            out["img_emb"] = apply(img_tok, method="project_image")
+        return out
+
+    return view
+
+
+def embed(model) -> Callable:
+    """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"txt_emb": f32[B,E]}, of unit norm."""
+
+    def embed(params, ids, txt_mask):
+        return {"txt_emb": model.apply({"params": params}, ids, txt_mask, method="encode_text")[1]}
+
+    return embed
+
+
+def match(model, first_id: int | None = None) -> Callable:
+    """(params, {"kv"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit", "probability"}, each f32[B,G],
+    that they fit.
+
+    ids and txt_mask may be [1,G,T]: the same texts for every image. Each text begins with `first_id`; None: [ENC], as
+    in training.
+    """
+
+    def match(params, seen, ids, txt_mask):
+        B, (_, G, T) = images_in(seen["kv"]), ids.shape
         ids, txt_mask = (jnp.broadcast_to(x, (B, G, T)).reshape(B * G, T) for x in (ids, txt_mask))
-        logits = model.apply({"params": params}, ids, txt_mask, kv, first_id=first_id, method="match")
-        return jax.nn.softmax(logits, axis=-1)[:, 1].reshape(B, G)
+        logits = model.apply({"params": params}, ids, txt_mask, seen["kv"], first_id=first_id, method="match")
+        logits = logits.astype(jnp.float32).reshape(B, G, 2)
+        return {"logit": logits[..., 1], "probability": jax.nn.softmax(logits, axis=-1)[..., 1]}
 
-    return run
-
-
-def image_features(model, projected: bool) -> Callable:
-    """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}."""
-
-    def run(params, img):
-        img_tok = encode_pixels(model, params, img).astype(jnp.float32)
-        return {
-            "image_embeds": img_tok,
-            **_projected(model, params, img_tok, "image_embeds_proj", "vision_proj", projected),
-        }
-
-    return run
+    return match
 
 
-def text_features(model, projected: bool) -> Callable:
-    """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], "text_embeds_proj": f32[B,T,E] if
-    `projected`}."""
+def rerank(model) -> Callable:
+    """(params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}: `match` of images
+    that were seen before."""
 
-    def run(params, ids, txt_mask):
-        encode = lambda blip, ids, txt_mask: blip.med(ids, txt_mask)
-        txt_tok = model.apply({"params": params}, ids, txt_mask, method=encode).astype(jnp.float32)
-        return {
-            "text_embeds": txt_tok,
-            **_projected(model, params, txt_tok, "text_embeds_proj", "text_proj", projected),
-        }
+    def rerank(params, img_tok, ids, txt_mask):
+        kv = model.apply({"params": params}, img_tok, method="image_kv")
+        return {"logit": match(model)(params, {"kv": kv}, ids, txt_mask)["logit"]}
 
-    return run
+    return rerank
 
 
-def multimodal_features(model) -> Callable:
-    """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}, with [ENC]
-    first."""
+def score(model) -> Callable:
+    """(params, {"kv", "img_emb"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"itm", "itc"}, each f32[B,G]
+    (section 3.3).
 
-    def encode(blip, img, ids, txt_mask):
-        return blip.med(
-            ids.at[:, 0].set(blip.enc_id), txt_mask, kv=blip.image_kv(blip.encode_image(normalize_pixels(img)))
+    itm is the probability that a text belongs to its image, itc the similarity of their embeddings: what CapFilt's
+    filter says.
+    """
+
+    def score(params, seen, ids, txt_mask):
+        B, G, T = ids.shape
+        txt_emb = embed(model)(params, ids.reshape(B * G, T), txt_mask.reshape(B * G, T))["txt_emb"]
+        itm = match(model)(params, seen, ids, txt_mask)["probability"]
+        return {"itm": itm, "itc": model.similarity(seen["img_emb"], txt_emb.reshape(B, G, -1))}
+
+    return score
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+class Method(NamedTuple):
+    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in
+    `generate.Sampling`."""
+
+    kind: str = "nucleus"  # nucleus | beam
+    n: int = 1
+    top_p: float = 0.9  # nucleus
+    top_k: int = 50  # nucleus; 0: off
+    temperature: float = 1.0  # nucleus
+    repetition_penalty: float = 1.1  # the original: 1.1 with nucleus, 1.0 with beams
+    min_length: int = 5
+    max_length: int = 20
+    beams: int = 3  # beam
+    length_penalty: float = 1.0  # beam
+
+
+def example_key(key: str, seed: int) -> np.ndarray:
+    """u32[2]: the random key of an example, from its name and the seed of the run alone."""
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.frombuffer(digest, "<u4")
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """[DEC] and the tokens of `prompt`, without [SEP]: what every caption begins with."""
+    ids, mask = tokenizer.encode([prompt], 2 + len(prompt))
+    return [tokenizer.dec, *ids[0, 1 : int(mask.sum()) - 1].tolist()]
+
+
+def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
+    """A function (params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, for jax.jit.
+
+    Caption i of an image is drawn with fold_in(its key, i): it depends on nothing else in the batch. ids: [DEC],
+    prompt, caption, [SEP] if it ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed
+    over caption and [SEP].
+    """
+    start = prompt_ids(tokenizer, prompt)
+    decode = decoder(model, start, method, eos=tokenizer.sep, pad=tokenizer.pad)
+
+    def caption(params, img, keys):
+        return decode(params, view(model, "kv")(params, img)["kv"], keys)
+
+    return caption
+
+
+def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> Callable:
+    """The token loop of `captioner`: (params, image keys and values of B images, keys u32[B,2]) -> the same result."""
+    if method.kind not in ("nucleus", "beam"):
+        raise ValueError(f"method {method.kind!r} is unknown: choose nucleus or beam")
+    rows_per_image = method.n if method.kind == "nucleus" else method.beams
+
+    def decode(params, kv, keys):
+        B, n = images_in(kv), rows_per_image
+        # stored as the products of the loop read it (B N H P and B N P H; on a CPU, whose small products are in
+        # float32, in that):
+        # else every token transposes and raises all of it again
+        dtype, wide = kv[0][0].dtype, jnp.float32 if single_cpu() else kv[0][0].dtype
+        store = lambda k, v: (jnp.moveaxis(k, 1, -1).astype(wide), jnp.moveaxis(v, 1, 2).astype(wide))
+        back = lambda k, v: (jnp.moveaxis(k, -1, 1).astype(dtype), jnp.moveaxis(v, 2, 1).astype(dtype))
+        stored = jax.lax.optimization_barrier(tuple(store(*layer) for layer in kv))
+        as_kv = lambda: tuple(back(*layer) for layer in stored)
+        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, as_kv(), method="extend")
+        start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
+        logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
+        repeat = lambda x: jnp.repeat(x, n, axis=0)  # the prompt is the same for all texts of an image: one pass
+        cache = jax.tree.map(repeat, cache)
+        if method.kind == "beam":
+            how = beam.Beam(
+                method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
+            )
+            ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
+            return {"ids": ids, "log_prob": log_prob}
+        how = generate.Sampling(
+            method.top_p,
+            method.top_k,
+            method.temperature,
+            method.repetition_penalty,
+            method.min_length,
+            method.max_length,
         )
+        of_row = lambda key, row: jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
+        own = jax.vmap(of_row)(repeat(keys), jnp.arange(B * n))
+        ids, log_prob = generate.sample(extend, repeat(logits), cache, repeat(start), own, how, eos=eos, pad=pad)
+        return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
 
-    return lambda params, *rows: {
-        "multimodal_embeds": model.apply({"params": params}, *rows, method=encode).astype(jnp.float32)
-    }
+    return decode
 
 
-def _projected(model, params, tok, name: str, layer: str, wanted: bool) -> dict:
-    """{name: f32[B,S,E]}, the projection `layer` of every token, of unit norm; {} where it is not wanted."""
-    if not wanted:
-        return {}
-    return {name: unit(model.apply({"params": params}, tok, method=lambda blip, x: getattr(blip, layer)(x)))}
+def text_of(tokenizer, ids, prompt_len: int) -> str:
+    """The caption in one row of ids i32[L], without the prompt's `prompt_len` tokens, [SEP] and [PAD]."""
+    return tokenizer.decode(ids[prompt_len:])
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+def question_kv(model, params, img, ids, txt_mask):
+    """What the answer decoder attends to, of a question ids i32[B,T], txt_mask bool[B,T] about each image
+    u8[B,S,S,3]."""
+    apply = functools.partial(model.apply, {"params": params})
+    kv = view(model, "kv")(params, img)["kv"]
+    return apply(apply(ids, txt_mask, kv, method="encode_question"), method="question_kv")
 
 
 def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
@@ -108,8 +241,8 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
     The padding of a question is not attended to, so that an answer does not depend on the questions beside it.
     """
 
-    def run(params, img, ids, txt_mask):
-        kv = _question(model, params, img, ids, txt_mask)
+    def answer(params, img, ids, txt_mask):
+        kv = question_kv(model, params, img, ids, txt_mask)
         extend = lambda ids, at, cache: model.apply(
             {"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend"
         )
@@ -119,26 +252,95 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
         found, log_prob, _ = beam.search(extend, logits, cache, start, how, n, eos=eos, pad=pad)
         return {"ids": found, "log_prob": log_prob}
 
-    return run
+    return answer
 
 
 def ranking(model, k: int) -> Callable:
     """(params, img, ids, txt_mask as in `answering`, answers i32[C,T], ans_mask bool[C,T]) -> {"candidate": i32[B,k],
     "score": f32[B,k]}.
 
-    Best first, as `BlipVqa.rank_answers` ranks them, question padding masked.
+    Best first, as `rank_answers` has them, question padding masked.
     """
 
-    def run(params, img, ids, txt_mask, answers, ans_mask):
-        kv = _question(model, params, img, ids, txt_mask)
-        best, score = model.apply({"params": params}, answers, ans_mask, kv, txt_mask, k=k, method="rank_answers")
+    def ranked(params, img, ids, txt_mask, answers, ans_mask):
+        kv = question_kv(model, params, img, ids, txt_mask)
+        best, score = rank_answers(model, params, answers, ans_mask, kv, txt_mask, k=k)
         return {"candidate": best, "score": score}
 
-    return run
+    return ranked
 
 
-def _question(model, params, img, ids, txt_mask):
-    """`question_kv` of a question for each image."""
+def rank_answers(
+    model, params, ids, txt_mask, kv, kv_mask=None, *, k: int = 128, smoothing: float = 0.1, smoothing_over: str = "all"
+):
+    """The best k of C candidate answers to each of B questions, best first: candidates i32[B,k], scores f32[B,k].
+
+    Args:
+      model, params: of a BlipVqa. ids i32[C,T], txt_mask bool[C,T]: the candidates; position 0 is set to [DEC]. kv,
+        kv_mask: as in `BlipVqa.lm_logits`.
+      k: candidates whose first token is the most probable and that are scored in full; more than C: all.
+      smoothing, smoothing_over: a score is minus `losses.text_ce`. "all" is what the published models were ranked with:
+        every position up to the list's longest answer adds its smoothing term, past the answer's end too; "valid"
+        leaves those out.
+    Needs the logits of B*k answers at once, 4*B*k*T*Vp bytes.
+    """
     apply = functools.partial(model.apply, {"params": params})
-    kv = apply(encode_pixels(model, params, img), method="image_kv")
-    return apply(apply(ids, txt_mask, kv, method="encode_question"), method="question_kv")
+    B, V = images_in(kv), model.med_sizes["vocab_size"]
+    start = jnp.full((B, 1), model.dec_id, jnp.int32)
+    first_logits, _ = apply(start, 0, model.empty_cache(B, 1), kv, kv_mask, method="extend")
+    longest = txt_mask.any(0)[1:]
+
+    def score(ids, txt_mask):
+        logits = apply(ids, txt_mask, kv, kv_mask, method="lm_logits")
+        return -losses.text_ce(
+            logits, ids[:, 1:], txt_mask[:, 1:], V, smoothing=smoothing, over=smoothing_over, counted=longest
+        )
+
+    return rank(first_logits, score, ids, txt_mask, k)
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+def image_features(model, projected: bool) -> Callable:
+    """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}."""
+
+    def features(params, img):
+        img_tok = encode_pixels(model, params, img).astype(jnp.float32)
+        out = {"image_embeds": img_tok}
+        return out | {"image_embeds_proj": _projection(model, params, img_tok, "vision_proj")} if projected else out
+
+    return features
+
+
+def text_features(model, projected: bool) -> Callable:
+    """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], "text_embeds_proj": f32[B,T,E] if
+    `projected`}."""
+
+    def encode(blip, ids, txt_mask):
+        return blip.med(ids, txt_mask)
+
+    def features(params, ids, txt_mask):
+        txt_tok = model.apply({"params": params}, ids, txt_mask, method=encode).astype(jnp.float32)
+        out = {"text_embeds": txt_tok}
+        return out | {"text_embeds_proj": _projection(model, params, txt_tok, "text_proj")} if projected else out
+
+    return features
+
+
+def multimodal_features(model) -> Callable:
+    """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}, with [ENC]
+    first."""
+
+    def encode(blip, ids, txt_mask, kv):
+        return blip.med(ids.at[:, 0].set(blip.enc_id), txt_mask, kv=kv)
+
+    def features(params, img, ids, txt_mask):
+        kv = view(model, "kv")(params, img)["kv"]
+        txt_tok = model.apply({"params": params}, ids, txt_mask, kv, method=encode)
+        return {"multimodal_embeds": txt_tok.astype(jnp.float32)}
+
+    return features
+
+
+def _projection(model, params, tok, layer: str):
+    """f32[B,S,E]: the projection `layer` of every token, of unit norm."""
+    return unit(model.apply({"params": params}, tok, method=lambda blip, x: getattr(blip, layer)(x)))

@@ -12,41 +12,24 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
-import sys
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blip_jax import trees
-from blip_jax.capfilt import caption
-from blip_jax.convert import read as source
 from blip_jax.data.text.clean import clean_caption, clean_question
-from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.decode import beam
 from blip_jax.inference import inputs, programs
-from blip_jax.inference.batching import Buckets, at_least, padded
-from blip_jax.models.blip import Blip
-from blip_jax.models.build import build
-from blip_jax.models.layers.dense import rounds
+from blip_jax.inference.batching import Runner, at_least, at_most, padded
+from blip_jax.inference.load import Loaded, load
 from blip_jax.parallel import sharding
 
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
 LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with
-WHO = {  # verb -> the checkpoints that can do it
-    "caption": "a captioner or a pre-training checkpoint",
-    "match": "a retrieval or pre-training checkpoint",
-    "answer": "a VQA checkpoint",
-    "text and multimodal features": "a retrieval or pre-training checkpoint",
-}
-NEEDS = {  # verb -> the parts of the model that it needs
-    "caption": ("text decoder",),
-    "match": ("text encoder", "projections", "matching head"),
-    "answer": ("question encoder and answer decoder",),
-    "text and multimodal features": ("text encoder",),
-}
+# of features -> whether it takes images, texts
+MODES = {"image": (True, False), "text": (False, True), "multimodal": (True, True)}
 
 
 def from_pretrained(
@@ -72,22 +55,7 @@ def from_pretrained(
     if batch < 0:
         raise ValueError(f"batch is {batch}: it must be positive, or 0 for 2 on CPUs and 64 elsewhere")
     _keep_compiled()
-    read = source.read(name_or_path, vocab=str(vocab), momentum=False)
-    if missing := [
-        what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in read.state["params"]
-    ]:
-        raise ValueError(
-            f"{name_or_path} ({read.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
-            "give a trained model"
-        )
-    for note in read.notes:
-        print(f"{name_or_path}: {note}", file=sys.stderr)
-    cfg = read.cfg.copy_and_resolve_references().unlock()
-    cfg.model.dtype = dtype
-    params = _placed(read.state.pop("params"), dtype, mesh)
-    return Pretrained(
-        build(cfg), cfg.lock(), Tokenizer(read.vocab), params, mesh, batch or (2 if on_cpu else 64), str(name_or_path)
-    )
+    return Pretrained(load(name_or_path, mesh, dtype, vocab), mesh, batch or (2 if on_cpu else 64), str(name_or_path))
 
 
 class Pretrained:
@@ -98,20 +66,15 @@ class Pretrained:
     checkpoint lacks the parts.
     """
 
-    def __init__(self, model, cfg, tokenizer: Tokenizer, params: dict, mesh: Mesh, batch: int, origin: str):
-        self.model, self.cfg, self.tokenizer, self.params, self.mesh, self.origin = (
-            model,
-            cfg,
-            tokenizer,
-            params,
-            mesh,
-            origin,
-        )
-        self._run = Buckets(params, mesh, batch)
-        self.batch = self._run.limit
+    def __init__(self, loaded: Loaded, mesh: Mesh, batch: int, name: str):
+        self._loaded = loaded._replace(origin=name)
+        self.model, self.params, self.cfg, self.tokenizer, _ = loaded
+        self.mesh, self.origin = mesh, name
+        self._run, self._programs = Runner(mesh), {}
+        self.batch = at_most(batch, self._run.unit)
 
     def __repr__(self):
-        parts = ", ".join(p for p, there in self._parts().items() if there)
+        parts = ", ".join(part for part, there in self._loaded.parts().items() if there)
         return (
             f"Pretrained({self.origin!r}: {self.cfg.objective}, {self.cfg.model.img_size} px, {self.cfg.model.dtype}, "
             f"image encoder{', ' * bool(parts)}{parts})"
@@ -147,11 +110,11 @@ class Pretrained:
             captions wherever it stands, another seed other ones.
         log_prob is the model's own, summed over the caption's tokens and its end.
         """
-        self._require("caption")
+        self._loaded.require("caption")
         if prompt is None:
             prompt = self.cfg.text.prompt if self.cfg.objective == "caption" else "a picture of "
         penalty = repetition_penalty if repetition_penalty is not None else 1.1 if method == "nucleus" else 1.0
-        how = caption.Method(
+        how = programs.Method(
             method, n, top_p, top_k, temperature, penalty, min_length, max_length, beams, length_penalty
         )
         start = self._check(how, prompt)
@@ -160,16 +123,16 @@ class Pretrained:
         def rows(at: slice):
             img = self._pixels(pictures[at])
             return img, np.stack(
-                [caption.example_key(hashlib.blake2b(x, digest_size=16).hexdigest(), seed) for x in img]
+                [programs.example_key(hashlib.blake2b(x, digest_size=16).hexdigest(), seed) for x in img]
             )
 
-        program = self._run.program(
-            ("caption", how, prompt), lambda: caption.captioner(self.model, self.tokenizer, prompt, how)
+        program = self._program(
+            ("caption", how, prompt), lambda: programs.captioner(self.model, self.tokenizer, prompt, how)
         )
-        found = self._run.map(program, len(pictures), rows)
+        found = self._map(program, len(pictures), rows)
         told = [
             [
-                {"caption": caption.text_of(self.tokenizer, row, start), "log_prob": float(p)}
+                {"caption": programs.text_of(self.tokenizer, row, start), "log_prob": float(p)}
                 for row, p in zip(ids, log_prob)
             ]
             for ids, log_prob in zip(found["ids"], found["log_prob"])
@@ -185,7 +148,7 @@ class Pretrained:
         first: the token at the text's beginning, "[ENC]" as in training, or "[CLS]", which the original's stand-alone
           matching model and transformers have there.
         """
-        self._require("match")
+        self._loaded.require("match")
         if first not in ("[ENC]", "[CLS]"):
             raise ValueError(f"first is {first!r}: choose [ENC] or [CLS]")
         (pictures, one_image), (texts, one_text) = inputs.pictures(images), self._texts(texts, "texts")
@@ -193,10 +156,8 @@ class Pretrained:
         if in_pairs:
             inputs.pairs(len(pictures), len(texts), "texts")
         ids, txt_mask = self._tokens(texts)
-        embed = self._run.program(("embed text",), lambda: programs.text_embedding(self.model))
-        txt_emb = self._run.map(embed, len(texts), lambda at: (ids[at], txt_mask[at]), limit=TEXTS * self.batch)[
-            "txt_emb"
-        ]
+        embed = self._program(("embed",), lambda: programs.embed(self.model))
+        txt_emb = self._map(embed, len(texts), lambda at: (ids[at], txt_mask[at]), TEXTS * self.batch)["txt_emb"]
         itm, itc = self._scores(pictures, ids, txt_mask, txt_emb, first, in_pairs)
         if not every_pair:
             itm, itc = itm.ravel(), itc.ravel()
@@ -224,20 +185,23 @@ class Pretrained:
         smoothed log-probability of the whole, which also depends on the longest of `answers`. Of a question its first
         50 words count.
         """
-        self._require("answer")
+        self._loaded.require("answer")
         (pictures, one_image), (questions, one) = (
             inputs.pictures(images),
             inputs.texts(questions, "questions", clean_question),
         )
         i, t = inputs.pairs(len(pictures), len(questions), "questions")
         ids, txt_mask = self._tokens(questions)
-        rows = lambda at: (self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]])
+
+        def rows(at: slice):
+            return self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]]
+
         if method == "generate":
             how = self._search(answers, beams, min_length, max_length)
             make = lambda: programs.answering(self.model, how, 1, eos=self.tokenizer.sep, pad=self.tokenizer.pad)
-            found = self._run.map(self._run.program(("answer", how), make), len(t), rows)
+            found = self._map(self._program(("answer", how), make), len(t), rows)
             told = [
-                {"answer": caption.text_of(self.tokenizer, row[0], 1), "log_prob": float(p[0])}
+                {"answer": programs.text_of(self.tokenizer, row[0], 1), "log_prob": float(p[0])}
                 for row, p in zip(found["ids"], found["log_prob"])
             ]
         elif method == "rank":
@@ -257,88 +221,84 @@ class Pretrained:
         of `match`; a captioner has none.
         """
         mode = mode or ("image" if texts is None else "text" if images is None else "multimodal")
-        wanted = {"image": (True, False), "text": (False, True), "multimodal": (True, True)}
-        if mode not in wanted or (images is not None, texts is not None) != wanted[mode]:
+        if mode not in MODES or (images is not None, texts is not None) != MODES[mode]:
             came = " and ".join(f"{'no ' * (x is None)}{name}" for name, x in (("images", images), ("texts", texts)))
             raise ValueError(
                 f"mode is {mode!r} with {came}: image takes images alone, text takes texts alone, multimodal takes both"
             )
-        projected = self._parts()["projections"]
         if mode == "image":
-            pictures, one = inputs.pictures(images)
-            program = self._run.program((mode, "features"), lambda: programs.image_features(self.model, projected))
-            found = self._run.map(program, len(pictures), lambda at: (self._pixels(pictures[at]),))
+            found, one = self._image_features(images)
+        elif mode == "text":
+            found, one = self._text_features(texts)
         else:
-            self._require("text and multimodal features")
-            texts, one = self._texts(texts, "texts")
-            ids, txt_mask = self._tokens(texts)
-            t, rows, limit = list(range(len(texts))), lambda at: (ids[at], txt_mask[at]), TEXTS * self.batch
-            make = lambda: programs.text_features(self.model, projected)
-            if mode == "multimodal":
-                pictures, one_image = inputs.pictures(images)
-                (i, t), one = inputs.pairs(len(pictures), len(texts), "texts"), one and one_image
-                rows = lambda at: (self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]])
-                make, limit = lambda: programs.multimodal_features(self.model), self.batch
-            found = self._run.map(self._run.program((mode, "features"), make), len(t), rows, limit=limit)
-            real = txt_mask[t][:, : txt_mask.sum(1).max()]  # without the padding to the bucket
-            found = {name: x[:, : real.shape[1]] * real[..., None] for name, x in found.items()} | {"text_mask": real}
+            found, one = self._multimodal_features(images, texts)
         return {name: x[0] for name, x in found.items()} if one else found
 
-    def _parts(self) -> dict[str, bool]:
-        """Which parts there are beside the image encoder."""
-        blip, med = isinstance(self.model, Blip), self.params["med"]
-        return {
-            "text decoder": blip and "lm_head" in med,
-            "text encoder": blip and "self_attn" in med["layer_00"],
-            "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
-            "matching head": "itm_head" in self.params,
-            "question encoder and answer decoder": "med_dec" in self.params,
-        }
+    def _image_features(self, images) -> tuple[dict, bool]:
+        pictures, one = inputs.pictures(images)
+        projected = self._loaded.parts()["projections"]
+        program = self._program(("image features",), lambda: programs.image_features(self.model, projected))
+        return self._map(program, len(pictures), lambda at: (self._pixels(pictures[at]),)), one
 
-    def _require(self, verb: str) -> None:
-        parts = self._parts()
-        if missing := [part for part in NEEDS[verb] if not parts[part]]:
-            raise ValueError(
-                f"{self.origin} ({self.cfg.objective}) cannot do {verb}: it has no {' and no '.join(missing)}; "
-                f"give {WHO[verb]}"
-            )
+    def _text_features(self, texts) -> tuple[dict, bool]:
+        self._loaded.require("text and multimodal features")
+        texts, one = self._texts(texts, "texts")
+        ids, txt_mask = self._tokens(texts)
+        projected = self._loaded.parts()["projections"]
+        program = self._program(("text features",), lambda: programs.text_features(self.model, projected))
+        found = self._map(program, len(texts), lambda at: (ids[at], txt_mask[at]), TEXTS * self.batch)
+        return _without_padding(found, txt_mask), one
 
-    def _check(self, how: caption.Method, prompt: str) -> int:
+    def _multimodal_features(self, images, texts) -> tuple[dict, bool]:
+        self._loaded.require("text and multimodal features")
+        (texts, one_text), (pictures, one_image) = self._texts(texts, "texts"), inputs.pictures(images)
+        ids, txt_mask = self._tokens(texts)
+        i, t = inputs.pairs(len(pictures), len(texts), "texts")
+
+        def rows(at: slice):
+            return self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]]
+
+        program = self._program(("multimodal features",), lambda: programs.multimodal_features(self.model))
+        return _without_padding(self._map(program, len(t), rows), txt_mask[t]), one_text and one_image
+
+    def _program(self, key: tuple, make: Callable[[], Callable]) -> Callable:
+        """make() under jax.jit; made once for each `key`."""
+        if key not in self._programs:
+            self._programs[key] = jax.jit(make())
+        return self._programs[key]
+
+    def _map(self, program: Callable, n: int, rows: Callable[[slice], tuple], limit: int = 0, whole: tuple = ()) -> Any:
+        """`Runner.map` of at most about `limit` rows a pass, 0: of `batch`."""
+        return self._run.map(program, self.params, n, rows, size=self._run.size(n, limit or self.batch), whole=whole)
+
+    def _check(self, how: programs.Method, prompt: str) -> int:
         """Tokens of the prompt with [DEC]. ValueError: everything that is wrong with the arguments of `caption`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
-        start, room = len(caption.prompt_ids(self.tokenizer, prompt)), self.cfg.model.med.positions
-        wrong = [
-            f"{name} is {value}: {what}"
-            for name, value, bad, what in (
-                ("method", how.kind, how.kind not in ("beam", "nucleus"), "choose beam or nucleus"),
-                ("n", how.n, how.n < 1, "it must be at least 1"),
-                (
-                    "n",
-                    how.n,
-                    how.kind == "beam" and how.n > how.beams,
-                    f"{how.beams} beams give at most so many; raise beams",
-                ),
-                ("beams", how.beams, how.beams < 1, "it must be at least 1"),
-                ("top_p", how.top_p, not 0 < how.top_p <= 1, "it must lie between 0 and 1"),
-                ("top_k", how.top_k, how.top_k < 0, "it must not be negative; 0 is none"),
-                ("temperature", how.temperature, not how.temperature > 0, "it must be positive"),
-                ("repetition_penalty", how.repetition_penalty, not how.repetition_penalty > 0, "it must be positive"),
-                (
-                    "max_length",
-                    how.max_length,
-                    not start < how.max_length <= room,
-                    f"it must be more than the {start} tokens of the prompt with [DEC], and at most the model's {room} positions",
-                ),
-                (
-                    "min_length",
-                    how.min_length,
-                    not 0 <= how.min_length <= how.max_length,
-                    f"it must lie between 0 and max_length = {how.max_length}",
-                ),
-            )
-            if bad
-        ]
+        start, room, wrong = len(programs.prompt_ids(self.tokenizer, prompt)), self.cfg.model.med.positions, []
+
+        def expect(right: bool, name: str, what: str, value=None):
+            if not right:
+                wrong.append(f"{name} is {getattr(how, name) if value is None else value}: {what}")
+
+        expect(how.kind in ("beam", "nucleus"), "method", "choose beam or nucleus", how.kind)
+        expect(how.n >= 1, "n", "it must be at least 1")
+        expect(how.kind != "beam" or how.n <= how.beams, "n", f"{how.beams} beams give at most so many; raise beams")
+        expect(how.beams >= 1, "beams", "it must be at least 1")
+        expect(0 < how.top_p <= 1, "top_p", "it must lie between 0 and 1")
+        expect(how.top_k >= 0, "top_k", "it must not be negative; 0 is none")
+        expect(how.temperature > 0, "temperature", "it must be positive")
+        expect(how.repetition_penalty > 0, "repetition_penalty", "it must be positive")
+        expect(
+            start < how.max_length <= room,
+            "max_length",
+            f"it must be more than the {start} tokens of the prompt with [DEC], and at most the model's {room} positions",
+        )
+        expect(
+            0 <= how.min_length <= how.max_length,
+            "min_length",
+            f"it must lie between 0 and max_length = {how.max_length}",
+        )
         if wrong:
             raise ValueError("; ".join(wrong))
         return start
@@ -361,10 +321,10 @@ class Pretrained:
         answers, _ = inputs.texts(answers, "answers", str.strip)
         ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
         k = min(k, len(answers))
-        program = self._run.program(("rank", k), lambda: programs.ranking(self.model, k))
+        program = self._program(("rank", k), lambda: programs.ranking(self.model, k))
         # the logits of k answers to each question of a pass are there at once
         per_pass = min(self.batch, max(1, TEXTS * self.batch // k))
-        found = self._run.map(program, n, rows, (ids, ans_mask), per_pass)
+        found = self._map(program, n, rows, per_pass, (ids, ans_mask))
         return [
             {"answer": answers[best[0]], "score": float(score[0])}
             for best, score in zip(found["candidate"], found["score"])
@@ -375,22 +335,24 @@ class Pretrained:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(probability, cosine), f32[images,texts], or f32[n,1] in pairs."""
         first_id = self.tokenizer.enc if first == "[ENC]" else self.tokenizer.cls
-        see = self._run.program(("view",), lambda: programs.view(self.model, True))
-        match = self._run.program(("match", first_id), lambda: programs.matching(self.model, first_id))
-        if in_pairs:
-            columns, limit = [], 0
-            rows = lambda at: (self._pixels(pictures[at]), ids[at, None], txt_mask[at, None])
-        else:
+        see = self._program(("view",), lambda: programs.view(self.model, "kv", "img_emb"))
+        match = self._program(("match", first_id), lambda: programs.match(self.model, first_id))
+        columns, limit = [], 0  # columns: the texts, where each image is scored with all of them, in passes
+        if not in_pairs:
             G = at_least(min(len(ids), TEXTS * self.batch))  # texts per image and pass
             columns = [[padded(x[at : at + G], G)[None] for x in (ids, txt_mask)] for at in range(0, len(ids), G)]
-            limit, rows = min(self.batch, max(1, TEXTS * self.batch // G)), lambda at: (self._pixels(pictures[at]),)
+            limit = min(self.batch, max(1, TEXTS * self.batch // G))
+
+        def rows(at: slice):
+            img = self._pixels(pictures[at])
+            return (img, ids[at, None], txt_mask[at, None]) if in_pairs else (img,)
 
         def scored(params, img, *own):
-            seen = see(params, img)
-            return seen["img_emb"], [match(params, seen["kv"], *tokens) for tokens in columns or [own]]
+            found = see(params, img)
+            return found["img_emb"], [match(params, found, *tokens)["probability"] for tokens in columns or [own]]
 
-        img_emb, itm = self._run.map(scored, len(pictures), rows, limit=limit)
-        itc = (img_emb * txt_emb).sum(1, keepdims=True) if in_pairs else img_emb @ txt_emb.T
+        img_emb, itm = self._map(scored, len(pictures), rows, limit)
+        itc = self.model.similarity(img_emb, txt_emb[:, None] if in_pairs else txt_emb)
         return np.concatenate(itm, axis=1)[:, : itc.shape[1]], itc
 
     def _pixels(self, pictures: list) -> np.ndarray:
@@ -411,17 +373,10 @@ class Pretrained:
         return ids[:, :T], txt_mask[:, :T]
 
 
-def _placed(params: dict, dtype: str, mesh: Mesh) -> dict:
-    """Parameters on the devices of `mesh`; in `dtype`, once, what every use would round to it: the transformers'
-    matrices."""
-    flat = dict(trees.paths(params))
-    places = dict(trees.paths(sharding.shardings_for(params, mesh)))
-    params.clear()  # each array is let go as soon as the device has it
-    out = {}
-    for path in list(flat):
-        x = flat.pop(path)
-        out[path] = jax.device_put(x.astype(jax.numpy.dtype(dtype)) if rounds(path) else x, places[path])
-    return trees.nest(out.items())
+def _without_padding(found: dict, txt_mask: np.ndarray) -> dict[str, np.ndarray]:
+    """States [n,T,...] cut to the longest text of bool[n,T], 0 behind each text's end; and that mask."""
+    real = txt_mask[:, : txt_mask.sum(1).max()]
+    return {name: x[:, : real.shape[1]] * real[..., None] for name, x in found.items()} | {"text_mask": real}
 
 
 def _mesh(mesh: Mesh | None) -> Mesh:

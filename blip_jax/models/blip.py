@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
@@ -104,6 +105,17 @@ class Blip(nn.Module):
         """ids i32[B,T] starting with [CLS], txt_mask bool[B,T] -> txt_tok [B,T,D], txt_emb f32[B,E] of unit norm"""
         txt_tok = self.med(ids, txt_mask, deterministic=deterministic)
         return txt_tok, unit(self.text_proj(txt_tok[:, 0].astype(jnp.float32)))
+
+    def similarity(self, img_emb, txt_emb):
+        """Cosines f32[B,C] of B images with C texts, img_emb f32[B,E], txt_emb f32[C,E]; f32[B,G] of each with G of its
+        own, f32[B,G,E].
+
+        Of arrays of NumPy, which stay on the host, or of jax.
+        """
+        if txt_emb.ndim == 3:
+            return (img_emb[:, None] * txt_emb).sum(-1)
+        with jax.default_matmul_precision("highest"):
+            return img_emb @ txt_emb.T
 
     def image_kv(self, img_tok):
         """img_tok [B,P,D] -> per MED layer (k, v), each [B,P,N,H]"""

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax import losses
-from blip_jax.decode.rank import rank
 from blip_jax.models.text.med import Med, empty_cache
 from blip_jax.models.vision.vit import Vit
 
@@ -124,28 +122,3 @@ class BlipVqa(nn.Module):
         answers = ids.shape[0] // kv[0][0].shape[0]
         txt_tok, cache = self.med_dec.extend(ids, start, cache, kv, (None,) * answers, kv_mask)
         return self.med_dec.lm_logits(txt_tok[:, -1:])[:, 0], cache
-
-    def rank_answers(
-        self, ids, txt_mask, kv, kv_mask=None, *, k: int = 128, smoothing: float = 0.1, smoothing_over: str = "all"
-    ):
-        """The best k of C candidate answers to each of B questions, best first: candidates i32[B,k], scores f32[B,k].
-
-        Args:
-          ids i32[C,T], txt_mask bool[C,T]: the candidates; position 0 is set to [DEC]. kv, kv_mask: as in `lm_logits`.
-          k: candidates whose first token is the most probable and that are scored in full; more than C: all.
-          smoothing, smoothing_over: a score is minus `losses.text_ce`. "all" is what the published models were ranked
-            with: every position up to the list's longest answer adds its smoothing term, past the answer's end too;
-              "valid" leaves those out.
-        Needs the logits of B*k answers at once, 4*B*k*T*Vp bytes.
-        """
-        B, V = kv[0][0].shape[0], self.med_sizes["vocab_size"]
-        first_logits, _ = self.extend(jnp.full((B, 1), self.dec_id, jnp.int32), 0, self.empty_cache(B, 1), kv, kv_mask)
-        longest = txt_mask.any(0)[1:]
-
-        def score(ids, txt_mask):
-            logits = self.lm_logits(ids, txt_mask, kv, kv_mask)
-            return -losses.text_ce(
-                logits, ids[:, 1:], txt_mask[:, 1:], V, smoothing=smoothing, over=smoothing_over, counted=longest
-            )
-
-        return rank(first_logits, score, ids, txt_mask, k)

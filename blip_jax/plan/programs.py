@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blip_jax import config
-from blip_jax.capfilt import caption, filter, settings
-from blip_jax.eval import retrieval
+from blip_jax.capfilt import settings
+from blip_jax.inference import programs
 from blip_jax.models import flops
 from blip_jax.models.blip import Blip
 from blip_jax.models.layers.dense import rounded
@@ -125,20 +125,21 @@ def evaluate(cfg, mesh) -> list[Program]:
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
     params, place = _placed(shapes, sharding.shardings_for(shapes, mesh)), sharding.batch_sharding(mesh)
     array = lambda shape, dtype: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
-    whole, positions = NamedSharding(mesh, P()), (S // cfg.model.vit.patch) ** 2 + 1
-    bind = lambda f: lambda params, *x: f(model, whole, params, *x)
+    positions = (S // cfg.model.vit.patch) ** 2 + 1
     img, ids, txt = array((S, S, 3), jnp.uint8), array((G, T), jnp.int32), array((G, T), jnp.bool_)
     tok = array((positions, cfg.model.vit.width), jnp.dtype(cfg.model.dtype))
     one, real = array((T,), jnp.int32), array((T,), jnp.bool_)
     make = lambda name, f, x, n: Program(
-        name, bind(f), (params, *x), {}, B, n * B, 0.0, 0, {"parameters": params, "batch": x}
+        name, f, (params, *x), {}, B, n * B, 0.0, 0, {"parameters": params, "batch": x}
     )
     project = 2 * cfg.model.embed_dim * cfg.model.vit.width
     both = flops.filter_image(cfg.model, T, 1) - flops.filter_image(cfg.model, T, 1, itc=False)
     return [
-        make("encode images", retrieval._encode_images, (img,), flops.encode_image(cfg.model) + project),
-        make("encode texts", retrieval._embed_texts, (one, real), both - project - 2 * cfg.model.embed_dim),
-        make("re-rank", retrieval._match, (tok, ids, txt), flops.rerank_unit(cfg.model, T, G)),
+        make(
+            "encode images", programs.view(model, "img_tok", "img_emb"), (img,), flops.encode_image(cfg.model) + project
+        ),
+        make("encode texts", programs.embed(model), (one, real), both - project - 2 * cfg.model.embed_dim),
+        make("re-rank", programs.rerank(model), (tok, ids, txt), flops.rerank_unit(cfg.model, T, G)),
     ]
 
 
@@ -166,7 +167,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
     model = {name: _model(c, cfg.dtype) for name, c in models.items()}
     pixels = lambda c: rows((c.model.img_size, c.model.img_size, 3), jnp.uint8)
     end, pad = captioner.model.med.vocab_size - 3, 0  # ids do not change what is computed
-    decode = caption.decoder(
+    decode = programs.decoder(
         model["captioner"], [captioner.model.med.vocab_size - 2] + [1] * (PROMPT - 1), method, eos=end, pad=pad
     )
 
@@ -174,7 +175,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
         apply = functools.partial(model["captioner"].apply, {"params": params})
         return decode(params, apply(apply(normalize_pixels(img), method="encode_image"), method="image_kv"), keys)
 
-    view = alone(filter.viewer(model["filter"]))
+    view = alone(programs.view(model["filter"], "kv", "img_emb"))
     seen = jax.eval_shape(view, params["filter"], pixels(judge))
     seen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), seen)
     tokens = method.max_length - PROMPT
@@ -206,7 +207,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
         Program("view", view, (params["filter"], *viewed), {}, size, size * look, 0.0, 0, own("filter", viewed)),
         Program(
             "score",
-            alone(filter.scorer(model["filter"])),
+            alone(programs.score(model["filter"])),
             (params["filter"], *scored),
             {},
             size,

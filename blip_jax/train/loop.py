@@ -21,9 +21,12 @@ import optax
 from blip_jax import checkpoint, trees
 from blip_jax.config import validate
 from blip_jax.console import plain, revision, say
+from blip_jax.convert import read
 from blip_jax.data.batches import EvalData, TrainData
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.eval import retrieval
+from blip_jax.inference import retrieval
+from blip_jax.inference.batching import placed
+from blip_jax.inference.load import read_for
 from blip_jax.models.blip import Blip
 from blip_jax.parallel import processes, sharding
 from blip_jax.parallel.interrupt import Interrupt
@@ -162,7 +165,7 @@ def prepare(cfg, workdir) -> Run:
     validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep_vocabulary(cfg, workdir)
+    _keep_vocabulary(tokenizer, workdir)
     mesh = sharding.make_mesh(cfg.mesh)
     rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
     data = TrainData(
@@ -177,10 +180,7 @@ def prepare(cfg, workdir) -> Run:
     if len(cfg.data.eval):
         eval_data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / f"skipped-eval{_suffix()}.jsonl")
     processes.agree(
-        cfg,
-        workdir,
-        vocabulary=zlib.crc32(pathlib.Path(cfg.text.vocab).read_bytes()),
-        records={name: len(source) for name, source in data.sources.items()},
+        cfg, workdir, vocabulary=tokenizer.crc, records={name: len(source) for name, source in data.sources.items()}
     )
     epoch_steps = data.epoch_examples // cfg.train.batch
     if epoch_steps == 0:
@@ -210,14 +210,15 @@ def _go_on(workdir: pathlib.Path) -> str:
 
 
 def evaluate(cfg, workdir, path="") -> dict:
-    """Retrieval on `cfg.data.eval` with the newest checkpoint of `workdir`, or the one at `path`; metrics in percent.
+    """Retrieval on `cfg.data.eval` with the newest checkpoint of `workdir`, or with `path`; metrics in percent.
 
-    The table goes to `workdir`/retrieval.json with the checkpoint's name.
-    ValueError: no checkpoint, another model's, no evaluation source.
+    path: a workdir, a checkpoint folder, a .pth, a Hugging Face folder or a name on its hub, whose parameters are
+    fitted to cfg.model. The table goes to `workdir`/retrieval.json with the checkpoint's name.
+    ValueError: no checkpoint, another model's or vocabulary's, no evaluation source.
     """
     if not len(cfg.data.eval):
         raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
-    folder = checkpoint.newest(path or workdir)
+    origin = read.locate(path) if path else checkpoint.newest(workdir)
     tokenizer = Tokenizer(cfg.text.vocab)
     validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
@@ -225,21 +226,13 @@ def evaluate(cfg, workdir, path="") -> dict:
     mesh, model = sharding.make_mesh(cfg.mesh), Blip.from_config(cfg.model)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(cfg.seed)))
     data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / f"skipped-eval{_suffix()}.jsonl")
-    processes.agree(
-        cfg,
-        workdir,
-        vocabulary=zlib.crc32(pathlib.Path(cfg.text.vocab).read_bytes()),
-        checkpoint=folder.name,
-        captions=len(data.captions),
-    )
-    params = start.fit_params(checkpoint.load_params(folder), shapes, str(folder))
-    params = start.placed(params, sharding.shardings_for(shapes, mesh))
-    say(f"evaluating {folder} on {data.n_images} images, {len(data.captions)} captions")
-    with jax.set_mesh(mesh):
-        result = retrieval.evaluate(cfg, model, params, data, tokenizer, mesh)
+    processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, captions=len(data.captions))
+    params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
+    say(f"evaluating {origin} on {data.n_images} images, {len(data.captions)} captions")
+    result = retrieval.evaluate(cfg, model, placed(params, mesh, cfg.model.dtype), data, tokenizer, mesh)
     result = {"images": data.n_images, "texts": len(data.captions), **result}
     if jax.process_index() == 0:
-        text = json.dumps({"checkpoint": str(folder), **result}, indent=1)
+        text = json.dumps({"checkpoint": str(origin), **result}, indent=1)
         (workdir / "retrieval.json").write_text(text + "\n", encoding="utf-8")
     return result
 
@@ -354,17 +347,27 @@ def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
     return {"images": run.eval_data.n_images, "texts": len(run.eval_data.captions), **result}
 
 
-def _keep_vocabulary(cfg, workdir: pathlib.Path) -> None:
+def _keep_vocabulary(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     """Copies the vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
-    source = pathlib.Path(cfg.text.vocab)
-    copy = workdir / f"vocab{source.suffix}"
-    same = copy.exists() and copy.read_bytes() == source.read_bytes()
-    if copy.exists() and not same and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
+    kept, copy = checkpoint.vocabulary(workdir), checkpoint.vocabulary(workdir, like=tokenizer.path)
+    if kept and _means(kept, tokenizer):
+        return
+    if kept and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
         raise ValueError(
-            f"text.vocab is {source}, but this workdir was trained with another vocabulary, kept in "
-            f"{copy}: set text.vocab={copy} or use another workdir"
+            f"text.vocab is {tokenizer.path}, but this workdir was trained with another vocabulary, kept in "
+            f"{kept}: set text.vocab={kept} or use another workdir"
         )
-    if not same and jax.process_index() == 0:
+    if jax.process_index() == 0:
         beside = copy.with_name(copy.name + ".tmp")
-        shutil.copyfile(source, beside)
+        shutil.copyfile(tokenizer.path, beside)
         beside.replace(copy)
+        if kept and kept != copy:
+            kept.unlink()
+
+
+def _means(vocab: pathlib.Path, tokenizer: Tokenizer) -> bool:
+    """Whether a file is the vocabulary of `tokenizer`; one that cannot be read is not."""
+    try:
+        return Tokenizer(vocab).crc == tokenizer.crc
+    except ValueError:
+        return False

@@ -3,15 +3,15 @@ ones bring."""
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import numpy as np
 
 from blip_jax import checkpoint, trees
 from blip_jax.console import say
+from blip_jax.convert import read
 from blip_jax.convert.apply import folded
 from blip_jax.convert.rules.blip import INITIAL
+from blip_jax.inference.load import read_for
 from blip_jax.models.vision.vit import resize_pos_embed
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
@@ -74,25 +74,20 @@ def load(run) -> dict | None:
 
     Several origins, separated by commas, add up; of a parameter that two of them have, the later one's counts.
     """
-    origins, vocab, loaded = _origins(run), pathlib.Path(run.cfg.text.vocab), {}
+    origins, loaded, partial = _origins(run), {}, True
     if not origins:
         return None
     for origin in origins:
-        copy = checkpoint.newest(origin).parent.parent / f"vocab{vocab.suffix}"
-        if copy.exists() and copy.read_bytes() != vocab.read_bytes():
-            raise ValueError(
-                f"text.vocab is {vocab}, but train.init_from={origin} was trained with another vocabulary, kept in "
-                f"{copy}: set text.vocab={copy}"
-            )
-        new = dict(trees.paths(checkpoint.load_params(origin)))
+        found = read_for(run.cfg, origin)
+        partial = partial and found.family in INITIAL
+        new = dict(trees.paths(found.state["params"]))
         if both := sorted(new.keys() & loaded.keys()):
             say(
                 f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}"
             )
         loaded |= new
-    initial = all(_converted(origin).get("family") in INITIAL for origin in origins)
     return fit_params(
-        trees.nest(loaded.items()), trees.merge(run.shapes.params, run.shapes.frozen), " + ".join(origins), initial
+        trees.nest(loaded.items()), trees.merge(run.shapes.params, run.shapes.frozen), " + ".join(origins), partial
     )
 
 
@@ -100,9 +95,13 @@ def _origins(run) -> list[str]:
     return [origin.strip() for origin in run.cfg.train.init_from.split(",") if origin.strip()]
 
 
-def _converted(origin: str) -> dict:
-    """What `blip-jax convert` recorded in a checkpoint; {} for one of a run."""
-    return checkpoint.load_data(origin).get("converted", {})
+def _momentum_of(run, origin: str) -> dict:
+    """{"params", "queue"}, as far as they are there, that a checkpoint of others brings, converted or not; {} for
+    a run of ours."""
+    at = read.locate(origin)
+    if (at / "state").is_dir() and not checkpoint.load_data(at).get("converted"):
+        return {}
+    return read_for(run.cfg, at, momentum=True).state.get("momentum", {})
 
 
 def create(run, loaded: dict | None):
@@ -139,11 +138,10 @@ def _init_momentum(run) -> dict | None:
     What a run of ours left continues by resuming that run; a converted checkpoint can only be begun from.
     """
     want = run.shapes.momentum
-    origins = [origin for origin in _origins(run) if _converted(origin)]
-    momentum = checkpoint.load_momentum(origins[-1]) if want and origins else None
-    if not momentum:
+    found = [(origin, momentum) for origin in _origins(run) if (momentum := _momentum_of(run, origin))] if want else []
+    if not found:
         return None
-    out, origin = {}, origins[-1]
+    out, (origin, momentum) = {}, found[-1]
     if momentum.get("params"):
         say(f"{origin}: the momentum encoder starts from its momentum encoder")
         out["params"] = fit_params(momentum["params"], want["params"], f"momentum encoder of {origin}")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from blip_jax.bench import caption, throughput
-from blip_jax.capfilt import caption
 from blip_jax.cli import main
+from blip_jax.inference import programs
 
 PEER = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 needs_peer = pytest.mark.skipif(not PEER, reason="torch and transformers are not installed; pip install -e '.[peers]'")
@@ -93,11 +93,11 @@ def test_wrong_flags_are_one_line_before_anything_is_measured(flags, message, ca
 
 
 def test_the_originals_way_projects_within_the_loop_and_gives_the_same_captions(ours, pictures):
-    method, keys = caption.Method(n=3, min_length=8, max_length=8), np.arange(4, dtype=np.uint32).reshape(2, 2)
+    method, keys = programs.Method(n=3, min_length=8, max_length=8), np.arange(4, dtype=np.uint32).reshape(2, 2)
     states = ours.vision(ours.weights, pictures)  # [2,5,48]
     as_kv = ((states[:, :, None], states[:, :, None]),)
     decode = jax.jit(
-        caption.decoder(caption.OriginalWay(ours.model), ours.prompt, method, eos=caption.EOS, pad=caption.PAD)
+        programs.decoder(caption.OriginalWay(ours.model), ours.prompt, method, eos=caption.EOS, pad=caption.PAD)
     )
     compiled = decode.lower(ours.weights, as_kv, keys).compile()
     text = compiled.as_text()

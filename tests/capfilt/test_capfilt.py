@@ -18,7 +18,7 @@ from world.capfilt import save_model, save_models, settings, tree, web_records
 from world.pictures import encode, noise
 
 from blip_jax import checkpoint, config
-from blip_jax.capfilt import caption, decisions, shards
+from blip_jax.capfilt import decisions, shards
 from blip_jax.capfilt import settings as run_settings
 from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run
@@ -30,6 +30,7 @@ from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.data.image import decode, eval_transform
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.inference import programs
 from blip_jax.models.blip import Blip
 from blip_jax.models.vision.vit import normalize_pixels
 
@@ -136,14 +137,14 @@ def test_scores_and_captions_are_those_of_the_models_one_by_one(cfg, models, fin
         )
         for n in ("captioner", "filter")
     )
-    captioner = jax.jit(caption.captioner(made[0], tokenizer, cfg.text.prompt, run_settings.method_of(cfg)))
+    captioner = jax.jit(programs.captioner(made[0], tokenizer, cfg.text.prompt, run_settings.method_of(cfg)))
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def apply(model, method, params, *args):
         return model.apply({"params": params}, *args, method=method)
 
     sources = {name: open_source(name, s) for name, s in cfg.data.sources.items()}
-    prompt = caption.prompt_ids(tokenizer, cfg.text.prompt)
+    prompt = programs.prompt_ids(tokenizer, cfg.text.prompt)
     scored = [r for r in rows_of(finished) if r.itm is not None]
     assert len(scored) > 60
     for row in scored[::2]:
@@ -162,10 +163,10 @@ def test_scores_and_captions_are_those_of_the_models_one_by_one(cfg, models, fin
         own = [r for r in rows_of(finished) if r.key == key and r.source == "synthetic"]
         picture = decode(sources[own[0].dataset][own[0].record]["image"], 10**6)[0]
         img = eval_transform(picture, 16)[None]
-        out = jax.device_get(captioner(made[1], img, caption.example_key(key, cfg.seed)[None]))
+        out = jax.device_get(captioner(made[1], img, programs.example_key(key, cfg.seed)[None]))
         kv = apply(made[0], "image_kv", made[1], apply(made[0], "encode_image", made[1], normalize_pixels(img)))
         for row, ids, log_prob in zip(own, out["ids"][0], out["log_prob"][0]):
-            assert row.text == clean_caption(caption.text_of(tokenizer, ids, len(prompt)), 30)
+            assert row.text == clean_caption(programs.text_of(tokenizer, ids, len(prompt)), 30)
             logits = apply(made[0], "lm_logits", made[1], ids[None], np.ones((1, len(ids)), bool), kv)[0]
             each = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=1)[:, 0]
             written = (ids[1:] != tokenizer.pad) & (np.arange(1, len(ids)) >= len(prompt))
@@ -355,10 +356,15 @@ def test_all_problems_of_a_config_at_once(tmp_path):
 
 def test_models_that_do_not_fit(cfg, models, tiny_cfg, tmp_path):
     cfg.captioner, cfg.filter = str(models["filter"]), str(models["captioner"])
-    with pytest.raises(ValueError, match="captioner is .*, a model without decoder"):
+    with pytest.raises(
+        ValueError, match="captioner is .*, which cannot do caption: it has no text decoder; give a captioner"
+    ):
         run(cfg, tmp_path / "out")
     cfg.captioner = cfg.filter
-    with pytest.raises(ValueError, match="filter is .*, a model without encoder"):
+    with pytest.raises(
+        ValueError,
+        match="filter is .*, which cannot do match: it has no text encoder and no projections and no matching head",
+    ):
         run(cfg, tmp_path / "out")
     cfg.filter = str(models["filter"])
     cfg.method.max_length = 4
@@ -374,7 +380,7 @@ def test_models_that_do_not_fit(cfg, models, tiny_cfg, tmp_path):
     with pytest.raises(ValueError, match=f"different vocabularies, {both}: fine-tune both"):
         run(cfg, tmp_path / "out")
     cfg.filter = str(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+    with pytest.raises(ValueError, match="nothing' is no file or folder here"):
         run(cfg, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

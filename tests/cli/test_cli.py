@@ -11,7 +11,7 @@ from blip_jax.cli import main
 from blip_jax.config import source
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.demo import stages
-from blip_jax.eval import retrieval
+from blip_jax.eval import recall
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def test_a_run_that_diverges_ends_with_status_1(config_file, tmp_path, capsys, m
 
 def test_chance():
     """Against counting: 10 images with 5 texts each; a random order of 50 texts has one of 5 among the first k."""
-    assert retrieval.chance_recall(10, 50, 5, "img") == 50
+    assert recall.chance_recall(10, 50, 5, "img") == 50
     rng = np.random.default_rng(0)
     hits = np.mean([(rng.permutation(50)[:5] < 5).any() for _ in range(20_000)])
-    assert retrieval.chance_recall(10, 50, 5, "txt") == pytest.approx(100 * hits, abs=1.2)
-    assert retrieval.chance_recall(4, 4, 10, "txt") == retrieval.chance_recall(4, 4, 10, "img") == 100
+    assert recall.chance_recall(10, 50, 5, "txt") == pytest.approx(100 * hits, abs=1.2)
+    assert recall.chance_recall(4, 4, 10, "txt") == recall.chance_recall(4, 4, 10, "img") == 100

@@ -10,7 +10,7 @@ from world import official
 from world.convert import converted, same_bits, store, vocab  # noqa: F401 (fixtures)
 
 from blip_jax import checkpoint, config, trees
-from blip_jax.capfilt import settings
+from blip_jax.capfilt.run import models
 from blip_jax.convert import apply, read, torch_io, write
 from blip_jax.models.build import build
 from blip_jax.models.vision.vit import resize_pos_embed
@@ -185,8 +185,12 @@ def test_capfilt_takes_converted_models(tiny_cfg, converted):
     cfg.filter = str(converted("itm", tensors("itm"), vocab=tiny_cfg.text.vocab))
     with cfg.unlocked():
         cfg.data.sources.world = config.source("scenes", count=1)
-    captioner, judge, tokenizer = settings.load(cfg)
-    assert captioner.prompt == "a picture of " and captioner.max_len == 40 and judge.max_len == 35
+    captioner, judge = models(cfg)
+    assert (
+        captioner.cfg.text.prompt == "a picture of "
+        and captioner.cfg.text.max_len == 40
+        and judge.cfg.text.max_len == 35
+    )
     np.testing.assert_array_equal(judge.params["itm_head"]["bias"], tensors("itm")["itm_head.bias"])
 
 

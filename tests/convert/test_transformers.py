@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 import blip_jax
 from blip_jax import config
-from blip_jax.capfilt import caption
 from blip_jax.convert import hf, hf_config, read
 from blip_jax.convert.apply import from_torch
 from blip_jax.data import image
 from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.inference import programs
 from blip_jax.models.build import build
 from blip_jax.models.vision.vit import normalize_pixels
 
@@ -107,10 +107,10 @@ class Ours:
 
     def texts(self, kv, prompt, **how):
         """i32[B,L]: greedy where how has no beams."""
-        method = caption.Method(
+        method = programs.Method(
             **({"kind": "beam"} if "beams" in how else {"top_k": 1}), **{"repetition_penalty": 1.0, **how}
         )
-        decode = caption.decoder(self.model, prompt, method, eos=self.sep, pad=PAD)
+        decode = programs.decoder(self.model, prompt, method, eos=self.sep, pad=PAD)
         keys = np.zeros((kv[0][0].shape[0], 2), np.uint32)
         return np.asarray(jax.jit(decode)(self.params, kv, keys)["ids"][:, 0])
 

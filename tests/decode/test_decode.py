@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_jax import config
-from blip_jax.capfilt import caption
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.decode import beam, generate, sampling
+from blip_jax.inference import programs
 from blip_jax.models.blip import Blip
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.train import state as train_state
@@ -37,7 +37,7 @@ def pictures(n, seed=0):
 
 
 def keys(n, seed=0):
-    return np.stack([caption.example_key(f"image {i}", seed) for i in range(n)])
+    return np.stack([programs.example_key(f"image {i}", seed) for i in range(n)])
 
 
 # --- pure functions ---------------------------------------------------------------------------------------------------
@@ -219,10 +219,10 @@ def test_cached_logits_equal_uncached_ones_whatever_the_padding(captioner):
 
 def test_log_prob_is_the_models_own(captioner):
     model, params, tokenizer = captioner
-    method = caption.Method(n=3, max_length=12, top_p=0.95)
+    method = programs.Method(n=3, max_length=12, top_p=0.95)
     img = pictures(4)
-    out = jax.jit(caption.captioner(model, tokenizer, "a picture of ", method))(params, img, keys(4))
-    prompt = len(caption.prompt_ids(tokenizer, "a picture of "))
+    out = jax.jit(programs.captioner(model, tokenizer, "a picture of ", method))(params, img, keys(4))
+    prompt = len(programs.prompt_ids(tokenizer, "a picture of "))
     apply = lambda *a, method: model.apply({"params": params}, *a, method=method)
     tok = apply(normalize_pixels(jnp.asarray(img)), method="encode_image")
     for i in range(3):
@@ -235,11 +235,11 @@ def test_log_prob_is_the_models_own(captioner):
 
 
 @pytest.mark.parametrize(
-    "method", [caption.Method(n=2, max_length=14), caption.Method(kind="beam", repetition_penalty=1.0, max_length=14)]
+    "method", [programs.Method(n=2, max_length=14), programs.Method(kind="beam", repetition_penalty=1.0, max_length=14)]
 )
 def test_a_caption_depends_on_its_key_and_picture_alone(captioner, method):
     model, params, tokenizer = captioner
-    make = jax.jit(caption.captioner(model, tokenizer, "a picture of ", method))
+    make = jax.jit(programs.captioner(model, tokenizer, "a picture of ", method))
     img, key = pictures(64), keys(64)
     whole = np.asarray(make(params, img, key)["ids"])
     assert len({row.tobytes() for row in whole[:, 0]}) > 20, "the captions are all alike: the test would prove nothing"
@@ -262,13 +262,13 @@ def test_a_caption_depends_on_its_key_and_picture_alone(captioner, method):
 
 def test_captions_of_one_image_and_of_two_seeds_differ(captioner):
     model, params, tokenizer = captioner
-    make = jax.jit(caption.captioner(model, tokenizer, "a picture of ", caption.Method(n=4, max_length=14)))
+    make = jax.jit(programs.captioner(model, tokenizer, "a picture of ", programs.Method(n=4, max_length=14)))
     img = pictures(8)
     ids = np.asarray(make(params, img, keys(8))["ids"])
     assert sum(len({row.tobytes() for row in of_one}) for of_one in ids) > 20
     assert (np.asarray(make(params, img, keys(8, seed=1))["ids"]) != ids).any()
     one = np.asarray(
-        jax.jit(caption.captioner(model, tokenizer, "a picture of ", caption.Method(n=1, max_length=14)))(
+        jax.jit(programs.captioner(model, tokenizer, "a picture of ", programs.Method(n=1, max_length=14)))(
             params, img, keys(8)
         )["ids"]
     )
@@ -277,14 +277,14 @@ def test_captions_of_one_image_and_of_two_seeds_differ(captioner):
 
 def test_text_of_a_caption_has_no_prompt_and_no_special_token(captioner):
     _, _, tokenizer = captioner
-    prompt = caption.prompt_ids(tokenizer, "a picture of ")
+    prompt = programs.prompt_ids(tokenizer, "a picture of ")
     assert prompt[0] == tokenizer.dec and tokenizer.sep not in prompt
     ids = tokenizer.encode(["a picture of a large red circle"], 20)[0][0]
     ids[0] = tokenizer.dec
-    assert caption.text_of(tokenizer, ids, len(prompt)) == "a large red circle"
+    assert programs.text_of(tokenizer, ids, len(prompt)) == "a large red circle"
 
 
 def test_unknown_method_is_named(captioner):
     model, _, tokenizer = captioner
     with pytest.raises(ValueError, match="'greedy' is unknown: choose nucleus or beam"):
-        caption.captioner(model, tokenizer, "", caption.Method(kind="greedy"))
+        programs.captioner(model, tokenizer, "", programs.Method(kind="greedy"))

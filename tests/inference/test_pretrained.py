@@ -1,5 +1,6 @@
 """A model in two lines: what the verbs give is what the model gives, whatever the batch, the padding and the mesh."""
 
+import functools
 import shutil
 import sys
 
@@ -13,26 +14,25 @@ from world.verbs import QUESTIONS, TEXTS, apply, close, folder, models, photos, 
 
 import blip_jax
 from blip_jax import config
-from blip_jax.capfilt import caption
 from blip_jax.convert import hub
 from blip_jax.data import image
 from blip_jax.data.text.clean import clean_question
 from blip_jax.decode import beam
-from blip_jax.inference import batching
+from blip_jax.inference import batching, programs
 from blip_jax.parallel import sharding
 
 
 def test_caption_is_the_captioner_s_own(models):
     model, imgs = models("caption"), photos(5)
     how, start = (
-        caption.Method("beam", 2, repetition_penalty=1.0, max_length=12),
-        len(caption.prompt_ids(model.tokenizer, "a small ")),
+        programs.Method("beam", 2, repetition_penalty=1.0, max_length=12),
+        len(programs.prompt_ids(model.tokenizer, "a small ")),
     )
-    make = jax.jit(caption.captioner(model.model, model.tokenizer, "a small ", how))
+    make = jax.jit(programs.captioner(model.model, model.tokenizer, "a small ", how))
     found = model.caption(imgs, 2, max_length=12)
     for img, own in zip(imgs, found):
         got = make(model.params, image.eval_transform(Image.fromarray(img), 16)[None], np.zeros((1, 2), np.uint32))
-        assert [c["caption"] for c in own] == [caption.text_of(model.tokenizer, row, start) for row in got["ids"][0]]
+        assert [c["caption"] for c in own] == [programs.text_of(model.tokenizer, row, start) for row in got["ids"][0]]
         close([c["log_prob"] for c in own], got["log_prob"][0])
     assert model.caption(imgs[0], 2, max_length=12)[0]["caption"] == found[0][0]["caption"]
     assert len({own[0]["caption"] for own in found}) > 1, "the pictures do not matter: this test shows nothing"
@@ -160,7 +160,8 @@ def test_ranked_answers_are_the_model_s_own(models):
                 q_mask,
                 apply(model, "image_kv", apply(model, "encode_image", seen(img))),
             )
-            best, score = apply(model, "rank_answers", ids, mask, apply(model, "question_kv", states), k=k)
+            rank = jax.jit(functools.partial(programs.rank_answers, model.model, k=k))
+            best, score = rank(model.params, ids, mask, apply(model, "question_kv", states))
             assert got["answer"] == answers[best[0, 0]]
             close(got["score"], score[0, 0])
 
@@ -289,7 +290,7 @@ def test_buckets():
 
 def test_each_bucket_compiles_once(folder):
     model, imgs = blip_jax.from_pretrained(folder / "pretrain", batch=4), photos(9)
-    calls = lambda: model._run.compiled()
+    calls = lambda: sum(program._cache_size() for program in model._programs.values())
     model.caption(imgs[0])
     assert calls() == 1
     model.caption(imgs[1:4])  # 3 rows in a batch of 4

@@ -10,10 +10,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from blip_jax import trees
 from blip_jax.config import base
+from blip_jax.inference import programs
 from blip_jax.models.blip import Blip
 from blip_jax.models.layers.cpu import dot_general, rows
 from blip_jax.models.layers.dense import rounded, rounded_once
-from blip_jax.models.vision import vit
 from blip_jax.train import state as train_state
 
 DIMS = (((1,), (0,)), ((), ()))
@@ -76,21 +76,21 @@ def test_one_cpu_encodes_few_images_at_a_time_with_the_same_result(monkeypatch):
                 "encode_image",
                 lambda self, img, whole=Blip.encode_image: seen.append(len(img)) or whole(self, img),
             )
-            jax.eval_shape(lambda: vit.encode_pixels(model, params, img))
+            jax.eval_shape(lambda: programs.encode_pixels(model, params, img))
         return seen
 
-    whole = jax.jit(lambda: vit.encode_pixels(model, params, img))()
+    whole = jax.jit(lambda: programs.encode_pixels(model, params, img))()
     assert batches() == [6]
-    monkeypatch.setattr(vit, "CPU_ROWS", 2 * P + 1)
+    monkeypatch.setattr(programs, "CPU_ROWS", 2 * P + 1)
     assert batches() == [2]
     mesh = jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         assert batches() == [6]  # split over devices: a loop over images would idle some
     part = jax.shard_map(
-        lambda: vit.encode_pixels(model, params, img), mesh=mesh, in_specs=(), out_specs=jax.P(), check_vma=False
+        lambda: programs.encode_pixels(model, params, img), mesh=mesh, in_specs=(), out_specs=jax.P(), check_vma=False
     )
     np.testing.assert_allclose(jax.jit(part)(), whole, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda: vit.encode_pixels(model, params, img))(), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: programs.encode_pixels(model, params, img))(), whole, rtol=0, atol=1e-5)
 
 
 def test_parameters_rounded_once_give_the_same_bits():

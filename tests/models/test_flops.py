@@ -7,7 +7,7 @@ import pytest
 
 from blip_jax import config
 from blip_jax.bench import lengths
-from blip_jax.capfilt import caption, filter
+from blip_jax.inference import programs
 from blip_jax.models import flops
 from blip_jax.models.blip import Blip
 
@@ -143,10 +143,10 @@ def test_formulas_agree_with_captioner_and_filter_as_they_run():
     model, params, img, ids = shapes_of(cfg)
     keys = jax.ShapeDtypeStruct((2, 2), jnp.uint32)
     for method, n in (
-        (caption.Method(n=3, max_length=15), 3),
-        (caption.Method(kind="beam", beams=4, max_length=15), 4),
+        (programs.Method(n=3, max_length=15), 3),
+        (programs.Method(kind="beam", beams=4, max_length=15), 4),
     ):
-        decode = caption.decoder(model, [998, 5, 6, 7], method, eos=3, pad=0)
+        decode = programs.decoder(model, [998, 5, 6, 7], method, eos=3, pad=0)
 
         def captions(params, img, keys):
             apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
@@ -156,7 +156,9 @@ def test_formulas_agree_with_captioner_and_filter_as_they_run():
         assert traced == pytest.approx(flops.caption_image(cfg.model, 4, 15 - 4, n), rel=0.02)
 
     def scores(params, img, ids):
-        return filter.scorer(model)(params, filter.viewer(model)(params, img), ids, jnp.ones(ids.shape, bool))
+        return programs.score(model)(
+            params, programs.view(model, "kv", "img_emb")(params, img), ids, jnp.ones(ids.shape, bool)
+        )
 
     traced = flops.count_function(scores, params, img, ids) / 2
     assert traced == pytest.approx(flops.filter_image(cfg.model, 9, 5), rel=0.02)

@@ -3,6 +3,7 @@
 Every size comes from a case's meta.json, so other cases of the same layout run through the same tests.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from blip_jax import config, losses
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules.blip import TIED
 from blip_jax.decode import beam, generate, sampling
+from blip_jax.inference import programs
 from blip_jax.models.build import build
 from blip_jax.models.vision.vit import resize_pos_embed
 from blip_jax.tasks import step as steps
@@ -410,7 +412,8 @@ def test_golden_vqa_rank():
     ks = [int(name[len("rank_k") :]) for name in case.io.files if re.fullmatch(r"rank_k\d+", name)]
     assert ks
     for k in ks:
-        best, _ = case.apply("rank_answers", ids, txt_mask, kv, mask, k=k, smoothing_over="valid")
+        ranked = jax.jit(functools.partial(programs.rank_answers, case.model, k=k, smoothing_over="valid"))
+        best, _ = ranked(case.loaded["params"], ids, txt_mask, kv, mask)
         assert best.shape == (len(states), min(k, len(ids)))
         np.testing.assert_array_equal(best[:, 0], case.io[f"rank_k{k}"])
 

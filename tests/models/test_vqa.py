@@ -11,7 +11,8 @@ import pytest
 from blip_jax import config, losses
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.decode import beam
-from blip_jax.decode.rank import rank
+from blip_jax.decode.rank import rank as choose
+from blip_jax.inference.programs import rank_answers
 from blip_jax.models.blip import Blip
 from blip_jax.models.build import build, vqa_from_pretrain
 from blip_jax.models.layers.attention import attention, grouped_cross_attention
@@ -202,12 +203,18 @@ def test_weighted_answer_loss(over):
     np.testing.assert_allclose(ours, want, rtol=1e-6)
 
 
+def rank(*args, **how):
+    """`rank_answers` of the tiny model."""
+    model, params, *_ = world()
+    return jax.jit(functools.partial(rank_answers, model, **how))(params, *args)
+
+
 @pytest.mark.parametrize("over, k", [("valid", 9), ("all", 9), ("all", 3), ("valid", 500)])
 def test_rank_agrees_with_a_plain_loop(over, k):
     _, _, apply, (_, _, mask) = world()
     kv = questions()
     answers, answer_mask = candidates(np.random.default_rng(4))
-    best, scores = apply("rank_answers", answers, answer_mask, kv, mask, k=k, smoothing_over=over)
+    best, scores = rank(answers, answer_mask, kv, mask, k=k, smoothing_over=over)
     assert best.shape == scores.shape == (B, min(k, 9))
     C = len(answers)
     for q in range(B):
@@ -229,7 +236,7 @@ def test_smoothing_over_all_charges_short_answers_for_the_longest_of_the_list():
     answers, answer_mask = candidates(np.random.default_rng(5))
     scores = {}
     for over in ("all", "valid"):
-        best, score = apply("rank_answers", answers, answer_mask, questions(), mask, smoothing_over=over)
+        best, score = rank(answers, answer_mask, questions(), mask, smoothing_over=over)
         # in the order of the list
         scores[over] = np.take_along_axis(np.asarray(score), np.argsort(best, axis=1), axis=1)
     short = np.asarray(~answer_mask.all(1))
@@ -242,17 +249,15 @@ def test_padding_of_candidates_questions_and_batch_does_not_change_the_ranking()
     model, params, apply, (img, ids, mask) = world()
     kv_of = lambda *question: jax.jit(lambda p, q: asked(model, p, *q))(params, question)
     answers, answer_mask = candidates(np.random.default_rng(6))
-    best, scores = apply("rank_answers", answers, answer_mask, questions(), mask, k=5)
+    best, scores = rank(answers, answer_mask, questions(), mask, k=5)
     wider = lambda x: jnp.pad(x, ((0, 0), (0, 3)))
     for other in (
-        apply("rank_answers", wider(answers), wider(answer_mask), questions(), mask, k=5),
-        apply("rank_answers", answers, answer_mask, kv_of(img, wider(ids), wider(mask)), wider(mask), k=5),
+        rank(wider(answers), wider(answer_mask), questions(), mask, k=5),
+        rank(answers, answer_mask, kv_of(img, wider(ids), wider(mask)), wider(mask), k=5),
     ):
         np.testing.assert_array_equal(best, other[0])
         np.testing.assert_allclose(scores, other[1], rtol=1e-5)
-    alone = apply(
-        "rank_answers", answers, answer_mask, kv_of(img[1:2], ids[1:2, :3], mask[1:2, :3]), mask[1:2, :3], k=5
-    )
+    alone = rank(answers, answer_mask, kv_of(img[1:2], ids[1:2, :3], mask[1:2, :3]), mask[1:2, :3], k=5)
     np.testing.assert_array_equal(best[1], alone[0][0])
     np.testing.assert_allclose(scores[1], alone[1][0], rtol=1e-5)
 
@@ -266,15 +271,15 @@ def test_ties_fall_to_the_earlier_candidate_and_k_is_clipped():
         seen.append(rows.shape)
         return (rows[:, 1] == 5).astype(jnp.float32)
 
-    best, scores = rank(first, score, ids, ids >= 0, 3)
+    best, scores = choose(first, score, ids, ids >= 0, 3)
     np.testing.assert_array_equal(best, [[0, 1, 3], [0, 2, 1]])  # of question 0 both with 6 and the first with 5
     np.testing.assert_array_equal(scores, [[1, 0, 0], [1, 1, 0]])
-    best, _ = rank(first, lambda rows, mask: jnp.zeros(len(rows)), ids, ids >= 0, 128)
+    best, _ = choose(first, lambda rows, mask: jnp.zeros(len(rows)), ids, ids >= 0, 128)
     np.testing.assert_array_equal(best, [[0, 1, 2, 3, 4]] * 2)
     assert seen == [(6, 3)]
     for bad in (dict(k=0, ids=ids), dict(k=1, ids=ids[:0]), dict(k=1, ids=ids[:, :1])):
         with pytest.raises(ValueError, match="at least one candidate"):
-            rank(first, score, bad["ids"], bad["ids"] >= 0, bad["k"])
+            choose(first, score, bad["ids"], bad["ids"] >= 0, bad["k"])
 
 
 def test_cached_decoding_equals_the_uncached_with_and_without_mask():
@@ -318,9 +323,7 @@ def test_bfloat16_computes_and_gives_float32_logits():
         cfg.model.dtype = "bfloat16"
     low, (model, params, _, (img, ids, mask)) = build(cfg), world()
     answers, answer_mask = candidates(np.random.default_rng(8))
-    ranked = lambda m, p: m.apply(
-        {"params": p}, answers, answer_mask, asked(m, p, img, ids, mask), mask, method="rank_answers"
-    )
+    ranked = lambda m, p: rank_answers(m, p, answers, answer_mask, asked(m, p, img, ids, mask), mask)
     scores, exact = (jax.jit(lambda p: ranked(m, p)[1])(params) for m in (low, model))
     assert scores.dtype == jnp.float32 and np.isfinite(scores).all()
     np.testing.assert_allclose(np.sort(scores), np.sort(exact), rtol=0.1)
@@ -329,8 +332,8 @@ def test_bfloat16_computes_and_gives_float32_logits():
 def test_mesh_changes_nothing():
     model, params, apply, (img, ids, mask) = world()
     answers, answer_mask = candidates(np.random.default_rng(9), 8)
-    run = lambda p, img, ids, mask: model.apply(
-        {"params": p}, answers, answer_mask, asked(model, p, img, ids, mask), mask, k=5, method="rank_answers"
+    run = lambda p, img, ids, mask: rank_answers(
+        model, p, answers, answer_mask, asked(model, p, img, ids, mask), mask, k=5
     )
     best, scores = jax.jit(run)(params, img, ids, mask)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from world.runs import write_config
 from world.processes import ROOT, Pod, Server, free_port
+from world.runs import write_config
 
 from blip_jax.parallel import peers, processes, sharding
 from blip_jax.parallel.peers import Place

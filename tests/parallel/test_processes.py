@@ -17,9 +17,9 @@ import sys
 import time
 
 import pytest
-from world.runs import rows, write_config
 from world.capfilt import save_models, settings, tree
 from world.processes import ROOT, Pod, Server
+from world.runs import rows, write_config
 
 from blip_jax import checkpoint
 from blip_jax.capfilt.run import run as capfilt

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blip_jax import checkpoint, config, trees
+from blip_jax.console import plain
 from blip_jax.models.blip import Blip
 from blip_jax.tasks import step
 from blip_jax.train import loop, start
@@ -128,7 +129,7 @@ def pretrained(tiny_cfg, tmp_path):
     tiny_cfg.train.steps = 2
     run = loop.prepare(tiny_cfg, tmp_path / "pretrained")
     with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
-        checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, {})
+        checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, plain(run.cfg))
     return run.workdir
 
 
@@ -199,7 +200,10 @@ def test_parameters_of_another_vocabulary_are_refused(tiny_cfg, pretrained, tmp_
     (tmp_path / "other.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
     cfg = fine_tuning(tiny_cfg, "caption", pretrained)
     cfg.text.vocab = str(tmp_path / "other.txt")
-    with pytest.raises(ValueError, match=f"trained with another vocabulary.*set text.vocab={pretrained / 'vocab.txt'}"):
+    with pytest.raises(
+        ValueError,
+        match=f"trained with another vocabulary than .*other.txt: set text.vocab .--vocab. to {pretrained / 'vocab.txt'}",
+    ):
         loop.fit(cfg, tmp_path / "run")
 
 

@@ -3,7 +3,6 @@
 A captioner, which starts in half the time; a pre-training with momentum and queue is killed in test_processes.py.
 """
 
-import json
 import os
 import pathlib
 import random

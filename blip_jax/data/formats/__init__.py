@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from blip_jax.data.formats.array_record import ArrayRecords
 from blip_jax.data.formats.json import JsonRows
 from blip_jax.data.formats.tar import TarShards

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import pathlib
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,7 +21,8 @@ ALPHABET = 1000  # characters of a trained vocabulary, as in BERT's own
 
 
 class Tokenizer:
-    """BERT's uncased WordPiece with [DEC] and [ENC]. Attributes: vocab_size and the ids pad, unk, cls, sep, dec, enc.
+    """BERT's uncased WordPiece with [DEC] and [ENC]. Attributes: path, vocab_size and the ids pad, unk, cls, sep, dec,
+    enc.
 
     `path` is a vocab.txt (one token a line, the line number is the id) or a tokenizer.json. Text is only text: "[SEP]"
     inside a caption is not the special token. Raises ValueError for a file that is neither or that lacks a special
@@ -38,7 +41,7 @@ class Tokenizer:
         tok.no_padding()
         tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in EXTRA])
         tok.encode_special_tokens = True
-        self._tok = tok
+        self._tok, self.path = tok, path
         self.vocab_size = tok.get_vocab_size(with_added_tokens=True)
         self.pad, self.unk, self.cls, self.sep = (tok.token_to_id(t) for t in SPECIAL[:4])
         self.dec, self.enc = (tok.token_to_id(t) for t in EXTRA)
@@ -46,6 +49,13 @@ class Tokenizer:
             raise ValueError(
                 f"text.vocab={str(path)!r} does not frame a text as [CLS] ... [SEP]: give the vocab.txt instead"
             )
+
+    @functools.cached_property
+    def crc(self) -> int:
+        """Checksum of all (id, token) pairs: the same for two files that mean one vocabulary, however it is
+        written down."""
+        tokens = sorted((i, token) for token, i in self._tok.get_vocab(with_added_tokens=True).items())
+        return zlib.crc32("\n".join(f"{i} {token}" for i, token in tokens).encode())
 
     def encode(self, texts: list[str], max_len: int) -> tuple[np.ndarray, np.ndarray]:
         """ids i32[n,T], mask bool[n,T] (True = real): "[CLS] ... [SEP]", cut to T = `max_len` and padded."""
@@ -71,7 +81,7 @@ class Tokenizer:
 
 def _from_lines(path: pathlib.Path) -> _Tokenizer:
     try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as e:
         raise ValueError(
             f"text.vocab={str(path)!r} is not UTF-8 text ({e}): give a vocab.txt with one token a line"

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
-from blip_jax.models.layers.cpu import single_cpu
-from blip_jax.models.layers.dense import DenseGeneral, stacked_as_bits
+from blip_jax.models.layers.dense import DenseGeneral
 from blip_jax.models.layers.norm import LayerNorm
 from blip_jax.parallel.sharding import constrain
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,23 +25,6 @@ REMAT = {
 def normalize_pixels(img):
     """u8[B,img_h,img_w,3] RGB -> f32 of the same shape, CLIP mean and standard deviation."""
     return (img.astype(jnp.float32) / 255.0 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-
-
-def encode_pixels(model, params, img):
-    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa or BlipNlvr, without dropout.
-
-    A single CPU takes a large batch some images at a time, so that what a layer leaves is still in the caches for the
-    next one.
-    """
-    encode = lambda img: model.apply({"params": params}, normalize_pixels(img), method="encode_image")
-    B, P = len(img), 1 + (model.img_size // model.vit_sizes["patch"]) ** 2
-    if single_cpu():
-        params = stacked_as_bits(params)
-    if not single_cpu() or B * P < 2 * CPU_ROWS:
-        return encode(img)
-    few = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(CPU_ROWS // P, 1))
-    img_tok = jax.lax.map(encode, img.reshape(B // few, few, *img.shape[1:]))
-    return img_tok.reshape(B, *img_tok.shape[2:])
 
 
 def resize_pos_embed(table, positions: int):

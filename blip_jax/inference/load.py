@@ -1,0 +1,109 @@
+"""A trained model from wherever it lies: our workdirs, the originals' files, Hugging Face folders, names on its hub."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from blip_jax import trees
+from blip_jax.convert import read
+from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.inference.batching import placed
+from blip_jax.models.blip import Blip
+from blip_jax.models.build import build
+
+NEEDS = {  # what is asked of a model -> the parts it takes, the checkpoints that have them
+    "caption": (("text decoder",), "a captioner or a pre-training checkpoint"),
+    "match": (("text encoder", "projections", "matching head"), "a retrieval or pre-training checkpoint"),
+    "answer": (("question encoder and answer decoder",), "a VQA checkpoint"),
+    "text and multimodal features": (("text encoder",), "a retrieval or pre-training checkpoint"),
+}
+
+
+class Loaded(NamedTuple):
+    """A trained model."""
+
+    model: Any  # a module of blip_jax.models
+    params: dict  # on the devices of a mesh, or NumPy f32
+    cfg: ConfigDict  # config.base with the checkpoint's objective, model and texts
+    tokenizer: Tokenizer
+    origin: str  # the checkpoint folder, file or Hugging Face folder
+
+    def parts(self) -> dict[str, bool]:
+        """Which parts there are beside the image encoder."""
+        blip = isinstance(self.model, Blip)
+        encoder = any("/self_attn/" in f"/{path}" for path, _ in trees.paths(self.params["med"]))
+        return {
+            "text decoder": blip and "lm_head" in self.params["med"],
+            "text encoder": blip and encoder,
+            "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
+            "matching head": "itm_head" in self.params,
+            "question encoder and answer decoder": "med_dec" in self.params,
+        }
+
+    def require(self, what: str, name: str = "") -> None:
+        """ValueError: the model lacks parts that `what`, a key of NEEDS, takes. name: of the setting that it comes
+        from."""
+        (needed, who), parts = NEEDS[what], self.parts()
+        if missing := [part for part in needed if not parts[part]]:
+            raise ValueError(
+                f"{name}{' is ' * bool(name)}{self.origin} ({self.cfg.objective}){', which' * bool(name)} cannot do {what}: it has "
+                f"no {' and no '.join(missing)}; give {who}"
+            )
+
+
+def load(
+    path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, vit_heads: int = 0, med_heads: int = 0
+) -> Loaded:
+    """The model of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name
+    on its hub.
+
+    Args:
+      mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
+        float32.
+      dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
+      vocab, vit_heads, med_heads: as in `convert.source.read`.
+    ValueError: `source.read`; initial weights, which are no model; a mesh that does not divide a parameter.
+    """
+    origin = read.locate(path)
+    found = read.read(origin, vocab=str(vocab), vit_heads=vit_heads, med_heads=med_heads, momentum=False)
+    params = found.state["params"]
+    if missing := [what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in params]:
+        raise ValueError(
+            f"{path} ({found.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
+            "give a trained model"
+        )
+    for note in found.notes if jax.process_index() == 0 else ():
+        print(f"{path}: {note}", file=sys.stderr)
+    cfg = found.cfg.copy_and_resolve_references().unlock()
+    cfg.model.dtype = dtype or cfg.model.dtype
+    if mesh is not None:
+        params = placed(params, mesh, cfg.model.dtype)
+    return Loaded(build(cfg), params, cfg.lock(), Tokenizer(found.vocab), str(origin))
+
+
+def read_for(cfg, origin, momentum: bool = False) -> read.Source:
+    """Any checkpoint, initial weights too, for a run of `cfg`: with its vocabulary, and its numbers of heads where a
+    file names none.
+
+    momentum: whether the momentum encoder and queues of a workdir are read, too.
+    ValueError: `source.read`, also where it was trained with another vocabulary than text.vocab.
+    """
+    m = cfg.model
+    heads = {"vit_heads": m.vit.heads, "med_heads": m.med.heads} if pathlib.Path(origin).is_file() else {}
+    return read.read(origin, vocab=cfg.text.vocab, momentum=momentum, **heads)
+
+
+def checksum(params: dict) -> int:
+    """crc32 of all parameters, NumPy arrays, with their names."""
+    crc = 0
+    for path, leaf in sorted(trees.paths(params), key=lambda p: p[0]):
+        crc = zlib.crc32(np.ascontiguousarray(leaf), zlib.crc32(path.encode(), crc))
+    return crc
