@@ -59,6 +59,13 @@ def dead_links(path: pathlib.Path, markdown: str) -> list[str]:
     return out
 
 
+def paths(markdown: str) -> set[str]:
+    """Files and folders of the project that the text names in code font; a word in capitals in them stands for any
+    name."""
+    named = re.findall(r"`((?:blip_jax|benchmarks|configs|docs|launch|tests)/[\w./-]*)`", FENCE.sub("", markdown))
+    return {name for name in named if not re.search(r"[A-Z]{4}", name.replace("README", ""))}
+
+
 def commands(markdown: str) -> list[list[str]]:
     """The command lines of the code blocks, each split into words, without `$`, variables set in front, and
     comments."""
@@ -124,6 +131,11 @@ def test_a_dead_link_is_found():
 @every_document
 def test_links_lead_somewhere(name):
     assert not dead_links(DOCUMENTS[name], text(name))
+
+
+@every_document
+def test_files_that_are_named_exist(name):
+    assert not [file for file in sorted(paths(text(name))) if not (ROOT / file).exists()]
 
 
 @every_document

@@ -386,7 +386,7 @@ def _mesh(mesh: Mesh | None) -> Mesh:
         return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
     if mesh.axis_names != sharding.MESH:
         raise ValueError(
-            f"mesh has the axes {mesh.axis_names}: make it with blip_jax.sharding.make_mesh(config.base().mesh)"
+            f"mesh has the axes {mesh.axis_names}: make it with blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
         )
     return mesh
 
