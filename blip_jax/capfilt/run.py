@@ -44,11 +44,11 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
 
     cfg: of config.capfilt; process, processes: this one and how many there are, by default JAX's. Every process is
     called with the same cfg and `out`, which all of them see; one that dies is replaced by calling again, with any
-    number. SIGTERM, or SIGINT once, ends after the batch and drops the unfinished shard.
-    Returns the summary (capfilt/tally.py), also in out/summary.json, once all shards are finished; before that
-    {"stopped": whether by a signal, "finished": shards, "shards": of so many}.
+    number. SIGTERM, or SIGINT once, ends after the batch and drops the unfinished shard. Returns the summary
+    (capfilt/tally.py), also in out/summary.json, once all shards are finished; before that {"stopped": whether by a
+    signal, "finished": shards, "shards": of so many}.
     ValueError: settings, checkpoints or data do not fit, or `out` was begun with others. OSError: `out` cannot be
-    written.
+      written.
     """
     settings.validate(cfg)
     process = jax.process_index() if process is None else process
@@ -71,8 +71,8 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
         keys.add_finished(shard)
     todo = [k for k in range(process, len(plan), processes) if k not in done]
     say(
-        f"capfilt: {sum(lengths.values())} records of {len(lengths)} sources in {len(plan)} shards, {len(done)} finished; "
-        f"process {process} of {processes} makes {len(todo)} on {mesh.size} devices of kind "
+        f"capfilt: {sum(lengths.values())} records of {len(lengths)} sources in {len(plan)} shards, {len(done)} "
+        f"finished; process {process} of {processes} makes {len(todo)} on {mesh.size} devices of kind "
         f"{mesh.devices.flat[0].device_kind}; captioner {captioner.origin}, filter {judge.origin}; output in {out}"
     )
     stopped = False
@@ -94,7 +94,7 @@ def models(cfg) -> tuple[Loaded, Loaded]:
     """Captioner and filter of a CapFilt config, on the host; one and the same where their checkpoints are.
 
     ValueError: a checkpoint that cannot be read or cannot do its work, vocabularies that differ, a prompt without room
-    behind it.
+      behind it.
     """
     captioner = load(cfg.captioner, dtype=cfg.dtype, vocab=cfg.text.vocab)
     same = read.locate(cfg.filter) == pathlib.Path(captioner.origin)
@@ -104,12 +104,13 @@ def models(cfg) -> tuple[Loaded, Loaded]:
     tokenizer = captioner.tokenizer
     if tokenizer.crc != judge.tokenizer.crc:
         raise ValueError(
-            f"captioner and filter have different vocabularies, {tokenizer.path} and {judge.tokenizer.path}: fine-tune both "
-            "from the same pre-training"
+            f"captioner and filter have different vocabularies, {tokenizer.path} and {judge.tokenizer.path}: fine-tune "
+            "both from the same pre-training"
         )
     if captioner.cfg.text.prompt != cfg.text.prompt:
         say(
-            f"capfilt: captions continue text.prompt={cfg.text.prompt!r}; the captioner was trained with {captioner.cfg.text.prompt!r}"
+            f"capfilt: captions continue text.prompt={cfg.text.prompt!r}; the captioner was trained with "
+            f"{captioner.cfg.text.prompt!r}"
         )
     prompt, method = len(programs.prompt_ids(tokenizer, cfg.text.prompt)), cfg.method
     room = captioner.cfg.model.med.positions
@@ -130,7 +131,8 @@ def _mesh(cfg) -> Mesh:
     devices, group = jax.local_devices(), cfg.mesh.fsdp * cfg.mesh.tensor
     if len(devices) % group:
         raise ValueError(
-            f"mesh.fsdp * mesh.tensor is {cfg.mesh.fsdp} * {cfg.mesh.tensor}: it must divide the {len(devices)} devices here"
+            f"mesh.fsdp * mesh.tensor is {cfg.mesh.fsdp} * {cfg.mesh.tensor}: it must divide the {len(devices)} "
+            "devices here"
         )
     shape = len(devices) // group, cfg.mesh.fsdp, cfg.mesh.tensor
     return Mesh(np.asarray(devices).reshape(shape), sharding.MESH, axis_types=(AxisType.Auto,) * 3)
@@ -162,8 +164,9 @@ class Devices:
         return made, self._view(self._judge_params, self._pixels(examples, self._judge.model.img_size))
 
     def score(self, seen, texts: list[list[str]]):
-        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture, given what was `seen` of these;
-        not waited for."""
+        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture, given what was `seen` of these; not
+        waited for.
+        """
         rows = [t for own in texts for t in own + [""] * (self.width - len(own))]
         ids, txt_mask = self._judge.tokenizer.encode(rows, self._judge.cfg.text.max_len)
         return self._score(
@@ -180,7 +183,8 @@ class Devices:
 
 def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iterator:
     """(Batch, rows of the decision table of each of its examples). The devices work a batch ahead of the host's
-    share."""
+    share.
+    """
 
     def scored(batch: Batch, made, seen):
         rows = _texts(batch, jax.device_get(made), tokenizer, devices.prompt_len, cfg.text.max_words)

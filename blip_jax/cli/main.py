@@ -70,10 +70,8 @@ def train(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
-    cfg, values = _config_and_flags(
-        argv,
-        checkpoint="workdir, checkpoint folder, .pth, Hugging Face folder or name; default: the newest of --workdir",
-    )
+    what = "workdir, checkpoint folder, .pth, Hugging Face folder or name; default: the newest of --workdir"
+    cfg, values = _config_and_flags(argv, checkpoint=what)
     from blip_jax.console import say
     from blip_jax.eval import recall
     from blip_jax.parallel import processes

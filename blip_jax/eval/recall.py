@@ -16,7 +16,8 @@ CHUNK = 1024  # rows of a score matrix handled at a time, to bound temporaries
 
 def shortlist(similarity: np.ndarray, k: int) -> np.ndarray:
     """bool[N,M]: True for the k largest entries of each row of f32[N,M]; equal values by lower column. k > M keeps
-    all."""
+    all.
+    """
     n, m = similarity.shape
     if k >= m:
         return np.ones((n, m), bool)

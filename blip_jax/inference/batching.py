@@ -56,8 +56,9 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
 
 
 def behind(items: Iterable) -> Iterator:
-    """Each item once the next has been made: what an item started on the devices goes on while the host looks at
-    the one before."""
+    """Each item once the next has been made: what an item started on the devices goes on while the host looks at the
+    one before.
+    """
     waiting = []
     for item in items:
         yield from waiting
@@ -70,9 +71,9 @@ def alone(function: Callable, mesh: Mesh, args: tuple, out: Any) -> Callable:
     part of the rows.
 
     No place waits for another, and what one computes does not depend on how many there are. args, out: the dimension
-    that counts the
-    rows, of each argument behind the parameters and of the result: trees of int, as prefixes of those of the arrays.
-    A place is one device, which holds the parameters whole, or the fsdp * tensor devices over which they are split.
+    that counts the rows, of each argument behind the parameters and of the result: trees of int, as prefixes of those
+    of the arrays. A place is one device, which holds the parameters whole, or the fsdp * tensor devices over which they
+    are split.
     """
     single = mesh.size == mesh.shape["data"]
     split = functools.partial(jax.tree.map, lambda dim: P(*[None] * dim, "data"))
@@ -91,8 +92,9 @@ class Runner:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        # the devices that rows are shared out over: sizes are multiples of it
-        self.unit = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.unit = (
+            mesh.shape["data"] * mesh.shape["fsdp"]
+        )  # the devices that rows are shared out over: sizes are multiples of it
         self._place = sharding.batch_sharding(mesh)
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
@@ -100,8 +102,9 @@ class Runner:
         return _put(padded(rows, size), self._place)
 
     def fetched(self, passes: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """(what it belongs to, NumPy arrays) of each (what it belongs to, arrays on the devices), one pass behind
-        (see `behind`)."""
+        """(what it belongs to, NumPy arrays) of each (what it belongs to, arrays on the devices), one pass behind (see
+        `behind`).
+        """
         for tag, out in behind((tag, self._whole(out)) for tag, out in passes):
             yield tag, jax.device_get(out)
 
@@ -133,7 +136,8 @@ class Runner:
 
     def size(self, n: int, limit: int) -> int:
         """Rows of a pass for n of them, at most about `limit`: one pass of `at_least` n, or several of one size, so
-        that nothing is compiled for a remainder and little for another n."""
+        that nothing is compiled for a remainder and little for another n.
+        """
         return min(at_most(limit, self.unit), at_least(n, self.unit))
 
     def _whole(self, out):

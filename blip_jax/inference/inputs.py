@@ -1,5 +1,6 @@
-"""Pictures and texts as callers give them: one or many, as path, bytes, PIL image or array. What is wrong is named
-by its place."""
+"""Pictures and texts as callers give them: one or many, as path, bytes, PIL image or array. What is wrong is named by
+its place.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def pictures(images) -> tuple[list[Picture], bool]:
 
 def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
     """u8[size,size,3] as evaluation sees it (data/image.py). ValueError: the picture's name and why it cannot be
-    used."""
+    used.
+    """
     given = picture.given
     try:
         if isinstance(given, (str, os.PathLike)):

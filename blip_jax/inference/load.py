@@ -50,13 +50,16 @@ class Loaded(NamedTuple):
 
     def require(self, what: str, name: str = "") -> None:
         """ValueError: the model lacks parts that `what`, a key of NEEDS, takes. name: of the setting that it comes
-        from."""
+        from.
+        """
         (needed, who), parts = NEEDS[what], self.parts()
         if missing := [part for part in needed if not parts[part]]:
-            raise ValueError(
-                f"{name}{' is ' * bool(name)}{self.origin} ({self.cfg.objective}){', which' * bool(name)} cannot do {what}: it has "
-                f"no {' and no '.join(missing)}; give {who}"
+            subject = (
+                f"{name} is {self.origin} ({self.cfg.objective}), which"
+                if name
+                else f"{self.origin} ({self.cfg.objective})"
             )
+            raise ValueError(f"{subject} cannot do {what}: it has no {' and no '.join(missing)}; give {who}")
 
 
 def load(

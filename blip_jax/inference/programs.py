@@ -105,8 +105,9 @@ def match(model, first_id: int | None = None) -> Callable:
 
 
 def rerank(model) -> Callable:
-    """(params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}: `match` of images
-    that were seen before."""
+    """(params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}: `match` of images that
+    were seen before.
+    """
 
     def rerank(params, img_tok, ids, txt_mask):
         kv = model.apply({"params": params}, img_tok, method="image_kv")
@@ -135,7 +136,8 @@ def score(model) -> Callable:
 # --- captions ---------------------------------------------------------------------------------------------------------
 class Method(NamedTuple):
     """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in
-    `generate.Sampling`."""
+    `generate.Sampling`.
+    """
 
     kind: str = "nucleus"  # nucleus | beam
     n: int = 1
@@ -186,8 +188,7 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
     def decode(params, kv, keys):
         B, n = images_in(kv), rows_per_image
         # stored as the products of the loop read it (B N H P and B N P H; on a CPU, whose small products are in
-        # float32, in that):
-        # else every token transposes and raises all of it again
+        # float32, in that): else every token transposes and raises all of it again
         dtype, wide = kv[0][0].dtype, jnp.float32 if single_cpu() else kv[0][0].dtype
         store = lambda k, v: (jnp.moveaxis(k, 1, -1).astype(wide), jnp.moveaxis(v, 1, 2).astype(wide))
         back = lambda k, v: (jnp.moveaxis(k, -1, 1).astype(dtype), jnp.moveaxis(v, 2, 1).astype(dtype))
@@ -228,7 +229,8 @@ def text_of(tokenizer, ids, prompt_len: int) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 def question_kv(model, params, img, ids, txt_mask):
     """What the answer decoder attends to, of a question ids i32[B,T], txt_mask bool[B,T] about each image
-    u8[B,S,S,3]."""
+    u8[B,S,S,3].
+    """
     apply = functools.partial(model.apply, {"params": params})
     kv = view(model, "kv")(params, img)["kv"]
     return apply(apply(ids, txt_mask, kv, method="encode_question"), method="question_kv")
@@ -313,7 +315,8 @@ def image_features(model, projected: bool) -> Callable:
 
 def text_features(model, projected: bool) -> Callable:
     """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], "text_embeds_proj": f32[B,T,E] if
-    `projected`}."""
+    `projected`}.
+    """
 
     def encode(blip, ids, txt_mask):
         return blip.med(ids, txt_mask)
@@ -328,7 +331,8 @@ def text_features(model, projected: bool) -> Callable:
 
 def multimodal_features(model) -> Callable:
     """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}, with [ENC]
-    first."""
+    first.
+    """
 
     def encode(blip, ids, txt_mask, kv):
         return blip.med(ids.at[:, 0].set(blip.enc_id), txt_mask, kv=kv)

@@ -51,7 +51,8 @@ def compiled(model) -> Compiled:
 
 class Scores(NamedTuple):
     """Score matrices f32[n_images, n_texts] of the readable images and their texts, and i64[n_texts], each text's
-    image."""
+    image.
+    """
 
     cosine: np.ndarray
     i2t: np.ndarray  # what images rank texts by: logit + cosine for each image's shortlist, else -100

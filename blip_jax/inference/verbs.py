@@ -28,8 +28,11 @@ from blip_jax.parallel import sharding
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
 LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with
-# of features -> whether it takes images, texts
-MODES = {"image": (True, False), "text": (False, True), "multimodal": (True, True)}
+MODES = {
+    "image": (True, False),
+    "text": (False, True),
+    "multimodal": (True, True),
+}  # of features -> whether it takes images, texts
 
 
 def from_pretrained(
@@ -292,7 +295,8 @@ class Pretrained:
         expect(
             start < how.max_length <= room,
             "max_length",
-            f"it must be more than the {start} tokens of the prompt with [DEC], and at most the model's {room} positions",
+            f"it must be more than the {start} tokens of the prompt with [DEC], and at most the model's {room} "
+            "positions",
         )
         expect(
             0 <= how.min_length <= how.max_length,
@@ -308,8 +312,8 @@ class Pretrained:
             raise ValueError("answers are given but method is 'generate': set method='rank', or leave them out")
         if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= self.cfg.model.med.positions:
             raise ValueError(
-                f"beams, min_length, max_length are {beams}, {min_length}, {max_length}: give at least 1 beam and lengths in "
-                f"order, more than 1 token and at most the model's {self.cfg.model.med.positions} positions"
+                f"beams, min_length, max_length are {beams}, {min_length}, {max_length}: give at least 1 beam and "
+                f"lengths in order, more than 1 token and at most the model's {self.cfg.model.med.positions} positions"
             )
         return beam.Beam(beams, min_length=min_length, max_length=max_length)
 
@@ -322,8 +326,9 @@ class Pretrained:
         ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
         k = min(k, len(answers))
         program = self._program(("rank", k), lambda: programs.ranking(self.model, k))
-        # the logits of k answers to each question of a pass are there at once
-        per_pass = min(self.batch, max(1, TEXTS * self.batch // k))
+        per_pass = min(
+            self.batch, max(1, TEXTS * self.batch // k)
+        )  # the logits of k answers to each question of a pass are there at once
         found = self._map(program, n, rows, per_pass, (ids, ans_mask))
         return [
             {"answer": answers[best[0]], "score": float(score[0])}
@@ -366,7 +371,8 @@ class Pretrained:
 
     def _tokens(self, texts: list[str], most: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """ids i32[n,T] and mask bool[n,T]; T is the bucket of the longest, cut to `most` tokens (0: those of
-        training)."""
+        training).
+        """
         most = most or self.cfg.text.max_len
         ids, txt_mask = self.tokenizer.encode(texts, most)
         T = min(at_least(int(txt_mask.sum(1).max()), LEAST_TOKENS), most)

@@ -131,7 +131,7 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
     ),
     (
         r"all-gather",
-        r"_encode_images|_embed_texts|_match",
+        r"jit\((view|embed|rerank)\)",
         "data.*",
         "features and scores",
         "every process of an evaluation keeps those of all images and texts",

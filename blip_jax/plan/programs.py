@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from blip_jax import config
+from blip_jax import config, trees
 from blip_jax.capfilt import settings
 from blip_jax.inference import programs
 from blip_jax.models import flops
 from blip_jax.models.blip import Blip
-from blip_jax.models.layers.dense import rounded
+from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
 from blip_jax.tasks import step as steps
@@ -126,11 +126,13 @@ def evaluate(cfg, mesh) -> list[Program]:
     params, place = _placed(shapes, sharding.shardings_for(shapes, mesh)), sharding.batch_sharding(mesh)
     array = lambda shape, dtype: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
     positions = (S // cfg.model.vit.patch) ** 2 + 1
+    # where the mesh reaches over several hosts, each gets all results
+    whole = {"out_shardings": NamedSharding(mesh, P())}
     img, ids, txt = array((S, S, 3), jnp.uint8), array((G, T), jnp.int32), array((G, T), jnp.bool_)
     tok = array((positions, cfg.model.vit.width), jnp.dtype(cfg.model.dtype))
     one, real = array((T,), jnp.int32), array((T,), jnp.bool_)
     make = lambda name, f, x, n: Program(
-        name, f, (params, *x), {}, B, n * B, 0.0, 0, {"parameters": params, "batch": x}
+        name, f, (params, *x), whole, B, n * B, 0.0, 0, {"parameters": params, "batch": x}
     )
     project = 2 * cfg.model.embed_dim * cfg.model.vit.width
     both = flops.filter_image(cfg.model, T, 1) - flops.filter_image(cfg.model, T, 1, itc=False)
@@ -230,7 +232,8 @@ def _rounded(cfg, place, dtype: str):
     """Shapes of a model's parameters as CapFilt keeps them on the devices of `place`, matrices in the dtype of the
     computation."""
     model = _model(cfg, dtype)
-    # `rounded` looks at the platform, which is not this host's
-    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
-        shapes = jax.eval_shape(lambda: rounded(train_state.init_params(cfg, model, jax.random.key(0)), model.dtype))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    return trees.nest(
+        (path, jax.ShapeDtypeStruct(x.shape, model.dtype if rounds(path) else x.dtype, sharding=place))
+        for path, x in trees.paths(shapes)
+    )
