@@ -18,9 +18,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
-from orbax.checkpoint._src.metadata.array_metadata_store import (
-    Store,  # keeps the kind of random keys; orbax exports no name of it
-)
 
 from blip_jax import trees
 
@@ -28,8 +25,6 @@ SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 # devices with copies of an array, so many at most, share its writing if each part has so many bytes; else one writes
 SLICE, WRITERS = 2**14, 64
-# OCDBT: kind, folder, file, offset, length
-STORED = re.compile(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)")
 
 
 def vocabulary(workdir, like="") -> pathlib.Path | None:
@@ -47,7 +42,7 @@ def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     """The checkpoints of `workdir`, created if missing; the `keep` newest stay. Close it (`with`) to finish saves."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     arrays = ocp.type_handlers.ArrayHandler(
-        array_metadata_store=Store(),
+        array_metadata_store=key_store(),
         min_slice_bytes_for_replica_parallel=SLICE,
         max_replicas_for_replica_parallel=WRITERS,
     )
@@ -57,6 +52,17 @@ def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
     handlers = {"state": state, "data": ocp.JsonCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(pathlib.Path(workdir).absolute() / SUBDIR, options=options, item_handlers=handlers)
+
+
+def key_store():
+    """What orbax keeps beside the arrays of a checkpoint, where it writes the kind of random keys.
+
+    Orbax makes one by default, but exports no name of it for handlers that others build; this is the only place that
+    reaches for it. What is lost without it, the kind of a key, tests/test_checkpoint.py compares.
+    """
+    from orbax.checkpoint._src.metadata.array_metadata_store import Store
+
+    return Store()
 
 
 def folders(workdir) -> dict[int, pathlib.Path]:
@@ -128,17 +134,29 @@ def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
         yield "manifest.ocdbt"
         return
     store, seen = ts.KvStore.open(f"file://{state}/").result(), set()
-    todo = [match.groups() for match in STORED.finditer(str(ts.ocdbt.dump(store).result()["versions"][-1]))]
+    todo = references(ts.ocdbt.dump(store).result()["versions"][-1])
     while todo:
         kind, base, name, offset, length = todo.pop()
         path = state / base / name
-        whole = path.is_file() and path.stat().st_size >= int(offset) + int(length)
+        whole = path.is_file() and path.stat().st_size >= offset + length
         if not whole and path not in seen:
             seen.add(path)
             yield str(path.relative_to(state))
         if whole and kind != "value":
             node = ts.ocdbt.dump(store, f"{kind}:{base}:{name}:{offset}:{length}").result()
-            todo += [match.groups() for match in STORED.finditer(str(node))]
+            todo += references(node)
+
+
+def references(node) -> list[tuple[str, str, str, int, int]]:
+    """(kind, folder, file, offset, length) of all that a node of tensorstore's database refers to, as `ts.ocdbt.dump`
+    describes it.
+
+    Where in the description they stand differs with the kind of the node and is documented nowhere, but each is one
+    string, kind:folder:file:offset:length; this is the only place that knows so. tests/test_private.py says when an
+    upgrade writes them otherwise.
+    """
+    found = re.findall(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)", str(node))
+    return [(kind, folder, name, int(offset), int(length)) for kind, folder, name, offset, length in found]
 
 
 def _named(names: list[str]) -> str:

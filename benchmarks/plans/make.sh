@@ -66,4 +66,4 @@ train scaling-v6e-paper-256 vitb_14m "2816 56320 11" --topology=v6e:16x16
 cd benchmarks/plans
 [[ ! -f vitb_14m_v6e-16x16_64-a-chip.json ]] || cp vitb_14m_v6e-16x16_64-a-chip.json scaling-v6e-64_a_chip-256.json  # one program
 cd ../..
-python -m blip_jax.bench.plans benchmarks/plans
+python benchmarks/plans.py benchmarks/plans

@@ -1,8 +1,7 @@
 """Images per second of the vision tower, `blip-jax bench encode`, and of CapFilt's filter, `blip-jax bench filter`.
 
-Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine. The peer is
-transformers' module
-with the same weights: the outputs of both must agree before they take turns.
+Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine. benchmarks/against.py
+sets them beside transformers.
 """
 
 from __future__ import annotations
@@ -21,9 +20,6 @@ from blip_jax.models.layers.dense import rounded
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
 
-# root mean square difference from the peer, of the outputs' standard deviation
-LIMIT = {"float32": 1e-3, "bfloat16": 0.2}
-
 
 class Settings(NamedTuple):
     """What is measured. Every combination of img_sizes (pixels) and dtypes; the rest holds for all."""
@@ -37,7 +33,6 @@ class Settings(NamedTuple):
     positions: int = 30  # filter: of each text
     rounds: int = 5
     threads: int = 0  # of each side on a CPU; 0: all cores
-    against: str = ""  # "transformers", or "" for ours alone
     trace: str = ""  # folder for a profile
 
 
@@ -81,11 +76,12 @@ class Ours:
         }
 
 
-def run(settings: Settings, command: str, out: str = "", say: Callable = print) -> dict:
+def run(settings: Settings, command: str, out: str = "", say: Callable = print, peer: Callable | None = None) -> dict:
     """Measures all combinations, says the figures, writes JSON to `out` where given; returns what is in it.
 
-    ValueError: fewer cores than threads, no multiple of the patch, too few text positions, an output folder that does
-    not exist, or a peer whose outputs differ. Where transformers is not installed the peer is left out, and said so.
+    peer: (settings, `Ours`, batch, job) -> (agreement, {name: job}), another program that does the same on one device;
+    it looks at what our `job` gives. ValueError: fewer cores than threads, no multiple of the patch, too few text
+    positions, an output folder that does not exist, or a peer whose outputs differ.
     """
     throughput.limit_threads(settings.threads)
     throughput.check_out(out)
@@ -94,8 +90,6 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print) 
         raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")
     if not 5 <= settings.positions <= most:
         raise ValueError(f"--positions={settings.positions}: texts have 5 to {most}, the positions of this model")
-    if settings.against and not throughput.installed("transformers", ("torch", "transformers"), say):
-        settings = settings._replace(against="")
     result = {
         "command": command,
         "workload": settings.workload,
@@ -107,39 +101,36 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print) 
     for img_size in settings.img_sizes:
         for dtype in settings.dtypes:
             say(f"{settings.workload}, {img_size} px, {dtype}:")
-            result["cases"].append(measure(settings, img_size, dtype, say) | {"memory": throughput.peak_memory()})
+            result["cases"].append(measure(settings, img_size, dtype, say, peer) | {"memory": throughput.peak_memory()})
             throughput.write(out, result)  # after each, so that a run that is stopped leaves what it has
     return result
 
 
-def measure(settings: Settings, img_size: int, dtype: str, say: Callable) -> dict:
+def measure(settings: Settings, img_size: int, dtype: str, say: Callable, peer: Callable | None = None) -> dict:
     """The case of one image size and dtype; with a peer on one device, else on all."""
     ours = Ours(settings, img_size, dtype)
-    mesh = sharding.make_mesh(config.base().mesh, jax.devices()[:1] if settings.against else None)
-    images, peer, agreed = settings.batch * mesh.size, None, {}
+    mesh = sharding.make_mesh(config.base().mesh, jax.devices()[:1] if peer else None)
+    images, agreed = settings.batch * mesh.size, {}
     batch = ours.batch(images)
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         args = jax.device_put(ours.weights, whole), jax.device_put(batch, sharding.batch_sharding(mesh))
         program, compile_s = throughput.compiled(jax.jit(ours.job), *args)
         jobs = {"ours": lambda: jax.block_until_ready(program(*args))}
-        if settings.against:
-            from blip_jax.bench.transformers_peer import Matcher
-
-            peer = Matcher(ours.config, jax.tree.map(np.asarray, ours.params), dtype, settings.threads)
-            jobs["transformers"] = peer.job(settings.workload, peer.inputs(batch))
-            agreed = agreement(jobs["ours"](), jobs["transformers"](), dtype)
+        if peer:
+            agreed, others = peer(settings, ours, batch, jobs["ours"])
             say("outputs agree: " + ", ".join(f"{name} within {x:.2g} of its deviation" for name, x in agreed.items()))
+            jobs |= others
         _, times = throughput.rounds(jobs, settings.rounds, say)
         if settings.trace:
             with throughput.trace(settings.trace, say):
                 throughput.seconds_of(jobs["ours"], throughput.TRACED)
     sides = {name: throughput.figures(t, images, ours.image_flops(), mesh.size) for name, t in times.items()}
-    ratios = {"transformers": throughput.ratio(times["transformers"], times["ours"])} if settings.against else {}
+    ratios = {name: throughput.ratio(t, times["ours"]) for name, t in times.items() if name != "ours"}
     for name, found in sides.items():
         say(f"{name}: {throughput.words(found)}")
-    if ratios:
-        say(f"ours is {ratios['transformers']:.2f} times as fast as transformers")
+    for name, ratio in ratios.items():
+        say(f"ours is {ratio:.2f} times as fast as {name}")
     return {
         "img_size": img_size,
         "dtype": dtype,
@@ -150,17 +141,3 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable) -> dic
         "ours_over": ratios,
         "agreement": agreed,
     }
-
-
-def agreement(ours: dict, theirs: dict, dtype: str) -> dict[str, float]:
-    """Root mean square difference of each output, of its standard deviation. ValueError: more than LIMIT."""
-    found = {}
-    for name, x in ours.items():
-        mine, peer = np.asarray(x, np.float32), theirs[name].float().cpu().numpy()
-        found[name] = float(np.sqrt(np.mean((mine - peer) ** 2)) / np.std(peer))
-        if not found[name] <= LIMIT[dtype]:
-            raise ValueError(
-                f"transformers with our weights is not our model: {name} differs by {found[name]:.2g} of its deviation, "
-                f"more than {LIMIT[dtype]:.2g}; times would not be comparable"
-            )
-    return found

@@ -177,14 +177,6 @@ def limit_threads(threads: int) -> None:
     os.sched_setaffinity(0, cores[: threads or None])
 
 
-def installed(peer: str, packages: tuple[str, ...], say: Callable) -> bool:
-    """Whether the packages of a peer are there; says which are not."""
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        say(f"skipped: the comparison with {peer}, not installed: {', '.join(missing)}; pip install -e '.[peers]'")
-    return not missing
-
-
 def check_out(out: str) -> None:
     """ValueError: --out names no file in a folder that exists."""
     if out and not pathlib.Path(out).resolve().parent.is_dir():

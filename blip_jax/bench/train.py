@@ -1,4 +1,4 @@
-"""Speed of the training step of any objective, `blip-jax bench train`; `bench/against.py` sets it beside PyTorch.
+"""Speed of the training step of any objective, `blip-jax bench train`; benchmarks/against.py sets it beside PyTorch.
 
 Input is synthetic, batches of random pixels and ids that lie on the devices already and texts as long as COCO's, or
 real: the config's own data, read while the step before runs. With `text.buckets` synthetic batches of each length are
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from blip_jax import config, console, trees
-from blip_jax.bench import lengths, throughput
+from blip_jax.bench import throughput
 from blip_jax.console import plain
 from blip_jax.data import windows
 from blip_jax.data.batches import TrainData
@@ -37,15 +37,39 @@ WINDOWS = 16  # that the shares of text lengths are taken from
 WARM_UP = 2  # steps after a program is compiled that do not count
 TEXT = {"pretrain": 30, "retrieval": 35, "caption": 40}  # positions, as the originals
 
+# positions -> captions: what 1151 captions of about 240 images of COCO's validation and test splits take in BERT's word
+# pieces with
+# [CLS] and [SEP], after the original's cleaning; 13.0 on average, half take at most 12, 1 in 70 more than 20
+COCO = {
+    9: 5,
+    10: 127,
+    11: 211,
+    12: 234,
+    13: 186,
+    14: 148,
+    15: 94,
+    16: 59,
+    17: 33,
+    18: 18,
+    19: 10,
+    20: 10,
+    21: 5,
+    22: 1,
+    23: 1,
+    25: 4,
+    26: 2,
+    28: 1,
+    29: 1,
+    30: 1,
+}
+
 
 class Settings(NamedTuple):
     """How it is measured; what is measured is a config."""
 
     steps: int = 10  # of each text length, without a peer
-    rounds: int = 3  # with a peer, in which all take turns
     threads: int = 0  # of each side on a CPU; 0: all cores
     input: str = "synthetic"  # or "real"
-    against: str = ""  # "torch", "torch-compile", or "" for ours alone
     trace: str = ""  # folder for a profile
 
 
@@ -76,7 +100,8 @@ class Program:
         create = functools.partial(train_state.create, cfg, self.model, self.tx)
         self.shapes = jax.eval_shape(create, jax.random.key(cfg.seed))
         self.shardings = sharding.shardings_for(self.shapes, mesh)
-        self.state = jax.jit(create, out_shardings=self.shardings)(jax.random.key(cfg.seed))
+        self.create = jax.jit(create, out_shardings=self.shardings)
+        self.state = self.create(jax.random.key(cfg.seed))
         self.step = jax.jit(
             steps.make_step(cfg, self.model, self.tx, EPOCH_STEPS), **steps.jit_arguments(self.shardings, mesh)
         )
@@ -141,13 +166,19 @@ def step_flops(cfg, T: int) -> float:
     return flops.STEPS[cfg.objective](cfg, T=T)["step"]
 
 
+def coco(rng: np.random.Generator, n: int) -> np.ndarray:
+    """i64[n]: text positions drawn from COCO."""
+    counts = np.array(list(COCO.values()))
+    return rng.choice(list(COCO), size=n, p=counts / counts.sum())
+
+
 def shares(cfg) -> dict[int, float]:
     """T -> share of the batches that are so long: of COCO-like texts, in windows of `text.bucket_window` batches."""
     if not len(cfg.text.buckets):
         return {cfg.text.max_len: 1.0}
     rng, Ts = np.random.default_rng(cfg.seed), []
     for _ in range(WINDOWS):
-        texts = np.minimum(lengths.coco(rng, cfg.text.bucket_window * cfg.train.batch), cfg.text.max_len)
+        texts = np.minimum(coco(rng, cfg.text.bucket_window * cfg.train.batch), cfg.text.max_len)
         Ts += windows.cut(texts, cfg.train.batch, cfg.text.buckets)[1].tolist()
     return {T: Ts.count(T) / len(Ts) for T in sorted(set(Ts))}
 
@@ -156,7 +187,7 @@ def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarra
     """A global batch of uniform pixels and random ids in texts of T positions, of which up to `longest` are real."""
     rng = np.random.default_rng(cfg.seed)
     B, size = cfg.train.batch, cfg.model.img_size
-    real = np.clip(lengths.coco(rng, B), 3, longest or T)
+    real = np.clip(coco(rng, B), 3, longest or T)
     txt_mask = np.arange(T) < real[:, None]
     ids = np.where(txt_mask, rng.integers(5, cfg.model.med.vocab_size - 2, (B, T)), 0).astype(np.int32)
     return {
@@ -168,24 +199,20 @@ def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarra
     }
 
 
-def run(cfgs: list, settings: Settings, command: str, out: str = "", say: Callable = console.say) -> dict:
+def run(
+    cfgs: list, settings: Settings, command: str, out: str = "", say: Callable = console.say, peer: Any = None
+) -> dict:
     """Measures the training step of each config, says it, writes JSON to `out` where given; returns what is in it.
 
-    ValueError: the config does not fit the devices, real input that is not there, fewer cores than threads, an output
-    folder that does not exist, or a peer that is not the same model. Where torch is not installed the peer is left out,
-    and said so.
+    A peer does the same step on one device: peer.configs(cfgs, settings) are ours as both run them, and peer.measure
+    takes the place of `measure`. ValueError: the config does not fit the devices, real input that is not there, fewer
+    cores than threads, an output folder that does not exist, or a peer that is not the same model.
     """
     throughput.limit_threads(settings.threads)
     throughput.check_out(out)
-    if settings.against:
-        from blip_jax.bench import against
-
-        against.check(cfgs, settings)
-        if not throughput.installed(settings.against, ("torch",), say):
-            settings = settings._replace(against="")
-    cfgs = [against.one_device(cfg) for cfg in cfgs] if settings.against else cfgs
+    cfgs = peer.configs(cfgs, settings) if peer else cfgs
     for cfg in cfgs:
-        config.validate(cfg, None, jax.process_count(), 1 if settings.against else jax.device_count())
+        config.validate(cfg, None, jax.process_count(), 1 if peer else jax.device_count())
     result = {
         "command": command,
         "workload": "train",
@@ -197,7 +224,7 @@ def run(cfgs: list, settings: Settings, command: str, out: str = "", say: Callab
     if note := throughput.memory_note():
         say(note)
     for cfg in cfgs:
-        case = against.measure(cfg, settings, say) if settings.against else measure(cfg, settings, say)
+        case = (peer.measure if peer else measure)(cfg, settings, say)
         result["cases"].append(case | {"memory": throughput.peak_memory(), "config": plain(cfg)})
         throughput.write(out, result)  # after each, so that a run that is stopped leaves what it has
     return result
@@ -227,7 +254,7 @@ def _batches(program: Program, settings: Settings):
     cfg = program.cfg
     if settings.input == "synthetic":
         share = shares(cfg)
-        yield [(part, _forever(program.place(random_batch(cfg, T)))) for T, part in share.items()]
+        yield [(part, forever(program.place(random_batch(cfg, T)))) for T, part in share.items()]
         return
     tokenizer = Tokenizer(cfg.text.vocab)
     config.validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
@@ -246,7 +273,8 @@ def _batches(program: Program, settings: Settings):
             yield [(None, (to_devices(x, program.mesh, cfg.optim.accumulate, rows, micro) for x in batches))]
 
 
-def _forever(batch: dict) -> Iterator[dict]:
+def forever(batch: dict) -> Iterator[dict]:
+    """The same batch again and again."""
     while True:
         yield batch
 

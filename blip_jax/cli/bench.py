@@ -1,5 +1,8 @@
 """blip-jax bench train | caption | filter | encode | input: flags become settings, settings go to one function of
-blip_jax/bench."""
+blip_jax/bench.
+
+`measure` also takes a peer, another program that does the same work; the product has none, benchmarks/against.py has.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,32 @@ def bench(argv: list[str], parse: Callable) -> int:
     what = argv[1] if argv[1:] else ""
     if what not in WORKLOADS:
         raise ValueError(f"blip-jax bench measures {', '.join(WORKLOADS)}, not {what or 'nothing'!r}")
-    return WORKLOADS[what]([f"bench {what}", *argv[2:]], parse, shlex.join(["blip-jax", *argv]))
+    return measure(what, argv[2:], parse, shlex.join(["blip-jax", *argv]))
 
 
-def _train(argv: list[str], parse: Callable, command: str) -> int:
+def measure(
+    what: str,
+    argv: list[str],
+    parse: Callable,
+    command: str,
+    more: Callable | None = None,
+    peer: Callable | None = None,
+) -> int:
+    """Measures a workload as `argv` says, with a peer where one is given; `command` is written beside the figures.
+
+    more(values): defines further flags; peer(values): from all flags, the peer that the workload's `run` takes.
+    """
+    values = flags.FlagValues()
+    if more:
+        more(values)
+    with_peer = lambda: {"peer": peer(values)} if peer else {}
+    return WORKLOADS[what]([f"bench {what}", *argv], values, parse, command, with_peer)
+
+
+def _train(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
     from blip_jax.bench import train
 
-    values, default = flags.FlagValues(), train.Settings()
+    default = train.Settings()
     with_config = any(re.match(r"--?config(=|$)", arg) for arg in argv)
     if with_config:
         config_flags.DEFINE_config_file(
@@ -40,8 +62,8 @@ def _train(argv: list[str], parse: Callable, command: str) -> int:
     flags.DEFINE_integer("batch", 8, "global", lower_bound=1, flag_values=values)
     flags.DEFINE_list("buckets", [], "text lengths, as 12,16,20,30", flag_values=values)
     flags.DEFINE_enum("input", default.input, ["synthetic", "real"], "real: the data of --config", flag_values=values)
-    _numbers(values, default, steps="timed steps of each text length", rounds="with a peer, in which all take turns")
-    _common(values, default, ["torch", "torch-compile"])
+    _numbers(values, default, steps="timed steps of each text length")
+    _common(values, default)
     parse(values, argv, required=())
     settings = train.Settings(**{name: getattr(values, name) for name in train.Settings._fields})
     if with_config:
@@ -61,7 +83,7 @@ def _train(argv: list[str], parse: Callable, command: str) -> int:
     from blip_jax.parallel import processes
 
     with processes.start():
-        train.run(cfgs, settings, command, values.out)
+        train.run(cfgs, settings, command, values.out, **with_peer())
     return 0
 
 
@@ -71,42 +93,42 @@ def _positions(text: str) -> int:
     return int(text)
 
 
-def _caption(argv: list[str], parse: Callable, command: str) -> int:
+def _caption(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
     from blip_jax.bench import caption
 
-    values, default = flags.FlagValues(), caption.Settings()
+    default = caption.Settings()
     _sizes(values, default)
     flags.DEFINE_multi_integer(
         "captions", list(default.captions), "per image; repeatable", lower_bound=1, flag_values=values
     )
     _numbers(values, default, batch="images", tokens="new tokens per caption", rounds="of which medians are taken")
-    _common(values, default, ["transformers"])
+    _common(values, default)
     parse(values, argv, required=())
-    caption.run(_settings(caption.Settings, values), command, values.out)
+    caption.run(_settings(caption.Settings, values), command, values.out, **with_peer())
     return 0
 
 
 def _inference(workload: str) -> Callable:
-    def run(argv: list[str], parse: Callable, command: str) -> int:
+    def run(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
         from blip_jax.bench import inference
 
-        values, default = flags.FlagValues(), inference.Settings(workload)
+        default = inference.Settings(workload)
         _sizes(values, default)
         _numbers(values, default, batch="images per device", rounds="in which all take turns")
         if workload == "filter":
             _numbers(values, default, texts="per image", positions="of each text")
-        _common(values, default, ["transformers"])
+        _common(values, default)
         parse(values, argv, required=())
-        inference.run(_settings(inference.Settings, values, workload=workload), command, values.out)
+        inference.run(_settings(inference.Settings, values, workload=workload), command, values.out, **with_peer())
         return 0
 
     return run
 
 
-def _input(argv: list[str], parse: Callable, command: str) -> int:
+def _input(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
     from blip_jax.bench import input
 
-    values, default = flags.FlagValues(), input.Settings()
+    default = input.Settings()
     _numbers(
         values,
         default,
@@ -135,11 +157,10 @@ def _numbers(values: flags.FlagValues, default, **help: str) -> None:
         flags.DEFINE_integer(name, getattr(default, name), text, lower_bound=1, flag_values=values)
 
 
-def _common(values: flags.FlagValues, default, peers: list[str]) -> None:
+def _common(values: flags.FlagValues, default) -> None:
     flags.DEFINE_integer(
         "threads", default.threads, "of each side on a CPU; 0: all cores", lower_bound=0, flag_values=values
     )
-    flags.DEFINE_enum("against", "", ["", *peers], "the peer", flag_values=values)
     flags.DEFINE_string("trace", "", "folder for a profile that TensorBoard and xprof open", flag_values=values)
     flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
 

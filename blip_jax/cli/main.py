@@ -41,8 +41,8 @@ USAGE = """usage: blip-jax <command> [flags]
   match     PICTURES --model=DIR --text=...          texts against pictures    a Hugging Face folder or a name on the hub
   answer    PICTURES --model=DIR --question=...      answers; of [--answers=FILE] the best of a list
   features  [PICTURES] --model=DIR [--text=...] --out=FILE.npz   states and embeddings; all four: [--json --batch= --dtype= --vocab=]
-  bench     train [--config=configs/x.py] [--against=torch]   speed of the training step: images/s, MFU, memory; benchmarks/README.md
-  bench     caption | filter | encode [--against=transformers] | input   speed of the other work; all: [--out=FILE.json --trace=DIR]
+  bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory; benchmarks/README.md
+  bench     caption | filter | encode | input        speed of the other work; all: [--out=FILE.json --trace=DIR]
   plan      --config=configs/x.py --topology=v5e:4x8   memory, collectives and best speed on a TPU slice that is not here
             [--slices=N --search --workload=evaluate --exact --out=FILE.json; CapFilt: --captioner=CONFIG --filter=CONFIG]
   demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report

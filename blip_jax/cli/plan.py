@@ -1,4 +1,4 @@
-"""blip-jax plan: flags become a request, a request goes to bench/plan.py or bench/search.py."""
+"""blip-jax plan: flags become a request, a request goes to plan/plan.py or plan/search.py."""
 
 from __future__ import annotations
 

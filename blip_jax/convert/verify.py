@@ -3,14 +3,16 @@ transformers is there."""
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
+from typing import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import trees
-from blip_jax.convert import apply, torch_io
+from blip_jax.convert import apply, hf, hf_config, torch_io
 from blip_jax.convert.read import Source, find_family, narrow, read
 from blip_jax.convert.rules.blip import INITIAL
 from blip_jax.models.build import build
@@ -101,10 +103,10 @@ def _against_peer(source: Source) -> None:
             f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared only"
         )
         return
-    try:
-        from blip_jax.bench import transformers_peer
-    except ImportError as e:
-        print(f"  not run: transformers' model ({e}; pip install 'blip-jax[peers]'), so tensors were compared only")
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        print(
+            f"  not run: transformers' model (no {' and no '.join(missing)}; pip install 'blip-jax[peers]'), so tensors were compared only"
+        )
         return
     model = source.cfg.model
     rng = np.random.default_rng(0)
@@ -112,7 +114,7 @@ def _against_peer(source: Source) -> None:
     ids = rng.integers(5, model.med.vocab_size - 2, (2, min(12, model.med.positions))).astype(np.int32)
     ids[:, 0] = FIRST_ID
     for half in PEERS[source.family]:
-        theirs = transformers_peer.outputs(half, model, source.state["params"], img, ids)
+        theirs = _peer_outputs(half, model, source.state["params"], img, ids)
         ours = _outputs(half, source, img, ids)
         for name, want in theirs.items():
             difference, largest = np.abs(ours[name] - want).max(), max(1.0, np.abs(want).max())
@@ -123,8 +125,54 @@ def _against_peer(source: Source) -> None:
                 raise ValueError(f"{name} of transformers' model differs by {difference:.2e}: more than rounding")
 
 
+def _peer_outputs(half: str, model, params: Mapping, img: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What transformers' model with our parameters makes of random input: name -> f32.
+
+    half: caption | itm | vqa; model: our `cfg.model`; img: normalised f32[B,S,S,3]; ids: i32[B,T], all real; decoders
+    begin with [DEC] in the place of the first. ValueError: transformers' model has other tensors.
+    """
+    import torch
+    import transformers
+
+    names = {
+        "caption": "BlipForConditionalGeneration",
+        "itm": "BlipForImageTextRetrieval",
+        "vqa": "BlipForQuestionAnswering",
+    }
+    tensors = apply.to_torch(half, {"params": params}, vocab_size=model.med.vocab_size)
+    sizes = transformers.BlipConfig.from_dict(hf_config.model_json(half, model, sep=0, pad=0))
+    net = getattr(transformers, names[half])(sizes).eval()
+    missing, unexpected = net.load_state_dict(
+        {hf.to_hf(k): torch.from_numpy(x) for k, x in tensors.items()}, strict=False
+    )
+    if missing or any("decoder.weight" not in k and "decoder.bias" not in k for k in unexpected):
+        raise ValueError(f"transformers' {names[half]} lacks {missing} and does not know {unexpected}")
+
+    pixels, ids = (
+        torch.from_numpy(np.ascontiguousarray(img.transpose(0, 3, 1, 2))),
+        torch.from_numpy(ids.astype(np.int64)),
+    )
+    decoded = torch.cat([torch.full_like(ids[:, :1], model.med.vocab_size - 2), ids[:, 1:]], dim=1)
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        if half == "caption":
+            out = {"caption logits": net(pixel_values=pixels, input_ids=decoded, attention_mask=mask).logits[:, :-1]}
+        elif half == "itm":
+            scores = [
+                net(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_itm_head=head)[0]
+                for head in (True, False)
+            ]
+            out = dict(zip(("matching logits", "cosines"), scores))
+        else:
+            img_tok = net.vision_model(pixel_values=pixels)[0]
+            states = net.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=img_tok)[0]
+            answers = net.text_decoder(input_ids=decoded, attention_mask=mask, encoder_hidden_states=states)
+            out = {"question states": states, "answer logits": answers.logits[:, :-1]}
+    return {name: x.numpy() for name, x in out.items()}
+
+
 def _outputs(half: str, source: Source, img: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What `peer.outputs` gives, of our model."""
+    """What `_peer_outputs` gives, of our model."""
     model, params, mask = build(source.cfg), source.state["params"], np.ones(ids.shape, bool)
     V = source.cfg.model.med.vocab_size
 

@@ -191,7 +191,9 @@ def hold_aborts() -> None:
     """Lets a thread that aborts the process sleep some seconds first.
 
     JAX aborts within a millisecond when its coordination service, in process 0, is gone: too soon for `Lifeline` to say
-    what happened and to choose the exit status. The handler is C's sleep(), called with the number of the signal, 6.
+    what happened and to choose the exit status. The handler is C's sleep(), called with the number of the signal, 6:
+    Python's own handlers run in the main thread, which may wait in a collective for ever. tests/test_private.py says
+    when a thread's abort is no longer held up.
     """
     c = ctypes.CDLL(None)
     c.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)

@@ -58,6 +58,27 @@ def _placed(shapes, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def create(cfg, mesh) -> Program:
+    """The creation of the state that `train` steps on, as a new run jits it."""
+    model, (tx, _) = Blip.from_config(cfg.model), optim.make(cfg, 1)
+    make = functools.partial(train_state.create, cfg, model, tx)
+    key = jax.eval_shape(lambda: jax.random.key(cfg.seed))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
+    shapes = jax.eval_shape(make, key)
+    shardings = sharding.shardings_for(shapes, mesh)
+    return Program(
+        "creation of the state",
+        make,
+        (key,),
+        {"out_shardings": shardings},
+        0,
+        0.0,
+        0.0,
+        0,
+        {"state": _placed(shapes, shardings)},
+    )
+
+
 def train(cfg, mesh) -> list[Program]:
     """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.fit` jits it."""
     if cfg.objective not in steps.LOSSES:

@@ -12,14 +12,26 @@ import time
 import jax
 import jax.numpy as jnp
 
-# tensorboardX imports torch where that is installed, for which a run would wait and of which scalars need nothing
-if hidden := "torch" not in sys.modules:
-    sys.modules["torch"] = None
-try:
-    import tensorboardX
-finally:
+
+def tensorboard():
+    """The module tensorboardX, imported without torch.
+
+    It imports torch where that is installed, for which a run would wait some seconds, and of which scalars need
+    nothing. A module that is None in sys.modules cannot be imported, and tensorboardX then does without; a test of the
+    training loop says when that changes.
+    """
+    hidden = "torch" not in sys.modules
     if hidden:
-        del sys.modules["torch"]
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
+
+
+tensorboardX = tensorboard()
 
 
 def zeros(names) -> dict:

@@ -2,11 +2,11 @@
 
 import functools
 
+import fullsize
 import jax
 import jax.numpy as jnp
 import pytest
 
-from blip_jax.bench import fullsize
 from blip_jax.models import flops
 
 

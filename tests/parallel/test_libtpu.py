@@ -21,7 +21,7 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from blip_jax import config, libtpu, sharding
-from blip_jax.bench import aot, chips, hlo
+from blip_jax.plan import aot, chips, hlo
 
 found = {"meshes": [], "sums": {}}
 cfg = config.base().mesh.unlock()

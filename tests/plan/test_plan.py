@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from blip_jax import config
-from blip_jax.bench import plans
 from blip_jax.cli import main
 from blip_jax.plan import aot, chips, plan, programs, search
 
@@ -327,25 +326,6 @@ def test_programs_keep_no_arrays():
     assert config.base().mesh.data == -1 and plan.mesh_shape(cfg, chips.topology("v5e:2x2")) == (4, 1, 1)
 
 
-def test_plans_together_make_a_table_and_a_chart(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(aot, "installed", lambda: False)
-    folder = tmp_path / "plans"
-    for shape, chips_ in (("2x2", 4), ("4x4", 16)):
-        made = plan.make(plan.request(of(files("pretrain")), chips.topology(f"v5e:{shape}")))
-        made["programs"][0]["seconds"]["interconnect"] = made["programs"][0]["seconds"]["compute"] * chips_ / 8
-        plan.save(made, folder / f"scaling-v5e-{chips_}.json")
-    plans.main(str(folder))
-    table, chart = (folder / "README.md").read_text(), (tmp_path / "scaling.svg").read_text()
-    assert (
-        "| scaling-v5e-16 | v5e:4x4 | 16 × 1 × 1 | 1 |" in table
-        and ", interconnect |" in table
-        and ", compute |" in table
-    )
-    assert chart.count("<circle") == 2 and "4 chips" in chart and chart.startswith("<svg xmlns")
-    with pytest.raises(ValueError, match="holds no plan"):
-        plans.read(tmp_path / "none")
-
-
 @pytest.mark.parametrize("remat", search.REMAT)
 def test_what_remat_repeats_is_counted(remat):
     """In float32, whose products on a CPU are those of a TPU in bfloat16."""
@@ -365,3 +345,14 @@ def test_capfilts_parameters_are_planned_as_its_devices_keep_them(platform, dtyp
     )
     params = programs._rounded(cfg, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), "bfloat16")
     assert params["vit"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == dtype
+
+
+def test_the_creation_of_a_state_is_a_program_and_makes_what_the_step_takes():
+    cfg = config_of(CONFIG.format(more="pass"))
+    request = plan.request(cfg, chips.topology("v5e:2x2"))
+    mesh = jax.sharding.AbstractMesh(
+        request.mesh, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
+    made, (step,) = programs.create(cfg, mesh), programs.train(cfg, mesh)
+    assert jax.eval_shape(made.function, *made.args) == jax.eval_shape(lambda state: state, step.args[0])
+    assert made.jit["out_shardings"] == jax.tree.map(lambda x: x.sharding, step.args[0])

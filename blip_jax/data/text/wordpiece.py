@@ -93,7 +93,16 @@ def _from_lines(path: pathlib.Path) -> _Tokenizer:
             f"text.vocab={str(path)!r} holds tokens twice, such as {twice[:3]}: ids would be ambiguous; remove them"
         )
     _require_special(vocab, path)
-    return BertWordPieceTokenizer(vocab, lowercase=True)._tokenizer
+    return _bert(vocab)
+
+
+def _bert(vocab: dict[str, int] | None = None) -> _Tokenizer:
+    """BERT's uncased WordPiece; without a vocabulary, one that can be trained.
+
+    The library's own class has no `encode_special_tokens` and no trainer to choose: what it builds is taken out as it
+    would be saved.
+    """
+    return _Tokenizer.from_str(BertWordPieceTokenizer(vocab, lowercase=True).to_str())
 
 
 def _from_json(path: pathlib.Path) -> _Tokenizer:
@@ -124,7 +133,7 @@ def train_vocab(captions: Iterable[str], size: int, path: str | pathlib.Path) ->
     [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the tokenizer then has size + 2 ids. ValueError: the
     characters alone need more lines than `size`, or there is no text.
     """
-    tok = BertWordPieceTokenizer(lowercase=True)._tokenizer
+    tok = _bert()
     words: collections.Counter = collections.Counter()
     for caption in captions:
         normal = tok.normalizer.normalize_str(plain_text(caption)[0])

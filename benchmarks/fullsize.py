@@ -1,4 +1,4 @@
-"""Full size really runs: `python -m blip_jax.bench.fullsize` prints what it measured and what the formulas say.
+"""Full size really runs: `python benchmarks/fullsize.py` prints what it measured and what the formulas say.
 
 ViT-B/16 at 224 pixels takes three real pre-training steps (batch 8, float32, queue 57600, random pixels, texts of
 caption length) on the devices there are: some minutes and 12 GB on two CPU cores. ViT-L/16 is traced and lowered, not

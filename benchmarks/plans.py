@@ -1,5 +1,5 @@
-"""What a folder of plans says together: a table in Markdown and a chart of scaling. `python -m
-blip_jax.bench.plans benchmarks/plans`."""
+"""What a folder of plans says together: a table in Markdown and a chart of scaling. `python benchmarks/plans.py
+benchmarks/plans`."""
 
 from __future__ import annotations
 

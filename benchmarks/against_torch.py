@@ -1,5 +1,4 @@
-"""The training step beside the same step in PyTorch, in one run in which they take turns; `bench/torch_step.py` is the
-peer.
+"""The training step beside the same step in PyTorch, in one run in which they take turns; torch_step.py is the peer.
 
 Both start from the same parameters, see the same pictures and texts, and their losses must agree before anything is
 timed. The peer pads texts to `text.max_len`, as the original does; ours does the same, and with `text.buckets` also
@@ -16,6 +15,8 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+import torch_step
 
 from blip_jax.bench import throughput, train
 from blip_jax.convert.apply import to_torch
@@ -30,32 +31,67 @@ from blip_jax.train import state as train_state
 LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference of a loss
 
 
+class Peer:
+    """The step in PyTorch, as `blip_jax.bench.train.run` takes a peer. `compiled`: through torch.compile."""
+
+    def __init__(self, name: str, compiled: bool, rounds: int):
+        self.name, self.compiled, self.rounds = name, compiled, rounds
+
+    def configs(self, cfgs: list, settings) -> list:
+        """The configs on one device. ValueError: what cannot be compared, before anything is built."""
+        check(cfgs, settings)
+        return [one_device(cfg) for cfg in cfgs]
+
+    def measure(self, cfg, settings, say: Callable) -> dict:
+        """The case of one config of `configs`: figures of both sides, and how many times as fast ours is."""
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as JAX multiplies float32 on a GPU by default
+        mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+        share, longest = train.shares(cfg), cfg.text.max_len
+
+        with jax.set_mesh(mesh):
+            program = train.Program(cfg, mesh)
+            say(train.describe(program))
+            peer = stepping(program, self.compiled)
+            agreement = agree(program, peer, sorted({min(share), longest}), say)
+
+            whole = train.random_batch(cfg, longest, longest=min(share))  # texts that fit every length
+            theirs = peer.batch(whole["img"], whole["ids"], whole["txt_mask"])
+            jobs = {self.name: functools.partial(wait, peer, theirs)}
+            for T in sorted({*share, longest}, reverse=True):
+                jobs[f"ours, {T} positions"] = functools.partial(program.run, program.place(cut(whole, T)))
+            _, times = throughput.rounds(jobs, self.rounds, say)
+
+            if settings.trace:
+                train.profile(program, train.forever(program.place(whole)), settings.trace, say)
+        return figures(program, times, share, self.name, say) | {"agreement": agreement}
+
+
+def stepping(program: train.Program, compiled: bool) -> torch_step.Step:
+    """The PyTorch step that starts from the program's state, on the same device."""
+    host = lambda tree: jax.tree.map(np.asarray, tree)
+    state = {"params": host(program.state.all_params), "momentum": host(program.state.momentum)}
+    tensors = to_torch("pretrain", state, vocab_size=program.cfg.model.med.vocab_size, consume=True)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    return torch_step.Step(program.cfg, tensors, device, compiled, program.cfg.model.dtype)
+
+
 def check(cfgs: list, settings) -> None:
-    """ValueError: what cannot be compared, before anything is built."""
+    """ValueError: what cannot be compared."""
     if found := [problem for cfg in cfgs for problem in problems(cfg)]:
         raise ValueError(
-            f"--against={settings.against}: the PyTorch step is the original's on one device, which this config is not: "
-            + "; ".join(found)
+            "the PyTorch step is the original's on one device, which this config is not: " + "; ".join(found)
         )
     if settings.input != "synthetic":
-        raise ValueError(
-            f"--against={settings.against} with --input={settings.input}: both sides take turns on the same batch; leave "
-            "--input away"
-        )
+        raise ValueError(f"--input={settings.input}: both sides take turns on the same batch; leave --input away")
     if jax.process_count() > 1:
-        raise ValueError(
-            f"--against={settings.against} in {jax.process_count()} processes: the peer runs on one device; start one process"
-        )
+        raise ValueError(f"{jax.process_count()} processes: the PyTorch step runs on one device; start one process")
     backend = jax.default_backend()
     if backend not in ("cpu", "gpu"):
-        raise ValueError(
-            f"--against={settings.against} on a {backend}: PyTorch must run on the same device; use a CPU or a GPU"
-        )
+        raise ValueError(f"PyTorch must run on the same device, which is a {backend}: use a CPU or a GPU")
     if backend == "gpu" and os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("0", "false"):
-        raise ValueError(
-            f"--against={settings.against}: JAX has taken most of the GPU's memory for itself; set "
-            "XLA_PYTHON_CLIENT_PREALLOCATE=false"
-        )
+        raise ValueError("JAX has taken most of the GPU's memory for itself: set XLA_PYTHON_CLIENT_PREALLOCATE=false")
 
 
 def problems(cfg) -> list[str]:
@@ -75,44 +111,6 @@ def problems(cfg) -> list[str]:
     if cfg.loss.group_size not in (0, cfg.train.batch):
         found.append(f"loss.group_size is {cfg.loss.group_size}, must be 0 or the batch")
     return found
-
-
-def measure(cfg, settings, say: Callable) -> dict:
-    """The case of one config of `one_device`: figures of both sides, and how many times as fast ours is."""
-    import torch
-
-    from blip_jax.bench import torch_step
-
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as JAX multiplies float32 on a GPU by default
-    mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
-    share, longest = train.shares(cfg), cfg.text.max_len
-    host = lambda tree: jax.tree.map(np.asarray, tree)
-    with jax.set_mesh(mesh):
-        program = train.Program(cfg, mesh)
-        say(train.describe(program))
-        state = {"params": host(program.state.all_params), "momentum": host(program.state.momentum)}
-        peer = torch_step.Step(
-            cfg,
-            to_torch("pretrain", state, vocab_size=cfg.model.med.vocab_size, consume=True),
-            "cuda" if jax.default_backend() == "gpu" else "cpu",
-            settings.against == "torch-compile",
-            cfg.model.dtype,
-        )
-        agreement = agree(program, peer, sorted({min(share), longest}), say)
-        whole = train.random_batch(cfg, longest, longest=min(share))  # texts that fit every length
-        jobs = {
-            settings.against: functools.partial(
-                _wait, torch, peer, peer.batch(whole["img"], whole["ids"], whole["txt_mask"])
-            )
-        }
-        for T in sorted({*share, longest}, reverse=True):
-            jobs[f"ours, {T} positions"] = functools.partial(program.run, program.place(cut(whole, T)))
-        _, times = throughput.rounds(jobs, settings.rounds, say)
-        if settings.trace:
-            train.profile(program, train._forever(program.place(whole)), settings.trace, say)
-    return figures(program, times, share, settings.against, say) | {"agreement": agreement}
 
 
 def figures(program, times: dict[str, list], share: dict[int, float], peer: str, say: Callable) -> dict:
@@ -164,7 +162,7 @@ def agree(program, peer, Ts: list[int], say: Callable) -> dict:
         cfg.model.update(dropout=0.0, drop_path=0.0)
     batch = train.random_batch(cfg, max(Ts), longest=min(Ts))
     theirs = peer.evaluate(peer.batch(batch["img"], batch["ids"], batch["txt_mask"]), cfg.loss.alpha)
-    found = {"limit": LIMIT[cfg.model.dtype], peer_name(peer): theirs}
+    found = {"limit": LIMIT[cfg.model.dtype], "torch": theirs}
     ours = jax.jit(functools.partial(_losses, cfg, build(cfg)))
     for T in Ts:
         mine = {name: float(x) for name, x in ours(program.state, program.place(cut(batch, T))).items()}
@@ -180,10 +178,6 @@ def agree(program, peer, Ts: list[int], say: Callable) -> dict:
         + ", ".join(f"{name} {x:.5f}" for name, x in theirs.items())
     )
     return found
-
-
-def peer_name(peer) -> str:
-    return "torch-compile" if peer.compiled else "torch"
 
 
 def _losses(cfg, model, state: train_state.TrainState, batch: dict) -> dict:
@@ -221,7 +215,7 @@ def one_device(cfg):
     return cfg
 
 
-def _wait(torch, peer, batch) -> None:
+def wait(peer: torch_step.Step, batch: tuple) -> None:
     """One step of the peer, until it is done."""
     peer(batch, peer.cfg.loss.alpha, peer.cfg.optim.warmup_lr)
     if peer.device == "cuda":

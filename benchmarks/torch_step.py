@@ -1,4 +1,4 @@
-"""BLIP's pre-training step in plain PyTorch, the peer of `blip-jax bench train`; needs torch.
+"""BLIP's pre-training step in plain PyTorch, the peer of `python benchmarks/against.py train`; needs torch.
 
 Wired as the original is (paper section 3.2): each of the passes over an image - matching positives, two groups of
 negatives, language modelling - projects the image's keys and values for itself, matching computes every position of the
@@ -243,7 +243,7 @@ class Pretrain(nn.Module):
 class Step:
     """The training step: temperature clamped, momentum encoder moved, losses, gradients, AdamW, queue.
 
-    Args: cfg: a pre-training config that `against.check` lets pass; tensors: name -> array, as
+    Args: cfg: a pre-training config that `against_torch.check` lets pass; tensors: name -> array, as
       `to_torch("pretrain", ...)` gives them; device: "cpu" or "cuda"; compiled: through `torch.compile`; dtype of
       autocast.
     """

@@ -1,4 +1,4 @@
-"""transformers' BLIP with our weights, the peer of `bench/caption.py` and `bench/inference.py`; needs torch and
+"""transformers' BLIP with our weights, the peer of captioning, filter and vision tower; needs torch and
 transformers."""
 
 from __future__ import annotations
@@ -7,14 +7,12 @@ from typing import Callable, Mapping
 
 import numpy as np
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from blip_jax.convert.apply import to_torch
 from blip_jax.convert.hf import to_hf
 from blip_jax.convert.hf_config import model_json
 from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
-
-CLASSES = {"caption": BlipForConditionalGeneration, "itm": BlipForImageTextRetrieval, "vqa": BlipForQuestionAnswering}
 
 
 def peer_config(model, *, eos: int, pad: int) -> BlipConfig:
@@ -98,7 +96,7 @@ class Matcher:
         self.net, self.enc_id = self.net.to(self.device, getattr(torch, dtype)), model.med.vocab_size - 1
 
     def inputs(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        """A batch of `bench/inference.py` on the device, texts as rows b*G + g."""
+        """A batch of `blip_jax.bench.inference` on the device, texts as rows b*G + g."""
         out = {"img": _pixels(batch["img"]).to(self.net.dtype)}
         for name in ("ids", "txt_mask") if "ids" in batch else ():
             out[name] = torch.from_numpy(batch[name].reshape(-1, batch[name].shape[-1]).astype(np.int64))
@@ -141,34 +139,3 @@ def _pixels(img: np.ndarray) -> torch.Tensor:
     """u8[B,S,S,3] -> normalised f32[B,3,S,S]"""
     x = (img.astype(np.float32) / 255.0 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-
-
-@torch.inference_mode()
-def outputs(family: str, model, params: Mapping, img: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What transformers' model of a family (a key of CLASSES) with our parameters makes of random input: name -> f32.
-
-    model: our `cfg.model`; img: normalised f32[B,S,S,3]; ids: i32[B,T], all real; decoders begin with [DEC] in their
-    place.
-    """
-    tensors = to_torch(family, {"params": params}, vocab_size=model.med.vocab_size)
-    net = CLASSES[family](BlipConfig.from_dict(model_json(family, model, sep=0, pad=0))).eval()
-    missing, unexpected = net.load_state_dict({to_hf(k): torch.from_numpy(x) for k, x in tensors.items()}, strict=False)
-    if missing or any("decoder.weight" not in k and "decoder.bias" not in k for k in unexpected):
-        raise ValueError(f"transformers' {type(net).__name__} lacks {missing} and does not know {unexpected}")
-    pixels, ids = (
-        torch.from_numpy(np.ascontiguousarray(img.transpose(0, 3, 1, 2))),
-        torch.from_numpy(ids.astype(np.int64)),
-    )
-    decoded = torch.cat([torch.full_like(ids[:, :1], model.med.vocab_size - 2), ids[:, 1:]], dim=1)
-    mask = torch.ones_like(ids)
-    if family == "caption":
-        out = {"caption logits": net(pixel_values=pixels, input_ids=decoded, attention_mask=mask).logits[:, :-1]}
-    elif family == "itm":
-        score = lambda head: net(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_itm_head=head)[0]
-        out = {"matching logits": score(True), "cosines": score(False)}
-    else:
-        img_tok = net.vision_model(pixel_values=pixels)[0]
-        states = net.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=img_tok)[0]
-        answers = net.text_decoder(input_ids=decoded, attention_mask=mask, encoder_hidden_states=states)
-        out = {"question states": states, "answer logits": answers.logits[:, :-1]}
-    return {name: x.numpy() for name, x in out.items()}

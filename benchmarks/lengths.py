@@ -1,9 +1,4 @@
-"""Lengths of caption texts, and what text length buckets make of them: `python -m blip_jax.bench.lengths`.
-
-COCO counts the positions that captions take in BERT's word pieces with [CLS] and [SEP], after the original's cleaning:
-1151 captions of about 240 images of COCO's validation and test splits. 13.0 on average; half take at most 12, 1 in 70
-more than 20.
-"""
+"""What text length buckets make of texts as long as COCO's: `python benchmarks/lengths.py`."""
 
 from __future__ import annotations
 
@@ -12,38 +7,11 @@ import collections
 import numpy as np
 
 from blip_jax import config
+from blip_jax.bench.train import coco
 from blip_jax.data import windows
 from blip_jax.models import flops
 
-COCO = {
-    9: 5,
-    10: 127,
-    11: 211,
-    12: 234,
-    13: 186,
-    14: 148,
-    15: 94,
-    16: 59,
-    17: 33,
-    18: 18,
-    19: 10,
-    20: 10,
-    21: 5,
-    22: 1,
-    23: 1,
-    25: 4,
-    26: 2,
-    28: 1,
-    29: 1,
-    30: 1,
-}  # positions -> captions
 BUCKETS = (12, 16, 20, 30)  # of text.buckets
-
-
-def coco(rng: np.random.Generator, n: int) -> np.ndarray:
-    """i64[n]: lengths drawn from COCO."""
-    counts = np.array(list(COCO.values()))
-    return rng.choice(list(COCO), size=n, p=counts / counts.sum())
 
 
 def coco_step(cfg, seed: int = 0) -> float:
@@ -52,6 +20,7 @@ def coco_step(cfg, seed: int = 0) -> float:
 
 
 def main() -> None:
+    """Prints FLOPs a pair of the two sizes, padded and in buckets."""
     for size in ("base", "large"):
         cfg = config.base(size)
         with cfg.unlocked():

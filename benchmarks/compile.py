@@ -1,0 +1,298 @@
+"""What a compiler makes of pre-training for a device that is not here: `python benchmarks/compile.py --platform=h100
+--batch=128`.
+
+The creation of the state and the training step are compiled, not run, for one H100 (pip install -e ".[cuda]" and
+nothing else; the device is described in h100.txtpb) or for a slice of TPUs (".[tpu]"; --platform=v5e:4x8). Each program
+gets a process of its own with a time limit, so that a refusal, a crash or a hang is a row of the table and the others
+go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+PROGRAMS = ("state", "step")
+GPUS = {"h100": HERE / "h100.txtpb"}
+
+# Autotuning times kernels on a device. Without it XLA cannot choose between its own Triton products and cuBLAS: take
+# cuBLAS, as it mostly would.
+GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+# name in the JSON -> head of the table
+COLUMNS = {
+    "program": "program",
+    "platform": "platform",
+    "batch": "batch",
+    "text_layers": "text layers",
+    "lower_cpu_s": "lowering, processor s",
+    "compile_cpu_s": "compiling, processor s",
+    "hlo_lines": "HLO lines",
+    "fusions": "fusions",
+    "products": "products",
+    "temporaries_gib": "temporaries GiB",
+    "arguments_gib": "arguments GiB",
+}
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Exit status 0 also where a compiler refused: that is a row."""
+    args = parser().parse_args(argv)
+    if args.worker:
+        found = compile_case(json.loads(args.worker))
+        pathlib.Path(args.out).write_text(json.dumps(found), encoding="utf-8")
+        return 0
+
+    rows = []
+    for case in cases(args):
+        row = case | measured(case, args.timeout)
+        print(words(row), flush=True)
+        rows.append(row)
+
+        if args.out:  # after each, so that a run that is stopped leaves what it has
+            result = {
+                "command": " ".join(["python benchmarks/compile.py", *argv]),
+                "versions": versions(),
+                "rows": rows,
+            }
+            pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    print(table(rows))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags; those that list may have several values, with commas."""
+    made = argparse.ArgumentParser(prog="python benchmarks/compile.py")
+    made.add_argument("--platform", type=listed, default=["h100"], help="h100, or TPUs as v5e:4x8")
+    made.add_argument("--program", type=listed, default=list(PROGRAMS), help="state, step")
+    made.add_argument("--size", default="base", help="of the model")
+    made.add_argument("--text_layers", type=numbers, default=[0], help="of MED; 0: the size's own")
+    made.add_argument("--batch", type=numbers, default=[8], help="global; the state has none")
+    made.add_argument("--img_size", type=int, default=224, help="pixels")
+    made.add_argument("--dtype", default="bfloat16", help="of the computation")
+    made.add_argument("--remat", default="none", help="none, dots, full")
+    made.add_argument(
+        "--exact", action="store_true", help="TPU: the compiler's usual level, not -O0, as of blip-jax plan"
+    )
+    made.add_argument("--timeout", type=float, default=1800, help="seconds that a program may take")
+    made.add_argument("--out", default="", help="JSON file to write")
+    made.add_argument("--worker", default="", help=argparse.SUPPRESS)  # a case: this is the process that compiles it
+    return made
+
+
+def listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+    """A case for each platform, program, number of text layers and, of steps, batch. ValueError: a program that
+    there is not."""
+    if unknown := set(args.program) - set(PROGRAMS):
+        raise ValueError(
+            f"--program={','.join(args.program)}: {', '.join(sorted(unknown))} is none of {', '.join(PROGRAMS)}"
+        )
+
+    same = {"size": args.size, "img_size": args.img_size, "dtype": args.dtype, "remat": args.remat, "exact": args.exact}
+    out = []
+    for platform, program, layers in itertools.product(args.platform, args.program, args.text_layers):
+        for batch in args.batch[:1] if program == "state" else args.batch:
+            out.append({"program": program, "platform": platform, "batch": batch, "text_layers": layers, **same})
+    return out
+
+
+def measured(case: dict, timeout: float) -> dict:
+    """What `compile_case` finds in a process of its own, or {"error": why it found nothing}; with "wall_s"."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder, "found.json")
+        command = [sys.executable, __file__, f"--worker={json.dumps(case)}", f"--out={out}"]
+        start = time.perf_counter()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment(case), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {timeout:.0f} s", "wall_s": timeout}
+
+        if done.returncode < 0:
+            found = {"error": f"the compiler crashed (signal {-done.returncode}): {last_line(done.stderr)}"}
+        elif done.returncode or not out.exists():
+            found = {"error": last_line(done.stderr)}
+        else:
+            found = json.loads(out.read_text(encoding="utf-8"))
+        return found | {"wall_s": time.perf_counter() - start}
+
+
+def environment(case: dict) -> dict[str, str]:
+    """What the process of a case has to find before it imports jax."""
+    # else it measures the cache
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH", "")]))
+    if case["platform"] in GPUS:
+        return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{GPU_FLAGS} {env.get('XLA_FLAGS', '')}".strip()}
+
+    from blip_jax.plan import aot
+
+    env.pop("XLA_FLAGS", None)  # those of other platforms are unknown to libtpu, and end it
+    level = {} if case["exact"] else {"JAX_OPTIMIZATION_LEVEL": "O0"}
+    return env | aot.environment_of_compiler() | level
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, shortened."""
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith(("File ", "@", "#"))
+    ]
+    return lines[-1][:600] if lines else "it said nothing"
+
+
+def compile_case(case: dict) -> dict:
+    """Lowers and compiles the program of a case: processor seconds, counts of the compiled program, memory of one
+    device.
+
+    A refusal of the compiler is {"error": its message}.
+    """
+    import jax
+
+    from blip_jax.parallel import sharding
+
+    started = time.process_time()
+    devices = described(case["platform"])
+    mesh = sharding.mesh_of((len(devices), 1, 1), devices)
+    made = program(case, configured(case), mesh)
+
+    begun = time.process_time()
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(made.function, **made.jit).trace(*made.args).lower()
+        ready = time.process_time()
+        found = {
+            "prepare_cpu_s": begun - started,
+            "lower_cpu_s": ready - begun,
+            "stablehlo_lines": lines_of(lowered.as_text()),
+        }
+        ready = time.process_time()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return found | {"error": " ".join(str(error).split())[:2000], "compile_cpu_s": time.process_time() - ready}
+
+    found["compile_cpu_s"] = time.process_time() - ready
+    return found | counted(compiled.as_text()) | memory_of(compiled)
+
+
+def described(platform: str) -> list:
+    """The devices of a platform, which need not be here. ValueError: there is no such platform, or its compiler is
+    missing."""
+    import jax
+    from jax.experimental import topologies
+
+    if platform in GPUS:
+        jax.devices()  # registers jax's plug-in for CUDA, which is not asked for a device
+        target = GPUS[platform].read_text(encoding="utf-8")
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=platform, target_config=target, topology="1x1x1"
+        )
+        return list(found.devices)
+
+    from blip_jax.plan import aot, chips
+
+    if not aot.installed():
+        raise ValueError(aot.MISSING)
+    topology = chips.topology(platform)
+    return list(aot.tpu_mesh(topology, (topology.devices, 1, 1)).devices.flat)
+
+
+def configured(case: dict):
+    """The paper's pre-training of the case's size."""
+    from blip_jax.bench import train
+
+    cfg = train.sized(case["size"], "pretrain", case["img_size"], case["dtype"], case["batch"])
+    with cfg.unlocked():
+        cfg.model.remat = case["remat"]
+        cfg.model.med.layers = case["text_layers"] or cfg.model.med.layers
+    return cfg
+
+
+def program(case: dict, cfg, mesh):
+    """The `plan.programs.Program` of a case."""
+    from blip_jax.plan import programs
+
+    if case["program"] == "state":
+        return programs.create(cfg, mesh)
+    return programs.train(cfg, mesh)[0]
+
+
+def counted(text: str) -> dict[str, int]:
+    """Lines, fusions and products of an optimised program: calls of cuBLAS on a GPU, convolutions, which products
+    become, on a TPU."""
+    products = text.count('custom_call_target="__cublas') or text.count(" convolution(")
+    return {"hlo_lines": lines_of(text), "fusions": text.count(" fusion("), "products": products}
+
+
+def lines_of(text: str) -> int:
+    return text.count("\n")
+
+
+def memory_of(compiled) -> dict[str, float]:
+    """GiB on one device, of what is allocated beside arguments and of the arguments."""
+    memory = compiled.memory_analysis()
+    return {
+        "temporaries_gib": memory.temp_size_in_bytes / 2**30,
+        "arguments_gib": memory.argument_size_in_bytes / 2**30,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles, where it is installed."""
+    from importlib import metadata
+
+    out = {"python": sys.version.split()[0]}
+    for name in ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu"):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return out
+
+
+def words(row: dict) -> str:
+    """A row in one line."""
+    name = f"{row['program']} on {row['platform']}, batch {row['batch']}, {row['text_layers'] or 'all'} text layers"
+    if "error" in row:
+        return f"{name}: {row['error'][:300]}"
+    return f"{name}: lowered in {row['lower_cpu_s']:.0f}, compiled in {row['compile_cpu_s']:.0f} processor s ({row['wall_s']:.0f} s in all)"
+
+
+def table(rows: list[dict]) -> str:
+    """All rows, in Markdown; what a compiler said instead stands below."""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    notes = []
+    for row in rows:
+        cells = [cell(row.get(name)) for name in COLUMNS]
+        if "error" in row:
+            notes.append(f"[{len(notes) + 1}] {row['error'][:600]}")
+            cells[list(COLUMNS).index("compile_cpu_s")] += f" [{len(notes)}]"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines + notes)
+
+
+def cell(value) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

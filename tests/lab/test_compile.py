@@ -1,0 +1,85 @@
+"""benchmarks/compile.py: a program really compiled for a TPU, and what becomes of one that is refused, crashes or
+hangs."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from blip_jax.plan import aot
+
+path = pathlib.Path(__file__).parents[2] / "benchmarks" / "compile.py"
+# not by name, which is a built-in function's, too
+spec = importlib.util.spec_from_file_location("benchmarks_compile", path)
+compiling = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compiling)
+
+TINY = ["--size=tiny", "--img_size=16", "--batch=8"]
+
+
+@pytest.mark.skipif(not aot.installed(), reason="libtpu is not installed: pip install 'blip-jax[tpu]'")
+def test_the_creation_of_a_state_is_compiled_for_a_tpu(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert compiling.main(["--platform=v5e:2x2", "--program=state", "--text_layers=1", *TINY, f"--out={out}"]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "error" not in row, row
+    assert row["compile_cpu_s"] > 0 and row["hlo_lines"] > 100 and row["fusions"] > 0 and row["arguments_gib"] < 1e-6
+    assert "| state | v5e:2x2 | 8 | 1 |" in capsys.readouterr().out
+
+
+def test_cases_are_all_combinations_but_a_state_has_no_batch():
+    args = compiling.parser().parse_args(["--platform=h100,v5e:2x2", "--text_layers=12,24", "--batch=8,128"])
+    found = [(c["platform"], c["program"], c["text_layers"], c["batch"]) for c in compiling.cases(args)]
+    assert len(found) == len(set(found)) == 2 * 2 * (1 + 2)
+    assert ("h100", "step", 24, 128) in found and ("h100", "state", 24, 128) not in found
+    with pytest.raises(ValueError, match="loss is none of state, step"):
+        compiling.cases(compiling.parser().parse_args(["--program=state,loss"]))
+
+
+@pytest.mark.parametrize(
+    "outcome, message",
+    [
+        (subprocess.TimeoutExpired("python", 7.0), "not done after 7 s"),
+        (subprocess.CompletedProcess("python", -11, "", "noise\n"), r"the compiler crashed \(signal 11\): noise"),
+        (
+            subprocess.CompletedProcess("python", 1, "", "Traceback:\n  File x\nKeyError: 'tensor'\n"),
+            "KeyError: 'tensor'",
+        ),
+        (None, "'scf.if' does not match"),
+    ],
+)
+def test_what_does_not_compile_is_a_row_and_the_others_go_on(outcome, message, monkeypatch, tmp_path, capsys):
+    def run(command, **how):
+        case = json.loads(command[2].removeprefix("--worker="))
+        out = pathlib.Path(command[3].removeprefix("--out="))
+        if case["program"] == "state":
+            out.write_text(
+                json.dumps(
+                    {"lower_cpu_s": 3.0, "compile_cpu_s": 12.34, "hlo_lines": 69558, "fusions": 76, "products": 0}
+                )
+            )
+        elif outcome is None:
+            out.write_text(json.dumps({"lower_cpu_s": 4.0, "error": "'scf.if' does not match"}))
+        elif isinstance(outcome, Exception):
+            raise outcome
+        return outcome if case["program"] == "step" and outcome else subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(compiling.subprocess, "run", run)
+    assert compiling.main([*TINY, "--program=step,state", "--timeout=7", f"--out={tmp_path / 'out.json'}"]) == 0
+    refused, compiled = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert re.search(message, refused["error"]) and compiled["hlo_lines"] == 69558 and "error" not in compiled
+    text = capsys.readouterr().out
+    assert "| state | h100 | 8 | 0 | 3.00 | 12.3 | 69,558 | 76 | 0 | – | – |" in text
+    assert re.search(rf"^\[1\] .*{message}", text, re.M)
+
+
+def test_the_description_of_an_h100_names_its_source_and_is_whole():
+    text = compiling.GPUS["h100"].read_text()
+    assert "whitepaper" in text and text.count("{") == text.count("}")
+    figures = dict(re.findall(r"^\s*(\w+): ([\d.]+)", text, re.M))
+    # float32 GFLOP/s
+    assert float(figures["core_count"]) * 128 * 2 * float(figures["clock_rate_ghz"]) == pytest.approx(67_000, rel=0.01)
+    assert int(figures["registers_per_core_limit"]) == 65536 and int(figures["device_memory_size"]) == 80 * 2**30
