@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import torch_step
 
+from blip_jax import tasks
 from blip_jax.bench import throughput, train
 from blip_jax.convert.apply import to_torch
 from blip_jax.models import flops
-from blip_jax.models.build import build
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
-from blip_jax.tasks import step
-from blip_jax.tasks.momentum import ema, momentum_params
+from blip_jax.tasks import build
+from blip_jax.tasks.step import Keys
 from blip_jax.train import state as train_state
 
 LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference of a loss
@@ -71,7 +71,7 @@ class Peer:
 def stepping(program: train.Program, compiled: bool) -> torch_step.Step:
     """The PyTorch step that starts from the program's state, on the same device."""
     host = lambda tree: jax.tree.map(np.asarray, tree)
-    state = {"params": host(program.state.all_params), "momentum": host(program.state.momentum)}
+    state = {"params": host(program.state.all_params), "momentum": host(program.state.extra)}
     tensors = to_torch("pretrain", state, vocab_size=program.cfg.model.med.vocab_size, consume=True)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     return torch_step.Step(program.cfg, tensors, device, compiled, program.cfg.model.dtype)
@@ -182,21 +182,16 @@ def agree(program, peer, Ts: list[int], say: Callable) -> dict:
 
 def _losses(cfg, model, state: train_state.TrainState, batch: dict) -> dict:
     """Our losses of a batch, each row's negative being the next row's text or image."""
-    online = momentum_params(state.all_params)
-    momentum = state.momentum | {"params": ema(state.momentum["params"], online, cfg.loss.ema)}
+
+    def following(key, weights, first_row):
+        return jnp.roll(jnp.arange(cfg.train.batch, dtype=jnp.int32), -1)
+
+    task = tasks.of(cfg)
+    _, extra = task.before(cfg, state, train.EPOCH_STEPS)
+    extra |= {"alpha": jnp.float32(cfg.loss.alpha)}
     batch = batch | {"img": normalize_pixels(batch["img"])}
-    following = lambda key, weights, first_row: jnp.roll(jnp.arange(cfg.train.batch, dtype=jnp.int32), -1)
-    metrics = step.LOSSES[cfg.objective](
-        model,
-        cfg,
-        state.all_params,
-        momentum,
-        batch,
-        jnp.float32(cfg.loss.alpha),
-        (jax.random.key(0), jax.random.key(1)),
-        0,
-        following,
-    )[1][0]
+    keys = Keys(jax.random.key(0), jax.random.key(1), 0, following)
+    _, (metrics, _) = task.loss(model, cfg, state.all_params, extra, batch, keys)
     return {name: x for name, x in metrics.items() if name.startswith("loss_")}
 
 

@@ -13,11 +13,10 @@ import time
 import jax
 import numpy as np
 
-from blip_jax import config, trees
+from blip_jax import config, tasks, trees
 from blip_jax.models import flops
-from blip_jax.models.blip import Blip
 from blip_jax.parallel import sharding
-from blip_jax.tasks import step as steps
+from blip_jax.tasks.step import make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
@@ -35,9 +34,9 @@ def full_config(size: str):
 
 def make(cfg):
     """(create: key -> TrainState, step: (TrainState, batch) -> (TrainState, metrics)), not yet jitted."""
-    model = Blip.from_config(cfg.model)
+    model = tasks.build(cfg)
     tx, _ = optim.make(cfg, EPOCH_STEPS)
-    return lambda key: train_state.create(cfg, model, tx, key), steps.make_step(cfg, model, tx, EPOCH_STEPS)
+    return lambda key: train_state.create(cfg, model, tx, key), make_step(cfg, model, tx, EPOCH_STEPS)
 
 
 def parameter_counts(state, vocab_size: int) -> tuple[int, int]:
@@ -52,7 +51,7 @@ def parameter_counts(state, vocab_size: int) -> tuple[int, int]:
         return n
 
     trainable = count(state.params)
-    momentum = count(state.momentum["params"]) if state.momentum else 0
+    momentum = count(state.extra["params"]) if state.extra else 0
     return trainable, trainable + count(state.frozen) + momentum
 
 
@@ -91,7 +90,7 @@ def _say_size(cfg, shapes) -> None:
     trainable, total = parameter_counts(shapes, cfg.model.med.vocab_size)
     print(
         f"parameters: {trainable:,} trainable, {total:,} in all; state {_bytes(shapes) / 1e9:.2f} GB (parameters "
-        f"{_bytes(shapes.params) / 1e9:.2f}, optimiser {_bytes(shapes.opt) / 1e9:.2f}, momentum {_bytes(shapes.momentum) / 1e9:.2f})"
+        f"{_bytes(shapes.params) / 1e9:.2f}, optimiser {_bytes(shapes.opt) / 1e9:.2f}, momentum {_bytes(shapes.extra) / 1e9:.2f})"
     )
 
 

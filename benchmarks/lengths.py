@@ -15,8 +15,11 @@ BUCKETS = (12, 16, 20, 30)  # of text.buckets
 
 
 def coco_step(cfg, seed: int = 0) -> float:
-    """FLOPs per pair of a step of `cfg`, with its text.buckets, on two windows of texts as long as COCO's."""
-    return flops.bucketed_step(cfg, coco(np.random.default_rng(seed), 2 * cfg.text.bucket_window * cfg.train.batch))
+    """FLOPs per pair of a pre-training step of `cfg`, with its text.buckets, on two windows of texts as long as
+    COCO's."""
+    return flops.bucketed_step(
+        cfg, flops.pretrain_step, coco(np.random.default_rng(seed), 2 * cfg.text.bucket_window * cfg.train.batch)
+    )
 
 
 def main() -> None:

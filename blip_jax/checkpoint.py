@@ -274,10 +274,10 @@ def load_params(path) -> dict:
     return trees.merge(got["params"] or {}, got["frozen"] or {})
 
 
-def load_momentum(path) -> dict | None:
-    """{"params": momentum copies, "queue": {"img", "txt", "ptr", ...} or None} of numpy arrays, or None where
-    there is none."""
-    return _load(path, "momentum").get("momentum") or None
+def load_extra(path) -> dict | None:
+    """What the task carried besides parameters, as momentum copies and queue, of numpy arrays; None where there is
+    nothing."""
+    return _load(path, "extra").get("extra") or None
 
 
 def _load(path, *names: str) -> dict:

@@ -1,14 +1,19 @@
-"""Configuration: every leaf once, with its unit, and one `validate` that lists all failures before anything compiles.
+"""Configuration: every leaf once, with its unit, and the checks that every run needs, which list all failures before
+anything compiles.
 
-A config file is a python module with `get_config() -> ConfigDict`; it starts from `base()` and changes leaves. On the
-command line a leaf is overridden with `--config.optim.lr=2e-4`. Code reads `cfg.optim.lr`, never `.get`; a config is
-locked, so an unknown key is an error. Batch sizes are global; durations are steps, epochs are derived from
-`data.epoch_examples`.
+A config file is a python module with `get_config() -> ConfigDict`, or `get_config(argument)` where one file has several
+runs (`--config=configs/pretrain.py:vitl,129m`); it starts from `base()` and changes leaves. On the command line a leaf
+is overridden with `--config.optim.lr=2e-4`. Code reads `cfg.optim.lr`, never `.get`; a config is locked, so an unknown
+key is an error. Batch sizes are global; durations are steps, epochs are derived from `data.epoch_examples`. What
+`objective` implies, such as which parts the model has, is no leaf; what a task asks of the leaves is checked by its own
+module (blip_jax/tasks).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import pkgutil
 import re
 
 from ml_collections import ConfigDict
@@ -31,7 +36,7 @@ MED_SIZES = {  # BERT-base for both published sizes (BLIP paper, section 3.1)
 def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     """One source of records (blip_jax/data/source.py), with every leaf that any kind reads."""
     c = ConfigDict()
-    c.kind = kind  # json | tar | array_record | tfds | scenes
+    c.kind = kind  # json | tar | array_record | tfds | scenes, or a module of blip_jax/data/formats
     c.path = path  # file, or glob of shards; for tfds the name and split, as "coco_captions/train"
     c.images = ""  # json: root folder of the image paths, which may not leave it; tfds: data_dir
     c.weight = 1.0  # share of the mixture, relative to the other sources
@@ -51,13 +56,18 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     return c
 
 
+def source_kinds() -> tuple[str, ...]:
+    """Every kind of source there is."""
+    folder = importlib.util.find_spec(FORMATS).submodule_search_locations
+    return (*SOURCE_KINDS, *sorted(module.name for module in pkgutil.iter_modules(folder)))
+
+
 def base(size: str = "base") -> ConfigDict:
     """Every leaf of a run with the values of the paper's ViT-B pre-training (`size`: base, large, small or tiny)."""
     if size not in VIT_SIZES:
         raise ValueError(f"model size {size!r} is unknown: choose one of {sorted(VIT_SIZES)}")
     c = ConfigDict()
-    # which step of blip_jax.steps trains: pretrain | retrieval | caption; converted models: vqa | nlvr too
-    c.objective = "pretrain"
+    c.objective = "pretrain"  # the task, a module of blip_jax/tasks: its model, loss and evaluation
     c.seed = 42  # root of every random stream: initialisation, dropout, negatives, data order, augmentation
 
     c.model = ConfigDict()
@@ -68,8 +78,6 @@ def base(size: str = "base") -> ConfigDict:
     # of kernels and embeddings at the start; narrow models learn sooner with about 0.6 / sqrt(width)
     c.model.init_std = 0.02
     c.model.drop_path = 0.1 if size == "large" else 0.0  # highest stochastic-depth rate of the ViT, linear over blocks
-    c.model.encoder = True  # text encoder, projections, matching head and temperature; False for a captioner
-    c.model.decoder = True  # text decoder and language-modelling head; False for retrieval, which has none
     c.model.dropout = 0.1  # MED: hidden states and attention probabilities
     c.model.dtype = "bfloat16"  # compute: bfloat16 | float32; parameters, softmax, layer norm and losses stay float32
     c.model.remat = "none"  # ViT blocks, what the backward pass recomputes: none | dots (keep matmul outputs) | full
@@ -99,6 +107,9 @@ def base(size: str = "base") -> ConfigDict:
     c.data.threads = 4  # decoding threads per process
     c.data.prefetch = 4  # batches decoded ahead
 
+    c.task = ConfigDict()  # leaves that only this objective has: `leaves()` of its module, where it has some
+
+    # up to alpha_ramp_epochs: of the contrastive loss; an objective without one (caption) does not read them
     c.loss = ConfigDict()
     c.loss.momentum = True  # momentum encoder and soft targets; False: hard targets, the batch's own features
     c.loss.queue = 57600  # K, feature queue length, a multiple of the batch; 0: none. Needs loss.momentum
@@ -122,6 +133,10 @@ def base(size: str = "base") -> ConfigDict:
     c.optim.weight_decay = 0.05
     c.optim.decay_mask = "all"  # all (the original: biases, norms, temperature too) | kernels (matrices only)
     c.optim.freeze = ()  # regexes on parameter paths, e.g. ("vit/.*",): no gradient, no update, no optimiser state
+    # (regex on parameter paths, factor) pairs, the first that matches in full counts; others: 1. The factor of the
+    c.optim.lr_factors = ()
+    # learning rate, hence of the decay too, is a number above 0, or one for each layer of a stack: layer_decay makes
+    # such pairs
     c.optim.clip = 0.0  # global gradient norm; 0: off, as the original
     c.optim.accumulate = 1  # micro-batches per step; each is a batch of its own for ITC and ITM
 
@@ -191,19 +206,14 @@ def capfilt() -> ConfigDict:
 
 
 CHOICES = {
-    "objective": ("pretrain", "retrieval", "caption"),
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
     "loss.smoothing_over": ("valid", "all"),
     "optim.schedule": ("epoch_decay", "epoch_cosine", "cosine", "constant"),
     "optim.decay_mask": ("all", "kernels"),
 }
-PARTS = {  # objective -> (model.encoder, model.decoder), and in words
-    "pretrain": (True, True, "pre-training needs the text encoder and the decoder"),
-    "retrieval": (True, False, "retrieval needs the text encoder and has no decoder"),
-    "caption": (False, True, "a captioner needs the decoder and has no text encoder"),
-}
-SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")
+SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")  # besides the modules of FORMATS
+FORMATS = "blip_jax.data.formats"
 RANGES = {  # leaf -> (least, most), both allowed
     **dict.fromkeys(
         (
@@ -252,16 +262,32 @@ RANGES = {  # leaf -> (least, most), both allowed
 }
 
 
-def validate(
+def layer_decay(rate: float, depth: int, tower: str = "vit") -> tuple:
+    """optim.lr_factors that shrink by `rate` a layer towards the input of a stack of `depth` blocks (BEiT, arXiv
+    2106.08254, appendix).
+
+    The last block has rate, the first rate^depth, what comes before the blocks rate^(depth + 1), what comes after them
+    1.
+    """
+    blocks = tuple(rate ** (depth - i) for i in range(depth))
+    return (f"{tower}/blocks/.*", blocks), (f"{tower}/(patch_embed/.*|cls|pos_embed)", rate ** (depth + 1))
+
+
+def problems(
     cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_count: int = 1, device_count: int = 1
-) -> None:
-    """Checks a resolved config before anything compiles. ValueError: one that lists every problem with its remedy.
+) -> list[str]:
+    """What is wrong with a resolved config whatever its task, each with its remedy.
 
     `tokenizer_vocab_size`: entries of the vocabulary with [DEC] and [ENC], or None where it is not read yet.
     """
-    problems = [*_values(cfg), *_sizes(cfg, tokenizer_vocab_size), *_sources(cfg)]
-    if not any(p.startswith(("train.batch", "optim.accumulate")) for p in problems):
-        problems += _batch(cfg, process_count, device_count)
+    found = [*_values(cfg), *_sizes(cfg, tokenizer_vocab_size), *_sources(cfg)]
+    if not any(p.startswith(("train.batch", "optim.accumulate")) for p in found):
+        found += _batch(cfg, process_count, device_count)
+    return found
+
+
+def refuse(problems: list[str]) -> None:
+    """ValueError: there are problems, all of them listed."""
     if problems:
         raise ValueError(
             f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
@@ -300,18 +326,22 @@ def _values(cfg) -> list[str]:
     scale = tuple(cfg.data.crop_scale)
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         out.append(f"data.crop_scale is {scale}: give two shares of the area, 0 < least <= most <= 1")
-    for pattern in cfg.optim.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            out.append(f"optim.freeze holds {pattern!r}, which is no regular expression: {e}")
-    out += _objective(cfg) + _buckets(cfg)
-    if cfg.loss.queue > 0 and not cfg.loss.momentum:
-        out.append(
-            f"loss.queue is {cfg.loss.queue} but loss.momentum is False: the queue holds momentum features; "
-            "set loss.queue=0 or loss.momentum=True"
-        )
-    return out
+    factors = tuple(cfg.optim.lr_factors)
+    if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in factors):
+        return [*out, f"optim.lr_factors is {factors}: give (regex, factor) pairs", *_buckets(cfg)]
+    for leaf, patterns in (("freeze", cfg.optim.freeze), ("lr_factors", [pattern for pattern, _ in factors])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                out.append(f"optim.{leaf} holds {pattern!r}, which is no regular expression: {e}")
+    for pattern, factor in factors:
+        if not all(f > 0 for f in (factor if isinstance(factor, (tuple, list)) else (factor,))):
+            out.append(
+                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, name them "
+                "in optim.freeze"
+            )
+    return out + _buckets(cfg)
 
 
 def _buckets(cfg) -> list[str]:
@@ -328,45 +358,6 @@ def _buckets(cfg) -> list[str]:
         out.append(
             f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
             f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none"
-        )
-    if cfg.loss.smoothing_over == "all" and cfg.model.decoder:
-        out.append(
-            "loss.smoothing_over is 'all' but text.buckets is set: that mean takes in the padding, of which there is less in a "
-            "bucket, so the loss would be another one; set loss.smoothing_over='valid' or text.buckets=()"
-        )
-    return out
-
-
-def _objective(cfg) -> list[str]:
-    """What the objective asks of the other leaves."""
-    if cfg.objective not in PARTS:
-        return []
-    out, (encoder, decoder, why) = [], PARTS[cfg.objective]
-    for name, want in (("encoder", encoder), ("decoder", decoder)):
-        if cfg.model[name] != want:
-            out.append(
-                f"model.{name} is {cfg.model[name]} but objective is {cfg.objective}: {why}; set model.{name}={want}"
-            )
-    prompt = cfg.text.prompt
-    if cfg.objective == "caption":
-        if cfg.loss.momentum:
-            out.append(
-                "loss.momentum is True but objective is caption, whose loss has no momentum encoder: set "
-                "loss.momentum=False and loss.queue=0"
-            )
-        if len(cfg.data.eval):
-            out.append(
-                f"data.eval holds {', '.join(sorted(cfg.data.eval))} but objective is caption: retrieval evaluation needs "
-                "the text encoder, which a captioner has not; leave data.eval empty"
-            )
-        if prompt and not prompt.endswith(" "):
-            out.append(
-                f"text.prompt is {prompt!r}: end it with a space, or its last word runs into the caption's first"
-            )
-    elif prompt:
-        out.append(
-            f"text.prompt is {prompt!r} but objective is {cfg.objective}: only a captioner is trained with a prompt; "
-            "set text.prompt to the empty string"
         )
     return out
 
@@ -405,8 +396,8 @@ def _sources(cfg) -> list[str]:
     for part in ("train", "eval"):
         for name, src in cfg.data[part].items():
             where = f"data.{part}.{name}"
-            if src.kind not in SOURCE_KINDS:
-                out.append(f"{where}.kind is {src.kind!r}: choose one of {', '.join(SOURCE_KINDS)}")
+            if src.kind not in (kinds := source_kinds()):
+                out.append(f"{where}.kind is {src.kind!r}: choose one of {', '.join(kinds)}")
             elif src.kind == "scenes" and src.count < 1:
                 out.append(f"{where}.count is {src.count}: a scenes source needs a number of records, at least 1")
             elif src.kind != "scenes" and not src.path:
@@ -434,31 +425,7 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
             f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
             f"{process_count} processes, optim.accumulate = {accumulate}), as {_nearest(batch, unit)}"
         )
-    if cfg.loss.queue > 0 and cfg.loss.queue % batch:
-        out.append(
-            f"loss.queue is {cfg.loss.queue}: it must be a multiple of train.batch = {batch}, "
-            f"as {_nearest(cfg.loss.queue, batch)}, or 0 for none"
-        )
-    if batch % accumulate == 0:
-        out += _group(cfg.loss.group_size, batch // accumulate, 1 if cfg.objective == "caption" else 2)
     return out
-
-
-def _group(group: int, micro: int, least: int) -> list[str]:
-    """`least`: examples of a group; contrastive losses need another's as the negative."""
-    if micro < least:
-        return [
-            f"train.batch / optim.accumulate is {micro}: a micro-batch needs 2 examples, one for the other's "
-            "negative; raise train.batch"
-        ]
-    if group > 0 and (micro % group or group < least):
-        valid = [d for d in range(least, micro + 1) if micro % d == 0]
-        near = [d for d in valid if d < group][-1:] + [d for d in valid if d > group][:1]
-        return [
-            f"loss.group_size is {group}: it must be at least {least} and divide the micro-batch of {micro} examples, "
-            f"as {' or '.join(map(str, near))}, or be 0 for all of it"
-        ]
-    return []
 
 
 def _nearest(value: int, unit: int) -> str:

@@ -17,15 +17,16 @@ def grouped(x, group_size: int):
     return x.reshape(x.shape[0] // g, g, *x.shape[1:])
 
 
-def similarity(emb, cols, queue, temp):
-    """Scaled cosine of each row with its group's columns and then the queue's.
+def similarity(emb, cols, temp):
+    """Scaled cosine of each row with its group's own columns, f32[G,g,g]; emb, cols: f32[G,g,E] unit norm, temp
+    f32[]."""
+    return jnp.einsum("GiE,GjE->Gij", emb, cols, precision="highest") / temp
 
-    emb, cols: f32[G,g,E] unit norm; queue f32[K,E] or None; temp f32[]. Returns f32[G,g,g+K].
-    """
-    sim = jnp.einsum("GiE,GjE->Gij", emb, cols, precision="highest")
-    if queue is not None:
-        sim = jnp.concatenate([sim, jnp.einsum("GiE,KE->GiK", emb, queue, precision="highest")], axis=-1)
-    return sim / temp
+
+def queue_similarity(emb, queue, temp):
+    """Scaled cosine of each row with the queue's columns, f32[G,g,K]; emb f32[G,g,E], queue f32[K,E] unit norm,
+    temp f32[]."""
+    return jnp.einsum("GiE,KE->GiK", emb, queue, precision="highest") / temp
 
 
 def itc_targets(positive, sim_m, alpha):

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax import config
+from blip_jax import config, tasks
 from blip_jax.bench import throughput
 from blip_jax.inference import programs
 from blip_jax.inference.programs import encode_pixels
 from blip_jax.models import flops
-from blip_jax.models.blip import Blip
 from blip_jax.models.layers.dense import rounded
 from blip_jax.train import state as train_state
 
@@ -48,8 +47,9 @@ class Ours:
 
     def __init__(self, size: str, img_size: int, dtype: str):
         cfg = config.base(size)
-        cfg.model.update(img_size=img_size, encoder=False, dtype=dtype)
-        self.config, self.model = cfg.model, Blip.from_config(cfg.model)
+        cfg.objective = "caption"
+        cfg.model.update(img_size=img_size, dtype=dtype)
+        self.config, self.model = cfg.model, tasks.build(cfg)
         # as long as "[DEC] a picture of"; the weights are random, so any ids do
         self.prompt = [self.model.dec_id, 5, 6, 7]
         params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()

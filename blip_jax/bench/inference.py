@@ -11,11 +11,10 @@ from typing import Callable, NamedTuple
 import jax
 import numpy as np
 
-from blip_jax import config
+from blip_jax import config, tasks
 from blip_jax.bench import throughput
 from blip_jax.inference import programs
 from blip_jax.models import flops
-from blip_jax.models.blip import Blip
 from blip_jax.models.layers.dense import rounded
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
@@ -42,8 +41,9 @@ class Ours:
 
     def __init__(self, settings: Settings, img_size: int, dtype: str):
         cfg = config.base(settings.size)
-        cfg.model.update(img_size=img_size, decoder=False, dtype=dtype)
-        self.settings, self.config, self.model = settings, cfg.model, Blip.from_config(cfg.model)
+        cfg.objective = "retrieval"
+        cfg.model.update(img_size=img_size, dtype=dtype)
+        self.settings, self.config, self.model = settings, cfg.model, tasks.build(cfg)
         params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
         self.params = jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, params)

@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from blip_jax import config
 from blip_jax.bench import throughput
-from blip_jax.data import image
+from blip_jax.data import image, pairs
 from blip_jax.data.batches import TrainData
 from blip_jax.data.formats import open_source
 from blip_jax.data.source import Source
@@ -132,7 +132,7 @@ def _measure(folder: pathlib.Path, settings: Settings, say: Callable) -> dict:
     )
     for stage, seconds in spent.items():
         say(f"  {stage:12s} {1000 * seconds:6.2f} ms  {100 * seconds / total:5.1f} %")
-    data = TrainData(cfg, tokenizer, process_index=0, process_count=1, skipped_path=folder / "skipped.jsonl")
+    data = TrainData(cfg, tokenizer, pairs, process_index=0, process_count=1, skipped_path=folder / "skipped.jsonl")
     first, most, rate = memory(data, settings.examples)
     say(
         f"{settings.examples} examples through TrainData, {settings.threads} threads: {rate:.0f} images/s; resident "

@@ -18,14 +18,14 @@ from typing import Any, Callable, Iterator, NamedTuple
 import jax
 import numpy as np
 
-from blip_jax import config, console, trees
+from blip_jax import config, console, tasks, trees
 from blip_jax.bench import throughput
 from blip_jax.console import plain
+from blip_jax.data import batches as pipeline
 from blip_jax.data import windows
 from blip_jax.data.batches import TrainData
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.models import flops
-from blip_jax.models.build import build
 from blip_jax.parallel import sharding
 from blip_jax.tasks import step as steps
 from blip_jax.train import optim
@@ -34,8 +34,8 @@ from blip_jax.train.loop import to_devices
 
 EPOCH_STEPS = 1000  # of the schedules
 WINDOWS = 16  # that the shares of text lengths are taken from
+TEXT = {"retrieval": 35, "caption": 40}  # positions where the originals have another number than pre-training
 WARM_UP = 2  # steps after a program is compiled that do not count
-TEXT = {"pretrain": 30, "retrieval": 35, "caption": 40}  # positions, as the originals
 
 # positions -> captions: what 1151 captions of about 240 images of COCO's validation and test splits take in BERT's word
 # pieces with
@@ -79,15 +79,11 @@ def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buck
     cfg = config.base(size)
     with cfg.unlocked():
         cfg.objective = objective
-        cfg.model.update(
-            img_size=img_size, dtype=dtype, encoder=objective != "caption", decoder=objective != "retrieval"
-        )
-        cfg.text.update(max_len=TEXT[objective], buckets=buckets, vocab="of random ids")
+        cfg.model.update(img_size=img_size, dtype=dtype)
+        cfg.text.update(max_len=TEXT.get(objective, cfg.text.max_len), buckets=buckets, vocab="of random ids")
         cfg.data.train.random = config.source("scenes", count=1)  # never opened
         cfg.train.update(batch=batch, steps=EPOCH_STEPS)
         cfg.loss.queue -= cfg.loss.queue % batch if batch > 0 else 0
-        if objective == "caption":
-            cfg.loss.update(momentum=False, queue=0)
     return cfg
 
 
@@ -95,7 +91,7 @@ class Program:
     """The training step of a config on a mesh, with its state; compiled once for each text length."""
 
     def __init__(self, cfg, mesh):
-        self.cfg, self.mesh, self.model = cfg, mesh, build(cfg)
+        self.cfg, self.mesh, self.model = cfg, mesh, tasks.build(cfg)
         self.tx, self.lr = optim.make(cfg, EPOCH_STEPS)
         create = functools.partial(train_state.create, cfg, self.model, self.tx)
         self.shapes = jax.eval_shape(create, jax.random.key(cfg.seed))
@@ -163,7 +159,7 @@ class Program:
 
 def step_flops(cfg, T: int) -> float:
     """FLOPs per pair of the step for texts of T positions."""
-    return flops.STEPS[cfg.objective](cfg, T=T)["step"]
+    return tasks.of(cfg).flops(cfg, T=T)["step"]
 
 
 def coco(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -184,19 +180,33 @@ def shares(cfg) -> dict[int, float]:
 
 
 def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarray]:
-    """A global batch of uniform pixels and random ids in texts of T positions, of which up to `longest` are real."""
+    """A global batch as the task's `shapes` say, of uniform pixels and random ids in texts of T positions, up to
+    `longest` of them real.
+
+    Texts are i32 arrays whose last dimension is positions, masks bool ones; numbers of examples count up, weights are
+    equal.
+    """
     rng = np.random.default_rng(cfg.seed)
-    B, size = cfg.train.batch, cfg.model.img_size
-    real = np.clip(coco(rng, B), 3, longest or T)
-    txt_mask = np.arange(T) < real[:, None]
-    ids = np.where(txt_mask, rng.integers(5, cfg.model.med.vocab_size - 2, (B, T)), 0).astype(np.int32)
-    return {
-        "img": rng.integers(0, 256, (B, size, size, 3)).astype(np.uint8),
-        "ids": ids,
-        "txt_mask": txt_mask,
-        "lm_mask": txt_mask & (np.arange(T) > 0),
-        "image_id": np.arange(B, dtype=np.int32),
-    }
+    real = np.clip(coco(rng, cfg.train.batch), 3, longest or T)
+    out = {}
+    for name, (shape, dtype) in tasks.of(cfg).shapes(cfg).items():
+        if shape[-1] == cfg.text.max_len and name in pipeline.TEXT:
+            shape = (*shape[:-1], T)
+        mask = (
+            np.broadcast_to(np.arange(shape[-1]) < real.reshape(-1, *(1,) * (len(shape) - 1)), shape)
+            if len(shape) > 1
+            else None
+        )
+        if dtype == np.uint8:
+            out[name] = rng.integers(0, 256, shape).astype(np.uint8)
+        elif dtype == bool:
+            out[name] = np.array(mask) if len(shape) > 1 else rng.integers(0, 2, shape).astype(bool)
+        elif dtype == np.int32:
+            tokens = rng.integers(5, cfg.model.med.vocab_size - 2, shape)
+            out[name] = (np.where(mask, tokens, 0) if len(shape) > 1 else np.arange(len(tokens))).astype(np.int32)
+        else:
+            out[name] = np.full(shape, 1 / shape[-1], dtype)
+    return out
 
 
 def run(
@@ -212,7 +222,7 @@ def run(
     throughput.check_out(out)
     cfgs = peer.configs(cfgs, settings) if peer else cfgs
     for cfg in cfgs:
-        config.validate(cfg, None, jax.process_count(), 1 if peer else jax.device_count())
+        tasks.validate(cfg, None, jax.process_count(), 1 if peer else jax.device_count())
     result = {
         "command": command,
         "workload": "train",
@@ -257,13 +267,14 @@ def _batches(program: Program, settings: Settings):
         yield [(part, forever(program.place(random_batch(cfg, T)))) for T, part in share.items()]
         return
     tokenizer = Tokenizer(cfg.text.vocab)
-    config.validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
+    tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     with tempfile.TemporaryDirectory() as folder:
         micro = cfg.train.batch // cfg.optim.accumulate
         rows, _ = sharding.rows(program.mesh, micro)
         data = TrainData(
             cfg,
             tokenizer,
+            tasks.of(cfg),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             rows=rows,

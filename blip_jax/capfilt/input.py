@@ -9,7 +9,7 @@ import grain
 
 from blip_jax.capfilt.shards import Plan, storable
 from blip_jax.data import batches as pipeline
-from blip_jax.data import image
+from blip_jax.data import image, pairs
 from blip_jax.data.source import BadRecord
 from blip_jax.data.text.clean import plain_text
 
@@ -44,7 +44,7 @@ class Records:
             return self.example(span[at]) if at < len(span) else {}
 
         ds = grain.MapDataset.range(len(places) * size).map(example)
-        examples = pipeline.in_threads(ds, self.cfg, self.cfg.data.prefetch * size)
+        examples = pipeline.threads(ds, self.cfg, self.cfg.data.prefetch * size)
         try:
             for shard, span in places:
                 rows = [next(examples) for _ in range(size)]
@@ -60,7 +60,7 @@ class Records:
         try:
             fields = storable(self.sources[dataset][number])
             known |= {"key": fields["key"], "texts": [self._cleaned(caption, notes) for caption in fields["captions"]]}
-            picture, irregular = pipeline.decode_image(fields, self.cfg.data.max_pixels)
+            picture, irregular = pipeline.decode(fields, fields["image"], self.cfg.data.max_pixels)
         except BadRecord as e:
             key = plain_text(e.key)[0]
             return {**known, "key": key, "reason": e.reason, "events": [(dataset, key, e.reason, False)]}
@@ -74,7 +74,7 @@ class Records:
     def _cleaned(self, raw: str, notes: list[str]) -> str:
         """A caption as training cleans it; what is irregular about it is added to `notes`."""
         try:
-            captions, found = pipeline.cleaned_captions({"key": "", "captions": [raw]}, self.cfg.text.max_words)
+            captions, found = pairs.captions({"key": "", "captions": [raw]}, self.cfg.text.max_words)
         except BadRecord:  # nothing is left of it: the decision table says so
             return ""
         notes += found

@@ -47,6 +47,7 @@ def measure(
 
 
 def _train(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
+    from blip_jax import tasks
     from blip_jax.bench import train
 
     default = train.Settings()
@@ -56,7 +57,7 @@ def _train(argv: list[str], values: flags.FlagValues, parse: Callable, command: 
             "config", None, "what trains; its leaves are flags", lock_config=True, flag_values=values, sys_argv=argv
         )
     flags.DEFINE_enum("size", "base", sorted(VIT_SIZES), "of the model", flag_values=values)
-    flags.DEFINE_enum("objective", "pretrain", sorted(train.TEXT), "what is trained", flag_values=values)
+    flags.DEFINE_enum("objective", "pretrain", tasks.names(), "what is trained", flag_values=values)
     flags.DEFINE_integer("img_size", 224, "pixels", lower_bound=1, flag_values=values)
     flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "repeatable", flag_values=values)
     flags.DEFINE_integer("batch", 8, "global", lower_bound=1, flag_values=values)

@@ -28,7 +28,7 @@ AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
 USAGE = """usage: blip-jax <command> [flags]
 
   train     --config=configs/x.py --workdir=DIR      train, or resume what DIR holds
-  evaluate  --config=configs/x.py --workdir=DIR      retrieval on data.eval, newest checkpoint of DIR
+  evaluate  --config=configs/x.py --workdir=DIR      what the task measures on data.eval, newest checkpoint
             [--checkpoint=FOLDER]                    ... or this one
   capfilt   --config=configs/x.py --out=DIR          caption and filter data.sources into DIR, or go on with it
             [--process=K --processes=N]              ... as one of N processes that share DIR
@@ -72,8 +72,8 @@ def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
     what = "workdir, checkpoint folder, .pth, Hugging Face folder or name; default: the newest of --workdir"
     cfg, values = _config_and_flags(argv, checkpoint=what)
+    from blip_jax import tasks
     from blip_jax.console import say
-    from blip_jax.eval import recall
     from blip_jax.parallel import processes
     from blip_jax.train import loop
 
@@ -81,8 +81,8 @@ def evaluate(argv: list[str]) -> int:
         # among several processes JAX takes note of it, for training to save
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         result = loop.evaluate(cfg, values.workdir, values.checkpoint or "")
-        say(recall.table(result))
-        say(f"written to {pathlib.Path(values.workdir) / 'retrieval.json'}")
+        say(tasks.of(cfg).table(result))
+        say(f"written to {pathlib.Path(values.workdir) / 'evaluation.json'}")
     return 0
 
 

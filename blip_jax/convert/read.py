@@ -20,15 +20,15 @@ from blip_jax.models.vision.vit import resize_pos_embed
 
 HEAD_DIM = 64  # of every released model
 BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30524)  # repository, file, entries with [DEC] and [ENC]
-PARTS = {  # family -> objective, text encoder, text decoder, tokens of a text, what captions continue
-    "pretrain": ("pretrain", True, True, 30, ""),
-    "retrieval": ("retrieval", True, False, 35, ""),
-    "itm": ("retrieval", True, False, 35, ""),
-    "features": ("retrieval", True, False, 35, ""),
-    "caption": ("caption", False, True, 40, "a picture of "),
-    "vqa": ("vqa", True, True, 35, ""),
-    "nlvr": ("nlvr", True, False, 64, ""),
-    **dict.fromkeys(INITIAL, ("pretrain", True, True, 30, "")),
+TASKS = {  # family -> objective, tokens of a text, what captions continue
+    "pretrain": ("pretrain", 30, ""),
+    "retrieval": ("retrieval", 35, ""),
+    "itm": ("retrieval", 35, ""),
+    "features": ("retrieval", 35, ""),
+    "caption": ("caption", 40, "a picture of "),
+    "vqa": ("vqa", 35, ""),
+    "nlvr": ("nlvr", 64, ""),
+    **dict.fromkeys(INITIAL, ("pretrain", 30, "")),
 }
 MARKS = (  # family -> a tensor that only it has, or only it and those above it; first match wins
     ("augreg", r"Transformer/encoderblock_\d+/.*"),
@@ -178,7 +178,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool) -> Sou
     saved, converted = checkpoint.load_config(folder), checkpoint.load_data(folder).get("converted", {})
     state, momentum = (
         {"params": checkpoint.load_params(folder)},
-        checkpoint.load_momentum(folder) if with_momentum else None,
+        checkpoint.load_extra(folder) if with_momentum else None,
     )
     if momentum:
         state["momentum"] = {name: part for name, part in momentum.items() if part}
@@ -322,12 +322,12 @@ def _add_tokens(med: dict, size: int, notes: list[str]) -> int:
 def _settle(source: Source) -> None:
     """Settings that follow from the family alone; a temperature where the family has none, for no inference reads
     it."""
-    objective, encoder, decoder, max_len, prompt = PARTS[source.family]
+    objective, max_len, prompt = TASKS[source.family]
     c, momentum = source.cfg, source.state.get("momentum", {})
     queue = len(momentum["queue"]["img"]) if "queue" in momentum else 0
     with c.unlocked():
         c.objective = objective
-        c.model.update(encoder=encoder, decoder=decoder, dtype="float32")
+        c.model.update(dtype="float32")
         c.text.update(vocab="", max_len=min(max_len, c.model.med.positions), prompt=prompt)
         c.loss.update(momentum=bool(momentum), queue=queue)
     if source.family in ("itm", "features"):

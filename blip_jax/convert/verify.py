@@ -15,7 +15,7 @@ from blip_jax import trees
 from blip_jax.convert import apply, hf, hf_config, torch_io
 from blip_jax.convert.read import Source, find_family, narrow, read
 from blip_jax.convert.rules.blip import INITIAL
-from blip_jax.models.build import build
+from blip_jax.tasks import build
 
 PEERS = {
     "pretrain": ("caption", "itm"),

@@ -104,7 +104,7 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
     state = {
         "params": source.state["params"],
         "frozen": {},
-        "momentum": momentum and {"params": None, "queue": None} | momentum,
+        "extra": momentum and {"params": None, "queue": None} | momentum,
     }
     record = {"family": source.family, "origin": origin, "notes": source.notes, "absent": list(source.absent)}
     checkpoint.write(

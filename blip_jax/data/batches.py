@@ -1,4 +1,4 @@
-"""Batches: a weighted, shuffled mixture of sources for training, and retrieval evaluation data; decoding in threads.
+"""Batches: a weighted, shuffled mixture of sources for training, and evaluation data; decoding in threads.
 
 The order of training is a pure function of the seed, the sources and the global example number i = step * B + position,
 and so is what happens to an example: its random stream is Philox(seed, i). Nothing is remembered between steps, hence
@@ -27,48 +27,36 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip_jax.data import image
+from blip_jax.data import image, pairs
 from blip_jax.data.formats import open_source
 from blip_jax.data.ledger import Ledger
 from blip_jax.data.source import BadRecord, Source
-from blip_jax.data.text.clean import clean_caption, plain_text
 from blip_jax.data.windows import Windows
 
 log = logging.getLogger(__name__)
 
+# entries of a batch whose last dimension is cfg.text.max_len, or with text.buckets the step's own
+TEXT = ("ids", "txt_mask", "lm_mask")
 TRIES = 100  # records tried for one example before its source counts as unusable
 MISFITS = 20  # replacements too long for the batch, after which one is cut
 
 
 def open_all(sources) -> dict[str, Source]:
+    """name -> opened source, of configs or open sources."""
     if not len(sources):
         raise ValueError("no data source: add one to the config, such as c.data.train.web = source('json', 'web.json')")
     return {name: open_source(name, s) if isinstance(s, ConfigDict) else s for name, s in sorted(sources.items())}
 
 
-def cleaned_captions(record: dict, max_words: int) -> tuple[list[str], list[str]]:
-    """The non-empty cleaned captions of a record, and notes. BadRecord when there is none."""
-    out, notes = [], []
-    for caption in record["captions"]:
-        caption, found = plain_text(caption)
-        notes += found
-        if caption.count(" ") > 10 * max_words:
-            notes.append(f"long caption, cut to {max_words} words")
-        out.append(clean_caption(caption, max_words))
-    out = [c for c in out if any(letter.isprintable() and not letter.isspace() for letter in c)]
-    if not out:
-        raise BadRecord(record["key"], "empty caption")
-    return out, list(dict.fromkeys(notes))
-
-
-def decode_image(record: dict, max_pixels: int):
+def decode(record: dict, encoded: bytes, max_pixels: int):
+    """A picture of a record, and notes. BadRecord: it is none."""
     try:
-        return image.decode(record["image"], max_pixels)
+        return image.decode(encoded, max_pixels)
     except image.BadImage as e:
         raise BadRecord(record["key"], str(e)) from None
 
 
-def in_threads(ds, cfg, ahead: int):
+def threads(ds, cfg, ahead: int):
     """Iterator over a grain MapDataset, computed up to `ahead` elements ahead by cfg.data.threads threads."""
     n = cfg.data.threads
     return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=n, prefetch_buffer_size=max(ahead, n) if n else 0)))
@@ -77,17 +65,27 @@ def in_threads(ds, cfg, ahead: int):
 class TrainData:
     """Training batches of the weighted mixture cfg.data.train, for process `process_index` of `process_count`.
 
+    task: a module of blip_jax/tasks, of which `example` makes a row of a record and, for text.buckets, `text` finds its
+    text.
     rows: positions i64, rising, in each micro-batch that this process makes; by default the part that has its number.
     Attributes: sources, name -> Source; epoch_examples, examples of one epoch (cfg.data.epoch_examples, else the sum
     over the sources). Within a source, any len(source) examples from a multiple of it cover each record once, in an
     order that is new for every epoch. Raises ValueError for a wrong source, weights that are not positive, and a batch
-    that does not divide, and with text.buckets for a source that has no captions without pictures.
+    that does not divide, and with text.buckets for a task or a source that has no texts without pictures.
     """
 
     def __init__(
-        self, cfg, tokenizer, *, process_index: int, process_count: int, skipped_path, rows: np.ndarray | None = None
+        self,
+        cfg,
+        tokenizer,
+        task,
+        *,
+        process_index: int,
+        process_count: int,
+        skipped_path,
+        rows: np.ndarray | None = None,
     ):
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.task = cfg, tokenizer, task
         batch, micro = cfg.train.batch, cfg.optim.accumulate
         if batch < 1 or micro < 1 or batch % (micro * process_count):
             raise ValueError(
@@ -101,25 +99,24 @@ class TrainData:
         self.local_batch = micro * len(self._rows)
         self.sources = open_all(cfg.data.train)
         self.epoch_examples = cfg.data.epoch_examples or sum(map(len, self.sources.values()))
-        self._prompt_len = _prompt_len(cfg, tokenizer)
         if cfg.text.buckets:
-            _can_bucket(self.sources)
+            _can_bucket(cfg.objective, task, self.sources)
+        self._cfgs = {T: _of_length(cfg, T) for T in (*cfg.text.buckets, cfg.text.max_len)}
         self._order = _mixture(cfg, self.sources)
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
 
     def batches(self, start_step: int = 0) -> Batches:
         """Iterator over the local batches of steps start_step, start_step + 1, ...; decoding begins at once. Close it.
 
-        {"img": u8[b,H,W,3], "ids": i32[b,T], "txt_mask": bool[b,T], "lm_mask": bool[b,T], "image_id": i64[b], "key":
-        list of str}; b = B / processes, or the rows given; T is cfg.text.max_len, or with text.buckets each step has
-        its own, the same for all processes. Texts begin with cfg.text.prompt; lm_mask is txt_mask without [CLS] and the
-        prompt. Raises ValueError when more than data.max_bad_share of at least 100 records are unusable.
+        The rows of the task's `example`, stacked, pictures as u8[b,H,W,3], and "key", a list of str; b = B / processes,
+        or the rows given. Texts have cfg.text.max_len positions, or with text.buckets each step has its own, the same
+        for all processes. Raises ValueError when more than data.max_bad_share of at least 100 records are unusable.
         """
         data, windows = self.cfg.data, self._windows(start_step) if self.cfg.text.buckets else None
         local = grain.MapDataset.range(start_step * self.local_batch, sys.maxsize)
         local = local.map(lambda j: self.example(*self._global(j, windows)))
         return Batches(
-            in_threads(local, self.cfg, data.prefetch * self.local_batch), self.local_batch, self._ledger, windows
+            threads(local, self.cfg, data.prefetch * self.local_batch), self.local_batch, self._ledger, windows
         )
 
     def _windows(self, start_step: int) -> Windows:
@@ -161,18 +158,14 @@ class TrainData:
     def _text(self, i: int) -> str:
         """What `example` reads as the text of `i`, from captions alone; another record's where the picture proves
         unusable."""
-        (name, r), rng = self._order[i], None
-        source, cfg = self.sources[name], self.cfg.text
+        (name, r), rng = self._order[i], self._stream(i)
+        source = self.sources[name]
         for _ in range(TRIES):
             try:
-                captions, _ = cleaned_captions({"key": name, "captions": source.captions_of(r)}, cfg.max_words)
+                return self.task.text({"key": name, "captions": source.captions_of(r)}, rng, self.cfg)[0]
             except BadRecord:
-                rng = rng or self._stream(i)
                 r = int(rng.integers(len(source)))
-                continue
-            rng = rng if rng or len(captions) == 1 else self._stream(i)  # most often there is nothing to draw
-            return cfg.prompt + (captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0])
-        return cfg.prompt  # nothing can be used: `example` says so
+        return ""  # nothing can be used: `example` says so
 
     def example(self, i: int, T: int) -> dict:
         """Global example `i` in a batch of T text positions: one row of it, and what the ledger takes in ("read",
@@ -181,65 +174,72 @@ class TrainData:
         source, events, rng, misfits = self.sources[name], [], self._stream(i), 0
         for tried in range(1, TRIES + 1):
             try:
-                record = source[r]
-                captions, notes = cleaned_captions(record, self.cfg.text.max_words)
-                picture, found = decode_image(record, self.cfg.data.max_pixels)
+                record, notes = {**source[r], "source": name}, []
+                if self._too_long(record, rng, T):
+                    if misfits < MISFITS:
+                        misfits, r = misfits + 1, int(rng.integers(len(source)))
+                        continue
+                    notes = ["text cut: too long for the batch of the unusable record that it replaces"]
+                row, found = self._row(record, rng, T)
             except BadRecord as e:
                 events.append((name, e.key, e.reason, False))
                 r = int(rng.integers(len(source)))
                 continue
-            written = self.cfg.text.prompt + captions[int(rng.integers(len(captions)))]
-            if T < self.cfg.text.max_len and self.tokenizer.lengths([written], self.cfg.text.max_len)[0] > T:
-                if misfits < MISFITS:
-                    misfits, r = misfits + 1, int(rng.integers(len(source)))
-                    continue
-                notes.append("text cut: too long for the batch of the unusable record that it replaces")
             events += [(name, record["key"], note, True) for note in found + notes]
-            row = self._row(name, record, picture, written, T, rng)
-            return {**row, "read": tried, "events": events}
+            return {**row, "key": record["key"], "read": tried, "events": events}
         return {"read": TRIES, "events": events}
 
-    def _row(self, name: str, record: dict, picture, written: str, T: int, rng: np.random.Generator) -> dict:
-        cfg = self.cfg
-        img = image.train_transform(
-            picture,
-            cfg.model.img_size,
-            rng,
-            scale=cfg.data.crop_scale,
-            flip=cfg.data.flip,
-            randaugment=cfg.data.randaugment,
+    def _too_long(self, record: dict, rng: np.random.Generator, T: int) -> bool:
+        """Whether the text that the task draws takes more than T positions; if not, `rng` stands where it stood."""
+        if T == self.cfg.text.max_len:
+            return False
+        before = rng.bit_generator.state
+        written, _ = self.task.text(record, rng, self.cfg)
+        if self.tokenizer.lengths([written], self.cfg.text.max_len)[0] > T:
+            return True
+        rng.bit_generator.state = before
+        return False
+
+    def _row(self, record: dict, rng: np.random.Generator, T: int) -> tuple[dict, list[str]]:
+        """The task's row with its pictures decoded and augmented, and notes. BadRecord: it cannot be used."""
+        row, data = self.task.example(record, rng, self._cfgs[T], self.tokenizer), self.cfg.data
+        notes = row.pop("notes")
+        pictures, found = {}, []
+        for name in (name for name, value in row.items() if isinstance(value, bytes)):  # all, before one is augmented
+            pictures[name], irregular = decode(record, row[name], data.max_pixels)
+            found += irregular
+        for name, picture in pictures.items():
+            row[name] = image.train_transform(
+                picture,
+                self.cfg.model.img_size,
+                rng,
+                scale=data.crop_scale,
+                flip=data.flip,
+                randaugment=data.randaugment,
+            )
+        return row, [*found, *notes]
+
+
+def _of_length(cfg, T: int) -> ConfigDict:
+    """The config for a batch of T text positions."""
+    if T == cfg.text.max_len:
+        return cfg
+    own = cfg.copy_and_resolve_references().unlock()
+    own.text.max_len = T
+    return own.lock()
+
+
+def _can_bucket(objective: str, task, sources: dict[str, Source]) -> None:
+    """ValueError: a task without texts to order, or sources whose texts can only be read with their pictures."""
+    if not hasattr(task, "text"):
+        raise ValueError(
+            f"text.buckets is set but objective is {objective}, whose batches have one length: set text.buckets=()"
         )
-        ids, mask = self.tokenizer.encode([written], T)
-        return {
-            "img": img,
-            "ids": ids[0],
-            "txt_mask": mask[0],
-            "lm_mask": mask[0] & (np.arange(T) >= self._prompt_len),
-            "image_id": _number(name, record["image_id"]),
-            "key": record["key"],
-        }
-
-
-def _can_bucket(sources: dict[str, Source]) -> None:
-    """ValueError: sources whose texts can only be read with their pictures."""
     if unfit := [name for name, source in sources.items() if not hasattr(source, "captions_of")]:
         raise ValueError(
             f"text.buckets needs the captions of all records without their pictures, which array_record and tfds do not "
             f"give: {', '.join(unfit)}. Give these as json or tar, or set text.buckets=()"
         )
-
-
-def _prompt_len(cfg, tokenizer) -> int:
-    """Positions of [CLS] and cfg.text.prompt. ValueError: none would be left for a word and [SEP]."""
-    prompt, T = cfg.text.prompt, min((cfg.text.max_len, *cfg.text.buckets))
-    n = int(tokenizer.encode([prompt], len(prompt) + 2)[1].sum()) - 1
-    if n + 2 > T:
-        leaf = "text.max_len" if T == cfg.text.max_len else "the shortest of text.buckets"
-        raise ValueError(
-            f"text.prompt={prompt!r} takes {n} of {leaf}={T} positions with [CLS], so that no word fits "
-            f"before [SEP]: set {leaf} to {n + 2} at the very least, or shorten the prompt"
-        )
-    return n
 
 
 def _mixture(cfg, sources: dict[str, Source]):
@@ -254,12 +254,6 @@ def _mixture(cfg, sources: dict[str, Source]):
         order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
         parts.append(order.map(lambda r, name=name: (name, r)))
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(weights.values()))
-
-
-def _number(source: str, image_id: str) -> int:
-    """A stable i64 for an image: the same image of the same source has the same number in every run."""
-    name = f"{source}\0{image_id}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 
 class Batches:
@@ -281,13 +275,13 @@ class Batches:
         rows = [next(self._examples) for _ in range(self._size)]
         self._ledger.add(sum(r["read"] for r in rows), [e for r in rows for e in r["events"]])
         for r in rows:
-            if "img" not in r:
+            if "key" not in r:
                 raise ValueError(
                     f"{TRIES} records in a row of source {r['events'][0][0]!r} cannot be used, the last because of "
                     f"{r['events'][-1][2]!r}; they are named in {self._ledger.path}: repair or remove the source"
                 )
-        batch = {k: np.stack([r[k] for r in rows]) for k in ("img", "ids", "txt_mask", "lm_mask")}
-        return {**batch, "image_id": np.array([r["image_id"] for r in rows], np.int64), "key": [r["key"] for r in rows]}
+        batch = {name: np.stack([r[name] for r in rows]) for name in rows[0] if name not in ("key", "read", "events")}
+        return {**batch, "key": [r["key"] for r in rows]}
 
     def close(self) -> None:
         if self._windows:
@@ -322,7 +316,7 @@ class EvalData:
                 break
             try:
                 record = self.sources[name][r]
-                captions, notes = cleaned_captions(record, cfg.text.max_words)
+                captions, notes = pairs.captions(record, cfg.text.max_words)
             except BadRecord as e:
                 self._ledger.add(1, [(name, e.key, e.reason, False)])
                 continue
@@ -338,6 +332,9 @@ class EvalData:
         self.text_image = np.array(text_image, np.int64)
         self._reported: set[int] = set()
 
+    def __len__(self) -> int:
+        return self.n_images
+
     @property
     def n_images(self) -> int:
         return len(self._where)
@@ -349,7 +346,7 @@ class EvalData:
     def image_batches(self, batch: int) -> Iterator[dict]:
         """{"img": u8[batch,H,W,3], "index": i64[batch]} in the order of images; -1: zeros, padding or unreadable."""
         size, n = self.cfg.model.img_size, self.n_images
-        examples = in_threads(grain.MapDataset.range(n).map(self._picture), self.cfg, self.cfg.data.prefetch * batch)
+        examples = threads(grain.MapDataset.range(n).map(self._picture), self.cfg, self.cfg.data.prefetch * batch)
         try:
             for first in range(0, n, batch):
                 img, index = np.zeros((batch, size, size, 3), np.uint8), np.full(batch, -1, np.int64)
@@ -368,10 +365,74 @@ class EvalData:
         name, r = self._where[i]
         try:
             record = self.sources[name][r]
-            picture, notes = decode_image(record, self.cfg.data.max_pixels)
+            picture, notes = decode(record, record["image"], self.cfg.data.max_pixels)
         except BadRecord as e:
             log.warning("evaluation: image %d (%s) of %s: %s", i, e.key, name, e.reason)
             return None, [(name, e.key, e.reason, False)]
         return image.eval_transform(picture, self.cfg.model.img_size), [
             (name, record["key"], note, True) for note in notes
         ]
+
+
+class EvalRows:
+    """The records of `sources` in order (the first cfg.eval.limit, if set) as the rows of `example`, for evaluation one
+    by one.
+
+    example: (record, cfg, tokenizer) -> row, as a task's `example` without random choices; pictures come as a model
+    sees them. `records`
+    holds what is known of each row besides its arrays: the record without its pictures. A record that cannot be used is
+    left out, counted and named as in training; a source that leaves none raises ValueError.
+    """
+
+    def __init__(self, cfg, tokenizer, example, sources, *, skipped_path):
+        self.cfg, self.tokenizer, self.sources, self._example = cfg, tokenizer, open_all(sources), example
+        self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
+        where = [(name, r) for name, source in self.sources.items() for r in range(len(source))]
+        self._where = where[: cfg.eval.limit or len(where)]
+
+    def __len__(self) -> int:
+        """Records there are, usable or not."""
+        return len(self._where)
+
+    def counts(self) -> dict:
+        """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}} of the passes so far."""
+        return self._ledger.counts()
+
+    def batches(self, batch: int) -> Iterator[tuple[list[dict], dict]]:
+        """(records, arrays [n, ...]) of n <= batch usable records, in order. ValueError: not one can be used."""
+        rows = threads(grain.MapDataset.range(len(self)).map(self._row), self.cfg, self.cfg.data.prefetch * batch)
+        some = False
+        try:
+            for first in range(0, len(self), batch):
+                tried = [next(rows) for _ in range(min(batch, len(self) - first))]
+                self._ledger.add(len(tried), [event for _, _, events in tried for event in events])
+                used = [(record, row) for record, row, _ in tried if row is not None]
+                if used:
+                    some = True
+                    yield (
+                        [record for record, _ in used],
+                        {name: np.stack([row[name] for _, row in used]) for name in used[0][1]},
+                    )
+        finally:
+            rows.close()
+        if not some:
+            raise ValueError(
+                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are named in "
+                f"{self._ledger.path}"
+            )
+
+    def _row(self, i: int) -> tuple[dict, dict | None, list]:
+        name, r = self._where[i]
+        try:
+            record = {**self.sources[name][r], "source": name}
+            row = self._example(record, self.cfg, self.tokenizer)
+            notes = row.pop("notes")
+            for field in [field for field, value in row.items() if isinstance(value, bytes)]:
+                picture, found = decode(record, row[field], self.cfg.data.max_pixels)
+                row[field] = image.eval_transform(picture, self.cfg.model.img_size)
+                notes = found + notes
+        except BadRecord as e:
+            log.warning("evaluation: record %d (%s) of %s: %s", i, e.key, name, e.reason)
+            return {}, None, [(name, e.key, e.reason, False)]
+        known = {field: value for field, value in record.items() if field not in ("image", "images")}
+        return known, row, [(name, record["key"], note, True) for note in notes]

@@ -6,6 +6,8 @@ array_record  ArrayRecord files written by `write_array_record`
 tfds          a prepared TensorFlow Datasets data set, read without TensorFlow
 scenes        the built-in world (blip_jax/data/scenes/world.py)
 
+Layouts that one task alone reads, whose records hold other things than captions, are modules of blip_jax/data/formats.
+
 A source keeps an index in compact arrays, never the records. A wrong file list is a ValueError when the source is
 opened; a record that cannot be used is a BadRecord when it is read, and the pipeline counts it.
 """

@@ -16,9 +16,9 @@ from blip_jax.console import revision, say
 from blip_jax.data.batches import EvalData
 from blip_jax.data.formats import open_source
 from blip_jax.demo import report, truth
-from blip_jax.inference import retrieval
 from blip_jax.inference.load import load
 from blip_jax.parallel import sharding
+from blip_jax.tasks import two_stage
 
 GALLERY = 24  # pictures shown with their texts
 QUERIES = 6  # retrieval examples
@@ -201,7 +201,7 @@ def _retrieved(cfg, run: pathlib.Path) -> list[dict]:
     mesh = sharding.make_mesh(cfg.mesh)
     found = load(run, mesh, cfg.model.dtype)
     data = EvalData(cfg, found.tokenizer, cfg.data.eval, skipped_path=run / "skipped-eval.jsonl")
-    scores = retrieval.two_stage_scores(cfg, found.model, found.params, data, found.tokenizer, mesh)
+    scores = two_stage.two_stage_scores(cfg, found.model, found.params, data, found.tokenizer, mesh)
     source = next(iter(data.sources.values()))
     out = []
     for text in np.linspace(0, len(data.captions) - 1, QUERIES).astype(int):

@@ -101,11 +101,8 @@ def fine_tuning(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
     del c.data.train["web"]
     c.data.eval = ConfigDict()
     if name == "captioner":
-        c.model.encoder = False
         c.text.prompt = PROMPT
         c.text.max_len += len(PROMPT.split())
-    else:
-        c.model.decoder = False
     c.train.steps = max(1, round(FINE_TUNING[name] * cfg.train.steps))
     c.train.init_from = str(workdir / "pretrain-neither")
     return c.lock()

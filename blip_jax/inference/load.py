@@ -17,7 +17,7 @@ from blip_jax.convert import read
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
 from blip_jax.models.blip import Blip
-from blip_jax.models.build import build
+from blip_jax.tasks import build
 
 NEEDS = {  # what is asked of a model -> the parts it takes, the checkpoints that have them
     "caption": (("text decoder",), "a captioner or a pre-training checkpoint"),

@@ -33,15 +33,15 @@ class Blip(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, model) -> "Blip":
-        """Builds from `cfg.model` of blip_jax.config."""
+    def from_config(cls, model, *, encoder: bool = True, decoder: bool = True) -> "Blip":
+        """Builds from `cfg.model` of blip_jax.config; which parts there are follows from the task."""
         return cls(
             FrozenDict(model.vit),
             FrozenDict(model.med),
             model.img_size,
             model.embed_dim,
-            model.encoder,
-            model.decoder,
+            encoder,
+            decoder,
             model.init_std,
             model.drop_path,
             model.dropout,

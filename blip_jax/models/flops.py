@@ -13,6 +13,7 @@ are counted per image; `model` is a `cfg.model`.
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 import jax
 import numpy as np
@@ -21,22 +22,22 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from blip_jax.data import windows
 
 
-def _positions(model) -> int:
+def positions(model) -> int:
     """P, image positions."""
     return (model.img_size // model.vit.patch) ** 2 + 1
 
 
-def _vision(model) -> tuple[float, float]:
+def vision(model) -> tuple[float, float]:
     """(FLOPs of the ViT for one image, of which patch embedding)."""
     v = model.vit
-    positions = _positions(model)
-    embed = 2 * (positions - 1) * v.width * 3 * v.patch**2
-    dense = 2 * positions * (4 * v.width**2 + 2 * v.width * v.mlp)  # q, k, v, out, two of the mlp
-    mixing = 4 * positions**2 * v.width  # scores, weighted sum
+    P = positions(model)
+    embed = 2 * (P - 1) * v.width * 3 * v.patch**2
+    dense = 2 * P * (4 * v.width**2 + 2 * v.width * v.mlp)  # q, k, v, out, two of the mlp
+    mixing = 4 * P**2 * v.width  # scores, weighted sum
     return embed + v.depth * (dense + mixing), embed
 
 
-def _text_layer(med, T: int, queries: int, P: int = 0) -> float:
+def text_layer(med, T: int, queries: int, P: int = 0) -> float:
     """One MED layer for one text of T positions, of which `queries` are computed; P image positions, 0: text mode."""
     D = med.width
     own = 2 * T * 2 * D**2 + 2 * queries * (2 * D**2 + 2 * D * med.mlp) + 4 * queries * T * D
@@ -44,9 +45,9 @@ def _text_layer(med, T: int, queries: int, P: int = 0) -> float:
     return own + (cross if P else 0)
 
 
-def _text(model, T: int, image: bool) -> float:
+def text(model, T: int, image: bool) -> float:
     """All MED layers for every position of one text, in text mode or with an image whose keys and values are there."""
-    return model.med.layers * _text_layer(model.med, T, T, _positions(model) if image else 0)
+    return model.med.layers * text_layer(model.med, T, T, positions(model) if image else 0)
 
 
 def _match(model, T: int, original: bool) -> float:
@@ -54,17 +55,17 @@ def _match(model, T: int, original: bool) -> float:
     saved = (
         0.0
         if original
-        else _text_layer(model.med, T, T, _positions(model)) - _text_layer(model.med, T, 1, _positions(model))
+        else text_layer(model.med, T, T, positions(model)) - text_layer(model.med, T, 1, positions(model))
     )
-    return _text(model, T, True) - saved + 2 * model.med.width * 2
+    return text(model, T, True) - saved + 2 * model.med.width * 2
 
 
-def _image_kv(model) -> float:
+def image_kv(model) -> float:
     """Cross-attention keys and values of one image, in all MED layers."""
-    return model.med.layers * 2 * _positions(model) * model.vit.width * 2 * model.med.width
+    return model.med.layers * 2 * positions(model) * model.vit.width * 2 * model.med.width
 
 
-def _lm_head(med) -> float:
+def lm_head(med) -> float:
     """Transform and logits of one position."""
     return 2 * med.width**2 + 2 * med.width * med.vocab_size
 
@@ -83,19 +84,19 @@ def _contrastive(cfg) -> tuple[float, float]:
 
 def _image_parts(cfg, original: bool) -> dict[str, float]:
     """Forward FLOPs of the ViT, and of the keys and values that all text passes share."""
-    return {"vision": _vision(cfg.model)[0], "image_kv": 0.0 if original else _image_kv(cfg.model)}
+    return {"vision": vision(cfg.model)[0], "image_kv": 0.0 if original else image_kv(cfg.model)}
 
 
 def _encoder_parts(cfg, T: int, original: bool) -> tuple[dict[str, float], float]:
     """(forward FLOPs by part, backward FLOPs of the similarities) of ITC and ITM for one pair."""
-    model, text = cfg.model, _text(cfg.model, T, False)
+    model, alone = cfg.model, text(cfg.model, T, False)
     itc, itc_backward = _contrastive(cfg)
     momentum = 1 if cfg.loss.momentum else 0
     return {
-        "momentum_vision": momentum * _vision(model)[0],
-        "text": text,
-        "momentum_text": momentum * text,
-        "match": 3 * (_match(model, T, original) + (_image_kv(model) if original else 0)),
+        "momentum_vision": momentum * vision(model)[0],
+        "text": alone,
+        "momentum_text": momentum * alone,
+        "match": 3 * (_match(model, T, original) + (image_kv(model) if original else 0)),
         "itc": itc,
     }, itc_backward
 
@@ -103,8 +104,8 @@ def _encoder_parts(cfg, T: int, original: bool) -> tuple[dict[str, float], float
 def _decoder_parts(cfg, T: int, original: bool) -> dict[str, float]:
     """Forward FLOPs of language modelling for one pair."""
     return {
-        "decoder": _text(cfg.model, T, True) + (_image_kv(cfg.model) if original else 0),
-        "lm_head": (T if original else T - 1) * _lm_head(cfg.model.med),  # the last position predicts nothing
+        "decoder": text(cfg.model, T, True) + (image_kv(cfg.model) if original else 0),
+        "lm_head": (T if original else T - 1) * lm_head(cfg.model.med),  # the last position predicts nothing
     }
 
 
@@ -117,7 +118,7 @@ def _step(cfg, T: int | None, encoder: bool, decoder: bool, original: bool) -> d
         parts |= _decoder_parts(cfg, T, original)
     forward = sum(parts.values())
     trained = sum(n for part, n in parts.items() if part not in ("momentum_vision", "momentum_text", "itc"))
-    return {**parts, "forward": forward, "step": forward + 2 * trained - _vision(cfg.model)[1] + itc_backward}
+    return {**parts, "forward": forward, "step": forward + 2 * trained - vision(cfg.model)[1] + itc_backward}
 
 
 def pretrain_step(cfg, original: bool = False, T: int | None = None) -> dict[str, float]:
@@ -144,15 +145,21 @@ def caption_step(cfg, original: bool = False, T: int | None = None) -> dict[str,
     return _step(cfg, T, False, True, original)
 
 
-STEPS = {"pretrain": pretrain_step, "retrieval": retrieval_step, "caption": caption_step}
+def trained(cfg, parts: dict[str, float], unneeded: float | None = None) -> dict[str, float]:
+    """The count of a step from forward FLOPs by part, all of which train: adds "forward" and "step".
+
+    unneeded: FLOPs of a gradient that nobody needs, that of pixels; None: of one picture.
+    """
+    forward = sum(parts.values())
+    return {**parts, "forward": forward, "step": 3 * forward - (vision(cfg.model)[1] if unneeded is None else unneeded)}
 
 
-def bucketed_step(cfg, lengths: np.ndarray) -> float:
+def bucketed_step(cfg, step: Callable, lengths: np.ndarray) -> float:
     """FLOPs per pair of a step of `cfg`, the mean over the batches that text.buckets make of texts of `lengths`,
     i32[n].
 
-    lengths: positions with [CLS] and [SEP], in the order of the data; what does not fill a batch at the end is left
-    out.
+    step: the count of one length, as `pretrain_step`. lengths: positions with [CLS] and [SEP], in the order of the
+    data; what does not fill a batch at the end is left out.
     ValueError: not one batch is full.
     """
     size, batch = cfg.text.bucket_window * cfg.train.batch, cfg.train.batch
@@ -160,14 +167,12 @@ def bucketed_step(cfg, lengths: np.ndarray) -> float:
         raise ValueError(f"{len(lengths)} lengths do not fill a batch of train.batch={batch}: give more")
     parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
     T = np.concatenate([windows.cut(part[: len(part) // batch * batch], batch, cfg.text.buckets)[1] for part in parts])
-    return sum(
-        n * STEPS[cfg.objective](cfg, T=int(t))["step"] for t, n in zip(*np.unique(T, return_counts=True))
-    ) / len(T)
+    return sum(n * step(cfg, T=int(t))["step"] for t, n in zip(*np.unique(T, return_counts=True))) / len(T)
 
 
 def encode_image(model) -> float:
     """FLOPs of the ViT for one image."""
-    return _vision(model)[0]
+    return vision(model)[0]
 
 
 def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
@@ -177,8 +182,8 @@ def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
     token, and every further one reads a cache as long as the whole text.
     """
     med, cache = model.med, prompt + tokens - 1
-    extend = lambda t: _text(model, t, True) + med.layers * 4 * t * (cache - t) * med.width + _lm_head(med)
-    return encode_image(model) + _image_kv(model) + extend(prompt) + n * (tokens - 1) * extend(1)
+    extend = lambda t: text(model, t, True) + med.layers * 4 * t * (cache - t) * med.width + lm_head(med)
+    return encode_image(model) + image_kv(model) + extend(prompt) + n * (tokens - 1) * extend(1)
 
 
 def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = False) -> float:
@@ -189,8 +194,8 @@ def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = F
     """
     E, cosine = model.embed_dim, 0.0
     if itc:
-        cosine = 2 * E * model.vit.width + texts * (_text(model, T, False) + 2 * E * model.med.width + 2 * E)
-    return encode_image(model) + _image_kv(model) + texts * _match(model, T, original) + cosine
+        cosine = 2 * E * model.vit.width + texts * (text(model, T, False) + 2 * E * model.med.width + 2 * E)
+    return encode_image(model) + image_kv(model) + texts * _match(model, T, original) + cosine
 
 
 def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
@@ -202,7 +207,7 @@ def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
     model, T, group, k = cfg.model, cfg.text.max_len, cfg.eval.rerank_texts, cfg.eval.k
     project = 2 * model.embed_dim
     encode = images * (encode_image(model) + project * model.vit.width) + texts * (
-        _text(model, T, False) + project * model.med.width
+        text(model, T, False) + project * model.med.width
     )
     pairs = min(images * min(k, texts) + texts * min(k, images), images * texts)
     rerank = pairs / group * rerank_unit(model, T, group)
@@ -212,7 +217,7 @@ def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
 def rerank_unit(model, T: int, texts: int) -> float:
     """FLOPs of one pass of re-ranking: keys and values of an image, and `texts` texts of T positions matched with
     it."""
-    return _image_kv(model) + texts * _match(model, T, False)
+    return image_kv(model) + texts * _match(model, T, False)
 
 
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr, trips: int | None = None) -> float:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from blip_jax import config
+from blip_jax import tasks
 from blip_jax.capfilt import settings
 from blip_jax.console import plain, say
 from blip_jax.parallel import sharding
@@ -190,19 +190,19 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
         lacking = [
             flag
             for flag, c, part in (("--captioner", captioner, "decoder"), ("--filter", judge, "encoder"))
-            if c is None or not c.model[part]
+            if c is None or not getattr(tasks.build(c), part, False)
         ]
         if lacking:
             raise ValueError(
                 f"a plan of CapFilt needs {' and '.join(lacking)}: the config of the training that makes the model (with a "
-                "decoder for the captioner, with an encoder for the filter), as --captioner=configs/caption_coco_vitl.py "
-                "--filter=configs/retrieval_coco_vitl.py"
+                "decoder for the captioner, with an encoder for the filter), as --captioner=configs/caption_coco.py:vitl "
+                "--filter=configs/retrieval_coco.py:vitl"
             )
         settings.validate(cfg)
         return Request(cfg, topology, workload, captioner, judge)
     own = cfg.copy_and_resolve_references().unlock()
     own.text.vocab = own.text.vocab or "sizes suffice"
-    config.validate(own, None, 1, topology.devices)
+    tasks.validate(own, None, 1, topology.devices)
     sharding.inside_slice(mesh_shape(cfg, topology), topology.slices)
     return Request(cfg, topology, workload)
 

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from blip_jax import config, trees
+from blip_jax import config, tasks, trees
 from blip_jax.capfilt import settings
 from blip_jax.inference import programs
 from blip_jax.models import flops
-from blip_jax.models.blip import Blip
 from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
@@ -60,7 +59,7 @@ def _placed(shapes, shardings):
 
 def create(cfg, mesh) -> Program:
     """The creation of the state that `train` steps on, as a new run jits it."""
-    model, (tx, _) = Blip.from_config(cfg.model), optim.make(cfg, 1)
+    model, (tx, _) = tasks.build(cfg), optim.make(cfg, 1)
     make = functools.partial(train_state.create, cfg, model, tx)
     key = jax.eval_shape(lambda: jax.random.key(cfg.seed))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
@@ -81,21 +80,18 @@ def create(cfg, mesh) -> Program:
 
 def train(cfg, mesh) -> list[Program]:
     """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.fit` jits it."""
-    if cfg.objective not in steps.LOSSES:
-        raise ValueError(
-            f"objective is {cfg.objective!r}: a plan needs one that can be trained, {', '.join(steps.LOSSES)}"
-        )
     epoch = max(1, (cfg.data.epoch_examples or cfg.train.batch) // cfg.train.batch)
-    model, (tx, _) = Blip.from_config(cfg.model), optim.make(cfg, epoch)
+    task = tasks.of(cfg)
+    model, (tx, _) = task.build(cfg), optim.make(cfg, epoch)
     shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
     shardings = sharding.shardings_for(shapes, mesh)
     state, batch = _placed(shapes, shardings), _batch(cfg, mesh)
-    momentum = state.momentum or {"params": {}, "queue": None}
+    extra = state.extra or {"params": {}, "queue": None}
     parts = {
         "parameters": (state.params, state.frozen),
         "optimiser": state.opt,
-        "momentum copies": momentum["params"],
-        "queue": momentum["queue"],
+        "momentum copies": extra["params"],
+        "queue": extra["queue"],
         "batch": batch,
     }
     step = steps.make_step(cfg, model, tx, epoch)
@@ -106,7 +102,7 @@ def train(cfg, mesh) -> list[Program]:
             (state, batch),
             steps.jit_arguments(shardings, mesh),
             cfg.train.batch,
-            flops.STEPS[cfg.objective](cfg)["step"] * cfg.train.batch,
+            task.flops(cfg)["step"] * cfg.train.batch,
             recomputed(cfg) * cfg.train.batch,
             0,
             parts,
@@ -125,22 +121,23 @@ def recomputed(cfg) -> float:
 
 def _batch(cfg, mesh) -> dict:
     place, A = sharding.batch_sharding(mesh, cfg.optim.accumulate), cfg.optim.accumulate
-    B, S, T = cfg.train.batch, cfg.model.img_size, cfg.text.max_len
-    rows = lambda shape, dtype: jax.ShapeDtypeStruct(
-        (A, B // A, *shape) if A > 1 else (B, *shape), dtype, sharding=place
-    )
-    batch = {"img": rows((S, S, 3), jnp.uint8), "ids": rows((T,), jnp.int32), "txt_mask": rows((T,), jnp.bool_)}
-    extra = {"image_id": rows((), jnp.int32)} if cfg.objective != "caption" else {"lm_mask": rows((T,), jnp.bool_)}
-    return batch | extra
+
+    def rows(B, *shape):
+        return (A, B // A, *shape) if A > 1 else (B, *shape)
+
+    return {
+        name: jax.ShapeDtypeStruct(rows(*shape), dtype, sharding=place)
+        for name, (shape, dtype) in tasks.of(cfg).shapes(cfg).items()
+    }
 
 
 def evaluate(cfg, mesh) -> list[Program]:
     """Retrieval of `cfg` on `mesh`: the pass over images, the one over texts, and the one that re-ranks."""
-    model, rows = Blip.from_config(cfg.model), mesh.shape["data"] * mesh.shape["fsdp"]
-    if not cfg.model.encoder:
+    model, rows = tasks.build(cfg), mesh.shape["data"] * mesh.shape["fsdp"]
+    if not getattr(model, "encoder", False):
         raise ValueError(
-            "workload evaluate: retrieval needs a model with text encoder, and model.encoder is False; plan its training, "
-            "or give a config of objective pretrain or retrieval"
+            f"workload evaluate: retrieval needs a model with BLIP's text encoder, and objective is {cfg.objective}; plan its "
+            "training, or give a config of objective pretrain or retrieval"
         )
     B, G, T, S = -(-cfg.eval.batch // rows) * rows, cfg.eval.rerank_texts, cfg.text.max_len, cfg.model.img_size
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
@@ -242,11 +239,11 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
     ]
 
 
-def _model(cfg, dtype: str) -> Blip:
+def _model(cfg, dtype: str):
     sizes = config.base().unlock()
-    sizes.update({"model": cfg.model})
+    sizes.update({"objective": cfg.objective, "model": cfg.model})
     sizes.model.dtype = dtype or cfg.model.dtype
-    return Blip.from_config(sizes.model)
+    return tasks.build(sizes)
 
 
 def _rounded(cfg, place, dtype: str):

@@ -1,0 +1,89 @@
+"""What is trained and how it is scored: one module per task, named by `config.objective`, of plain functions with fixed
+names.
+
+  check(cfg, tokenizer=None)          problems of the config, each with its remedy; tokenizer: once it is read
+  build(cfg)                          the model
+  example(record, rng, cfg, tokenizer)  one row of a batch, numpy: pictures as bytes, which the pipeline decodes and
+                                      augments under the same name, arrays, and "notes", what is irregular about the
+                                      record though it is used. BadRecord where the record cannot be used
+  shapes(cfg)                         {name: (shape, dtype)} of a global batch
+  loss(model, cfg, params, extra, batch, keys)   of one micro-batch: f32[], (metrics, found); pictures arrive
+  normalised; keys: `step.Keys` flops(cfg, T=None)                  {part: FLOPs of one example, ..., "step": of the
+  training step}; T: text positions
+
+A task whose texts may be cut into buckets (text.buckets) also has
+
+  text(record, rng, cfg)              (the text that decides the length, notes), with the draws that `example` makes
+
+one with settings of its own
+
+  leaves()                            them, with their defaults: a config of this objective has c.task = leaves()
+
+one that carries more than parameters from step to step has these three (`step.make_step` says when each is called)
+
+  extra(cfg, params, key)             what it carries at the start: a tree of arrays, or None
+  before(cfg, state, epoch_steps)     (trained parameters, extra) that the losses of this step see, of a TrainState
+  after(cfg, extra, found)            what it carries on; found: what the losses returned, of all micro-batches in one
+
+one that can be evaluated
+
+  eval_data(cfg, tokenizer, skipped_path)   what `evaluate` reads, from cfg.data.eval
+  evaluate(loaded, data, mesh)        {metric: number}, and maybe "predictions", JSON rows; loaded: model, params, cfg,
+  tokenizer, origin table(result)                       `evaluate`'s numbers as text
+  submission(result)                  (file name, text) that a server takes, where there is one
+
+and one whose model is not that of pre-training may start from a checkpoint of it by
+
+  START                               models.build.Start: what its parameters start from
+
+There is no list of tasks: a module in this folder that is not in SHARED is one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from blip_jax import config
+
+SHARED = ("contrast", "momentum", "step", "two_stage")  # what several tasks have in common, no tasks themselves
+
+
+def names() -> list[str]:
+    """Every task there is."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
+
+
+def of(cfg) -> ModuleType:
+    """The module of `cfg.objective`. ValueError: there is no such task."""
+    if cfg.objective not in names():
+        raise ValueError(f"objective is {cfg.objective!r}: choose one of {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{cfg.objective}")
+
+
+def build(cfg):
+    """The model of `cfg.objective` with the sizes of `cfg.model`. ValueError: no such objective."""
+    return of(cfg).build(cfg)
+
+
+def validate(cfg, tokenizer=None, process_count: int = 1, device_count: int = 1) -> None:
+    """Checks a resolved config before anything compiles: what every run needs, and what its task asks of it.
+
+    tokenizer: of `cfg.text.vocab`, or None where it is not read yet. ValueError: one that lists every problem with its
+    remedy.
+    """
+    problems = config.problems(cfg, tokenizer and tokenizer.vocab_size, process_count, device_count)
+    if cfg.objective not in names():
+        config.refuse([*problems, f"objective is {cfg.objective!r}: choose one of {', '.join(names())}"])
+    task = of(cfg)
+    leaves = task.leaves() if hasattr(task, "leaves") else {}
+    if set(cfg.task) != set(leaves):
+        what = f"set c.task = leaves() of {task.__name__}" if leaves else "leave c.task empty"
+        config.refuse(
+            [
+                *problems,
+                f"task holds {sorted(cfg.task)}, but of objective {cfg.objective} it is {sorted(leaves)}: {what}",
+            ]
+        )
+    config.refuse(problems + task.check(cfg, tokenizer))

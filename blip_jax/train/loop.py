@@ -1,4 +1,4 @@
-"""The training loop. `fit` is the only one: every objective runs through it, and running it again resumes.
+"""The training loop. `fit` is the only one: every task runs through it, and running it again resumes.
 
 Order: maybe evaluate, maybe save, next batch, step, maybe log. The number of steps done is the whole data position, so
 a checkpoint is the state, that number and the running sums of the current log interval.
@@ -7,27 +7,27 @@ a checkpoint is the state, that number and the running sums of the current log i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
 import time
 import zlib
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
-from blip_jax import checkpoint, trees
-from blip_jax.config import validate
+from blip_jax import checkpoint, tasks, trees
 from blip_jax.console import plain, revision, say
 from blip_jax.convert import read
-from blip_jax.data.batches import EvalData, TrainData
+from blip_jax.data.batches import TrainData
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.inference import retrieval
 from blip_jax.inference.batching import placed
-from blip_jax.inference.load import read_for
-from blip_jax.models.blip import Blip
+from blip_jax.inference.load import Loaded, read_for
 from blip_jax.parallel import processes, sharding
 from blip_jax.parallel.interrupt import Interrupt
 from blip_jax.tasks import step as steps
@@ -40,23 +40,27 @@ class NonFiniteLoss(RuntimeError):
     """A loss or gradient became infinite or not a number; the message names the step and what remains."""
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
     """Everything that stays the same while a run trains."""
 
-    cfg: Any
+    cfg: ConfigDict
     workdir: pathlib.Path
-    tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
-    model: Blip
+    task: ModuleType  # of blip_jax.tasks: model, rows, loss, evaluation
+    tokenizer: Tokenizer
+
+    model: Any  # of blip_jax.models
     tx: optax.GradientTransformation
-    lr: Any  # step -> f32[]
+    lr: Callable  # step -> f32[]
     epoch_steps: int
-    shapes: Any  # of the state, ShapeDtypeStruct leaves
-    shardings: Any  # of the state
+    shapes: train_state.TrainState  # with ShapeDtypeStruct leaves
+    shardings: train_state.TrainState  # with Sharding leaves
+
     data: TrainData
+    eval_data: Any | None  # what task.evaluate reads; None: nothing is evaluated
     rows: np.ndarray  # positions in a micro-batch that this process makes, i64
     first: np.ndarray  # whether it is the first process that does, bool
-    eval_data: EvalData | None
 
 
 class At(NamedTuple):
@@ -118,7 +122,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
     out, clock, ahead = {}, metrics.Clock(), None
     with contextlib.closing(batches):
         if cfg.text.buckets and at.step < last:
-            say(bucket_report(cfg, at.step, batches.text_shares(at.step)))
+            say(bucket_report(run, at.step, batches.text_shares(at.step)))
         while True:
             stopping = manager.reached_preemption(step) if jax.process_count() > 1 else stop.asked
             due = step > 0 and (step >= last or every.eval_every > 0 and step % every.eval_every == 0)
@@ -160,17 +164,18 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
 
 def prepare(cfg, workdir) -> Run:
     """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
-    validate(cfg, None, jax.process_count(), jax.device_count())
+    tasks.validate(cfg, None, jax.process_count(), jax.device_count())
     tokenizer = Tokenizer(cfg.text.vocab)
-    validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
+    tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     _keep_vocabulary(tokenizer, workdir)
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
     rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
     data = TrainData(
         cfg,
         tokenizer,
+        task,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         rows=rows,
@@ -178,7 +183,7 @@ def prepare(cfg, workdir) -> Run:
     )
     eval_data = None
     if len(cfg.data.eval):
-        eval_data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / f"skipped-eval{_suffix()}.jsonl")
+        eval_data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{_suffix()}.jsonl")
     processes.agree(
         cfg, workdir, vocabulary=tokenizer.crc, records={name: len(source) for name, source in data.sources.items()}
     )
@@ -188,12 +193,27 @@ def prepare(cfg, workdir) -> Run:
             f"an epoch has {data.epoch_examples} examples, fewer than train.batch = {cfg.train.batch}: "
             "lower train.batch, or set data.epoch_examples to what the schedule should call an epoch"
         )
-    model = Blip.from_config(cfg.model)
+    model = task.build(cfg)
     tx, lr = optim.make(cfg, epoch_steps)
     shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
     shardings = sharding.shardings_for(shapes, mesh)
+    optim.factors(shapes.params, cfg.optim.lr_factors)  # wrong ones are found now, not when the step compiles
     return Run(
-        cfg, workdir, tokenizer, mesh, model, tx, lr, epoch_steps, shapes, shardings, data, rows, first, eval_data
+        cfg=cfg,
+        workdir=workdir,
+        mesh=mesh,
+        task=task,
+        tokenizer=tokenizer,
+        model=model,
+        tx=tx,
+        lr=lr,
+        epoch_steps=epoch_steps,
+        shapes=shapes,
+        shardings=shardings,
+        data=data,
+        eval_data=eval_data,
+        rows=rows,
+        first=first,
     )
 
 
@@ -210,31 +230,44 @@ def _go_on(workdir: pathlib.Path) -> str:
 
 
 def evaluate(cfg, workdir, path="") -> dict:
-    """Retrieval on `cfg.data.eval` with the newest checkpoint of `workdir`, or with `path`; metrics in percent.
+    """What the task measures on `cfg.data.eval` with the newest checkpoint of `workdir`, or with `path`.
 
     path: a workdir, a checkpoint folder, a .pth, a Hugging Face folder or a name on its hub, whose parameters are
-    fitted to cfg.model. The table goes to `workdir`/retrieval.json with the checkpoint's name.
+    fitted to cfg.model. The numbers go to `workdir`/evaluation.json with the checkpoint's name.
     ValueError: no checkpoint, another model's or vocabulary's, no evaluation source.
     """
     if not len(cfg.data.eval):
         raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
     origin = read.locate(path) if path else checkpoint.newest(workdir)
     tokenizer = Tokenizer(cfg.text.vocab)
-    validate(cfg, tokenizer.vocab_size, jax.process_count(), jax.device_count())
+    tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    mesh, model = sharding.make_mesh(cfg.mesh), Blip.from_config(cfg.model)
+    mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
+    model = task.build(cfg)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(cfg.seed)))
-    data = EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=workdir / f"skipped-eval{_suffix()}.jsonl")
-    processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, captions=len(data.captions))
+    data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{_suffix()}.jsonl")
+    processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
     params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
-    say(f"evaluating {origin} on {data.n_images} images, {len(data.captions)} captions")
-    result = retrieval.evaluate(cfg, model, placed(params, mesh, cfg.model.dtype), data, tokenizer, mesh)
-    result = {"images": data.n_images, "texts": len(data.captions), **result}
-    if jax.process_index() == 0:
-        text = json.dumps({"checkpoint": str(origin), **result}, indent=1)
-        (workdir / "retrieval.json").write_text(text + "\n", encoding="utf-8")
+    say(f"evaluating {origin} on {len(data)} examples")
+    params = placed(params, mesh, cfg.model.dtype)
+    result = task.evaluate(Loaded(model, params, cfg, tokenizer, str(origin)), data, mesh)
+    _write_result(workdir, task, result, str(origin))
     return result
+
+
+def _write_result(workdir: pathlib.Path, task, result: dict, checkpoint: str) -> None:
+    """evaluation.json with the numbers, predictions.json, and what a server wants, as far as the task has them."""
+    if jax.process_index() != 0:
+        return
+    numbers = {"checkpoint": checkpoint} | {name: value for name, value in result.items() if name != "predictions"}
+    files = [("evaluation.json", json.dumps(numbers, indent=1) + "\n")]
+    if "predictions" in result:
+        files.append(("predictions.json", json.dumps(result["predictions"], indent=1) + "\n"))
+    if hasattr(task, "submission"):
+        files.append(task.submission(result))
+    for name, text in files:
+        (workdir / name).write_text(text, encoding="utf-8")
 
 
 def check_resume(manager, step: int, run: Run) -> None:
@@ -342,9 +375,11 @@ def _finite(run: Run, step: int, sums: dict | None) -> dict | None:
 
 def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
     _finite(run, step, sums)
-    result = retrieval.evaluate(run.cfg, run.model, state.all_params, run.eval_data, run.tokenizer, run.mesh)
-    say("retrieval: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
-    return {"images": run.eval_data.n_images, "texts": len(run.eval_data.captions), **result}
+    loaded = Loaded(run.model, state.all_params, run.cfg, run.tokenizer, f"step {step}")
+    result = run.task.evaluate(loaded, run.eval_data, run.mesh)
+    result.pop("predictions", None)
+    say(f"{run.cfg.objective}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    return result
 
 
 def _keep_vocabulary(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:

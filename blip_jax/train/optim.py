@@ -5,13 +5,15 @@ Accumulation over micro-batches is the step's business: what arrives here is the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from blip_jax.trees import path_name
+from blip_jax.trees import nest, path_name, paths
 
 SCHEDULES = ("epoch_decay", "epoch_cosine", "cosine", "constant")
 DECAY_MASKS = ("all", "kernels")
@@ -26,7 +28,42 @@ def make(cfg, epoch_steps: int) -> tuple[optax.GradientTransformation, Callable]
     o = cfg.optim
     lr = schedule(cfg, epoch_steps)
     adamw = optax.adamw(lr, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask(o.decay_mask))
-    return (optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip > 0 else adamw), lr
+    parts = [optax.clip_by_global_norm(o.clip)] * (o.clip > 0) + [adamw]
+    if o.lr_factors:
+        parts.append(optax.stateless(lambda updates, params: scaled(updates, o.lr_factors)))
+    return (optax.chain(*parts) if len(parts) > 1 else adamw), lr
+
+
+def scaled(updates: dict, pairs) -> dict:
+    """Updates times their `factors`; the decay, which they hold, with them."""
+    found = factors(updates, pairs)
+    return nest((path, x * jnp.asarray(found[path], x.dtype)) for path, x in paths(updates))
+
+
+def factors(params: dict, pairs) -> dict[str, np.ndarray]:
+    """Path -> factor of its learning rate, f32[] or f32[L,1,...]: of the first (regex, factor) pair that matches it in
+    full, else 1.
+
+    params: the trained ones, or their shapes. ValueError: a pattern that matches none, or one factor a layer for
+    another number of layers.
+    """
+    names = [path for path, _ in paths(params)]
+    idle = [pattern for pattern, _ in pairs if not any(re.fullmatch(pattern, path) for path in names)]
+    if idle:
+        raise ValueError(
+            f"optim.lr_factors: {idle} match no trained parameter; they must match in full (as 'vit/.*'), and what "
+            f"optim.freeze names is not trained; the top-level names are {sorted({path.split('/')[0] for path in names})}"
+        )
+    found = {}
+    for path, x in paths(params):
+        factor = np.float32(next((f for pattern, f in pairs if re.fullmatch(pattern, path)), 1.0))
+        if factor.ndim and (x.ndim < 1 or len(factor) != x.shape[0]):
+            raise ValueError(
+                f"optim.lr_factors has {len(factor)} factors for {path}, which is {list(x.shape)}: give a number, or one for "
+                "each layer of a stack"
+            )
+        found[path] = factor.reshape(-1, *(1,) * (x.ndim - 1)) if factor.ndim else factor
+    return found
 
 
 def schedule(cfg, epoch_steps: int) -> Callable:

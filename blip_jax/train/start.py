@@ -12,53 +12,33 @@ from blip_jax.convert import read
 from blip_jax.convert.apply import folded
 from blip_jax.convert.rules.blip import INITIAL
 from blip_jax.inference.load import read_for
-from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.models.build import Start, fit
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
 
 
-def fit_params(loaded: dict, shapes: dict, origin: str, partial: bool = False) -> dict:
-    """Parameters of another run as this model's: the ViT's position table is resized, anything else must agree.
-
-    Leaves that this model has no place for (the decoder, when fine-tuning for retrieval) are left out and named, with
-    `partial` those that are missing from `loaded`, too. ValueError: every parameter that is missing (without `partial`)
-    or has another shape.
-    """
-    found, out, problems, missing = dict(trees.paths(loaded)), {}, [], []
-    for path, want in trees.paths(shapes):
-        have = found.pop(path, None)
-        if have is None:
-            missing.append(path)
-            continue
-        if path == "vit/pos_embed" and have.shape != want.shape and have.shape[-1] == want.shape[-1]:
-            say(f"{origin}: position table resized from {have.shape[0]} to {want.shape[0]} positions")
-            have = resize_pos_embed(have, want.shape[0])
-        if have.shape != want.shape:
-            problems.append(f"{path} is {list(have.shape)}, this config needs {list(want.shape)}")
-        out[path] = np.asarray(have, want.dtype)
-    problems += [] if partial else [f"{path} is missing" for path in missing]
-    if problems:
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{origin} holds another model:",
-                    *problems[:20],
-                    *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []),
-                    "give the model.* settings it was trained with, or another checkpoint",
-                ]
-            )
-        )
-    if missing:
+def fit_params(loaded: dict, shapes: dict, origin: str, partial: bool = False, start: Start = Start()) -> dict:
+    """`models.build.fit`, which see for arguments and errors, saying what did not simply agree; its parameters."""
+    fitted = fit(loaded, shapes, origin, start, partial)
+    if fitted.resized:
+        say(f"{origin}: position table resized from {fitted.resized[0]} to {fitted.resized[1]} positions")
+    if fitted.random:
         say(
-            f"{origin}: {len(missing)} parameters are not in these initial weights and start random: {', '.join(folded(missing))}"
+            f"{origin}: {len(fitted.random)} parameters have no origin in a checkpoint of pre-training and start random: "
+            f"{', '.join(folded(fitted.random))}"
         )
-    if found:
+    if fitted.missing:
         say(
-            f"{origin}: {len(found)} parameters have no place in this model and are left out: "
-            + ", ".join(sorted(found)[:8])
-            + (", ..." if len(found) > 8 else "")
+            f"{origin}: {len(fitted.missing)} parameters are not in these initial weights and start random: "
+            f"{', '.join(folded(fitted.missing))}"
         )
-    return trees.nest(out.items())
+    if fitted.unused:
+        say(
+            f"{origin}: {len(fitted.unused)} parameters have no place in this model and are left out: "
+            + ", ".join(fitted.unused[:8])
+            + (", ..." if len(fitted.unused) > 8 else "")
+        )
+    return fitted.params
 
 
 def placed(params: dict, shardings: dict) -> dict:
@@ -74,21 +54,24 @@ def load(run) -> dict | None:
 
     Several origins, separated by commas, add up; of a parameter that two of them have, the later one's counts.
     """
-    origins, loaded, partial = _origins(run), {}, True
+    origins, loaded, partial, kinds = _origins(run), {}, True, set()
     if not origins:
         return None
     for origin in origins:
         found = read_for(run.cfg, origin)
         partial = partial and found.family in INITIAL
+        kinds.add(found.cfg.objective)
         new = dict(trees.paths(found.state["params"]))
         if both := sorted(new.keys() & loaded.keys()):
             say(
                 f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}"
             )
         loaded |= new
-    return fit_params(
-        trees.nest(loaded.items()), trees.merge(run.shapes.params, run.shapes.frozen), " + ".join(origins), partial
-    )
+    # a checkpoint of this very task fits as it is; else the task may say what its parameters start from
+    own = kinds == {run.cfg.objective}
+    begin = Start() if own else getattr(run.task, "START", Start())
+    shapes = trees.merge(run.shapes.params, run.shapes.frozen)
+    return fit_params(trees.nest(loaded.items()), shapes, " + ".join(origins), partial, begin)
 
 
 def _origins(run) -> list[str]:
@@ -126,8 +109,8 @@ def create(run, loaded: dict | None):
     state = make(key, placed(loaded, sharding.shardings_for(loaded, run.mesh)))
     momentum = _init_momentum(run)
     if momentum:
-        momentum = {name: x | momentum[name] if name in momentum else x for name, x in state.momentum.items()}
-        state = state.replace(momentum=jax.device_put(momentum, run.shardings.momentum))
+        extra = {name: x | momentum[name] if name in momentum else x for name, x in state.extra.items()}
+        state = state.replace(extra=jax.device_put(extra, run.shardings.extra))
     return state
 
 
@@ -137,7 +120,7 @@ def _init_momentum(run) -> dict | None:
 
     What a run of ours left continues by resuming that run; a converted checkpoint can only be begun from.
     """
-    want = run.shapes.momentum
+    want = run.shapes.extra
     found = [(origin, momentum) for origin in _origins(run) if (momentum := _momentum_of(run, origin))] if want else []
     if not found:
         return None

@@ -8,22 +8,22 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blip_jax import trees
-from blip_jax.tasks.momentum import init_queue, momentum_params
+from blip_jax import tasks, trees
 
 
 @flax.struct.dataclass
 class TrainState:
-    """step i32[]; params trained, frozen (nested dicts, disjoint leaves); opt of optax; momentum or None; rng root key.
+    """step i32[]; params trained, frozen (nested dicts, disjoint leaves); opt of optax; rng root key.
 
-    momentum = {"params": copies, "queue": {"img", "txt": f32[K,E], "ptr": i32[], ...} or None for K = 0}.
+    extra: what the task carries besides parameters, or None; of the contrastive tasks {"params": momentum copies,
+    "queue": {"img", "txt": f32[K,E], "ptr": i32[], ...} or None for K = 0}.
     """
 
     step: Any
     params: Any
     frozen: Any
     opt: Any
-    momentum: Any
+    extra: Any
     rng: Any
 
     @property
@@ -40,13 +40,11 @@ def init_params(cfg, model, key):
 
 
 def create(cfg, model, tx, key, params=None) -> TrainState:
-    """Fresh state. `params`: start from these instead of random ones; momentum copies start equal to the parameters."""
-    params_key, queue_key, rng = jax.random.split(key, 3)
+    """Fresh state. `params`: start from these instead of random ones; what the task carries besides starts from
+    the parameters."""
+    params_key, extra_key, rng = jax.random.split(key, 3)
     params = init_params(cfg, model, params_key) if params is None else params
     trained, frozen = trees.split(params, cfg.optim.freeze)
-    momentum = None
-    if cfg.loss.momentum:
-        ids = cfg.objective == "retrieval"
-        queue = init_queue(queue_key, cfg.loss.queue, cfg.model.embed_dim, ids) if cfg.loss.queue else None
-        momentum = {"params": jax.tree.map(jnp.copy, momentum_params(params)), "queue": queue}
-    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained), momentum, rng)
+    task = tasks.of(cfg)
+    extra = task.extra(cfg, params, extra_key) if hasattr(task, "extra") else None
+    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained), extra, rng)

@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 
 from blip_jax import __version__, trees
 from blip_jax.console import plain, revision, say
-from blip_jax.models import flops
 from blip_jax.parallel import compiler, sharding
 
 
@@ -35,7 +34,7 @@ def describe(run, newest: int | None) -> None:
         (run.workdir / "config.json").write_text(resolved + "\n", encoding="utf-8")
     say(parameter_table(run.shapes.params, run.shapes.frozen, cfg.model.med.vocab_size))
     say(sharding.report(run.shapes, run.mesh))
-    pair = flops.STEPS[cfg.objective](cfg)["step"]
+    pair = run.task.flops(cfg)["step"]
     say(
         f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, {pair * cfg.train.batch / 1e12:.3f} T per "
         f"step of {cfg.train.batch}"
@@ -57,9 +56,9 @@ def describe(run, newest: int | None) -> None:
     )
 
 
-def bucket_report(cfg, step: int, shares: dict[int, float]) -> str:
+def bucket_report(run, step: int, shares: dict[int, float]) -> str:
     """Text lengths of the batches in the window of `step` (shares: T -> share of them) and the FLOPs that follow."""
-    pair = {T: flops.STEPS[cfg.objective](cfg, T=T)["step"] for T in shares}
+    cfg, pair = run.cfg, {T: run.task.flops(run.cfg, T=T)["step"] for T in shares}
     mean = sum(pair[T] * share for T, share in shares.items())
     first = step // cfg.text.bucket_window * cfg.text.bucket_window
     lengths = ", ".join(

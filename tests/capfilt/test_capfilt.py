@@ -24,15 +24,15 @@ from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run
 from blip_jax.cli import main
 from blip_jax.data import batches as pipeline
-from blip_jax.data import ledger
+from blip_jax.data import ledger, pairs
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.data.image import decode, eval_transform
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
-from blip_jax.models.blip import Blip
 from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.tasks import build
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,10 +131,7 @@ def test_scores_and_captions_are_those_of_the_models_one_by_one(cfg, models, fin
     """Each text against its image alone, without cache, sharing or batch."""
     tokenizer = Tokenizer(models["filter"] / "vocab.txt")
     made, judge = (
-        (
-            Blip.from_config(config.ConfigDict(checkpoint.load_config(models[n])["model"])),
-            checkpoint.load_params(models[n]),
-        )
+        (build(config.ConfigDict(checkpoint.load_config(models[n]))), checkpoint.load_params(models[n]))
         for n in ("captioner", "filter")
     )
     captioner = jax.jit(programs.captioner(made[0], tokenizer, cfg.text.prompt, run_settings.method_of(cfg)))
@@ -196,6 +193,7 @@ def test_shards_are_what_the_table_says_and_train(cfg, finished, tiny_cfg, model
     data = pipeline.TrainData(
         tiny_cfg,
         Tokenizer(tiny_cfg.text.vocab),
+        pairs,
         process_index=0,
         process_count=1,
         skipped_path=tmp_path / "skipped.jsonl",

@@ -108,14 +108,14 @@ def test_train_and_evaluate(config_file, tmp_path, capsys):
     capsys.readouterr()
 
     assert main.main(["evaluate", *flags]) == 0
-    result = json.loads((run / "retrieval.json").read_text())
+    result = json.loads((run / "evaluation.json").read_text())
     assert result["checkpoint"] == str(run / "checkpoints" / "6")
     for name, value in evaluated.items():
         if name != "step":
             assert result[name.removeprefix("eval/")] == pytest.approx(value), name
     assert re.search(r"text to image, chance +5\.0 +25\.0 +50\.0", capsys.readouterr().out)
     assert main.main(["evaluate", *flags, f"--checkpoint={run / 'checkpoints' / '3'}"]) == 0
-    assert json.loads((run / "retrieval.json").read_text())["checkpoint"].endswith("/3")
+    assert json.loads((run / "evaluation.json").read_text())["checkpoint"].endswith("/3")
     capsys.readouterr()
 
 

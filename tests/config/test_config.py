@@ -1,14 +1,17 @@
 """validate(): every problem at once, each with its remedy; the files in configs/ are valid."""
 
 import pathlib
+import re
 import runpy
 
 import pytest
 
 from blip_jax.capfilt import settings
-from blip_jax.config import base, source, validate
+from blip_jax.config import base, layer_decay, source
+from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.tasks import validate
 
-CAPTION = {"objective": "caption", "model.encoder": False, "loss.momentum": False, "loss.queue": 0}
+CAPTION = {"objective": "caption"}
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
@@ -22,25 +25,29 @@ def changed(cfg, changes):
     return cfg
 
 
+def words(cfg) -> Tokenizer:
+    return Tokenizer(cfg.text.vocab)
+
+
 def test_the_tiny_config_is_valid(tiny_cfg):
-    validate(tiny_cfg, 120, 1, 8)
-    validate(changed(tiny_cfg, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), 120, 2, 8)
+    validate(tiny_cfg, words(tiny_cfg), 1, 8)
+    validate(changed(tiny_cfg, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), words(tiny_cfg), 2, 8)
 
 
 def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
     tiny_cfg.text.prompt = "a picture of "
-    validate(changed(tiny_cfg, CAPTION), 120, 1, 8)
+    validate(changed(tiny_cfg, CAPTION), words(tiny_cfg), 1, 8)
     tiny_cfg.optim.accumulate = 16
     tiny_cfg.mesh.data = 1
-    validate(tiny_cfg, 120, 1, 1)
+    validate(tiny_cfg, words(tiny_cfg), 1, 1)
     with pytest.raises(ValueError, match="a micro-batch needs 2 examples"):
-        validate(changed(tiny_cfg, {"objective": "pretrain", "model.encoder": True, "text.prompt": ""}), 120, 1, 1)
+        validate(changed(tiny_cfg, {"objective": "pretrain", "text.prompt": ""}), words(tiny_cfg), 1, 1)
 
 
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"objective": "vqa"}, ["objective is 'vqa'", "pretrain, retrieval, caption"]),
+        ({"objective": "vqa2"}, ["objective is 'vqa2'", "caption, nlvr, pretrain, retrieval"]),
         ({"model.dtype": "f16"}, ["model.dtype is 'f16'", "bfloat16, float32"]),
         ({"model.remat": "all"}, ["model.remat", "none, dots, full"]),
         ({"optim.schedule": "linear"}, ["optim.schedule is 'linear'"]),
@@ -72,26 +79,19 @@ def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
         ({"optim.lr": 0.0}, ["optim.lr is 0.0: it must be positive"]),
         ({"optim.b2": 1.0}, ["optim.b2 is 1.0", "below 1"]),
         ({"optim.freeze": ("vit/(",)}, ["optim.freeze holds 'vit/('"]),
-        ({"model.decoder": False}, ["model.decoder is False", "pre-training needs the text encoder and the decoder"]),
-        ({"model.encoder": False}, ["model.encoder is False", "set model.encoder=True"]),
-        ({"objective": "retrieval"}, ["model.decoder is True but objective is retrieval", "set model.decoder=False"]),
-        (
-            {**CAPTION, "model.encoder": True},
-            ["model.encoder is True but objective is caption", "set model.encoder=False"],
-        ),
-        (
-            {**CAPTION, "model.decoder": False},
-            ["model.decoder is False but objective is caption", "set model.decoder=True"],
-        ),
-        ({**CAPTION, "loss.momentum": True}, ["loss.momentum is True but objective is caption", "loss.queue=0"]),
+        ({"optim.lr_factors": (("vit/(", 0.1),)}, ["optim.lr_factors holds 'vit/('"]),
+        ({"optim.lr_factors": (("vit/.*", 0),)}, ["optim.lr_factors has 0 for 'vit/.*'", "name them in optim.freeze"]),
+        ({"optim.lr_factors": (("vit/.*", (0.5, -1.0)),)}, ["optim.lr_factors has (0.5, -1.0) for 'vit/.*'"]),
+        ({"optim.lr_factors": ("vit/.*", 0.1)}, ["give (regex, factor) pairs"]),
         ({**CAPTION, "data.eval": {"val": source("scenes", count=4)}}, ["data.eval holds val", "a captioner has not"]),
         ({**CAPTION, "text.prompt": "a picture of"}, ["text.prompt is 'a picture of'", "end it with a space"]),
         ({"text.prompt": "a picture of "}, ["text.prompt is 'a picture of ' but objective is pretrain"]),
     ],
 )
 def test_each_problem_names_value_and_remedy(tiny_cfg, changes, expected):
+    tokenizer = words(tiny_cfg)
     with pytest.raises(ValueError) as e:
-        validate(changed(tiny_cfg, changes), 120, 1, 8)
+        validate(changed(tiny_cfg, changes), tokenizer, 1, 8)
     assert str(e.value).startswith("the config has 1 problem:\n"), e.value
     for part in expected:
         assert part in str(e.value)
@@ -99,19 +99,19 @@ def test_each_problem_names_value_and_remedy(tiny_cfg, changes, expected):
 
 def test_all_problems_are_listed_at_once(tiny_cfg):
     changes = {
-        "objective": "vqa",
         "train.steps": -1,
         "loss.queue": 31,
         "model.img_size": 20,
         "text.max_len": 99,
         "optim.schedule": "linear",
         "optim.lr": -1.0,
+        "text.prompt": "a ",
     }
     cfg = changed(tiny_cfg, changes)
     with cfg.data.unlocked():
         del cfg.data.train["world"]
     with pytest.raises(ValueError) as e:
-        validate(cfg, 120, 1, 8)
+        validate(cfg, words(cfg), 1, 8)
     assert str(e.value).startswith("the config has 8 problems:")
     for part in (*changes, "data.train is empty"):
         assert f"  {part}" in str(e.value)
@@ -119,46 +119,61 @@ def test_all_problems_are_listed_at_once(tiny_cfg):
 
 def test_processes_divide_the_batch(tiny_cfg):
     with pytest.raises(ValueError, match="3 processes"):
-        validate(changed(tiny_cfg, {"train.batch": 16, "mesh.data": 3}), 120, 3, 3)
+        validate(changed(tiny_cfg, {"train.batch": 16, "mesh.data": 3}), words(tiny_cfg), 3, 3)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
-def test_configs_are_valid_and_documented(path):
-    cfg = runpy.run_path(str(path))["get_config"]()
+RUNS = [
+    (path.stem, argument)
+    for path in sorted(CONFIGS.glob("*.py"))
+    # name of the file, what stands after the colon
+    for argument in runpy.run_path(str(path)).get("ARGUMENTS", ("",))
+]
+
+
+def load(name, argument=""):
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*[argument] * bool(argument))
+
+
+@pytest.mark.parametrize("name, argument", RUNS)
+def test_configs_are_valid_and_documented(name, argument):
+    cfg = load(name, argument)
     assert cfg.is_locked
-    if path.stem.startswith("capfilt"):
+    if name == "capfilt":
         settings.validate(cfg)
     else:
         if not cfg.text.vocab:  # the demo trains it
             cfg.text.vocab = "vocab.txt"
-        validate(cfg, cfg.model.med.vocab_size, 1, 1)
-    header = runpy.run_path(str(path))["__doc__"]
-    for part in ("Command", "Data"):
-        assert part in header, f"{path.name}: its header lacks {part}"
-    assert f"`{path.name}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
+        validate(cfg, None, 1, 1)
+    header = (CONFIGS / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    for part in ("Command", "Data", argument):
+        assert part in header, f"{name}.py: its header lacks {part}"
+    assert f"`{name}.py{':' * bool(argument)}{argument}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted({name for name, argument in RUNS if argument}))
+@pytest.mark.parametrize("argument", ["", "vith"])
+def test_a_wrong_argument_is_answered_with_the_right_ones(name, argument):
+    with pytest.raises(ValueError, match=f"configs/{name}.py has no run '{argument}': give one of .*:vitb"):
+        load(name, argument)
 
 
 def test_paper_configs_have_the_papers_numbers():
     """BLIP paper, section 4.1: batch 2880 (B) and 2400 (L), learning rate 3e-4 and 2e-4, 20 epochs, decay 0.05."""
-    for name, batch, lr, width in (
-        ("vitb_14m", 2880, 3e-4, 768),
-        ("vitb_129m", 2880, 3e-4, 768),
-        ("vitl_129m", 2400, 2e-4, 1024),
+    for argument, batch, lr, width in (
+        ("vitb,14m", 2880, 3e-4, 768),
+        ("vitb,129m", 2880, 3e-4, 768),
+        ("vitl,129m", 2400, 2e-4, 1024),
     ):
-        c = runpy.run_path(str(CONFIGS / f"pretrain_{name}.py"))["get_config"]()
+        c = load("pretrain", argument)
         assert (c.train.batch, c.optim.lr, c.model.vit.width, c.model.img_size) == (batch, lr, width, 224)
         assert (c.loss.queue, c.optim.weight_decay, c.optim.schedule) == (57600, 0.05, "epoch_decay")
         assert c.train.steps == 20 * (c.data.epoch_examples // batch)
 
 
-def load(name):
-    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
-
-
 @pytest.mark.parametrize("size, lr_caption, lr_filter, batch_filter", [("b", 1e-5, 1e-5, 256), ("l", 2e-6, 5e-6, 512)])
 def test_fine_tuning_configs_have_the_papers_numbers(size, lr_caption, lr_filter, batch_filter):
     """BLIP paper, appendix, and configs/caption_coco.yaml, retrieval_coco.yaml of the published code."""
-    captioner, judge = load(f"caption_coco_vit{size}"), load(f"retrieval_coco_vit{size}")
+    captioner, judge = load("caption_coco", f"vit{size}"), load("retrieval_coco", f"vit{size}")
     assert (captioner.optim.lr, captioner.train.batch, captioner.text.max_len) == (lr_caption, 256, 40)
     assert (judge.optim.lr, judge.train.batch, judge.text.max_len) == (lr_filter, batch_filter, 35)
     assert (captioner.text.prompt, captioner.loss.smoothing_over, judge.eval.k) == ("a picture of ", "all", 256)
@@ -174,16 +189,16 @@ def test_fine_tuning_configs_have_the_papers_numbers(size, lr_caption, lr_filter
 
 def test_capfilt_takes_what_the_fine_tuning_configs_make():
     header = lambda name: (CONFIGS / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
-    c = load("capfilt_14m")
-    assert f"--workdir={c.captioner}\n" in header("caption_coco_vitb")
-    assert f"--workdir={c.filter}\n" in header("retrieval_coco_vitb")
-    assert c.text.prompt == load("caption_coco_vitb").text.prompt
+    c = load("capfilt")
+    assert f"--workdir={c.captioner}\n" in header("caption_coco")
+    assert f"--workdir={c.filter}\n" in header("retrieval_coco")
+    assert c.text.prompt == load("caption_coco", "vitb").text.prompt
     assert (c.method.kind, c.method.top_p, c.threshold) == ("nucleus", 0.9, 0.5)
 
 
-@pytest.mark.parametrize("name, first", [("14m_bootstrapped", "14m"), ("129m_capfilt_l", "129m")])
+@pytest.mark.parametrize("name, first", [("14m,bootstrapped", "14m"), ("129m,capfilt_l", "129m")])
 def test_the_second_round_reads_shards_and_gives_every_pair_the_same_weight(name, first):
-    c, before = load(f"pretrain_vitb_{name}"), load(f"pretrain_vitb_{first}")
+    c, before = load("pretrain", f"vitb,{name}"), load("pretrain", f"vitb,{first}")
     weights = {source: s.weight for source, s in c.data.train.items()}
     assert sum(weights.values()) == c.data.epoch_examples == pytest.approx(c.train.steps * c.train.batch / 20, rel=1e-3)
     kinds = {path.rsplit("/", 1)[1] for s in c.data.train.values() if "/shards/*/" in (path := s.path)}
@@ -201,3 +216,10 @@ def test_unknown_leaves_are_errors():
         source("json", "x.json", wieght=2)
     with pytest.raises(ValueError, match="huge"):
         base("huge")
+
+
+def test_layer_decay_shrinks_towards_the_input():
+    (blocks, factors), (embedding, least) = layer_decay(0.5, 3)
+    assert factors == (0.125, 0.25, 0.5) and least == 0.0625
+    assert re.fullmatch(blocks, "vit/blocks/mlp/fc1/kernel") and not re.fullmatch(blocks, "vit/ln_post/scale")
+    assert all(re.fullmatch(embedding, f"vit/{name}") for name in ("cls", "pos_embed", "patch_embed/kernel"))

@@ -19,8 +19,8 @@ from blip_jax.convert import apply, torch_io
 from blip_jax.convert import read as source
 from blip_jax.convert import write as run
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.models.build import build
 from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.tasks import build
 from blip_jax.train import state as train_state
 
 MODELS = ("pretrain", "retrieval", "itm", "features", "caption", "vqa", "nlvr")
@@ -117,12 +117,12 @@ def test_official_files_come_back_bit_by_bit(family, tmp_path, vocab):
 def test_a_workdir_holds_momentum_queue_vocabulary_and_settings(converted, vocab):
     arrays = tiny("retrieval")
     out = converted("retrieval", arrays)
-    state, momentum = {"params": checkpoint.load_params(out)}, checkpoint.load_momentum(out)
+    state, momentum = {"params": checkpoint.load_params(out)}, checkpoint.load_extra(out)
     back = apply.to_torch("retrieval", state | {"momentum": momentum}, vocab_size=120)
     same_bits({name: x for name, x in arrays.items() if not name.endswith("position_ids")}, back)
     assert momentum["queue"]["image_id"].dtype == np.int64 and momentum["queue"]["ptr"] == 8
     cfg = checkpoint.load_config(out)
-    assert (cfg["objective"], cfg["model"]["decoder"], cfg["text"]["vocab"]) == ("retrieval", False, "vocab.txt")
+    assert (cfg["objective"], cfg["text"]["vocab"]) == ("retrieval", "vocab.txt")
     assert (cfg["loss"]["momentum"], cfg["loss"]["queue"], cfg["model"]["img_size"]) == (True, 24, 32)
     assert (out / "vocab.txt").read_text() == open(vocab).read()
     again = source.read(out)
@@ -299,7 +299,8 @@ def test_a_family_that_is_not_there_is_refused_and_a_part_can_be_taken(tmp_path,
         names = set(official.shapes(family, official.TINY))
         assert set(arrays) == {name for name in names if not name.endswith("position_ids")}
         assert part.cfg.objective == {"caption": "caption"}.get(family, "retrieval") and "left out" in part.notes[-1]
-        assert part.cfg.model.decoder == (family == "caption") != part.cfg.model.encoder
+        model = build(part.cfg)
+        assert model.decoder == (family == "caption") != model.encoder
         np.testing.assert_array_equal(part.state["params"]["vit"]["cls"], whole.state["params"]["vit"]["cls"])
         queue = part.state.get("momentum", {}).get("queue")
         assert (queue is None) == (family != "retrieval")

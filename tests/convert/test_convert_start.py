@@ -12,8 +12,8 @@ from world.convert import converted, same_bits, store, vocab  # noqa: F401 (fixt
 from blip_jax import checkpoint, config, trees
 from blip_jax.capfilt.run import models
 from blip_jax.convert import apply, read, torch_io, write
-from blip_jax.models.build import build
 from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.tasks import build
 from blip_jax.train import loop, start
 from blip_jax.train import state as train_state
 
@@ -121,7 +121,7 @@ def test_pretraining_starts_from_initial_weights_of_two_origins(tiny_cfg, tmp_pa
     )
     assert 0.01 < state.params["med"]["layer_00"]["cross_attn"]["q"]["kernel"].std() < 0.03
     assert state.params["temp"] == np.float32(0.07)
-    np.testing.assert_array_equal(state.momentum["params"]["vit"]["cls"], state.params["vit"]["cls"])
+    np.testing.assert_array_equal(state.extra["params"]["vit"]["cls"], state.params["vit"]["cls"])
     tiny_cfg.train.init_from = str(
         converted("caption", official.tensors("caption", TRAIN, img_size=16), vocab=tiny_cfg.text.vocab)
     )
@@ -140,11 +140,11 @@ def pretrained(converted, tiny_cfg):
 def test_pretraining_resumes_from_momentum_and_queue(tiny_cfg, tmp_path, pretrained, capsys):
     arrays, tiny_cfg.train.init_from = pretrained[0], str(pretrained[1])
     state = started(tiny_cfg, tmp_path)
-    back = apply.to_torch("pretrain", {"params": state.params, "momentum": state.momentum}, vocab_size=120)
+    back = apply.to_torch("pretrain", {"params": state.params, "momentum": state.extra}, vocab_size=120)
     for name, x in back.items():
         if name != "queue_ptr":
             np.testing.assert_array_equal(x, arrays[name], err_msg=name)
-    assert state.momentum["queue"]["ptr"] == 16  # the beginning of the batch of 16 that 24 lies in
+    assert state.extra["queue"]["ptr"] == 16  # the beginning of the batch of 16 that 24 lies in
     assert not np.array_equal(arrays["vision_proj_m.weight"], arrays["vision_proj.weight"])
     said = capsys.readouterr().out
     assert (
@@ -155,20 +155,20 @@ def test_pretraining_resumes_from_momentum_and_queue(tiny_cfg, tmp_path, pretrai
         tiny_cfg.loss.queue = 64
     fresh = started(tiny_cfg, tmp_path)
     assert "its queues are of 32 features, loss.queue is 64: they start anew" in capsys.readouterr().out
-    assert fresh.momentum["queue"]["img"].shape == (64, 16) and fresh.momentum["queue"]["ptr"] == 0
-    np.testing.assert_array_equal(fresh.momentum["params"]["vision_proj"]["kernel"], arrays["vision_proj_m.weight"].T)
+    assert fresh.extra["queue"]["img"].shape == (64, 16) and fresh.extra["queue"]["ptr"] == 0
+    np.testing.assert_array_equal(fresh.extra["params"]["vision_proj"]["kernel"], arrays["vision_proj_m.weight"].T)
 
 
 def test_retrieval_fine_tuning_takes_the_features_of_pretraining(tiny_cfg, tmp_path, pretrained, capsys):
     arrays, tiny_cfg.train.init_from = pretrained[0], str(pretrained[1])
     with tiny_cfg.unlocked():
-        tiny_cfg.objective, tiny_cfg.model.decoder, tiny_cfg.model.img_size = "retrieval", False, 32
+        tiny_cfg.objective, tiny_cfg.model.img_size = "retrieval", 32
     state = started(tiny_cfg, tmp_path)
-    queue = state.momentum["queue"]
+    queue = state.extra["queue"]
     np.testing.assert_array_equal(queue["img"], arrays["image_queue"].T)
     assert (queue["image_id"] == -100).all() and queue["ptr"] == 0
     resized = resize_pos_embed(arrays["visual_encoder_m.pos_embed"][0], 17)
-    np.testing.assert_array_equal(state.momentum["params"]["vit"]["pos_embed"], resized)
+    np.testing.assert_array_equal(state.extra["params"]["vit"]["pos_embed"], resized)
 
 
 def test_a_converted_workdir_is_no_run_to_resume(tiny_cfg, pretrained):
@@ -210,7 +210,7 @@ def test_a_run_of_ours_is_written_as_the_originals_would(tiny_cfg, tmp_path):
         list(range(40))
     ]
     again = read.read(tmp_path / "out.pth", vocab=tiny_cfg.text.vocab, **HEADS)
-    want = jax.tree.map(np.asarray, {"params": state.params, "momentum": state.momentum})
+    want = jax.tree.map(np.asarray, {"params": state.params, "momentum": state.extra})
     mine, words = dict(trees.paths(again.state)), slice(120)  # without the padding of the stored vocabulary
     for path, x in trees.paths(want):
         rows = words if path.endswith("word/embedding") else ...

@@ -20,7 +20,7 @@ from blip_jax.convert import read as source
 from blip_jax.convert import write as run
 from blip_jax.convert.rules.blip import TIED
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.models.build import build
+from blip_jax.tasks import build
 
 FAMILIES = {"caption": "caption", "itm": "retrieval", "vqa": "vqa"}  # family -> objective
 # in a state dict of transformers' class, two tied copies of a decoder included
@@ -34,13 +34,7 @@ def random_source(family, vocab, layers=2, **med):
         c.objective = FAMILIES.get(family, family)
         c.model.vit.update(width=32, heads=2, mlp=96, depth=layers)
         c.model.med.update(layers=layers, **med)
-        c.model.update(
-            img_size=16,
-            embed_dim=16,
-            dtype="float32",
-            encoder=family != "caption",
-            decoder=family in ("caption", "vqa"),
-        )
+        c.model.update(img_size=16, embed_dim=16, dtype="float32")
     model = build(c)
     ids = jnp.zeros((1, 4), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)), ids, ids == 0)["params"]

@@ -19,8 +19,8 @@ from blip_jax.convert.apply import from_torch
 from blip_jax.data import image
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
-from blip_jax.models.build import build
 from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.tasks import build
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[peers]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[peers]'")
@@ -480,7 +480,7 @@ class Full(Ours):
         cfg = config.base()
         with cfg.unlocked():
             cfg.objective = {"itm": "retrieval"}.get(family, family)
-            cfg.model.update(dtype="float32", encoder=family != "caption", decoder=family != "itm")
+            cfg.model.update(dtype="float32")
         self.model, self.params, self.size, self.sep = build(cfg), jax.tree.map(jnp.asarray, params), 224, 102
 
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from world.pictures import add_to_tar, encode, noise, png_header, records, write_json
 
-from blip_jax import config
+from blip_jax import config, tasks
 from blip_jax.data import batches as P
+from blip_jax.data import pairs
 from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.data.image import eval_transform, train_transform
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer
@@ -42,7 +43,7 @@ def settings(sources, batch=8, **leaves):
 
 
 def make(cfg, tok, path, process=0, count=1):
-    return P.TrainData(cfg, tok, process_index=process, process_count=count, skipped_path=path / "skipped.jsonl")
+    return P.TrainData(cfg, tok, pairs, process_index=process, process_count=count, skipped_path=path / "skipped.jsonl")
 
 
 def run(data, steps, start=0):
@@ -102,7 +103,7 @@ def test_a_prompt_that_leaves_no_room(tok, web, tmp_path):
     with pytest.raises(
         ValueError, match=r"text.prompt='a picture of ' takes 4 of text.max_len=5 .* set text.max_len to 6"
     ):
-        make(settings({"web": web}, **leaves, **{"text.max_len": 5}), tok, tmp_path)
+        tasks.validate(settings({"web": web}, **leaves, **{"text.max_len": 5, "objective": "caption"}), tok)
 
 
 def test_every_random_choice_comes_from_the_examples_own_stream(tok, web, tmp_path):
@@ -113,7 +114,7 @@ def test_every_random_choice_comes_from_the_examples_own_stream(tok, web, tmp_pa
         rng = np.random.Generator(np.random.Philox(key=np.array([cfg.seed, 3 * 8 + position], np.uint64)))
         record = data.sources["web"][int(key.split("#")[1])]
         caption = record["captions"][rng.integers(len(record["captions"]))]
-        im = P.decode_image(record, 10**6)[0]
+        im = P.decode(record, record["image"], 10**6)[0]
         img = train_transform(im, 16, rng, scale=cfg.data.crop_scale, flip=True, randaugment=True)
         np.testing.assert_array_equal(img, batch["img"][position])
         np.testing.assert_array_equal(tok.encode([caption], 12)[0][0], batch["ids"][position])
@@ -403,7 +404,7 @@ def test_eval_data(tok, tmp_path):
         for b in batches:
             for img, i in zip(b["img"], b["index"]):
                 if i >= 0:
-                    im = P.decode_image(rows[i], 10**6)[0]
+                    im = P.decode(rows[i], rows[i]["image"], 10**6)[0]
                     np.testing.assert_array_equal(img, eval_transform(im, 16))
     assert data.counts() == {"read": 11, "skipped": {}, "noted": {}}
 
@@ -415,7 +416,8 @@ def test_eval_data_limit_and_two_sources(tok, tmp_path):
     data = P.EvalData(cfg, tok, sources, skipped_path=tmp_path / "s.jsonl")
     assert data.n_images == 5 and data.text_image.max() == 4
     np.testing.assert_array_equal(
-        next(data.image_batches(5))["img"][3], eval_transform(P.decode_image(records(1)[0], 10**6)[0], 16)
+        next(data.image_batches(5))["img"][3],
+        eval_transform(P.decode(records(1)[0], records(1)[0]["image"], 10**6)[0], 16),
     )
 
 

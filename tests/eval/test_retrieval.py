@@ -17,10 +17,10 @@ from blip_jax.data.batches import EvalData
 from blip_jax.data.formats import open_source
 from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 from blip_jax.eval import recall
-from blip_jax.inference import retrieval
 from blip_jax.models.blip import Blip
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
+from blip_jax.tasks import two_stage
 
 # ---- ranks and recalls from a score matrix
 
@@ -187,7 +187,7 @@ def scores_of(mesh_shape=(1, 1, 1), unreadable=(), **leaves):
     cfg.eval.update(leaves)
     cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor = mesh_shape
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[: int(np.prod(mesh_shape))])
-    return retrieval.two_stage_scores(cfg, model, params, Images(np.random.default_rng(2), unreadable), texts, mesh)
+    return two_stage.two_stage_scores(cfg, model, params, Images(np.random.default_rng(2), unreadable), texts, mesh)
 
 
 def test_all_pairs_equal_scoring_every_pair():
@@ -247,7 +247,7 @@ def test_evaluate_reports_both_stages_and_a_clipped_k(caplog):
     cfg.eval.k = 20
     data = Images(np.random.default_rng(2))
     with caplog.at_level(logging.WARNING):
-        result = retrieval.evaluate(cfg, model, params, data, texts, sharding.make_mesh(cfg.mesh))
+        result = two_stage.evaluate(cfg, model, params, data, texts, sharding.make_mesh(cfg.mesh))
     assert "eval.k = 20 is more than the 11 images" in caplog.text and "texts there are" not in caplog.text
     cosine, logit = every_pair()
     first_is_own = (cosine.argmax(axis=0) == data.text_image).mean()
@@ -268,7 +268,7 @@ def test_pictures_and_captions_of_a_source(tmp_path):
     train_vocab(captions, 118, tmp_path / "vocab.txt")
     tokenizer = Tokenizer(tmp_path / "vocab.txt")
     data = EvalData(cfg, tokenizer, sources, skipped_path=tmp_path / "skipped.jsonl")
-    scores = retrieval.two_stage_scores(cfg, model, params, data, tokenizer, sharding.make_mesh(cfg.mesh))
+    scores = two_stage.two_stage_scores(cfg, model, params, data, tokenizer, sharding.make_mesh(cfg.mesh))
     assert scores.cosine.shape == (10, len(captions)) and scores.text_image.tolist() == data.text_image.tolist()
     assert ((scores.i2t > -100).sum(axis=1) == 3).all() and ((scores.t2i > -100).sum(axis=0) == 3).all()
 
@@ -286,4 +286,4 @@ def test_settings_and_parameters_that_cannot_work():
     cfg, model, params, texts = tiny()
     broken = {**params, "itm_head": jax.tree.map(lambda x: x * jnp.nan, params["itm_head"])}
     with pytest.raises(ValueError, match="matching logits are not finite"):
-        retrieval.evaluate(cfg, model, broken, Images(np.random.default_rng(2)), texts, sharding.make_mesh(cfg.mesh))
+        two_stage.evaluate(cfg, model, broken, Images(np.random.default_rng(2)), texts, sharding.make_mesh(cfg.mesh))

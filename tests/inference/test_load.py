@@ -94,7 +94,7 @@ def test_evaluation(forms, tiny_cfg, tmp_path):
     cfg, found = retrieval_config(tiny_cfg), {}
     for form in FORMS:
         found[form] = loop.evaluate(cfg, tmp_path / form, str(forms["itm"][form]))
-        record = json.loads((tmp_path / form / "retrieval.json").read_text())
+        record = json.loads((tmp_path / form / "evaluation.json").read_text())
         assert record.pop("checkpoint").startswith(str(forms["itm"][form])) and record == found[form]
     assert found["pth"] == found["hf"] == found["ours"] and found["pth"]["images"] == 9
     with pytest.raises(ValueError, match="holds another model:(?s:.*)itm_head/kernel is missing"):

@@ -158,7 +158,7 @@ def test_retrieval_evaluation_is_its_passes():
         ids = ids.reshape(10, -1)
         return apply(params, ids, jnp.ones(ids.shape, bool), apply(params, img_tok, method="image_kv"), method="match")
 
-    img_tok = jax.ShapeDtypeStruct((2, flops._positions(cfg.model), cfg.model.vit.width), jnp.float32)
+    img_tok = jax.ShapeDtypeStruct((2, flops.positions(cfg.model), cfg.model.vit.width), jnp.float32)
     a_pair = flops.count_function(encode, params, img, ids) / 2
     a_unit = flops.count_function(rerank, params, img_tok, ids) / 2
     count = flops.retrieval_eval(cfg, 30, 30)

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from blip_jax import config, losses
+from blip_jax import config, losses, tasks
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules.blip import TIED
 from blip_jax.decode import beam, generate, sampling
 from blip_jax.inference import programs
-from blip_jax.models.build import build
 from blip_jax.models.vision.vit import resize_pos_embed
-from blip_jax.tasks import step as steps
+from blip_jax.tasks import build, caption, pretrain, retrieval, step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
@@ -47,7 +46,6 @@ class Case:
                 width=s["tw"], layers=layers, heads=s["th"], mlp=s["ti"], positions=s["pos"], vocab_size=s["vocab"]
             )
             cfg.model.update(img_size=s["img"], embed_dim=s["embed"], dropout=0.0, dtype="float32")
-            cfg.model.update(encoder=family != "caption", decoder=family in ("pretrain", "caption", "vqa"))
             cfg.loss.update(queue=s["queue"], smoothing_over="valid")
             cfg.text.max_len = s["L"]
         self.model = build(cfg)
@@ -71,7 +69,7 @@ class Case:
         return train_state.TrainState(jnp.int32(0), params, {}, tx.init(params), momentum, jax.random.key(0))
 
     def as_torch(self, state):
-        numpy = jax.tree.map(np.asarray, {"params": state.params, "momentum": state.momentum})
+        numpy = jax.tree.map(np.asarray, {"params": state.params, "momentum": state.extra})
         return to_torch(self.family, numpy, vocab_size=self.meta["config"]["vocab"])
 
 
@@ -98,28 +96,19 @@ def given(answers, weights):
 def loss_and_grads(case):
     """Losses, gradients under torch names, queue features, momentum and sampling weights, after the EMA as the
     original does."""
-    state, s = case.state(optim.make(case.cfg, 1)[0], 0), case.cfg.loss
-    momentum = state.momentum | {
-        "params": steps.ema(state.momentum["params"], steps.momentum_params(state.params), s.ema)
-    }
+    state, task = case.state(optim.make(case.cfg, 1)[0], 0), tasks.of(case.cfg)
+    trained, extra = task.before(case.cfg, state, 1)
+    assert trained["temp"] == state.params["temp"]  # which the clamp leaves where it is
+    extra |= {"alpha": jnp.float32(case.io["alpha"])}
 
     def loss(params):
         weights = []
-        total, aux = steps.LOSSES[case.cfg.objective](
-            case.model,
-            case.cfg,
-            params,
-            momentum,
-            case.batch(),
-            jnp.float32(case.io["alpha"]),
-            (jax.random.key(1), jax.random.key(2)),
-            0,
-            given(negatives(case.io), weights),
-        )
+        keys = step.Keys(jax.random.key(1), jax.random.key(2), 0, given(negatives(case.io), weights))
+        total, aux = task.loss(case.model, case.cfg, params, extra, case.batch(), keys)
         return total, (*aux, weights)
 
     (_, (metrics, features, weights)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
-    return metrics, case.as_torch(state.replace(params=grads)), features, momentum, weights
+    return metrics, case.as_torch(state.replace(params=grads)), features, extra, weights
 
 
 def check_grads(case, grads):
@@ -170,7 +159,7 @@ def test_golden_pretrain_activations():
 
 def test_golden_pretrain_losses_gradients_momentum_and_queue():
     case = Case("pretrain", "pretrain")
-    metrics, grads, features, momentum, weights = loss_and_grads(case)
+    metrics, grads, features, extra, weights = loss_and_grads(case)
     for name in ("loss_itc", "loss_itm", "loss_lm"):
         close(metrics[name], case.io[name], what=name)
     close(weights[0][0], case.io["weights_t2i"])
@@ -182,7 +171,7 @@ def test_golden_pretrain_losses_gradients_momentum_and_queue():
 
     state = case.state(optim.make(case.cfg, 1)[0], len(case.io["image"]))
     after = case.as_torch(
-        state.replace(momentum=momentum | {"queue": steps.enqueue(state.momentum["queue"], features)})
+        state.replace(extra=pretrain.after(case.cfg, extra | {"queue": state.extra["queue"]}, features))
     )
     names = [k for k in case.io.files if k.startswith("after/") and not k.endswith("position_ids")]
     assert any("_m." in k for k in names) and "after/image_queue" in names
@@ -201,12 +190,12 @@ def test_golden_pretrain_three_steps():
     start = case.as_torch(state)
 
     @jax.jit
-    def step(state, batch, negs):
-        return steps.make_step(case.cfg, case.model, tx, 1, draw=given(negs, []))(state, batch)
+    def one(state, batch, negs):
+        return step.make_step(case.cfg, case.model, tx, 1, draw=given(negs, []))(state, batch)
 
     noise = {}
     for i in range(3):
-        state, metrics = step(state, case.batch(str(i)), negatives(case.io, str(i)))
+        state, metrics = one(state, case.batch(str(i)), negatives(case.io, str(i)))
         sizes = case.as_torch(state.replace(params=adam_gradient_sizes(state, i + 1)))
         noise = {name: noise.get(name, 0.0) + adam_noise(sizes, name, lr=1e-3) for name in sizes}
         close(
@@ -239,9 +228,7 @@ def test_golden_retrieval_losses_gradients_and_queue():
     check_grads(case, grads)
     tensors = load_file(GOLDEN / "retrieval" / "weights.safetensors")
     state = case.state(optim.make(case.cfg, 1)[0], int(tensors["ptr_queue"][0]))
-    after = case.as_torch(
-        state.replace(momentum=state.momentum | {"queue": steps.enqueue(state.momentum["queue"], features)})
-    )
+    after = case.as_torch(state.replace(extra=retrieval.after(case.cfg, state.extra, features)))
     for name in ("image_queue", "text_queue", "idx_queue", "ptr_queue"):
         close(after[name], case.io["after/" + name], what=name)
 
@@ -307,7 +294,8 @@ def test_golden_caption_loss_and_logits():
     batch = case.batch()
     prompt = int(case.io["prompt_length"])
     batch["lm_mask"] = batch["txt_mask"] & (jnp.arange(batch["ids"].shape[1]) >= prompt)
-    loss = lambda p: steps.caption_loss(case.model, case.cfg, p, None, batch, 0.0, (jax.random.key(0),) * 2, 0, None)
+    keys = step.Keys(jax.random.key(0), jax.random.key(0), 0)
+    loss = lambda p: caption.loss(case.model, case.cfg, p, None, batch, keys)
     grads, metrics = jax.jit(jax.grad(loss, has_aux=True))(case.loaded["params"])
     close(metrics[0]["loss_lm"], case.io["loss_lm"])
     close(

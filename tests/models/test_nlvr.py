@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip_jax import config
+from blip_jax import config, trees
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules.blip import FIRST_LAYER
 from blip_jax.models.blip import Blip
-from blip_jax.models.build import build, nlvr_from_pretrain
+from blip_jax.models.build import fit
 from blip_jax.models.nlvr import FIRST_MERGE, BlipNlvr, TwinLayer
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.parallel import sharding
+from blip_jax.tasks import build, nlvr
 from blip_jax.train import state as train_state
 
 B, T, V = 4, 6, 120
@@ -25,7 +26,7 @@ def nlvr_config(size="tiny", img_size=16, layers=7):
     cfg = config.base(size)
     with cfg.unlocked():
         cfg.objective = "nlvr"
-        cfg.model.update(img_size=img_size, dtype="float32", decoder=False)
+        cfg.model.update(img_size=img_size, dtype="float32")
         cfg.model.med.layers = layers
     return cfg
 
@@ -194,15 +195,21 @@ def test_mesh_changes_nothing():
     np.testing.assert_allclose(out, logits(*inputs), atol=1e-4)
 
 
+def started(params, fresh):
+    """`fresh` with what it starts from in parameters of pre-training, and the paths of what stayed as it was."""
+    fitted = fit(params, fresh, "here", nlvr.START)
+    random = dict(trees.paths(fresh))
+    return trees.merge(fitted.params, trees.nest((path, random[path]) for path in fitted.random)), fitted.random
+
+
 def test_start_from_pretraining():
     """Both cross-attentions begin as the one of pre-training, its LayerNorm as the common one; merging layer and
     head are random."""
     cfg = nlvr_config(img_size=32)
     fresh = random_params(cfg, build(cfg), 0)
     before = nlvr_config(img_size=16)
-    before.model.decoder = True  # the parameters of a pre-training model
     pretrained = random_params(before, Blip.from_config(before.model), 1)
-    out, random = nlvr_from_pretrain(pretrained, fresh)
+    out, random = started(pretrained, fresh)
     assert jax.tree.structure(out) == jax.tree.structure(fresh) and jax.tree.map(jnp.shape, out) == jax.tree.map(
         jnp.shape, fresh
     )
@@ -219,8 +226,8 @@ def test_start_from_pretraining():
     parts = "med/layer_06/merge", "cls_head/dense", "cls_head/out"
     assert set(random) == {f"{part}/{leaf}" for part in parts for leaf in ("kernel", "bias")}
     narrow = pretrained | {"vit": pretrained["vit"] | {"ln_post": {"scale": np.zeros(7), "bias": np.zeros(48)}}}
-    with pytest.raises(ValueError, match=r"vit/ln_post/scale is \[7\], vit/ln_post/scale needs \[48\]"):
-        nlvr_from_pretrain(narrow, fresh)
+    with pytest.raises(ValueError, match=r"vit/ln_post/scale is \[7\], this config needs \[48\]"):
+        started(narrow, fresh)
 
 
 def test_build_gives_the_model_of_the_objective():

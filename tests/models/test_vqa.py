@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip_jax import config, losses
+from blip_jax import config, losses, trees
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.decode import beam
 from blip_jax.decode.rank import rank as choose
 from blip_jax.inference.programs import rank_answers
 from blip_jax.models.blip import Blip
-from blip_jax.models.build import build, vqa_from_pretrain
+from blip_jax.models.build import fit
 from blip_jax.models.layers.attention import attention, grouped_cross_attention
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.models.vqa import BlipVqa
 from blip_jax.parallel import sharding
+from blip_jax.tasks import build, vqa
 from blip_jax.train import state as train_state
 
 B, S, V, SEP = 4, 7, 120, 2
@@ -345,6 +346,13 @@ def test_mesh_changes_nothing():
     np.testing.assert_allclose(scores, other[1], rtol=1e-5)
 
 
+def started(params, fresh):
+    """`fresh` with what it starts from in parameters of pre-training, and the paths of what stayed as it was."""
+    fitted = fit(params, fresh, "here", vqa.START)
+    random = dict(trees.paths(fresh))
+    return trees.merge(fitted.params, trees.nest((path, random[path]) for path in fitted.random)), fitted.random
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_start_from_pretraining(wide):
     """Both text models begin as the shared one; where image and text widths differ, the decoder's keys and values
@@ -358,7 +366,7 @@ def test_start_from_pretraining(wide):
     with before.unlocked():
         before.model.img_size = 16
     params = random_params(before, Blip.from_config(before.model), 1)
-    out, random = vqa_from_pretrain(params, fresh)
+    out, random = started(params, fresh)
     assert jax.tree.structure(out) == jax.tree.structure(fresh) and jax.tree.map(jnp.shape, out) == jax.tree.map(
         jnp.shape, fresh
     )
@@ -378,7 +386,7 @@ def test_start_from_pretraining(wide):
     assert same(out["med_dec"]["lm_head"], params["med"]["lm_head"])
     assert random == ([f"med_dec/layer_0{i}/cross_attn/{p}/kernel" for i in (0, 1) for p in "kv"] if wide else [])
     with pytest.raises(ValueError, match="med/layer_00/self_attn_dec/q/kernel is missing"):
-        vqa_from_pretrain(params | {"med": params["med"] | {"layer_00": {}}}, fresh)
+        started(params | {"med": params["med"] | {"layer_00": {}}}, fresh)
 
 
 def test_build_names_the_objectives():
@@ -386,5 +394,5 @@ def test_build_names_the_objectives():
     assert isinstance(build(cfg), BlipVqa)
     with cfg.unlocked():
         cfg.objective = "vqa2"
-    with pytest.raises(ValueError, match="'vqa2': choose one of pretrain, retrieval, caption, vqa, nlvr"):
+    with pytest.raises(ValueError, match="'vqa2': choose one of caption, nlvr, pretrain, retrieval, vqa"):
         build(cfg)

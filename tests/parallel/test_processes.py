@@ -161,7 +161,7 @@ def test_two_processes_stopped_killed_and_finished(whole, stopped, server, folde
     assert pod.ends() == [0, 0], pod.text(0) + pod.text(1)
     assert_same(rows(workdir), whole)
     evaluated = next(row for row in whole if "eval/r_mean" in row)
-    again = json.loads((workdir / "retrieval.json").read_text())
+    again = json.loads((workdir / "evaluation.json").read_text())
     assert {f"eval/{name}": again[name] for name in again if name != "checkpoint"} == {
         k: v for k, v in evaluated.items() if k != "step"
     }

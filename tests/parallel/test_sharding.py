@@ -172,7 +172,7 @@ def test_initialising_large_never_puts_it_on_one_device():
         compiled = (
             jax.jit(create, out_shardings=sharding.shardings_for(shapes, mesh)).lower(jax.random.key(0)).compile()
         )
-    memory, whole = compiled.memory_analysis(), size(shapes.momentum["queue"])
+    memory, whole = compiled.memory_analysis(), size(shapes.extra["queue"])
     assert memory.output_size_in_bytes - whole < 1.02 / 8 * (size(shapes) - whole) < 2**30
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < size(shapes) / 5
     # not even one array of it

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from blip_jax import checkpoint, config, trees
+from blip_jax import checkpoint, config, tasks, trees
 from blip_jax.console import plain
-from blip_jax.models.blip import Blip
-from blip_jax.tasks import step
+from blip_jax.tasks import caption
+from blip_jax.tasks.step import Keys
 from blip_jax.train import loop, start
 from blip_jax.train import state as train_state
 
@@ -24,8 +24,7 @@ def settings(**leaves):
         cfg.objective = "caption"
         cfg.model.vit.update(width=32, depth=1, heads=4, mlp=64, patch=8)
         cfg.model.med.update(width=32, layers=1, heads=4, mlp=64, positions=16, vocab_size=VOCAB)
-        cfg.model.update(img_size=SIZE, embed_dim=16, dtype="float32", dropout=0.0, encoder=False)
-        cfg.loss.update(momentum=False, queue=0)
+        cfg.model.update(img_size=SIZE, embed_dim=16, dtype="float32", dropout=0.0)
         cfg.text.max_len = T
     cfg.update_from_flattened_dict(leaves)
     return cfg
@@ -45,8 +44,8 @@ def make_batch():
 
 def loss_of(cfg, model):
     """The loss as a compiled function of parameters and batch."""
-    keys = (jax.random.key(0),) * 2
-    return jax.jit(lambda params, batch: step.caption_loss(model, cfg, params, None, batch, 0.0, keys, 0, None))
+    keys = Keys(jax.random.key(0), jax.random.key(0), 0)
+    return jax.jit(lambda params, batch: caption.loss(model, cfg, params, None, batch, keys))
 
 
 def word_by_word(logits, batch, over, smoothing=0.1):
@@ -70,7 +69,7 @@ def captioner():
     """Model, parameters whose logits differ enough for every term to count, and the loss with both forms of
     smoothing."""
     cfg = settings()
-    model = Blip.from_config(cfg.model)
+    model = tasks.build(cfg)
     params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(1))
     losses = {over: loss_of(settings(**{"loss.smoothing_over": over}), model) for over in ("valid", "all")}
     return model, jax.tree.map(lambda x: 3 * x, params), losses
@@ -110,8 +109,8 @@ def test_a_captioner_has_the_vit_and_the_decoder_and_nothing_else(captioner):
 
 def test_gradients_reach_the_vit_and_the_decoder_alone():
     """Of a pre-training model, whose text encoder, projections, matching head and temperature play no part."""
-    cfg = settings(**{"model.encoder": True})
-    model = Blip.from_config(cfg.model)
+    cfg = settings(objective="pretrain")
+    model = tasks.build(cfg)
     params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(1))
     grads = dict(trees.paths(jax.jit(jax.grad(loss_of(cfg, model), has_aux=True))(params, make_batch())[0]))
     still = {path for path, g in grads.items() if not np.any(g)}
@@ -137,10 +136,7 @@ def fine_tuning(tiny_cfg, objective, pretrained):
     """`tiny_cfg` as the captioner or filter that starts from `pretrained` at twice the image size."""
     tiny_cfg.objective, tiny_cfg.model.img_size, tiny_cfg.train.init_from = objective, 32, str(pretrained)
     if objective == "caption":
-        tiny_cfg.model.encoder, tiny_cfg.loss.momentum, tiny_cfg.loss.queue = False, False, 0
         tiny_cfg.text.prompt, tiny_cfg.text.max_len = "a picture of ", 14
-    else:
-        tiny_cfg.model.decoder = False
     return tiny_cfg
 
 
@@ -186,7 +182,7 @@ def test_a_filter_starts_from_pretraining_at_another_image_size(tiny_cfg, pretra
     with jax.set_mesh(run.mesh):
         state = jax.device_get(start.create(run, start.load(run)))
     after = dict(trees.paths(state.params))
-    assert state.momentum["params"]["vit"]["pos_embed"].shape == after["vit/pos_embed"].shape == (17, 48)
+    assert state.extra["params"]["vit"]["pos_embed"].shape == after["vit/pos_embed"].shape == (17, 48)
     assert {path for path in before if path not in after} == {
         path for path in before if path.startswith("med/lm_head") or "self_attn_dec" in path
     }

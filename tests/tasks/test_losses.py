@@ -32,7 +32,7 @@ def test_itc_with_queue_soft_targets_and_groups_against_loops(rng):
             expected.append(-(target * np.log(softmax(a[b] @ candidates.T / temp))).sum())
     G = lambda x: losses.grouped(jnp.asarray(x), g)
     sims = [
-        losses.similarity(G(a), G(c), jnp.asarray(q), temp)
+        jnp.concatenate([losses.similarity(G(a), G(c), temp), losses.queue_similarity(G(a), jnp.asarray(q), temp)], -1)
         for a, c, q in ((img, txt_m, txt_q), (txt, img_m, img_q), (img_m, txt_m, txt_q), (txt_m, img_m, img_q))
     ]
     positive = jnp.broadcast_to(jnp.eye(g, g + K, dtype=bool), sims[0].shape)

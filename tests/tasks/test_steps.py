@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from blip_jax import config, losses
-from blip_jax.models.blip import Blip
+from blip_jax import config, losses, tasks
 from blip_jax.parallel import sharding
-from blip_jax.tasks import step as steps
+from blip_jax.tasks.step import make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
@@ -54,7 +53,7 @@ def run(cfg, mesh_shape=(1, 1, 1)):
     devices = jax.devices()[: int(np.prod(mesh_shape))]
     with cfg.unlocked():
         cfg.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape)))
-    mesh, model = sharding.make_mesh(cfg.mesh, devices), Blip.from_config(cfg.model)
+    mesh, model = sharding.make_mesh(cfg.mesh, devices), tasks.build(cfg)
     tx, _ = optim.make(cfg, 5)
 
     def draw(key, weights, first_row):
@@ -70,7 +69,7 @@ def run(cfg, mesh_shape=(1, 1, 1)):
         batch = jax.device_put(
             shaped(make_batch(), cfg.optim.accumulate), sharding.batch_sharding(mesh, cfg.optim.accumulate)
         )
-        step = jax.jit(steps.make_step(cfg, model, tx, 5, draw=draw), donate_argnums=0, out_shardings=(where, None))
+        step = jax.jit(make_step(cfg, model, tx, 5, draw=draw), donate_argnums=0, out_shardings=(where, None))
         state, metrics = step(state, batch)
         jax.effects_barrier()
     grads = jax.tree.map(lambda m: np.asarray(m) / (1 - cfg.optim.b1), state.opt[0].mu)
@@ -84,8 +83,8 @@ def assert_same(a, b, tol=1e-5):
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_a))
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(grads_a), jax.tree.leaves(grads_b)):
         np.testing.assert_allclose(x, y, rtol=0, atol=tol * max(1.0, largest), err_msg=str(path))
-    if state_a.momentum is not None:
-        for x, y in zip(jax.tree.leaves(state_a.momentum), jax.tree.leaves(state_b.momentum)):
+    if state_a.extra is not None:
+        for x, y in zip(jax.tree.leaves(state_a.extra), jax.tree.leaves(state_b.extra)):
             np.testing.assert_allclose(x, y, rtol=0, atol=tol)
 
 
@@ -106,7 +105,7 @@ def test_mesh_changes_nothing_dropout_on(alone, shape, queue):
 
 def test_a_mesh_makes_the_state_that_one_device_makes():
     cfg = tiny(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
-    create = functools.partial(train_state.create, cfg, Blip.from_config(cfg.model), optim.make(cfg, 5)[0])
+    create = functools.partial(train_state.create, cfg, tasks.build(cfg), optim.make(cfg, 5)[0])
     where = sharding.shardings_for(jax.eval_shape(create, jax.random.key(0)), sharding.make_mesh(cfg.mesh))
     alone, split = (jax.jit(create, out_shardings=out)(jax.random.key(0)) for out in (None, where))
     for (path, a), b in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(split), strict=True):
@@ -125,15 +124,15 @@ def test_micro_batches_equal_groups():
 
 
 def test_retrieval_step_on_a_mesh():
-    leaves = {"objective": "retrieval", "model.decoder": False, "loss.group_size": 8}
+    leaves = {"objective": "retrieval", "loss.group_size": 8}
     alone = run(tiny(**leaves))
     assert_same(alone, run(tiny(**leaves), (2, 2, 2)))
-    queue = alone[2].momentum["queue"]
+    queue = alone[2].extra["queue"]
     np.testing.assert_array_equal(queue["image_id"][:B], make_batch()["image_id"])
     assert (np.asarray(queue["image_id"][B:]) == -100).all() and int(queue["ptr"]) == B
 
 
-CAPTION = {"objective": "caption", "model.encoder": False, "loss.momentum": False, "loss.queue": 0}
+CAPTION = {"objective": "caption"}
 
 
 def test_caption_step_on_a_mesh():
@@ -158,7 +157,7 @@ def test_bfloat16_compute_keeps_float32_state_and_nearly_the_same_losses(alone):
 
 def test_frozen_parts_stay_and_have_no_optimiser_state(alone):
     cfg = tiny(**{"optim.freeze": ("vit/.*", "temp")})
-    start = jax.jit(lambda key: train_state.create(cfg, Blip.from_config(cfg.model), optim.make(cfg, 5)[0], key))(
+    start = jax.jit(lambda key: train_state.create(cfg, tasks.build(cfg), optim.make(cfg, 5)[0], key))(
         jax.random.key(0)
     )
     metrics, _, state, grads = run(cfg)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip_jax import checkpoint, trees
+from blip_jax import checkpoint, tasks, trees
 from blip_jax.config import source
 from blip_jax.console import plain
 from blip_jax.parallel import sharding
@@ -207,7 +207,7 @@ def _missing_files(cfg, tmp_path):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda c, _: c.update({"objective": "vqa"}), "objective is 'vqa'"),
+        (lambda c, _: c.update({"objective": "vqa2"}), "objective is 'vqa2'"),
         (lambda c, _: c.train.update({"batch": 12}), "train.batch is 12"),
         (lambda c, _: c.loss.update({"queue": 24}), "loss.queue is 24"),
         (lambda c, _: c.model.med.update({"vocab_size": 99}), "model.med.vocab_size=120"),
@@ -264,14 +264,14 @@ def test_init_from_takes_parameters_and_momentum_copies(full_run, cfg, tmp_path)
     assert got.keys() == want.keys() and int(state.step) == 0
     for path in want:
         np.testing.assert_array_equal(got[path], want[path], err_msg=path)
-    copies = dict(trees.paths(jax.device_get(state.momentum["params"])))
+    copies = dict(trees.paths(jax.device_get(state.extra["params"])))
     for path, x in copies.items():
         np.testing.assert_array_equal(x, want[path], err_msg=path)
     assert (
         state.params["vit"]["blocks"]["mlp"]["fc1"]["kernel"].sharding
         == (run.shardings.params["vit"]["blocks"]["mlp"]["fc1"]["kernel"])
     )
-    np.testing.assert_allclose(np.linalg.norm(state.momentum["queue"]["img"], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(state.extra["queue"]["img"], axis=1), 1, rtol=1e-5)
 
 
 def test_parameters_of_another_image_size_are_resized_and_of_another_width_refused(full_run, cfg, capsys):
@@ -279,7 +279,7 @@ def test_parameters_of_another_image_size_are_resized_and_of_another_width_refus
     cfg.model.img_size = 32  # 17 positions instead of 5
 
     def shapes():
-        model = loop.Blip.from_config(cfg.model)
+        model = tasks.build(cfg)
         return jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
 
     fitted = start.fit_params(params, shapes(), "here")

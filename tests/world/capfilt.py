@@ -9,7 +9,7 @@ import optax
 
 from blip_jax import checkpoint, config, trees
 from blip_jax.data.formats.array_record import write_array_record
-from blip_jax.models.blip import Blip
+from blip_jax.tasks import build
 from blip_jax.train import state as train_state
 from world.pictures import encode, noise
 
@@ -17,7 +17,7 @@ from world.pictures import encode, noise
 def save_model(cfg, workdir, seed: int, strength: float = 1.0) -> pathlib.Path:
     """A workdir with a checkpoint of random parameters; `strength` multiplies all kernels: more, and scores differ
     more."""
-    model = Blip.from_config(cfg.model)
+    model = build(cfg)
     params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(seed))
     params = trees.nest(
         (path, leaf * strength if path.endswith("kernel") else leaf) for path, leaf in trees.paths(params)
@@ -35,8 +35,8 @@ def save_models(cfg, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """A captioner without encoder and a filter without decoder, of different sizes; `cfg` is the tiny_cfg of
     conftest."""
     small, large = cfg.copy_and_resolve_references(), cfg.copy_and_resolve_references()
-    small.model.encoder = False
-    large.model.decoder, large.model.img_size, large.model.vit.width, large.text.max_len = False, 24, 32, 14
+    small.objective, large.objective = "caption", "retrieval"
+    large.model.img_size, large.model.vit.width, large.text.max_len = 24, 32, 14
     return {
         "captioner": save_model(small, folder / "captioner", 1),
         "filter": save_model(large, folder / "filter", 2, strength=6.0),

@@ -14,8 +14,8 @@ from PIL import Image
 import blip_jax
 from blip_jax import checkpoint, config, trees
 from blip_jax.data import image
-from blip_jax.models.build import build
 from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.tasks import build
 from blip_jax.train import state as train_state
 from world.pictures import noise
 
@@ -30,13 +30,7 @@ def folder(tiny_vocab, tmp_path_factory):
     for seed, objective in enumerate(("pretrain", "caption", "retrieval", "vqa", "nlvr")):
         c = config.base("tiny")
         c.objective = objective
-        c.model.update(
-            img_size=16,
-            embed_dim=16,
-            dtype="bfloat16",
-            encoder=objective != "caption",
-            decoder=objective != "retrieval",
-        )
+        c.model.update(img_size=16, embed_dim=16, dtype="bfloat16")
         c.model.vit.depth = c.model.med.layers = 1
         c.text.update(vocab=str(tiny_vocab), max_len=14, prompt="a small " if objective == "caption" else "")
         c.loss.momentum = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from blip_jax.data.formats.array_record import ArrayRecords
 from blip_jax.data.formats.json import JsonRows
 from blip_jax.data.formats.tar import TarShards
@@ -19,9 +22,13 @@ KINDS = {"json": JsonRows, "tar": TarShards, "array_record": ArrayRecords, "tfds
 
 def open_source(name: str, cfg) -> Source:
     """Opens the source that `cfg` (a config.source) describes. ValueError: a wrong file list, no record."""
-    if cfg.kind not in KINDS:
-        raise ValueError(f"data source {name!r}: kind {cfg.kind!r} is unknown; choose one of {sorted(KINDS)}")
-    src = KINDS[cfg.kind](name, cfg)
+    formats = {module.name for module in pkgutil.iter_modules(__path__)}
+    if cfg.kind not in KINDS.keys() | formats:
+        raise ValueError(
+            f"data source {name!r}: kind {cfg.kind!r} is unknown; choose one of {sorted(KINDS.keys() | formats)}"
+        )
+    opened = KINDS[cfg.kind] if cfg.kind in KINDS else importlib.import_module(f"{__name__}.{cfg.kind}").open
+    src = opened(name, cfg)
     src.name = name
     if not len(src):
         raise ValueError(

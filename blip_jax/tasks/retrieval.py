@@ -1,0 +1,82 @@
+"""Image-text retrieval: ITC and ITM fine-tuned on captions with image ids, and the two-stage evaluation (paper
+section 4.1)."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from blip_jax import losses
+from blip_jax.data import pairs
+from blip_jax.data.batches import EvalData
+from blip_jax.eval import recall
+from blip_jax.models import flops as counts
+from blip_jax.models.blip import Blip
+from blip_jax.tasks import contrast, step, two_stage
+from blip_jax.tasks.contrast import after, before  # noqa: F401
+
+text, table = pairs.text, recall.table
+
+
+def check(cfg, tokenizer=None) -> list[str]:
+    return contrast.check(cfg) + pairs.bucket_problems(cfg, smoothed=False)
+
+
+def build(cfg) -> Blip:
+    """BLIP without the text decoder."""
+    return Blip.from_config(cfg.model, decoder=False)
+
+
+def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
+    """{"img": bytes, "ids": i32[T], "txt_mask": bool[T], "image_id": i64[]} of one of the record's captions."""
+    row = pairs.example(record, rng, cfg, tokenizer)
+    return {name: row[name] for name in ("img", "ids", "txt_mask", "image_id", "notes")}
+
+
+def shapes(cfg) -> dict:
+    return pairs.shapes(cfg) | {"image_id": ((cfg.train.batch,), np.int32)}
+
+
+def extra(cfg, params, key) -> dict | None:
+    """Momentum copies and queue with the image of each of its features, as `contrast.extra`."""
+    return contrast.extra(cfg, params, key, image_ids=True)
+
+
+def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
+    """ITC with all texts of the same image as positives, plus ITM (reference: BLIP's blip_retrieval).
+
+    batch as in `pretrain.loss`, with image_id i32[B]. Hard negatives come from the online features; texts of the same
+    image are never negatives. A row whose whole group shows its image has no negative and is left out of the ITM mean.
+    """
+    apply = functools.partial(model.apply, {"params": params})
+    streams, group = step.dropout_streams(keys.dropout, contrast.STREAMS), cfg.loss.group_size
+    encoded = contrast.encode(apply, batch, streams)
+    image_id = losses.grouped(batch["image_id"], group)  # G, g
+    same = image_id[:, :, None] == image_id[:, None, :]
+    itc = contrast.itc(model, cfg, params, extra, batch, encoded, same, streams)
+
+    img, txt = losses.grouped(encoded.img_emb, group), losses.grouped(encoded.txt_emb, group)
+    online = {"i2t": losses.similarity(img, txt, params["temp"]), "t2i": losses.similarity(txt, img, params["temp"])}
+    neg_img, neg_txt = contrast.negatives(online, same, 0.0, keys)
+    kv = apply(encoded.img_tok, method="image_kv")
+    itm, itm_acc = contrast.matching(apply, batch, kv, neg_img, neg_txt, group, streams["match"])
+
+    total = itc.loss + itm
+    metrics = {"loss": total, "loss_itc": itc.loss, "loss_itm": itm, "itm_acc": itm_acc, **itc.metrics}
+    return total, (metrics, itc.found | ({"image_id": batch["image_id"]} if itc.found else {}))
+
+
+def flops(cfg, T: int | None = None) -> dict[str, float]:
+    return counts.retrieval_step(cfg, T=T)
+
+
+def eval_data(cfg, tokenizer, skipped_path) -> EvalData:
+    """Every picture and caption of cfg.data.eval."""
+    return EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=skipped_path)
+
+
+def evaluate(loaded, data: EvalData, mesh) -> dict:
+    """Recalls in percent, both ways (`two_stage.evaluate`), with the numbers of images and texts."""
+    result = two_stage.evaluate(loaded.cfg, loaded.model, loaded.params, data, loaded.tokenizer, mesh)
+    return {"images": data.n_images, "texts": len(data.captions), **result}
