@@ -1,9 +1,12 @@
 """Eight fake CPU devices and quick compilation for every test: the environment is set before jax is imported.
 
-What XLA compiles is kept for the length of a test run, also for the processes that tests start.
+What XLA compiles is kept from run to run, also for the processes that tests start.
 """
 
 import os
+import pathlib
+import shutil
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -42,19 +45,25 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """One cache of compiled programs for this run of the tests, its workers and the processes they start."""
-    root = tmp_path_factory.getbasetemp()
-    folder = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "compiled")
+def compilation_cache():
+    """One cache of compiled programs for the tests, their workers and the processes they start; it outlives the run.
+
+    Programs of other versions are removed, so that the folder holds one set. TEST_CACHE names another folder.
+    """
+    root = pathlib.Path(os.environ.get("TEST_CACHE") or pathlib.Path(__file__).resolve().parents[1] / ".cache")
+    folder = root / f"compiled-jax{jax.__version__}-python{sys.version_info.major}.{sys.version_info.minor}"
+    for other in root.glob("compiled-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
     settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
-    return folder
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
