@@ -49,7 +49,7 @@ USAGE = """usage: blip-jax <command> [flags]
 
 train, evaluate and capfilt run on several hosts, too: started on each of them alike (docs/many_hosts.md).
 Exit status: 0 done, 75 stopped before the end and to be run again, 1 diverged, 2 a mistake that the last line names.
-Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config.py lists them with their units.
+Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config/leaves.py lists them with their units.
 """
 
 

@@ -1,36 +1,18 @@
-"""Configuration: every leaf once, with its unit, and the checks that every run needs, which list all failures before
-anything compiles.
+"""Configuration: every leaf once, with its unit.
 
 A config file is a python module with `get_config() -> ConfigDict`, or `get_config(argument)` where one file has several
 runs (`--config=configs/pretrain.py:vitl,129m`); it starts from `base()` and changes leaves. On the command line a leaf
 is overridden with `--config.optim.lr=2e-4`. Code reads `cfg.optim.lr`, never `.get`; a config is locked, so an unknown
 key is an error. Batch sizes are global; durations are steps, epochs are derived from `data.epoch_examples`. What
 `objective` implies, such as which parts the model has, is no leaf; what a task asks of the leaves is checked by its own
-module (blip_jax/tasks).
+module (blip_jax/tasks), what every run needs by blip_jax/config/check.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import pkgutil
-import re
-
 from ml_collections import ConfigDict
 
-# reference ViT sizes (BLIP paper, section 4.1); pos_std: standard deviation of the initial position table
-VIT_SIZES = {
-    "base": dict(width=768, depth=12, heads=12, mlp=3072, patch=16, pos_std=0.02),
-    "large": dict(width=1024, depth=24, heads=16, mlp=4096, patch=16, pos_std=0.02),
-    "small": dict(width=256, depth=4, heads=8, mlp=1024, patch=8, pos_std=0.02),
-    "tiny": dict(width=48, depth=2, heads=4, mlp=192, patch=8, pos_std=0.02),
-}
-MED_SIZES = {  # BERT-base for both published sizes (BLIP paper, section 3.1)
-    "base": dict(width=768, layers=12, heads=12, mlp=3072, positions=512, vocab_size=30524),
-    "large": dict(width=768, layers=12, heads=12, mlp=3072, positions=512, vocab_size=30524),
-    "small": dict(width=256, layers=4, heads=8, mlp=1024, positions=64, vocab_size=30524),
-    "tiny": dict(width=32, layers=2, heads=4, mlp=64, positions=40, vocab_size=120),
-}
+from blip_jax.config.sizes import MED_SIZES, VIT_SIZES
 
 
 def source(kind: str, path: str = "", **leaves) -> ConfigDict:
@@ -54,12 +36,6 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
         raise ValueError(f"source() has no leaf {unknown}: it has {sorted(c)}")
     c.update(leaves)
     return c
-
-
-def source_kinds() -> tuple[str, ...]:
-    """Every kind of source there is."""
-    folder = importlib.util.find_spec(FORMATS).submodule_search_locations
-    return (*SOURCE_KINDS, *sorted(module.name for module in pkgutil.iter_modules(folder)))
 
 
 def base(size: str = "base") -> ConfigDict:
@@ -205,63 +181,6 @@ def capfilt() -> ConfigDict:
     return c.lock()
 
 
-CHOICES = {
-    "model.dtype": ("bfloat16", "float32"),
-    "model.remat": ("none", "dots", "full"),
-    "loss.smoothing_over": ("valid", "all"),
-    "optim.schedule": ("epoch_decay", "epoch_cosine", "cosine", "constant"),
-    "optim.decay_mask": ("all", "kernels"),
-}
-SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")  # besides the modules of FORMATS
-FORMATS = "blip_jax.data.formats"
-RANGES = {  # leaf -> (least, most), both allowed
-    **dict.fromkeys(
-        (
-            "train.batch",
-            "train.steps",
-            "train.log_every",
-            "train.save_every",
-            "train.keep",
-            "optim.accumulate",
-            "model.embed_dim",
-            "model.vit.depth",
-            "model.med.layers",
-            "text.max_words",
-            "text.bucket_window",
-            "data.max_pixels",
-            "data.threads",
-            "data.prefetch",
-            "eval.k",
-            "eval.batch",
-            "eval.rerank_texts",
-        ),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(
-        (
-            "train.eval_every",
-            "eval.limit",
-            "data.epoch_examples",
-            "loss.queue",
-            "loss.group_size",
-            "loss.alpha_ramp_epochs",
-            "optim.min_lr",
-            "optim.warmup_steps",
-            "optim.warmup_lr",
-            "optim.weight_decay",
-            "optim.clip",
-        ),
-        (0, math.inf),
-    ),
-    **dict.fromkeys(
-        ("data.max_bad_share", "loss.ema", "loss.alpha", "loss.label_smoothing", "optim.decay_rate"), (0, 1)
-    ),
-    **dict.fromkeys(("model.dropout", "model.drop_path", "optim.b1", "optim.b2"), (0, math.nextafter(1, 0))),
-    **dict.fromkeys(("optim.lr", "optim.eps", "model.init_std", "model.vit.pos_std"), (math.ulp(0), math.inf)),
-    "text.max_len": (3, math.inf),  # [CLS], one token, [SEP]
-}
-
-
 def layer_decay(rate: float, depth: int, tower: str = "vit") -> tuple:
     """optim.lr_factors that shrink by `rate` a layer towards the input of a stack of `depth` blocks (BEiT, arXiv
     2106.08254, appendix).
@@ -271,166 +190,3 @@ def layer_decay(rate: float, depth: int, tower: str = "vit") -> tuple:
     """
     blocks = tuple(rate ** (depth - i) for i in range(depth))
     return (f"{tower}/blocks/.*", blocks), (f"{tower}/(patch_embed/.*|cls|pos_embed)", rate ** (depth + 1))
-
-
-def problems(
-    cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_count: int = 1, device_count: int = 1
-) -> list[str]:
-    """What is wrong with a resolved config whatever its task, each with its remedy.
-
-    `tokenizer_vocab_size`: entries of the vocabulary with [DEC] and [ENC], or None where it is not read yet.
-    """
-    found = [*_values(cfg), *_sizes(cfg, tokenizer_vocab_size), *_sources(cfg)]
-    if not any(p.startswith(("train.batch", "optim.accumulate")) for p in found):
-        found += _batch(cfg, process_count, device_count)
-    return found
-
-
-def refuse(problems: list[str]) -> None:
-    """ValueError: there are problems, all of them listed."""
-    if problems:
-        raise ValueError(
-            f"the config has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
-            + "\n".join(f"  {p}" for p in problems)
-        )
-
-
-def _leaf(cfg, path: str):
-    for name in path.split("."):
-        cfg = cfg[name]
-    return cfg
-
-
-def _values(cfg) -> list[str]:
-    out = [
-        f"{path} is {_leaf(cfg, path)!r}: choose one of {', '.join(choices)}"
-        for path, choices in CHOICES.items()
-        if _leaf(cfg, path) not in choices
-    ]
-    for path, (least, most) in RANGES.items():
-        value = _leaf(cfg, path)
-        if not least <= value <= most:
-            allowed = {
-                (1, math.inf): "must be at least 1",
-                (0, math.inf): "must not be negative",
-                (0, 1): "must lie between 0 and 1",
-            }.get((least, most))
-            allowed = allowed or (
-                "must be positive"
-                if least < 1 < most
-                else f"must be at least {least}"
-                if least > 0
-                else "must be at least 0 and below 1"
-            )
-            out.append(f"{path} is {value}: it {allowed}")
-    scale = tuple(cfg.data.crop_scale)
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-        out.append(f"data.crop_scale is {scale}: give two shares of the area, 0 < least <= most <= 1")
-    factors = tuple(cfg.optim.lr_factors)
-    if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in factors):
-        return [*out, f"optim.lr_factors is {factors}: give (regex, factor) pairs", *_buckets(cfg)]
-    for leaf, patterns in (("freeze", cfg.optim.freeze), ("lr_factors", [pattern for pattern, _ in factors])):
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                out.append(f"optim.{leaf} holds {pattern!r}, which is no regular expression: {e}")
-    for pattern, factor in factors:
-        if not all(f > 0 for f in (factor if isinstance(factor, (tuple, list)) else (factor,))):
-            out.append(
-                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, name them "
-                "in optim.freeze"
-            )
-    return out + _buckets(cfg)
-
-
-def _buckets(cfg) -> list[str]:
-    buckets, last = tuple(cfg.text.buckets), cfg.text.max_len
-    if not buckets:
-        return []
-    out = []
-    if (
-        not all(isinstance(T, int) for T in buckets)
-        or list(buckets) != sorted({*buckets})
-        or buckets[0] < 3
-        or buckets[-1] != last
-    ):
-        out.append(
-            f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
-            f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none"
-        )
-    return out
-
-
-def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
-    m, out = cfg.model, []
-    if m.vit.patch < 1 or m.img_size < 1 or m.img_size % m.vit.patch:
-        out.append(
-            f"model.img_size is {m.img_size}: it must be a multiple of model.vit.patch = {m.vit.patch}, "
-            f"as {_nearest(m.img_size, m.vit.patch)}"
-        )
-    for name, part in (("vit", m.vit), ("med", m.med)):
-        if part.heads < 1 or part.width < 1 or part.width % part.heads:
-            out.append(
-                f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = "
-                f"{part.heads}, as {_nearest(part.width, part.heads)}"
-            )
-    if m.med.positions < cfg.text.max_len:
-        out.append(
-            f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = "
-            f"{m.med.positions}: lower the first to {m.med.positions} or raise the second"
-        )
-    if not cfg.text.vocab:
-        out.append("text.vocab is empty: give a vocab.txt or tokenizer.json; `blip-jax vocab` trains one from captions")
-    if tokenizer_vocab_size is not None and tokenizer_vocab_size != m.med.vocab_size:
-        out.append(
-            f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} "
-            f"entries with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another "
-            "text.vocab"
-        )
-    return out
-
-
-def _sources(cfg) -> list[str]:
-    out = [] if len(cfg.data.train) else ["data.train is empty: add a source, c.data.train.name = source(kind, path)"]
-    for part in ("train", "eval"):
-        for name, src in cfg.data[part].items():
-            where = f"data.{part}.{name}"
-            if src.kind not in (kinds := source_kinds()):
-                out.append(f"{where}.kind is {src.kind!r}: choose one of {', '.join(kinds)}")
-            elif src.kind == "scenes" and src.count < 1:
-                out.append(f"{where}.count is {src.count}: a scenes source needs a number of records, at least 1")
-            elif src.kind != "scenes" and not src.path:
-                out.append(f"{where}.path is empty: a source of kind {src.kind} needs a file or a glob of shards")
-            if not src.weight > 0:
-                out.append(f"{where}.weight is {src.weight}: it must be positive; to leave the source out, delete it")
-    return out
-
-
-def _batch(cfg, process_count: int, device_count: int) -> list[str]:
-    out, batch, accumulate = [], cfg.train.batch, cfg.optim.accumulate
-    axes = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    known = math.prod(a for a in axes if a > 0)
-    if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
-        return [f"mesh (data, fsdp, tensor) is {axes}: axes are positive, at most one of them is -1 (the rest)"]
-    if device_count % known or (-1 not in axes and known != device_count):
-        return [
-            f"mesh (data, fsdp, tensor) is {axes}, {known} devices{' or a multiple' if -1 in axes else ''}, but "
-            f"{device_count} are here: the product must equal it, as ({device_count}, 1, 1) or (-1, 1, 1) does"
-        ]
-    rows = device_count // (cfg.mesh.tensor if cfg.mesh.tensor > 0 else device_count // known)
-    unit = math.lcm(rows, process_count) * accumulate
-    if batch % unit:
-        out.append(
-            f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
-            f"{process_count} processes, optim.accumulate = {accumulate}), as {_nearest(batch, unit)}"
-        )
-    return out
-
-
-def _nearest(value: int, unit: int) -> str:
-    """The multiples of `unit` on either side of `value`."""
-    if unit < 1:
-        return "a multiple of a positive number"
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below > 0 else f"{unit}"
