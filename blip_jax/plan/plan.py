@@ -173,7 +173,7 @@ class Request(NamedTuple):
 
     @property
     def mesh(self) -> tuple:
-        return mesh_shape(self.cfg, self.topology) if self.workload != "capfilt" else (self.topology.devices, 1, 1)
+        return mesh_shape(self.cfg, self.topology)
 
 
 def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, judge=None) -> Request:
@@ -199,6 +199,11 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
                 "--filter=configs/retrieval_coco.py:vitl"
             )
         settings.validate(cfg)
+        if topology.devices % (cfg.mesh.fsdp * cfg.mesh.tensor):
+            raise ValueError(
+                f"mesh.fsdp * mesh.tensor is {cfg.mesh.fsdp} * {cfg.mesh.tensor}: it must divide the {topology.devices} devices "
+                "of the topology"
+            )
         return Request(cfg, topology, workload, captioner, judge)
     own = cfg.copy_and_resolve_references().unlock()
     own.text.vocab = own.text.vocab or "sizes suffice"
@@ -208,8 +213,8 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
 
 
 def mesh_shape(cfg, topology: chips.Topology) -> tuple:
-    """(data, fsdp, tensor) of a valid `cfg.mesh` on the devices of a topology."""
-    shape = [cfg.mesh[axis] for axis in sharding.MESH]
+    """(data, fsdp, tensor) of a valid `cfg.mesh` on the devices of a topology; CapFilt's data axis is what is left."""
+    shape = [cfg.mesh[axis] if axis in cfg.mesh else -1 for axis in sharding.MESH]
     known = math.prod(n for n in shape if n > 0)
     return tuple(topology.devices // known if n == -1 else n for n in shape)
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from blip_jax import config, tasks, trees
 from blip_jax.capfilt import settings
 from blip_jax.inference import programs
+from blip_jax.inference.batching import alone
 from blip_jax.models import flops
 from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
@@ -164,26 +165,16 @@ def evaluate(cfg, mesh) -> list[Program]:
 
 
 def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
-    """Captioner and filter of the CapFilt config `cfg`, as configs of their training; every device works alone with
-    whole parameters.
+    """Captioner and filter of the CapFilt config `cfg`, as configs of their training; each place on the data axis works
+    alone.
 
     The token loop is counted to its end, method.max_length tokens.
     """
-    method, n = settings.method_of(cfg), mesh.size
-    size, T, texts = cfg.device_batch * n, judge.text.max_len, 1 + method.n
-    alone = lambda f: (
-        lambda params, *rows: jax.shard_map(
-            f,
-            mesh=mesh,
-            in_specs=(P(), *(P(mesh.axis_names) for _ in rows)),
-            out_specs=P(mesh.axis_names),
-            check_vma=False,
-        )(params, *rows)
-    )
-    place, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    method, place = settings.method_of(cfg), sharding.batch_sharding(mesh)
+    size, T, texts = cfg.device_batch * mesh.shape["data"] * mesh.shape["fsdp"], judge.text.max_len, 1 + method.n
     rows = lambda shape, dtype: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
     models = {"captioner": captioner, "filter": judge}
-    params = {name: _rounded(c, whole, cfg.dtype) for name, c in models.items()}
+    params = {name: _rounded(c, mesh, cfg.dtype) for name, c in models.items()}
     model = {name: _model(c, cfg.dtype) for name, c in models.items()}
     pixels = lambda c: rows((c.model.img_size, c.model.img_size, 3), jnp.uint8)
     end, pad = captioner.model.med.vocab_size - 3, 0  # ids do not change what is computed
@@ -195,9 +186,13 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
         apply = functools.partial(model["captioner"].apply, {"params": params})
         return decode(params, apply(apply(normalize_pixels(img), method="encode_image"), method="image_kv"), keys)
 
-    view = alone(programs.view(model["filter"], "kv", "img_emb"))
-    seen = jax.eval_shape(view, params["filter"], pixels(judge))
-    seen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), seen)
+    places = {name: programs.VIEW_ROWS[name] for name in ("kv", "img_emb")}
+    view = alone(programs.view(model["filter"], *places), mesh, (0,), places)
+    behind = lambda dim: NamedSharding(mesh, P(*[None] * dim, sharding.AXES["act_batch"]))
+    seen = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=behind(places[name])), part)
+        for name, part in jax.eval_shape(view, params["filter"], pixels(judge)).items()
+    }
     tokens = method.max_length - PROMPT
     own = lambda name, x: {
         "parameters": params[name],
@@ -215,7 +210,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
     return [
         Program(
             "caption",
-            alone(make),
+            alone(make, mesh, (0, 0), 0),
             (params["captioner"], *captioned),
             {},
             size,
@@ -227,7 +222,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
         Program("view", view, (params["filter"], *viewed), {}, size, size * look, 0.0, 0, own("filter", viewed)),
         Program(
             "score",
-            alone(programs.score(model["filter"])),
+            alone(programs.score(model["filter"]), mesh, (places, 0, 0), 0),
             (params["filter"], *scored),
             {},
             size,
@@ -246,12 +241,13 @@ def _model(cfg, dtype: str):
     return tasks.build(sizes)
 
 
-def _rounded(cfg, place, dtype: str):
-    """Shapes of a model's parameters as CapFilt keeps them on the devices of `place`, matrices in the dtype of the
+def _rounded(cfg, mesh, dtype: str):
+    """Shapes of a model's parameters as CapFilt keeps them on the devices of `mesh`, matrices in the dtype of the
     computation."""
     model = _model(cfg, dtype)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    places = dict(trees.paths(sharding.shardings_for(shapes, mesh)))
     return trees.nest(
-        (path, jax.ShapeDtypeStruct(x.shape, model.dtype if rounds(path) else x.dtype, sharding=place))
+        (path, jax.ShapeDtypeStruct(x.shape, model.dtype if rounds(path) else x.dtype, sharding=places[path]))
         for path, x in trees.paths(shapes)
     )
