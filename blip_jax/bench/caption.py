@@ -12,7 +12,6 @@ import statistics
 from typing import Callable, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import config, tasks
@@ -58,15 +57,9 @@ class Ours:
         self.weights = rounded(self.params, dtype)
         self.vision = jax.jit(functools.partial(encode_pixels, self.model))
         self.image_kv = jax.jit(lambda p, img_tok: self._apply(p, img_tok, "image_kv"))
-        self.logits = jax.jit(self._logits)
 
     def _apply(self, params, *args):
         return self.model.apply({"params": params}, *args[:-1], method=args[-1])
-
-    def _logits(self, params, img, ids):
-        """f32[B,T-1,V], teacher-forced"""
-        kv = self._apply(params, encode_pixels(self.model, params, img), "image_kv")
-        return self._apply(params, ids, jnp.ones(ids.shape, bool), kv, "lm_logits")[..., : self.config.med.vocab_size]
 
     def loop(self, method: programs.Method) -> Callable:
         """The token loop: (params, image keys and values, keys) -> {"ids", "log_prob"}"""
