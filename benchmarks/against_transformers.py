@@ -18,6 +18,7 @@ import transformers_peer
 from blip_jax.bench import caption, inference
 from blip_jax.inference import programs
 from blip_jax.inference.programs import encode_pixels
+from blip_jax.models.text.med import KeysAndValues
 
 LOGITS = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of the captioners' logits, whose deviation is about 1
 OUTPUTS = {"float32": 1e-3, "bfloat16": 0.2}  # root mean square difference of outputs, of their standard deviation
@@ -65,7 +66,8 @@ class OriginalWay:
 
     def apply(self, variables, ids, start, cache, states, method):
         # else XLA takes it out of the loop
-        img_tok, start = jax.lax.optimization_barrier((states[0][1][:, :, 0], start))
+        img_tok = jnp.moveaxis(states.v[0], 1, 2)[:, :, 0].astype(self.model.dtype)
+        img_tok, start = jax.lax.optimization_barrier((img_tok, start))
         img_tok = jnp.repeat(img_tok, len(ids) // len(img_tok), axis=0)
         kv = self.model.apply(variables, img_tok, method="image_kv")
         return self.model.apply(variables, ids, start, cache, kv, method=method)
@@ -76,8 +78,8 @@ def original_way(ours: caption.Ours, method: programs.Method) -> Callable:
     decode = programs.decoder(OriginalWay(ours.model), ours.prompt, method, eos=caption.EOS, pad=caption.PAD)
 
     def run(params, img, keys):
-        states = encode_pixels(ours.model, params, img)[:, :, None]
-        return decode(params, ((states, states),), keys)
+        states = encode_pixels(ours.model, params, img)[None, :, :, None]
+        return decode(params, KeysAndValues(states, states), keys)
 
     return jax.jit(run)
 

@@ -25,6 +25,7 @@ SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 # devices with copies of an array, so many at most, share its writing if each part has so many bytes; else one writes
 SLICE, WRITERS = 2**14, 64
+UNSTACKED = re.compile(r"'med(_dec)?', 'layer_\d\d'")  # in the tree of a state that orbax keeps beside it
 
 
 def vocabulary(workdir, like="") -> pathlib.Path | None:
@@ -86,6 +87,8 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
     newest = max(found, default=None)
     if newest is not None and lost[newest]:
         raise ValueError(_incomplete(found[newest], lost[newest], newest_complete(workdir)))
+    if newest is not None:
+        _refuse_unstacked(found[newest])
     notes = [
         f"warning: {found[step]} is incomplete and of no use: {_named(names)} missing"
         for step, names in lost.items()
@@ -317,7 +320,7 @@ def newest(path) -> pathlib.Path:
     """The newest complete checkpoint folder of a workdir, or `path` itself if it is one. ValueError: there is none."""
     path = pathlib.Path(path).absolute()
     if (path / "state").is_dir():
-        return path
+        return _refuse_unstacked(path)
     for folder in (path / SUBDIR, path):
         steps = sorted(
             (p for p in folder.glob("*") if p.name.isdigit() and any((p / name).is_dir() for name in ITEMS)),
@@ -328,11 +331,24 @@ def newest(path) -> pathlib.Path:
                 raise ValueError(
                     _incomplete(steps[-1], lost, newest_complete(folder.parent) if folder.name == SUBDIR else None)
                 )
-            return steps[-1]
+            return _refuse_unstacked(steps[-1])
     raise ValueError(
         f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
         f"folders in its {SUBDIR}/"
     )
+
+
+def _refuse_unstacked(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of a checkpoint. ValueError: its text layers are med/layer_00, med/layer_01, ..., as they were
+    before they were stacked."""
+    tree = folder / "state" / "_METADATA"
+    if tree.is_file() and UNSTACKED.search(tree.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked: let that version "
+            "write it as a file (`blip-jax convert WORKDIR file.pth`), which `blip-jax convert file.pth WORKDIR2` reads here, or "
+            "start anew in another workdir"
+        )
+    return folder
 
 
 def _storage_shape(x):

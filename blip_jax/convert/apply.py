@@ -9,7 +9,7 @@ from typing import Iterable, Iterator, Mapping, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax.convert.rules.blip import FAMILIES, FIRST_LAYER, IGNORED, OPTIONAL, TIED
+from blip_jax.convert.rules.blip import FAMILIES, FIRST_LAYER, IGNORED, OPTIONAL, TIED, TOWERS
 from blip_jax.models.text.med import padded_vocab
 
 # endings of the paths that hold integers, 64 bits wide in the originals' files
@@ -58,8 +58,7 @@ def rows(family: str, tensors: Iterable[str]) -> list[Row]:
     """The table of a family with a key for every layer that any of `tensors` (their names) belongs to; absent groups
     left out.
 
-    ViT and MED each have one number of layers, the largest found, so that a layer that some module lacks counts as
-    missing.
+    Each tower has one number of layers, the largest found, so that a layer that some module lacks counts as missing.
     """
     absent = {key for _, keys in absent_groups(family, tensors) for key in keys}
     counts = layer_counts(family, tensors)
@@ -67,23 +66,28 @@ def rows(family: str, tensors: Iterable[str]) -> list[Row]:
     for key, path, layout, shape in FAMILIES[family]:
         if key in absent:
             continue
-        first, stacked = FIRST_LAYER.get(path, 0), "{i:02d}" not in path and "{i}" in key
-        keys = [key.format(i=i) for i in range(first, counts["/vit/" in path])] if "{i}" in key else [key]
+        stacked, first = "{i}" in key, FIRST_LAYER.get(path, 0)
+        keys = [key.format(i=i) for i in range(first, counts[tower(path)])] if stacked else [key]
         out.append(Row(keys, path, layout, shape, stacked))
     return out
 
 
-def layer_counts(family: str, tensors: Iterable[str]) -> dict[bool, int]:
-    """{True: blocks of the ViT, False: layers of the MED}: one more than the highest number in a torch key."""
-    counts, parts = {True: 0, False: 0}, {}
+def tower(path: str) -> str:
+    """The tower ("vit", "med") that a parameter of a stack belongs to."""
+    return next(TOWERS[name] for name in path.split("/") if name in TOWERS)
+
+
+def layer_counts(family: str, tensors: Iterable[str]) -> dict[str, int]:
+    """tower -> its layers, one more than the highest number in a torch key; 0 where there is none."""
+    counts, parts = dict.fromkeys(TOWERS.values(), 0), {}
     for key, path, *_ in FAMILIES[family]:
         if "{i}" in key:
-            parts[key.split("{i}")[0]] = "/vit/" in path
+            parts[key.split("{i}")[0]] = tower(path)
     pattern = re.compile("(" + "|".join(map(re.escape, parts)) + r")(\d+)[./]")
     for name in tensors:
         if parts and (match := pattern.match(name)):
-            vit = parts[match[1]]
-            counts[vit] = max(counts[vit], int(match[2]) + 1)
+            name = parts[match[1]]
+            counts[name] = max(counts[name], int(match[2]) + 1)
     return counts
 
 
@@ -98,9 +102,7 @@ def absent_groups(family: str, tensors: Iterable[str]) -> list[tuple[str, list[s
 
 def paths_of(family: str) -> str:
     """A regex of the paths of our parameters that a family's table fills."""
-    paths = (
-        re.escape(path).replace(r"\{qkv\}", "[qkv]").replace(r"\{i:02d\}", r"\d\d") for _, path, *_ in FAMILIES[family]
-    )
+    paths = (re.escape(path).replace(r"\{qkv\}", "[qkv]") for _, path, *_ in FAMILIES[family])
     return "|".join(dict.fromkeys(paths))
 
 
@@ -234,15 +236,15 @@ def as_float32(x) -> np.ndarray:
 
 
 def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(our path, our array) of one row: one array per layer, or one stack of all layers, or just one."""
-    first, stacks = FIRST_LAYER.get(row.path, 0), {}
+    """(our path, our array) of one row: a stack of all layers, or just one."""
+    stacks: dict[str, np.ndarray] = {}
     for i, key in enumerate(row.keys):
         for part, x in _to_ours(as_float32(tensors[key]), row.layout, heads).items():
             path = row.path.replace("{qkv}", part)
             if row.stacked:
                 stacks.setdefault(path, np.empty((len(row.keys), *x.shape), x.dtype))[i] = x
             else:
-                yield path.replace("{i:02d}", f"{i + first:02d}"), x
+                yield path, x
     yield from stacks.items()
 
 
@@ -278,10 +280,10 @@ def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = Fa
     original. An optional group of which the state has nothing is left out. consume: takes what was written out of
     `state`, so that the two are never in memory together. ValueError lists all parameters that are missing.
     """
-    out, problems = {}, []
+    out, problems, depths = {}, [], _depths(state)
     absent = {row[0] for _, pattern in OPTIONAL.get(family, ()) for row in _unless_held(family, pattern, state)}
     for torch_key, path, layout, _ in FAMILIES[family]:
-        if torch_key in absent:
+        if torch_key in absent or depths.get(path.split("/merge/")[0], 1) <= FIRST_LAYER.get(path, 0):
             continue
         try:
             written = _write(torch_key, path, layout, state, vocab_size, consume)
@@ -295,13 +297,27 @@ def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = Fa
     return out
 
 
+def _depths(tree: Mapping, prefix: str = "") -> dict[str, int]:
+    """Path of each module that has a stack -> the stack's layers."""
+    out = {}
+    for name, value in tree.items():
+        if name == "blocks":
+            leaf = value
+            while isinstance(leaf, Mapping):
+                leaf = next(iter(leaf.values()), ())
+            out[prefix.rstrip("/")] = len(leaf)
+        elif isinstance(value, Mapping):
+            out |= _depths(value, f"{prefix}{name}/")
+    return out
+
+
 def _unless_held(family: str, pattern: str, state: Mapping) -> list[tuple]:
     """The rows of an optional group if the state holds nothing of it, else none."""
     group = [row for row in FAMILIES[family] if re.fullmatch(pattern, row[0])]
 
     def held(path):
         try:
-            return _get(state, path.replace("{qkv}", "q").replace("{i:02d}", "00")) is not None
+            return _get(state, path.replace("{qkv}", "q")) is not None
         except KeyError:
             return False
 
@@ -310,15 +326,13 @@ def _unless_held(family: str, pattern: str, state: Mapping) -> list[tuple]:
 
 def _write(torch_key, path, layout, state, vocab_size, consume):
     """(torch key, torch array) of one row."""
-    if "{i:02d}" in path:
-        layers = sum(name.startswith("layer_") for name in _get(state, path.split("/layer_")[0]))
-        for i in range(FIRST_LAYER.get(path, 0), layers):
-            yield torch_key.format(i=i), _to_torch([_get(state, path.format(i=i), consume)], layout, vocab_size)
-        return
     arrays = [_get(state, path.replace("{qkv}", c), consume) for c in ("qkv" if "{qkv}" in path else " ")]
     if "{i}" in torch_key:
         for i in range(len(arrays[0])):
-            yield torch_key.format(i=i), _to_torch([a[i] for a in arrays], layout, vocab_size)
+            yield (
+                torch_key.format(i=FIRST_LAYER.get(path, 0) + i),
+                _to_torch([a[i] for a in arrays], layout, vocab_size),
+            )
     else:
         yield torch_key, _to_torch(arrays, layout, vocab_size)
 

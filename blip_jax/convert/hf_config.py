@@ -120,7 +120,10 @@ def check_values(parts: dict, notes: list[str]) -> list[str]:
 def check_sizes(parts: dict, sizes: Mapping[str, int], layers: Mapping[bool, int]) -> list[str]:
     """Where config.json contradicts what the weights show (`apply.infer`, `apply.layer_counts`)."""
     shown = [(*LETTERS[letter], size) for letter, size in sizes.items() if letter in LETTERS]
-    shown += [("vision_config", "num_hidden_layers", layers[True]), ("text_config", "num_hidden_layers", layers[False])]
+    shown += [
+        ("vision_config", "num_hidden_layers", layers["vit"]),
+        ("text_config", "num_hidden_layers", layers["med"]),
+    ]
     problems = [
         f"{part}.{key} is {parts[part][key]}".lstrip(".") + f", but the weights have {size}"
         for part, key, size in shown

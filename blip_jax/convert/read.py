@@ -143,19 +143,19 @@ def narrow(source: Source, family: str, origin: str) -> Source:
 
 
 def make_config(
-    family: str, sizes: Mapping[str, int], layers: Mapping[bool, int], vit_heads: int, med_heads: int
+    family: str, sizes: Mapping[str, int], layers: Mapping[str, int], vit_heads: int, med_heads: int
 ) -> ConfigDict:
     """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`); what they do not
     show stays."""
     c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
     with c.unlocked():
         if "D" in sizes:
-            c.model.vit.update(width=sizes["D"], depth=layers[True], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
+            c.model.vit.update(width=sizes["D"], depth=layers["vit"], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
             c.model.img_size = int((sizes["P"] - 1) ** 0.5) * sizes["p"]
         if "W" in sizes:
             c.model.med.update(
                 width=sizes["W"],
-                layers=layers[False],
+                layers=layers["med"],
                 heads=med_heads,
                 mlp=sizes["M"],
                 positions=sizes["T"],

@@ -46,8 +46,8 @@ def search(extend: Callable, logits, cache, prompt, how: Beam, n: int, *, eos: i
     """The n best continuations of each prompt, best first.
 
     Args:
-      logits f32[B,V]: what follows the prompt; cache: of B*M rows, each image's repeated M times; prompt i32[B,t];
-      n <= how.beams.
+      logits f32[B,V]: what follows the prompt; cache: arrays [L,B*M,...], each image's row repeated M times; prompt
+      i32[B,t]; n <= how.beams.
     Returns: ids i32[B,n,L] as `generate.sample`; log_prob f32[B,n], the model's own, the end included; score f32[B,n].
     """
     (B, t), M, L = prompt.shape, how.beams, how.max_length
@@ -97,7 +97,7 @@ def search(extend: Callable, logits, cache, prompt, how: Beam, n: int, *, eos: i
         last = jax.lax.dynamic_slice_in_dim(s.live.ids, s.length - 1, 1, axis=2).reshape(B * M, 1)
         logits, cache = extend(last, s.length - 1, s.cache)
         s, beam = expand(s, logits.reshape(B, M, -1))
-        reorder = lambda x: _take(x.reshape(B, M, *x.shape[1:]), beam).reshape(x.shape)
+        reorder = lambda x: jax.vmap(_take, (0, None))(x.reshape(len(x), B, M, *x.shape[2:]), beam).reshape(x.shape)
         return s._replace(cache=jax.tree.map(reorder, cache))
 
     first = _Search(jnp.int32(t), live, none, jnp.zeros(B, bool), cache)

@@ -23,15 +23,11 @@ from blip_jax.decode.rank import rank
 from blip_jax.models.blip import unit
 from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import stacked_as_bits
+from blip_jax.models.text.med import images_of, stored, text_layers_apart
 from blip_jax.models.vision.vit import normalize_pixels
 
 CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches
-VIEW_ROWS = {"img_tok": 0, "kv": 0, "img_emb": 0}  # the dimension of what `view` gives that counts the images
-
-
-def images_in(kv) -> int:
-    """Of how many images (or questions) these are the keys and values."""
-    return jax.tree.leaves(kv)[0].shape[VIEW_ROWS["kv"]]
+VIEW_ROWS = {"img_tok": 0, "kv": 1, "img_emb": 0}  # the dimension of what `view` gives that counts the images
 
 
 # --- images and texts -------------------------------------------------------------------------------------------------
@@ -95,7 +91,7 @@ def match(model, first_id: int | None = None) -> Callable:
     """
 
     def match(params, seen, ids, txt_mask):
-        B, (_, G, T) = images_in(seen["kv"]), ids.shape
+        B, (_, G, T) = images_of(seen["kv"]), ids.shape
         ids, txt_mask = (jnp.broadcast_to(x, (B, G, T)).reshape(B * G, T) for x in (ids, txt_mask))
         logits = model.apply({"params": params}, ids, txt_mask, seen["kv"], first_id=first_id, method="match")
         logits = logits.astype(jnp.float32).reshape(B, G, 2)
@@ -186,19 +182,13 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
     rows_per_image = method.n if method.kind == "nucleus" else method.beams
 
     def decode(params, kv, keys):
-        B, n = images_in(kv), rows_per_image
-        # stored as the products of the loop read it (B N H P and B N P H; on a CPU, whose small products are in
-        # float32, in that): else every token transposes and raises all of it again
-        dtype, wide = kv[0][0].dtype, jnp.float32 if single_cpu() else kv[0][0].dtype
-        store = lambda k, v: (jnp.moveaxis(k, 1, -1).astype(wide), jnp.moveaxis(v, 1, 2).astype(wide))
-        back = lambda k, v: (jnp.moveaxis(k, -1, 1).astype(dtype), jnp.moveaxis(v, 2, 1).astype(dtype))
-        stored = jax.lax.optimization_barrier(tuple(store(*layer) for layer in kv))
-        as_kv = lambda: tuple(back(*layer) for layer in stored)
-        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, as_kv(), method="extend")
+        B, n, kv = images_of(kv), rows_per_image, stored(kv)
+        params = text_layers_apart(params)
+        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, kv, method="extend")
         start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
-        repeat = lambda x: jnp.repeat(x, n, axis=0)  # the prompt is the same for all texts of an image: one pass
-        cache = jax.tree.map(repeat, cache)
+        repeat = lambda x, axis=0: jnp.repeat(x, n, axis)  # the prompt is the same for all texts of an image: one pass
+        cache = jax.tree.map(lambda x: repeat(x, axis=1), cache)
         if method.kind == "beam":
             how = beam.Beam(
                 method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
@@ -244,13 +234,13 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
     """
 
     def answer(params, img, ids, txt_mask):
-        kv = question_kv(model, params, img, ids, txt_mask)
+        kv, params = stored(question_kv(model, params, img, ids, txt_mask)), text_layers_apart(params)
         extend = lambda ids, at, cache: model.apply(
             {"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend"
         )
         start = jnp.full((len(img), 1), model.dec_id, jnp.int32)
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(len(img), how.max_length - 1))
-        cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=0), cache)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
         found, log_prob, _ = beam.search(extend, logits, cache, start, how, n, eos=eos, pad=pad)
         return {"ids": found, "log_prob": log_prob}
 
@@ -287,7 +277,7 @@ def rank_answers(
     Needs the logits of B*k answers at once, 4*B*k*T*Vp bytes.
     """
     apply = functools.partial(model.apply, {"params": params})
-    B, V = images_in(kv), model.med_sizes["vocab_size"]
+    B, V = images_of(kv), model.med_sizes["vocab_size"]
     start = jnp.full((B, 1), model.dec_id, jnp.int32)
     first_logits, _ = apply(start, 0, model.empty_cache(B, 1), kv, kv_mask, method="extend")
     longest = txt_mask.any(0)[1:]

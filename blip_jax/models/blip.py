@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax.models.text.med import Med, empty_cache
+from blip_jax.models.text.med import Med, empty_cache, images_of
 from blip_jax.models.vision.vit import Vit, torch_uniform
 
 
@@ -60,6 +60,7 @@ class Blip(nn.Module):
         )
         self.med = Med(
             **self.med_sizes,
+            kv_width=self.vit_sizes["width"],
             encoder=self.encoder,
             decoder=self.decoder,
             init_std=self.init_std,
@@ -118,7 +119,7 @@ class Blip(nn.Module):
             return img_emb @ txt_emb.T
 
     def image_kv(self, img_tok):
-        """img_tok [B,P,D] -> per MED layer (k, v), each [B,P,N,H]"""
+        """img_tok [B,P,D] -> keys and values of all MED layers, each [L,B,P,N,H]"""
         return self.med.image_kv(img_tok)
 
     def match(
@@ -138,7 +139,7 @@ class Blip(nn.Module):
         [CLS]).
         """
         if img_idx is None:
-            img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
+            img_idx = (None,) * (ids.shape[0] // images_of(kv))
         ids = ids.at[:, 0].set(self.enc_id if first_id is None else first_id)
         txt_tok = self.med(ids, txt_mask, kv=kv, img_idx=img_idx, first_only=True, deterministic=deterministic)
         return self.itm_head(txt_tok[:, 0].astype(jnp.float32))
@@ -150,8 +151,8 @@ class Blip(nn.Module):
         return self.med.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each
-        [rows,length,N,H] of zeros."""
+        """Self-attention cache of `rows` texts of at most `length` tokens, (k, v), each [L,rows,length,N,H] of
+        zeros."""
         return empty_cache(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv):
@@ -160,7 +161,7 @@ class Blip(nn.Module):
         ids are positions start..start+t-1 of R = B*n texts, rows b*n+i for image b; [DEC] is the caller's. Works
         without dropout.
         """
-        texts = ids.shape[0] // kv[0][0].shape[0]
+        texts = ids.shape[0] // images_of(kv)
         txt_tok, cache = self.med.extend(ids, start, cache, kv, (None,) * texts)
         return self.med.lm_logits(txt_tok[:, -1:])[:, 0], cache
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from blip_jax.models.text.med import Med, empty_cache
+from blip_jax.models.text.med import Med, empty_cache, images_of
 from blip_jax.models.vision.vit import Vit
 
 
@@ -58,8 +58,8 @@ class BlipVqa(nn.Module):
         text = lambda **parts: Med(
             **self.med_sizes, **parts, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype
         )
-        self.med = text(encoder=True, decoder=False)
-        self.med_dec = text(encoder=False, decoder=True)
+        self.med = text(kv_width=self.vit_sizes["width"], encoder=True, decoder=False)
+        self.med_dec = text(kv_width=self.med_sizes["width"], encoder=False, decoder=True)
 
     @property
     def dec_id(self) -> int:
@@ -79,7 +79,7 @@ class BlipVqa(nn.Module):
         return self.vit(img, deterministic=deterministic)
 
     def image_kv(self, img_tok):
-        """img_tok [B,P,D] -> per layer of the question encoder (k, v), each [B,P,N,H]"""
+        """img_tok [B,P,D] -> keys and values of all layers of the question encoder, each [L,B,P,N,H]"""
         return self.med.image_kv(img_tok)
 
     def encode_question(self, ids, txt_mask, kv, *, first_id: int | None = None, deterministic: bool = True):
@@ -87,12 +87,12 @@ class BlipVqa(nn.Module):
 
         Position 0 is set to [ENC], as in training; `first_id` puts another id there (transformers leaves [CLS]).
         """
-        img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
+        img_idx = (None,) * (ids.shape[0] // images_of(kv))
         ids = ids.at[:, 0].set(self.enc_id if first_id is None else first_id)
         return self.med(ids, txt_mask, kv=kv, img_idx=img_idx, deterministic=deterministic)
 
     def question_kv(self, states):
-        """Question states [B,S,D] -> per layer of the answer decoder (k, v), each [B,S,N,H]"""
+        """Question states [B,S,D] -> keys and values of all layers of the answer decoder, each [L,B,S,N,H]"""
         return self.med_dec.image_kv(states)
 
     def lm_logits(self, ids, txt_mask, kv, kv_mask=None, *, of=None, deterministic: bool = True):
@@ -104,8 +104,8 @@ class BlipVqa(nn.Module):
           of: i32[A], which question each answer belongs to; None: A = B*G, row b*G + g answers question b.
         """
         if of is not None:
-            kv, kv_mask = jax.tree.map(lambda x: x[of], (kv, kv_mask))
-        img_idx = (None,) * (ids.shape[0] // kv[0][0].shape[0])
+            kv, kv_mask = jax.tree.map(lambda x: x[:, of], kv), None if kv_mask is None else kv_mask[of]
+        img_idx = (None,) * (ids.shape[0] // images_of(kv))
         ids = ids.at[:, 0].set(self.dec_id)[:, :-1]
         txt_tok = self.med_dec(
             ids, txt_mask[:, :-1], kv=kv, kv_mask=kv_mask, img_idx=img_idx, causal=True, deterministic=deterministic
@@ -113,12 +113,12 @@ class BlipVqa(nn.Module):
         return self.med_dec.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` answers of at most `length` tokens, per layer (k, v), each
-        [rows,length,N,H] of zeros."""
+        """Self-attention cache of `rows` answers of at most `length` tokens, (k, v), each [L,rows,length,N,H] of
+        zeros."""
         return empty_cache(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv, kv_mask=None):
         """Cached decoding, as `Blip.extend`, with `question_kv` of B questions and kv_mask as in `lm_logits`."""
-        answers = ids.shape[0] // kv[0][0].shape[0]
+        answers = ids.shape[0] // images_of(kv)
         txt_tok, cache = self.med_dec.extend(ids, start, cache, kv, (None,) * answers, kv_mask)
         return self.med_dec.lm_logits(txt_tok[:, -1:])[:, 0], cache

@@ -45,7 +45,7 @@ PARAMS = (  # path ending -> logical dimensions, first match wins
     (r"vit/cls$", ("embed",)),
     (r"vit/pos_embed$", ("patch", "embed")),
     (r"vit/patch_embed/kernel$", ("patch", "patch", "patch", "embed")),
-    (r"(patch_embed|attn\w*/out|fc2|(lm_head|cls_head)/dense|merge)/bias$", ("norm",)),
+    (r"(patch_embed|attn\w*/out|fc2|(lm_head|cls_head)/dense|merge/blocks)/bias$", ("norm",)),
     (r"attn\w*/[qkv]/kernel$", ("embed", "heads", "head_dim")),
     (r"attn\w*/[qkv]/bias$", ("heads", "head_dim")),
     (r"attn\w*/out/kernel$", ("heads", "head_dim", "embed")),
@@ -57,13 +57,13 @@ PARAMS = (  # path ending -> logical dimensions, first match wins
     (r"embed/pos/embedding$", ("patch", "embed")),
     (r"(lm_head|cls_head)/dense/kernel$", ("embed", "norm")),
     (r"lm_head/bias$", ("vocab",)),
-    (r"/merge/kernel$", ("embed", "norm")),
+    (r"merge/blocks/kernel$", ("embed", "norm")),
     (r"(vision_proj|text_proj|itm_head|cls_head/out)/kernel$", ("embed", "proj")),
     (r"(vision_proj|text_proj|itm_head|cls_head/out)/bias$", ("proj",)),
     (r"queue/(img|txt)$", ("queue", "proj")),
     (r"queue/image_id$", ("queue",)),
 )
-STACKED = re.compile(r"vit/blocks/")  # leaves with a leading `layers` dimension
+STACKED = re.compile(r"(^|/)blocks/")  # leaves with a leading `layers` dimension
 
 
 def make_mesh(cfg, devices=None) -> Mesh:

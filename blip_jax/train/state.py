@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from blip_jax import tasks, trees
+from blip_jax.models import initial
 
 
 @flax.struct.dataclass
@@ -35,8 +36,9 @@ class TrainState:
 def init_params(cfg, model, key):
     """Random parameters of `model` as nested dict; pure (use under jax.jit with out_shardings, or jax.eval_shape)."""
     size, T = cfg.model.img_size, min(8, cfg.text.max_len)
-    img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)
-    return model.init(key, img, ids, jnp.ones((1, T), bool))["params"]
+    img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)  # only their shapes count
+    shapes = jax.eval_shape(lambda: model.init(key, img, ids, jnp.ones((1, T), bool))["params"])
+    return initial.parameters(shapes, key, std=cfg.model.init_std, pos_std=cfg.model.vit.pos_std)
 
 
 def create(cfg, model, tx, key, params=None) -> TrainState:

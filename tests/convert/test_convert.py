@@ -426,16 +426,16 @@ def test_verify_finds_a_changed_bit(tmp_path, vocab, monkeypatch):
     path, write = store(tmp_path, "caption", tiny("caption")), checkpoint.write
 
     def flip(workdir, state, *rest):
-        kernel = np.array(state["params"]["med"]["layer_01"]["mlp"]["fc1"]["kernel"])
-        kernel[3, 4] = np.nextafter(kernel[3, 4], np.float32(9))
-        state["params"]["med"]["layer_01"]["mlp"]["fc1"]["kernel"] = kernel
+        kernel = np.array(state["params"]["med"]["blocks"]["mlp"]["fc1"]["kernel"])
+        kernel[1, 3, 4] = np.nextafter(kernel[1, 3, 4], np.float32(9))
+        state["params"]["med"]["blocks"]["mlp"]["fc1"]["kernel"] = kernel
         write(workdir, state, *rest)
 
     monkeypatch.setattr(
         checkpoint, "write", lambda workdir, state, *rest: flip(workdir, jax.tree.map(np.asarray, state), *rest)
     )
     with pytest.raises(
-        ValueError, match="differs from its origin in 1 of 83 tensors: params/med/layer_01/mlp/fc1/kernel"
+        ValueError, match="differs from its origin in 1 of 83 tensors: params/med/blocks/mlp/fc1/kernel"
     ):
         run.convert(path, tmp_path / "out", vocab=vocab, verify=True, **HEADS)
     assert not (tmp_path / "out").exists()

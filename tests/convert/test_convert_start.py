@@ -63,7 +63,7 @@ def test_bert(prefix, old_norms, head, tmp_path, vocab):
     got = read.read(store(tmp_path, "bert", arrays), vocab=vocab, med_heads=4)
     med = got.state["params"]["med"]
     assert got.family == "bert" and got.cfg.model.med.vocab_size == 120 and ("lm_head" in med) == head
-    layer = med["layer_01"]
+    layer = jax.tree.map(lambda x: x[1], med["blocks"])
     assert set(layer) == {"self_attn", "self_attn_dec", "mlp", "mlp_ln"}  # cross-attention stays random
     query = plain["bert.encoder.layer.1.attention.self.query.weight"].T.reshape(32, 4, 8)
     for name in ("self_attn", "self_attn_dec"):
@@ -110,7 +110,7 @@ def test_pretraining_starts_from_initial_weights_of_two_origins(tiny_cfg, tmp_pa
     said = capsys.readouterr().out
     assert (
         "start random: " in said
-        and "med/layer_00/cross_attn/q/kernel" in said
+        and "med/blocks/cross_attn/q/kernel" in said
         and "temp" in said
         and "vit/" not in said.split("start random: ")[1].split("\n")[0]
     )
@@ -119,7 +119,7 @@ def test_pretraining_starts_from_initial_weights_of_two_origins(tiny_cfg, tmp_pa
         state.params["med"]["embed"]["pos"]["embedding"],
         official.bert(TRAIN)["bert.embeddings.position_embeddings.weight"],
     )
-    assert 0.01 < state.params["med"]["layer_00"]["cross_attn"]["q"]["kernel"].std() < 0.03
+    assert 0.01 < state.params["med"]["blocks"]["cross_attn"]["q"]["kernel"].std() < 0.03
     assert state.params["temp"] == np.float32(0.07)
     np.testing.assert_array_equal(state.extra["params"]["vit"]["cls"], state.params["vit"]["cls"])
     tiny_cfg.train.init_from = str(

@@ -174,7 +174,9 @@ def test_without_architectures_the_text_models_tell_the_family(written, family):
 
 def test_heads_missing_or_transformers_default_at_berts_width_are_twelve(written):
     _, folder = written("itm", layers=1, width=768, heads=12)
-    kernel = lambda **heads: source.read(folder, **heads).state["params"]["med"]["layer_00"]["self_attn"]["q"]["kernel"]
+    kernel = lambda **heads: source.read(folder, **heads).state["params"]["med"]["blocks"]["self_attn"]["q"]["kernel"][
+        0
+    ]
     assert kernel().shape == (768, 12, 64) and not source.read(folder).notes
     for change in (
         lambda c: c["text_config"].pop("num_attention_heads"),

@@ -19,6 +19,7 @@ from blip_jax.convert.apply import from_torch
 from blip_jax.data import image
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
+from blip_jax.models.text.med import images_of
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import build
 
@@ -111,7 +112,7 @@ class Ours:
             **({"kind": "beam"} if "beams" in how else {"top_k": 1}), **{"repetition_penalty": 1.0, **how}
         )
         decode = programs.decoder(self.model, prompt, method, eos=self.sep, pad=PAD)
-        keys = np.zeros((kv[0][0].shape[0], 2), np.uint32)
+        keys = np.zeros((images_of(kv), 2), np.uint32)
         return np.asarray(jax.jit(decode)(self.params, kv, keys)["ids"][:, 0])
 
 

@@ -90,15 +90,17 @@ def test_frequencies_of_the_sampler_follow_the_distribution():
 
 # --- loops over a small table instead of a model ----------------------------------------------------------------------
 def table_model(seed, vocab=6, order=2):
-    """A Markov chain as `extend`: the next token's logits depend on the last `order` tokens. The cache is the text
-    so far."""
+    """A Markov chain as `extend`: the next token's logits depend on the last `order` tokens. The cache,
+    i32[1,R,L], is the text so far."""
     table = jax.random.normal(jax.random.key(seed), (vocab,) * (order + 1)) * 1.5
 
     def extend(ids, start, cache):
         for i in range(ids.shape[1]):
-            cache = jax.lax.dynamic_update_slice(cache, ids[:, i : i + 1], (0, start + i))
+            cache = jax.lax.dynamic_update_slice(cache, ids[None, :, i : i + 1], (0, 0, start + i))
         last = start + ids.shape[1] - 1
-        context = [jax.lax.dynamic_slice_in_dim(cache, jnp.maximum(last - j, 0), 1, axis=1)[:, 0] for j in range(order)]
+        context = [
+            jax.lax.dynamic_slice_in_dim(cache[0], jnp.maximum(last - j, 0), 1, axis=1)[:, 0] for j in range(order)
+        ]
         return table[tuple(context)], cache
 
     return extend
@@ -110,7 +112,7 @@ def sequences(extend, prompt, how, vocab=6):
 
     def logits_after(text):
         if text not in table:
-            out, _ = extend(jnp.array([text]), 0, jnp.zeros((1, len(text)), jnp.int32))
+            out, _ = extend(jnp.array([text]), 0, jnp.zeros((1, 1, len(text)), jnp.int32))
             table[text] = np.asarray(jax.nn.log_softmax(out[0]), np.float64)
         return table[text]
 
@@ -136,9 +138,9 @@ def sequences(extend, prompt, how, vocab=6):
 def test_a_wide_beam_search_finds_the_best_text_there_is(penalty, repetition):
     extend, prompt = table_model(1), (4, 5)
     how = beam.Beam(beams=130, length_penalty=penalty, repetition_penalty=repetition, min_length=3, max_length=5)
-    logits, cache = extend(jnp.array([prompt]), 0, jnp.zeros((1, 5), jnp.int32))
+    logits, cache = extend(jnp.array([prompt]), 0, jnp.zeros((1, 1, 5), jnp.int32))
     ids, log_prob, score = beam.search(
-        extend, logits, jnp.repeat(cache, 130, axis=0), jnp.array([prompt]), how, 4, eos=EOS, pad=PAD
+        extend, logits, jnp.repeat(cache, 130, axis=1), jnp.array([prompt]), how, 4, eos=EOS, pad=PAD
     )
     texts = sequences(extend, prompt, how)
     best = sorted(texts, key=texts.get, reverse=True)[:4]

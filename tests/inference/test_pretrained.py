@@ -336,7 +336,7 @@ def test_a_mesh_of_eight_devices_gives_the_same(folder, models):
     mesh = sharding.make_mesh(config.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     imgs = photos(5)
     model, one = blip_jax.from_pretrained(folder / "pretrain", mesh=mesh), models("pretrain")
-    kernel = model.params["med"]["layer_00"]["self_attn"]["q"]["kernel"]
+    kernel = model.params["med"]["blocks"]["self_attn"]["q"]["kernel"]
     assert len(kernel.sharding.device_set) == 8 and len(one.params["temp"].sharding.device_set) == 1
     a, b = model.caption(imgs), one.caption(imgs)
     assert [x[0]["caption"] for x in a] == [x[0]["caption"] for x in b]

@@ -12,6 +12,7 @@ import pytest
 
 from blip_jax.bench import caption
 from blip_jax.inference import programs
+from blip_jax.models.text.med import KeysAndValues
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[peers]'")
 pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[peers]'")
@@ -77,7 +78,7 @@ def test_captioners_agree_then_take_turns(tmp_path, capsys):
 def test_the_originals_way_projects_within_the_loop_and_gives_the_same_captions(ours, pictures):
     method, keys = programs.Method(n=3, min_length=8, max_length=8), np.arange(4, dtype=np.uint32).reshape(2, 2)
     states = ours.vision(ours.weights, pictures)  # [2,5,48]
-    as_kv = ((states[:, :, None], states[:, :, None]),)
+    as_kv = KeysAndValues(states[None, :, :, None], states[None, :, :, None])
     decode = jax.jit(
         programs.decoder(
             against_transformers.OriginalWay(ours.model), ours.prompt, method, eos=caption.EOS, pad=caption.PAD
@@ -101,7 +102,7 @@ def test_a_peer_with_one_weight_changed_is_refused(ours, pictures):
     params = jax.tree.map(np.array, ours.params)
     make = lambda: transformers_peer.Peer(ours.config, params, "float32", eos=caption.EOS, pad=caption.PAD)
     assert against_transformers.same_captions(ours, make(), pictures, "float32")["greedy_ids_equal"]
-    for leaf in ("vit/blocks/attn/v/kernel", "vit/cls", "med/layer_01/cross_attn/k/kernel", "med/lm_head/ln/scale"):
+    for leaf in ("vit/blocks/attn/v/kernel", "vit/cls", "med/blocks/cross_attn/k/kernel", "med/lm_head/ln/scale"):
         *parents, name = leaf.split("/")
         node = functools.reduce(dict.__getitem__, parents, params)
         kept, node[name] = node[name], node[name] * np.float32(1.1)

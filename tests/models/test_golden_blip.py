@@ -282,7 +282,7 @@ def searched(case, kv, tokens, how):
     B = len(case.io["greedy"])
     prompt = jnp.asarray(case.io["greedy"][:, : int(case.io["prompt_length"])], jnp.int32)
     logits, cache = extend_of(case, kv)(prompt, 0, case.model.empty_cache(B, how.max_length))
-    cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=0), cache)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
     ids, _, _ = jax.jit(
         lambda: beam.search(extend_of(case, kv), logits, cache, prompt, how, 1, eos=tokens["sep"], pad=tokens["pad"])
     )()
@@ -417,7 +417,7 @@ def test_golden_vqa_beams():
             jnp.full((B, 1), tokens["dec"]),
         )
         logits, cache = extend_of(case, kv)(prompt, 0, case.model.empty_cache(B, how.max_length))
-        cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=0), cache)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
         ids, _, _ = jax.jit(
             lambda: beam.search(
                 extend_of(case, kv), logits, cache, prompt, how, 1, eos=tokens["sep"], pad=tokens["pad"]

@@ -123,9 +123,9 @@ def test_encoder_and_decoder_share_all_but_self_attention(blip, inputs):
     img, ids, mask = inputs
 
     def changed(path, method, *args):
-        layer, rest = params["med"]["layer_00"], {"med": params["med"]}
+        blocks = params["med"]["blocks"]
         bumped = params | {
-            "med": rest["med"] | {"layer_00": layer | {path: jax.tree.map(lambda x: x + 0.1, layer[path])}}
+            "med": params["med"] | {"blocks": blocks | {path: jax.tree.map(lambda x: x.at[0].add(0.1), blocks[path])}}
         }
         run = lambda p: jax.jit(lambda p: jax.tree.leaves(model.apply({"params": p}, *args, method=method))[0])(p)
         return bool(np.abs(run(params) - run(bumped)).max() > 1e-6)

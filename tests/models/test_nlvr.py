@@ -70,7 +70,8 @@ def test_parameter_count_of_the_published_model():
     cfg = nlvr_config("base", 384, 12)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, build(cfg), jax.random.key(0)))
     assert sum(x.size for x in jax.tree.leaves(shapes)) - (padded_vocab(30524) - 30524) * 768 == 259_372_034
-    assert [i for i in range(12) if "merge" in shapes["med"][f"layer_{i:02d}"]] == [6, 7, 8, 9, 10, 11]
+    assert {len(x) for x in jax.tree.leaves(shapes["med"]["blocks"])} == {12}
+    assert {len(x) for x in jax.tree.leaves(shapes["med"]["merge"]["blocks"])} == {12 - FIRST_MERGE}
     assert {first for path, first in FIRST_LAYER.items() if "/merge/" in path} == {FIRST_MERGE}
 
 
@@ -124,14 +125,13 @@ def test_a_model_that_only_averages_needs_no_merging_layer():
 def test_order_of_the_images_matters_in_the_merging_layer(merges):
     """With the same weights in both cross-attentions the mean does not know which image came first; the merging
     layer does."""
-    layer = TwinLayer(width=8, heads=2, mlp_width=16, init_std=0.5, merges=merges, dropout=0.0, dtype=jnp.float32)
+    layer = TwinLayer(width=8, heads=2, mlp_width=16, init_std=0.5, dropout=0.0, dtype=jnp.float32)
     rng = np.random.default_rng(0)
     x, left, right = (jnp.asarray(rng.normal(size=(2, n, 8)), jnp.float32) for n in (3, 5, 5))
-    run = jax.jit(
-        lambda p, left, right: layer.apply({"params": p}, x, jnp.ones((2, 1, 1, 3), bool), left, right, True, False)
-    )
-    init = lambda: layer.init(jax.random.key(0), x, jnp.ones((2, 1, 1, 3), bool), left, right, True, False)["params"]
-    params = jax.jit(init)()
+    kernel = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    join = (lambda both: both @ kernel) if merges else None
+    run = jax.jit(lambda p, left, right: layer.apply({"params": p}, x, jnp.ones((2, 1, 1, 3), bool), left, right, join))
+    params = jax.jit(lambda: layer.init(jax.random.key(0), x, jnp.ones((2, 1, 1, 3), bool), left, right)["params"])()
     params |= {"cross_attn1": params["cross_attn0"]}
     difference = np.abs(run(params, left, right) - run(params, right, left)).max()
     assert difference > 1e-2 if merges else difference < 1e-5
@@ -186,8 +186,8 @@ def test_mesh_changes_nothing():
     model, params, inputs = world()
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     placed = jax.device_put(params, sharding.shardings_for(params, mesh))
-    for part in ("merge", "cross_attn1"):
-        assert not any(x.is_fully_replicated for x in jax.tree.leaves(placed["med"]["layer_06"][part]) if x.ndim > 1)
+    for part in (placed["med"]["merge"], placed["med"]["blocks"]["cross_attn1"]):
+        assert not any(x.is_fully_replicated for path, x in trees.paths(part) if path.endswith("kernel"))
     with jax.set_mesh(mesh):
         out = jax.jit(lambda p, x: classified(model, p, *x))(
             placed, jax.device_put(inputs, sharding.batch_sharding(mesh))
@@ -214,16 +214,13 @@ def test_start_from_pretraining():
         jnp.shape, fresh
     )
     same = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))
-    for i in range(7):
-        ours, theirs = out["med"][f"layer_{i:02d}"], pretrained["med"][f"layer_{i:02d}"]
-        for twin in ("cross_attn0", "cross_attn1"):
-            assert same(ours[twin], {k: v for k, v in theirs["cross_attn"].items() if k != "ln"})
-        assert same(ours["cross_ln"], theirs["cross_attn"]["ln"])
-        assert all(same(ours[k], theirs[k]) for k in ("self_attn", "mlp", "mlp_ln"))
-    assert same(out["cls_head"], fresh["cls_head"]) and same(
-        out["med"]["layer_06"]["merge"], fresh["med"]["layer_06"]["merge"]
-    )
-    parts = "med/layer_06/merge", "cls_head/dense", "cls_head/out"
+    ours, theirs = out["med"]["blocks"], pretrained["med"]["blocks"]
+    for twin in ("cross_attn0", "cross_attn1"):
+        assert same(ours[twin], {k: v for k, v in theirs["cross_attn"].items() if k != "ln"})
+    assert same(ours["cross_ln"], theirs["cross_attn"]["ln"])
+    assert all(same(ours[k], theirs[k]) for k in ("self_attn", "mlp", "mlp_ln"))
+    assert same(out["cls_head"], fresh["cls_head"]) and same(out["med"]["merge"], fresh["med"]["merge"])
+    parts = "med/merge/blocks", "cls_head/dense", "cls_head/out"
     assert set(random) == {f"{part}/{leaf}" for part in parts for leaf in ("kernel", "bias")}
     narrow = pretrained | {"vit": pretrained["vit"] | {"ln_post": {"scale": np.zeros(7), "bias": np.zeros(48)}}}
     with pytest.raises(ValueError, match=r"vit/ln_post/scale is \[7\], this config needs \[48\]"):

@@ -94,9 +94,9 @@ def test_parameter_count_of_the_published_model():
 def test_answer_decoder_reads_states_of_the_text_width_and_shares_nothing():
     cfg = vqa_config("large", 32)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, build(cfg), jax.random.key(0)))
-    of = lambda part, block: shapes[part]["layer_03"][block]["k"]["kernel"].shape
+    of = lambda part, block: shapes[part]["blocks"][block]["k"]["kernel"].shape[1:]
     assert (of("med", "cross_attn"), of("med_dec", "cross_attn")) == ((1024, 12, 64), (768, 12, 64))
-    assert "self_attn_dec" not in shapes["med"]["layer_00"] and "self_attn" not in shapes["med_dec"]["layer_00"]
+    assert "self_attn_dec" not in shapes["med"]["blocks"] and "self_attn" not in shapes["med_dec"]["blocks"]
     assert "lm_head" not in shapes["med"] and "lm_head" in shapes["med_dec"]
 
 
@@ -219,7 +219,7 @@ def test_rank_agrees_with_a_plain_loop(over, k):
     assert best.shape == scores.shape == (B, min(k, 9))
     C = len(answers)
     for q in range(B):
-        one = jax.tree.map(lambda x: jnp.repeat(x[q][None], C, axis=0), (kv, mask))
+        one = jax.tree.map(lambda x: jnp.repeat(x[:, q, None], C, axis=1), kv), jnp.repeat(mask[q][None], C, axis=0)
         logits = np.asarray(apply("lm_logits", answers, answer_mask, *one))
         first = logits[0, 0][np.asarray(answers[:, 1])]
         chosen = sorted(sorted(range(C), key=lambda c: (-first[c], c))[:k])
@@ -339,7 +339,7 @@ def test_mesh_changes_nothing():
     best, scores = jax.jit(run)(params, img, ids, mask)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     placed = jax.device_put(params, sharding.shardings_for(params, mesh))
-    assert not placed["med_dec"]["layer_00"]["cross_attn"]["k"]["kernel"].is_fully_replicated
+    assert not placed["med_dec"]["blocks"]["cross_attn"]["k"]["kernel"].is_fully_replicated
     with jax.set_mesh(mesh):
         other = jax.jit(run)(placed, *(jax.device_put(x, sharding.batch_sharding(mesh)) for x in (img, ids, mask)))
     np.testing.assert_array_equal(best, other[0])
@@ -371,22 +371,21 @@ def test_start_from_pretraining(wide):
         jnp.shape, fresh
     )
     same = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))
-    for layer in ("layer_00", "layer_01"):
-        ours, theirs = out["med_dec"][layer], params["med"][layer]
-        assert same(out["med"][layer], {k: v for k, v in theirs.items() if k != "self_attn_dec"})
-        assert set(ours) == set(theirs) - {"self_attn"}
-        assert all(same(ours[part], theirs[part]) for part in ours if part != "cross_attn")
-        for part in ("q", "out", "ln"):
-            assert same(ours["cross_attn"][part], theirs["cross_attn"][part])
-        for part in "kv":
-            origin = fresh["med_dec"][layer] if wide else theirs
-            assert same(ours["cross_attn"][part]["kernel"], origin["cross_attn"][part]["kernel"])
-            assert same(ours["cross_attn"][part]["bias"], theirs["cross_attn"][part]["bias"])
+    ours, theirs = out["med_dec"]["blocks"], params["med"]["blocks"]
+    assert same(out["med"]["blocks"], {k: v for k, v in theirs.items() if k != "self_attn_dec"})
+    assert set(ours) == set(theirs) - {"self_attn"}
+    assert all(same(ours[part], theirs[part]) for part in ours if part != "cross_attn")
+    for part in ("q", "out", "ln"):
+        assert same(ours["cross_attn"][part], theirs["cross_attn"][part])
+    for part in "kv":
+        origin = fresh["med_dec"]["blocks"] if wide else theirs
+        assert same(ours["cross_attn"][part]["kernel"], origin["cross_attn"][part]["kernel"])
+        assert same(ours["cross_attn"][part]["bias"], theirs["cross_attn"][part]["bias"])
     assert same(out["med"]["embed"], params["med"]["embed"]) and same(out["med_dec"]["embed"], params["med"]["embed"])
     assert same(out["med_dec"]["lm_head"], params["med"]["lm_head"])
-    assert random == ([f"med_dec/layer_0{i}/cross_attn/{p}/kernel" for i in (0, 1) for p in "kv"] if wide else [])
-    with pytest.raises(ValueError, match="med/layer_00/self_attn_dec/q/kernel is missing"):
-        started(params | {"med": params["med"] | {"layer_00": {}}}, fresh)
+    assert random == ([f"med_dec/blocks/cross_attn/{p}/kernel" for p in "kv"] if wide else [])
+    with pytest.raises(ValueError, match="med/blocks/self_attn_dec/q/kernel is missing"):
+        started(params | {"med": params["med"] | {"blocks": {}}}, fresh)
 
 
 def test_build_names_the_objectives():

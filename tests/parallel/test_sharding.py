@@ -53,7 +53,7 @@ def test_large_on_fsdp_keeps_at_most_two_percent_of_parameters_and_optimiser_who
 def test_kernels_are_split_over_both_axes():
     specs = sharding.shardings_for(state_shapes("base").params, mesh_of(1, 4, 2))
     assert specs["vit"]["blocks"]["attn"]["q"]["kernel"].spec == P(None, "fsdp", "tensor", None)
-    assert specs["med"]["layer_07"]["cross_attn"]["out"]["kernel"].spec == P("tensor", None, "fsdp")
+    assert specs["med"]["blocks"]["cross_attn"]["out"]["kernel"].spec == P(None, "tensor", None, "fsdp")
     assert specs["med"]["embed"]["word"]["embedding"].spec == P("tensor", "fsdp")
 
 

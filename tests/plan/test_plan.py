@@ -216,7 +216,12 @@ def test_chips_and_their_links():
 @pytest.mark.parametrize(
     "kind, op, axis, moves",
     [
-        ("all-reduce", "jit(step)/transpose(jvp(Blip.match))/med/layer_07/mlp/fc1/dot_general", "data", "gradients"),
+        (
+            "all-reduce",
+            "jit(step)/transpose(jvp(Blip.match))/med/blocks/while/body/MedLayer.attend/mlp/fc1/dot_general",
+            "data",
+            "gradients",
+        ),
         ("all-gather", "jit(step)/dynamic_update_slice", "data", "momentum features"),
         ("all-gather", "jit(step)/jvp()/gather", "data", "ids and masks of texts"),
         ("all-gather", "jit(step)/jvp(Blip.encode_image)/vit/while/body/mlp/fc1/dot_general", "fsdp", "parameters"),
@@ -228,19 +233,19 @@ def test_chips_and_their_links():
         ("all-gather", "", "data", "gradients and features"),
         (
             "all-gather",
-            "jit(step)/jvp(Blip.match)/med/layer_00/cross_attn.cross_attention/vmap()/gather",
+            "jit(step)/jvp(Blip.match)/med/blocks/while/body/MedLayer.attend/cross_attn.cross_attention/vmap()/gather",
             "data in parts of 2",
             "image keys and values",
         ),
         (
             "all-gather",
-            "jit(step)/jvp(Blip.match)/med/layer_00/cross_attn.cross_attention/values/shard_map/all_gather",
+            "jit(step)/jvp(Blip.match)/med/blocks/while/body/MedLayer.attend/cross_attn.cross_attention/values/shard_map/all_gather",
             "data in parts of 2",
             "image keys and values",
         ),
         (
             "reduce-scatter",
-            "jit(step)/transpose(jvp(Blip.match))/med/layer_00/cross_attn.cross_attention/keys/shard_map/reduce_scatter",
+            "jit(step)/transpose(jvp(Blip.match))/med/blocks/while/body/MedLayer.attend/cross_attn.cross_attention/keys/shard_map/reduce_scatter",
             "data",
             "gradients of image keys and values",
         ),

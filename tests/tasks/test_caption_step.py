@@ -103,8 +103,8 @@ def test_the_two_forms_of_smoothing_and_the_prompt_make_a_difference(captioner):
 
 def test_a_captioner_has_the_vit_and_the_decoder_and_nothing_else(captioner):
     params = captioner[1]
-    assert set(params) == {"vit", "med"} and set(params["med"]) == {"embed", "layer_00", "lm_head"}
-    assert set(params["med"]["layer_00"]) == {"cross_attn", "self_attn_dec", "mlp", "mlp_ln"}
+    assert set(params) == {"vit", "med"} and set(params["med"]) == {"embed", "blocks", "lm_head"}
+    assert set(params["med"]["blocks"]) == {"cross_attn", "self_attn_dec", "mlp", "mlp_ln"}
 
 
 def test_gradients_reach_the_vit_and_the_decoder_alone():

@@ -119,7 +119,7 @@ def test_momentum_copies_hold_no_decoder():
     layer = {"self_attn": 1, "self_attn_dec": 2, "cross_attn": 3, "mlp": 4}
     params = {
         "vit": 1,
-        "med": {"embed": 2, "layer_00": layer, "lm_head": 3},
+        "med": {"embed": 2, "blocks": layer, "lm_head": 3},
         "vision_proj": 4,
         "text_proj": 5,
         "itm_head": 6,
@@ -128,7 +128,7 @@ def test_momentum_copies_hold_no_decoder():
     kept = momentum.momentum_params(params)
     assert kept == {
         "vit": 1,
-        "med": {"embed": 2, "layer_00": {"self_attn": 1, "cross_attn": 3, "mlp": 4}},
+        "med": {"embed": 2, "blocks": {"self_attn": 1, "cross_attn": 3, "mlp": 4}},
         "vision_proj": 4,
         "text_proj": 5,
     }

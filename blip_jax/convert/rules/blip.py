@@ -1,8 +1,8 @@
 """Key tables: which PyTorch tensor is which parameter, and how it is laid out. Tables only; `apply.py` runs them both
 ways.
 
-A row is (torch key, our path, layout, torch shape). `{i}` counts layers: a torch key with `{i}` and a path without it
-are the slices of one stacked parameter. Layouts (torch -> ours), with N heads, H head dim:
+A row is (torch key, our path, layout, torch shape). `{i}` counts layers: torch keys with `{i}` are the slices of one
+stacked parameter. Layouts (torch -> ours), with N heads, H head dim:
   same                as it is
   lead / lead2        [1, ...] -> [...] / [1, 1, D] -> [D]
   linear              [out, in] -> [in, out]
@@ -76,16 +76,16 @@ def _dense(torch: str, ours: str, rows: str, columns: str):
 
 
 LAYER = "encoder.layer.{i}."
-SELF_ATTENTION = _attention(LAYER + "attention", "layer_{i:02d}/self_attn")
-DECODER_SELF_ATTENTION = _attention(LAYER + "attention", "layer_{i:02d}/self_attn_dec")
+SELF_ATTENTION = _attention(LAYER + "attention", "blocks/self_attn")
+DECODER_SELF_ATTENTION = _attention(LAYER + "attention", "blocks/self_attn_dec")
 TEXT_SHARED = (  # what text encoder and decoder have in common: every path without "/attention"
     ("embeddings.word_embeddings.weight", "embed/word/embedding", "vocab", "V W"),
     ("embeddings.position_embeddings.weight", "embed/pos/embedding", "same", "T W"),
     *_norm("embeddings.LayerNorm", "embed/ln"),
-    *_attention(LAYER + "crossattention", "layer_{i:02d}/cross_attn", "X"),
-    *_dense(LAYER + "intermediate.dense", "layer_{i:02d}/mlp/fc1", "M", "W"),
-    *_dense(LAYER + "output.dense", "layer_{i:02d}/mlp/fc2", "W", "M"),
-    *_norm(LAYER + "output.LayerNorm", "layer_{i:02d}/mlp_ln"),
+    *_attention(LAYER + "crossattention", "blocks/cross_attn", "X"),
+    *_dense(LAYER + "intermediate.dense", "blocks/mlp/fc1", "M", "W"),
+    *_dense(LAYER + "output.dense", "blocks/mlp/fc2", "W", "M"),
+    *_norm(LAYER + "output.LayerNorm", "blocks/mlp_ln"),
 )
 LM_HEAD = (
     ("bias", "bias", "vocab", "V"),
@@ -126,15 +126,17 @@ _CROSS = LAYER + "crossattention"
 NLVR_TEXT = (  # two cross-attentions, one for each image, under one LayerNorm
     *(row for row in TEXT_SHARED if "/cross_attn/" not in row[1]),
     *SELF_ATTENTION,
-    *_projections(_CROSS, "layer_{i:02d}/cross_attn0", "X", "0"),
-    *_projections(_CROSS, "layer_{i:02d}/cross_attn1", "X", "1"),
-    *_norm(_CROSS + ".output.LayerNorm", "layer_{i:02d}/cross_ln"),
-    *_dense(_CROSS + ".output.merge_layer", "layer_{i:02d}/merge", "W", "2W"),
+    *_projections(_CROSS, "blocks/cross_attn0", "X", "0"),
+    *_projections(_CROSS, "blocks/cross_attn1", "X", "1"),
+    *_norm(_CROSS + ".output.LayerNorm", "blocks/cross_ln"),
+    *_dense(_CROSS + ".output.merge_layer", "merge/blocks", "W", "2W"),
 )
 FIRST_LAYER = {  # our path -> first layer that has it, where that is not layer 0: earlier layers average the two
-    "params/med/layer_{i:02d}/merge/kernel": 6,
-    "params/med/layer_{i:02d}/merge/bias": 6,
+    "params/med/merge/blocks/kernel": 6,
+    "params/med/merge/blocks/bias": 6,
 }
+# module with a stack -> the tower whose number of layers it has
+TOWERS = {"vit": "vit", "med": "med", "med_dec": "med"}
 
 _FLAX_BLOCK = "Transformer/encoderblock_{i}/"
 _FLAX_ATTENTION = _FLAX_BLOCK + "MultiHeadDotProductAttention_1/"

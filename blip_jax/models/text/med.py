@@ -7,14 +7,15 @@ Everything is shared between encoder and decoder but the self-attention block: `
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
-from blip_jax.models.layers.cpu import rows, summed
+from blip_jax.models.layers.cpu import rows, single_cpu, summed
 from blip_jax.models.layers.dense import Dense
 from blip_jax.models.layers.norm import LayerNorm, gelu
 from blip_jax.parallel.collectives import gathered
@@ -28,14 +29,67 @@ def padded_vocab(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-def empty_cache(sizes, rows: int, length: int, dtype):
-    """The decoder's self-attention cache of `rows` texts of at most `length` tokens, per layer (k, v), each
-    [rows,length,N,H] of zeros.
+class KeysAndValues(NamedTuple):
+    """Cross-attention's keys and values of B images in all layers, each [L,B,P,N,H]."""
 
-    sizes: `cfg.model.med`.
+    k: Any
+    v: Any
+
+
+class StoredKeysAndValues(NamedTuple):
+    """The same as a token loop's products read them: k [L,B,N,H,P], v [L,B,N,P,H], on a single CPU in float32.
+
+    Else every token would transpose and raise all of it again.
     """
-    zeros = jnp.zeros((rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), dtype)
-    return ((zeros, zeros),) * sizes["layers"]
+
+    k: Any
+    v: Any
+
+
+def text_layers_apart(params: dict) -> dict:
+    """Parameters with the stack of text layers cut into its layers, where these follow each other: before a loop over
+    tokens, which would cut them for each."""
+    if not stack.unrolled():
+        return params
+    return params | {
+        name: part | {"blocks": stack.apart(part["blocks"])} for name, part in params.items() if name.startswith("med")
+    }
+
+
+def images_of(kv) -> int:
+    """How many images (or questions) keys and values belong to, stored or not."""
+    return kv.k.shape[1]
+
+
+def stored(kv: KeysAndValues) -> StoredKeysAndValues:
+    """Keys and values for many calls of `Med.extend`."""
+    wide = _loop_dtype(kv.k.dtype)
+    found = StoredKeysAndValues(jnp.moveaxis(kv.k, 2, -1).astype(wide), jnp.moveaxis(kv.v, 2, 3).astype(wide))
+    return jax.lax.optimization_barrier(found)
+
+
+def _opened(kv, dtype):
+    """(k, v), each [B,P,N,H], of one layer's part of keys and values, stored or not."""
+    k, v = (jnp.moveaxis(kv.k, -1, 1), jnp.moveaxis(kv.v, 2, 1)) if isinstance(kv, StoredKeysAndValues) else kv
+    return k.astype(dtype), v.astype(dtype)
+
+
+def _loop_dtype(dtype):
+    """What a token loop keeps keys and values in: a CPU's small products are in float32, and it would raise
+    bfloat16 for every token."""
+    return jnp.float32 if single_cpu() else dtype
+
+
+def empty_cache(sizes, rows: int, length: int, dtype):
+    """The decoder's self-attention cache of `rows` texts of at most `length` tokens: (k, v), each [L,rows,length,N,H]
+    of zeros.
+
+    sizes: `cfg.model.med`; dtype: of the computation.
+    """
+    zeros = jnp.zeros(
+        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), _loop_dtype(dtype)
+    )
+    return zeros, zeros
 
 
 class PostNormAttention(HeadedAttention):
@@ -55,13 +109,14 @@ class PostNormAttention(HeadedAttention):
         y = attention(self.project_q(queries), *self.project_kv(x), mask=mask, drop=drop)
         return self._close(queries, y, deterministic)
 
-    def cached_attention(self, x, cache, start):
-        """Causal, at positions start..start+t-1: x [R,t,D], cache (k, v) [R,S,N,H] -> ([R,t,D], cache with these t
-        in it)."""
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+    def cached_attention(self, x, cache, layer, start):
+        """Causal, at positions start..start+t-1: x [R,t,D], cache (k, v) [L,R,S,N,H] -> ([R,t,D], cache with these
+        t in layer i32[])."""
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, start, 0, 0))
         cache = tuple(write(old, new) for old, new in zip(cache, self.project_kv(x)))
-        seen = jnp.arange(cache[0].shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
-        return self._close(x, attention(self.project_q(x), *cache, mask=seen), True), cache
+        k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(self.dtype) for x in cache)
+        seen = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
+        return self._close(x, attention(self.project_q(x), k, v, mask=seen), True), cache
 
     def cross_attention(self, x, kv, kv_mask, img_idx, deterministic):
         """x [B*G,T,D], kv of B images, kv_mask and img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
@@ -97,15 +152,22 @@ class MedLayer(nn.Module):
         self.mlp_ln = LayerNorm(EPS, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 
-    def __call__(self, x, mask, kv, kv_mask, img_idx, causal: bool, deterministic: bool, first_only: bool):
+    def __call__(self, x, seen):
+        """Runs every part once, so that `init` creates every parameter: x [1,1,D], seen [1,1,D']."""
+        kv = self.cross_attn.project_kv(seen)
+        for causal in (False,) * self.encoder + (True,) * self.decoder:
+            x = self.attend(x, None, kv, None, (None,), causal, True, False)
+        return x
+
+    def attend(self, x, mask, kv, kv_mask, img_idx, causal: bool, deterministic: bool, first_only: bool):
         x = (self.self_attn_dec if causal else self.self_attn).self_attention(x, mask, deterministic, first_only)
         if kv is not None:
             x = self.cross_attn.cross_attention(x, kv, kv_mask, img_idx, deterministic)
         return self.mlp_ln(x + self.drop(self.mlp(x), deterministic=deterministic))
 
-    def extend(self, x, cache, start, kv, kv_mask, img_idx):
-        x, cache = self.self_attn_dec.cached_attention(x, cache, start)
-        x = self.cross_attn.cross_attention(x, kv, kv_mask, img_idx, True)
+    def extend(self, x, cache, layer, start, kv, kv_mask, img_idx):
+        x, cache = self.self_attn_dec.cached_attention(x, cache, layer, start)
+        x = self.cross_attn.cross_attention(x, _opened(kv, self.dtype), kv_mask, img_idx, True)
         return self.mlp_ln(x + self.mlp(x)), cache
 
     def image_kv(self, img_tok):
@@ -162,7 +224,8 @@ class LmHead(nn.Module):
 
 
 class Med(nn.Module):
-    """Ids to token states in the three modes of the paper, told apart by `kv` and `causal`."""
+    """Ids to token states in the three modes of the paper, told apart by `kv` and `causal`. Parameters embed,
+    blocks (stacked), lm_head."""
 
     width: int
     layers: int
@@ -170,6 +233,7 @@ class Med(nn.Module):
     mlp: int
     positions: int
     vocab_size: int
+    kv_width: int  # of what cross-attention looks at
     encoder: bool = True
     decoder: bool = True
     init_std: float = 0.02  # BERT's
@@ -178,13 +242,23 @@ class Med(nn.Module):
 
     def setup(self):
         self.embed = Embed(self.width, self.vocab_size, self.positions, self.init_std, self.dropout, self.dtype)
-        for i in range(self.layers):
-            layer = MedLayer(
-                self.width, self.heads, self.mlp, self.init_std, self.encoder, self.decoder, self.dropout, self.dtype
-            )
-            setattr(self, f"layer_{i:02d}", layer)
+        example = jnp.zeros((1, 1, self.width), self.dtype), jnp.zeros((1, 1, self.kv_width), self.dtype)
+        self.blocks = stack.parameters(self, self._layer(), self.layers, *example)
         if self.decoder:
             self.lm_head = LmHead(self.width, self.vocab_size, self.init_std, self.dtype)
+
+    def _layer(self) -> MedLayer:
+        return MedLayer(
+            self.width,
+            self.heads,
+            self.mlp,
+            self.init_std,
+            self.encoder,
+            self.decoder,
+            self.dropout,
+            self.dtype,
+            parent=None,
+        )
 
     def __call__(
         self,
@@ -205,37 +279,65 @@ class Med(nn.Module):
         self-attention and a causal mask.
         first_only True: only the first position's state is wanted, [B,1,D], so the last layer computes no other.
         """
-        T = ids.shape[1]
+        T, layer = ids.shape[1], self._layer()
         mask = txt_mask[:, None, None, :]
         if causal:
             mask = mask & jnp.tril(jnp.ones((T, T), bool))
-        x = self.embed(ids, deterministic)
-        for i in range(self.layers):
-            layer = getattr(self, f"layer_{i:02d}")
-            first = first_only and i == self.layers - 1
-            x = layer(x, mask, None if kv is None else kv[i], kv_mask, img_idx, causal, deterministic, first)
-        return x
+        keys = None if deterministic or not self.dropout else jax.random.split(self.make_rng("dropout"), self.layers)
+
+        def attend(x, params, kv, key, first_only=False):
+            rngs = None if key is None else {"dropout": key}
+            x = layer.apply(
+                {"params": params},
+                x,
+                mask,
+                kv,
+                kv_mask,
+                img_idx,
+                causal,
+                deterministic,
+                first_only,
+                rngs=rngs,
+                method="attend",
+            )
+            return x, None
+
+        x, stacks = self.embed(ids, deterministic), (self.blocks, kv, keys)
+        with jax.named_scope("blocks"):
+            if not first_only:
+                return stack.through(attend, x, *stacks)[0]
+            x, _ = stack.through(attend, x, *(stack.part(s, 0, self.layers - 1) for s in stacks))
+            return attend(x, *map(stack.last, stacks), first_only=True)[0]
 
     def extend(self, ids, start, cache, kv, img_idx: tuple, kv_mask=None):
         """The decoder on t more tokens, without dropout: (token states [R,t,D], cache), R = B * len(img_idx).
 
-        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: per layer (k, v), each
-        [R,S,N,H], holds the self-attention of the positions before. The same states as a causal pass over the whole
-        text.
+        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: (k, v), each [L,R,S,N,H], holds
+        the self-attention of the positions before; kv: of `image_kv` or `stored`. The same states as a causal pass over
+        the whole text.
         """
-        x, new = self.embed(ids, True, start), []
-        for i in range(self.layers):
-            x, layer_cache = getattr(self, f"layer_{i:02d}").extend(x, cache[i], start, kv[i], kv_mask, img_idx)
-            new.append(layer_cache)
-        return x, tuple(new)
+        layer = self._layer()
 
-    def image_kv(self, img_tok):
-        """img_tok [B,P,D'] -> per layer (k, v), each [B,P,N,H]: computed once, used by every text pass over these
-        images.
+        def extend(carry, params, kv, i):
+            return layer.apply({"params": params}, *carry, i, start, kv, kv_mask, img_idx, method="extend"), None
 
-        What is attended to need not be an image: D' is whatever width it comes in.
+        with jax.named_scope("blocks"):
+            return stack.through(
+                extend, (self.embed(ids, True, start), cache), self.blocks, kv, jnp.arange(self.layers)
+            )[0]
+
+    def image_kv(self, img_tok) -> KeysAndValues:
+        """img_tok [B,P,D'] -> keys and values [L,B,P,N,H]: computed once, used by every text pass over these images.
+
+        What is attended to need not be an image: D' is `kv_width`.
         """
-        return tuple(getattr(self, f"layer_{i:02d}").image_kv(img_tok) for i in range(self.layers))
+        layer = self._layer()
+
+        def project(_, params):
+            return None, KeysAndValues(*layer.apply({"params": params}, img_tok, method="image_kv"))
+
+        with jax.named_scope("blocks"):
+            return stack.through(project, None, self.blocks)[1]
 
     def lm_logits(self, txt_tok):
         """txt_tok [B,T,D] -> f32[B,T,Vp]; columns from vocab_size on (padding of the stored vocabulary) are

@@ -1,0 +1,87 @@
+"""How parameters start: a table from path to distribution, and few draws for all of them.
+
+A kernel of random numbers takes a GPU's compiler half a second, and its key as long again where it is derived in it. So
+the keys of all parameters come from one kernel, and parameters of one shape and distribution from another one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip_jax import trees
+from blip_jax.parallel import sharding
+
+ROWS = (  # path ending -> distribution, first match wins
+    (r"(^|/)temp$", "temperature"),
+    (r"scale$", "ones"),
+    (r"(patch_embed|vision_proj|text_proj|itm_head|cls_head/\w+)/(kernel|bias)$", "torch"),
+    (r"bias$", "zeros"),
+    (r"vit/pos_embed$", "positions"),
+    (r"(kernel|embedding)$|vit/cls$", "normal"),
+)
+SMALL = 2**20  # parameters of at most so many numbers are drawn together, whatever their shapes
+CONSTANTS = {"temperature": 0.07, "ones": 1.0, "zeros": 0.0}
+
+
+def parameters(shapes: dict, key, *, std: float, pos_std: float) -> dict:
+    """Parameters of the given shapes, f32: nested dicts of ShapeDtypeStruct -> of arrays.
+
+    "normal" has deviation `std`, "positions" `pos_std`; "torch" is U(-1/sqrt(n), 1/sqrt(n)) of what n inputs a kernel
+    sums, torch's default for linear and convolution layers. A parameter's numbers depend on its path, its shape and
+    `key` alone, not on the mesh or the others.
+    ValueError: a path without a row in ROWS.
+    """
+    flat = dict(trees.paths(shapes))
+    kinds = {path: _kind(path) for path in flat}
+    drawn = [path for path in flat if kinds[path] not in CONSTANTS]
+    crcs = np.array([zlib.crc32(path.encode()) for path in drawn], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, crcs)
+
+    groups: dict[tuple, list[str]] = {}
+    for path in drawn:
+        small, dims = math.prod(flat[path].shape) <= SMALL, sharding.logical_dims(path, len(flat[path].shape))
+        groups.setdefault((kinds[path] == "torch", *((None, None) if small else (flat[path].shape, dims))), []).append(
+            path
+        )
+
+    out = {path: jnp.full(flat[path].shape, CONSTANTS[kind]) for path, kind in kinds.items() if kind in CONSTANTS}
+    for (uniform, shape, dims), paths in groups.items():
+        own = keys[np.array([drawn.index(path) for path in paths])]
+        if shape is None:
+            together = _draws(own, (max(math.prod(flat[path].shape) for path in paths),), uniform, (None,))
+        else:
+            together = _draws(own, shape, uniform, dims)
+        for path, x in zip(paths, together):
+            x = x if shape else x[: math.prod(flat[path].shape)].reshape(flat[path].shape)
+            out[path] = x * (_bound(path, flat) if uniform else {"normal": std, "positions": pos_std}[kinds[path]])
+    return trees.nest((path, out[path]) for path in flat)
+
+
+def _draws(keys, shape: tuple, uniform: bool, dims: tuple):
+    """f32[G,*shape]: numbers from U(-1, 1) or N(0, 1), each of G keys' its own; the first n of a key's are the
+    same for every length."""
+
+    def draw(key):
+        return jax.random.uniform(key, shape, minval=-1.0) if uniform else jax.random.normal(key, shape)
+
+    together = sharding.constrain(jax.vmap(draw)(keys), None, *dims)
+    return jax.lax.optimization_barrier(together)  # else each parameter would draw all of them again for itself
+
+
+def _kind(path: str) -> str:
+    for ending, kind in ROWS:
+        if re.search(ending, path):
+            return kind
+    raise ValueError(f"no row of ROWS in blip_jax/models/initial.py matches {path}: add one that says how it starts")
+
+
+def _bound(path: str, flat: dict) -> float:
+    """1 / sqrt(n), n of the kernel beside a bias."""
+    kernel = flat[re.sub("bias$", "kernel", path)]
+    return math.prod(kernel.shape[:-1]) ** -0.5
