@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from blip_jax.convert import hf_config, torch_io
 from blip_jax.convert.apply import from_torch, infer, layer_counts, rows, to_torch
-from blip_jax.convert.read import Source, dtype_notes, make_config
 from blip_jax.convert.rules.blip import HF_NAMES, TIED, WORDS
+from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.data.text.wordpiece import Tokenizer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from typing import Mapping, NamedTuple
+from typing import Mapping
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from blip_jax import checkpoint, config, trees
 from blip_jax.convert import apply, hub, torch_io
 from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
+from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.models.vision.vit import resize_pos_embed
@@ -42,23 +42,6 @@ MARKS = (  # family -> a tensor that only it has, or only it and those above it;
     ("deit", r"blocks\.\d+\.attn\.qkv\..*"),
     ("bert", r"bert\.encoder\.layer\..*"),
 )
-
-
-class Source(NamedTuple):
-    """A checkpoint as read. state: {"params": nested numpy, and "momentum" where there is one}, arrays possibly still
-    in the file.
-
-    cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
-    it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
-    way back leaves them out.
-    """
-
-    family: str
-    state: dict
-    cfg: ConfigDict
-    vocab: pathlib.Path | None
-    notes: list[str]
-    absent: tuple[str, ...] = ()
 
 
 def locate(path) -> pathlib.Path:
@@ -140,29 +123,6 @@ def narrow(source: Source, family: str, origin: str) -> Source:
         state["momentum"]["queue"] |= {"image_id": np.full(length, -100, np.int64), "ptr": np.zeros((), np.int64)}
     note = f"of {what} only what {WORDS[family][0]} needs: left out {', '.join(apply.folded(left))}"
     return source._replace(family=family, state=state, notes=[*source.notes, note], absent=())
-
-
-def make_config(
-    family: str, sizes: Mapping[str, int], layers: Mapping[str, int], vit_heads: int, med_heads: int
-) -> ConfigDict:
-    """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`); what they do not
-    show stays."""
-    c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
-    with c.unlocked():
-        if "D" in sizes:
-            c.model.vit.update(width=sizes["D"], depth=layers["vit"], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
-            c.model.img_size = int((sizes["P"] - 1) ** 0.5) * sizes["p"]
-        if "W" in sizes:
-            c.model.med.update(
-                width=sizes["W"],
-                layers=layers["med"],
-                heads=med_heads,
-                mlp=sizes["M"],
-                positions=sizes["T"],
-                vocab_size=sizes["V"],
-            )
-        c.model.embed_dim = sizes.get("E", c.model.embed_dim)
-    return c
 
 
 # --- where it comes from ----------------------------------------------------------------------------------------------
@@ -292,14 +252,6 @@ def _heads(origin: str, name: str, given: Mapping, width: int | None) -> int:
             f"number of heads with --{name}"
         )
     return width // HEAD_DIM
-
-
-def dtype_notes(tensors: Mapping) -> list[str]:
-    other: dict[str, int] = {}
-    for x in tensors.values():
-        if x.dtype != np.float32 and not np.issubdtype(x.dtype, np.integer):
-            other[str(x.dtype)] = other.get(str(x.dtype), 0) + 1
-    return [f"{n} tensors in {dtype} became float32" for dtype, n in other.items()]
 
 
 def _add_tokens(med: dict, size: int, notes: list[str]) -> int:

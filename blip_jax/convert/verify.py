@@ -13,8 +13,9 @@ import numpy as np
 
 from blip_jax import trees
 from blip_jax.convert import apply, hf, hf_config, torch_io
-from blip_jax.convert.read import Source, find_family, narrow, read
+from blip_jax.convert.read import find_family, narrow, read
 from blip_jax.convert.rules.blip import INITIAL
+from blip_jax.convert.source import Source
 from blip_jax.tasks import build
 
 PEERS = {

@@ -15,8 +15,9 @@ import numpy as np
 
 from blip_jax import checkpoint, trees
 from blip_jax.convert import apply, torch_io
-from blip_jax.convert.read import Source, read
+from blip_jax.convert.read import read
 from blip_jax.convert.rules.blip import INITIAL, WORDS
+from blip_jax.convert.source import Source
 
 FORMATS = ("ours", "official", "hf")
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from blip_jax import trees
 from blip_jax.convert import read
+from blip_jax.convert.source import Source
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
 from blip_jax.models.blip import Blip
@@ -92,7 +93,7 @@ def load(
     return Loaded(build(cfg), params, cfg.lock(), Tokenizer(found.vocab), str(origin))
 
 
-def read_for(cfg, origin, momentum: bool = False) -> read.Source:
+def read_for(cfg, origin, momentum: bool = False) -> Source:
     """Any checkpoint, initial weights too, for a run of `cfg`: with its vocabulary, and its numbers of heads where a
     file names none.
 

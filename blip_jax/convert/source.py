@@ -1,0 +1,60 @@
+"""What a checkpoint of any kind is once it is read, and the settings that its tensors show."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from blip_jax import config
+
+
+class Source(NamedTuple):
+    """A checkpoint as read. state: {"params": nested numpy, and "momentum" where there is one}, arrays possibly still
+    in the file.
+
+    cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
+    it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
+    way back leaves them out.
+    """
+
+    family: str
+    state: dict
+    cfg: ConfigDict
+    vocab: pathlib.Path | None
+    notes: list[str]
+    absent: tuple[str, ...] = ()
+
+
+def make_config(
+    family: str, sizes: Mapping[str, int], layers: Mapping[str, int], vit_heads: int, med_heads: int
+) -> ConfigDict:
+    """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`); what they do not
+    show stays."""
+    c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
+    with c.unlocked():
+        if "D" in sizes:
+            c.model.vit.update(width=sizes["D"], depth=layers["vit"], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
+            c.model.img_size = int((sizes["P"] - 1) ** 0.5) * sizes["p"]
+        if "W" in sizes:
+            c.model.med.update(
+                width=sizes["W"],
+                layers=layers["med"],
+                heads=med_heads,
+                mlp=sizes["M"],
+                positions=sizes["T"],
+                vocab_size=sizes["V"],
+            )
+        c.model.embed_dim = sizes.get("E", c.model.embed_dim)
+    return c
+
+
+def dtype_notes(tensors: Mapping) -> list[str]:
+    other: dict[str, int] = {}
+    for x in tensors.values():
+        if x.dtype != np.float32 and not np.issubdtype(x.dtype, np.integer):
+            other[str(x.dtype)] = other.get(str(x.dtype), 0) + 1
+    return [f"{n} tensors in {dtype} became float32" for dtype, n in other.items()]
