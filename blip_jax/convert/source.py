@@ -10,6 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax import config
+from blip_jax.convert import apply
+from blip_jax.convert.rules.blip import INITIAL, WORDS
 
 
 class Source(NamedTuple):
@@ -58,3 +60,16 @@ def dtype_notes(tensors: Mapping) -> list[str]:
         if x.dtype != np.float32 and not np.issubdtype(x.dtype, np.integer):
             other[str(x.dtype)] = other.get(str(x.dtype), 0) + 1
     return [f"{n} tensors in {dtype} became float32" for dtype, n in other.items()]
+
+
+def official(source: Source, consume: bool = False) -> dict[str, np.ndarray]:
+    """The state dict of the originals: name -> array. ValueError: initial weights, which are no model."""
+    if source.family in INITIAL:
+        raise ValueError(
+            f"{WORDS[source.family][0]} (family {source.family}) are no model: they start pre-training, --config.train."
+            "init_from, and there is nothing to write back"
+        )
+    tensors = apply.to_torch(source.family, source.state, vocab_size=source.cfg.model.med.vocab_size, consume=consume)
+    for name, beside in apply.buffers(tensors).items():
+        tensors[name] = np.arange(len(tensors[beside]), dtype=np.int64)[None]
+    return {name: x for name, x in tensors.items() if name not in source.absent}

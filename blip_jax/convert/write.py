@@ -11,13 +11,11 @@ import resource
 import shutil
 import time
 
-import numpy as np
-
 from blip_jax import checkpoint, trees
 from blip_jax.convert import apply, torch_io
 from blip_jax.convert.read import read
-from blip_jax.convert.rules.blip import INITIAL, WORDS
-from blip_jax.convert.source import Source
+from blip_jax.convert.rules.blip import WORDS
+from blip_jax.convert.source import Source, official
 
 FORMATS = ("ours", "official", "hf")
 
@@ -123,19 +121,6 @@ def write_official(path: pathlib.Path, source: Source, consume: bool = False) ->
     torch_io.save_pth(path, official(source, consume=consume))
     if left:
         source.notes.append(f"the originals' files have no place for {', '.join(left)}")
-
-
-def official(source: Source, consume: bool = False) -> dict[str, np.ndarray]:
-    """The state dict of the originals: name -> array. ValueError: initial weights, which are no model."""
-    if source.family in INITIAL:
-        raise ValueError(
-            f"{WORDS[source.family][0]} (family {source.family}) are no model: they start pre-training, --config.train."
-            "init_from, and there is nothing to write back"
-        )
-    tensors = apply.to_torch(source.family, source.state, vocab_size=source.cfg.model.med.vocab_size, consume=consume)
-    for name, beside in apply.buffers(tensors).items():
-        tensors[name] = np.arange(len(tensors[beside]), dtype=np.int64)[None]
-    return {name: x for name, x in tensors.items() if name not in source.absent}
 
 
 def _left_out(source: Source) -> list[str]:
