@@ -126,3 +126,31 @@ def test_split_and_merge_errors():
         trees.split(params(), (".*",))
     with pytest.raises(ValueError, match="share"):
         trees.merge({"a": {"b": 1}}, {"a": {"b": 2}})
+
+
+def test_factors_scale_the_step_and_its_decay_layer_by_layer():
+    grads = gradients()
+    fast = dict(trees.paths(run(config(schedule="constant"), grads)))
+    mixed = (("vit/fc/kernel", (0.5, 0.25, 1.0, 0.75)), ("vit/.*", 0.1))
+    got = dict(trees.paths(run(config(schedule="constant", lr_factors=mixed), grads)))
+    for path, p in trees.paths(params()):
+        mine = [dict(trees.paths(g))[path] for g in grads]
+        if path == "vit/fc/kernel":
+            want = np.stack(
+                [torch_adamw(p[i], [g[i] for g in mine], 1e-2 * f) for i, f in enumerate((0.5, 0.25, 1.0, 0.75))]
+            )
+        else:
+            want = torch_adamw(p, mine, 1e-3 if path.startswith("vit/") else 1e-2)
+        np.testing.assert_allclose(got[path], want, rtol=2e-6, atol=2e-7, err_msg=path)
+    np.testing.assert_array_equal(got["temp"], fast["temp"])
+
+
+def test_factors_that_match_nothing_or_another_number_of_layers_are_errors():
+    with pytest.raises(ValueError, match=r"\['vit/f'\] match no trained parameter; they must match in full"):
+        optim.factors(params(), (("vit/.*", 0.5), ("vit/f", 0.5)))
+    with pytest.raises(
+        ValueError, match=r"2 factors for vit/fc/kernel, which is \[4, 3\]: give a number, or one for each layer"
+    ):
+        optim.factors(params(), (("vit/fc/kernel", (0.5, 0.5)),))
+    with pytest.raises(ValueError, match=r"1 factors for temp, which is \[\]"):
+        optim.factors(params(), (("temp", (0.5,)),))
