@@ -1,0 +1,44 @@
+"""VQA's accuracy against what the official program gave, and by hand."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from blip_jax.eval import vqa
+
+GOLDEN = (
+    pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden")
+    / "scores"
+    / "vqa_accuracy"
+)
+
+
+def golden(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_texts_are_normalised_as_by_the_official_program():
+    for row in golden("normalisation"):
+        assert vqa.without_punctuation(row["text"]) == row["punctuation"], row
+        assert vqa.plain_words(row["punctuation"]) == row["final"], row
+
+
+def test_every_golden_question_and_the_means():
+    whole = golden("cases")
+    for case in whole["cases"]:
+        assert round(100 * vqa.accuracy(case["prediction"], case["answers"]), 2) == case["accuracy_percent"], case
+    questions = {case["question_id"]: case for case in whole["cases"]}
+    got = vqa.score({number: case["prediction"] for number, case in questions.items()}, questions)
+    assert got["accuracy"] == whole["overall"]
+    assert {k.split("/", 1)[1]: v for k, v in got.items() if k.startswith("answer_type")} == whole["perAnswerType"]
+    assert {k.split("/", 1)[1]: v for k, v in got.items() if k.startswith("question_type")} == whole["perQuestionType"]
+
+
+def test_a_quirk_or_two():
+    assert vqa.accuracy("Yes", ["yes"] * 10) == 0  # all agree: nothing is normalised
+    assert vqa.accuracy("Yes", ["yes"] * 9 + ["no"]) == pytest.approx(1)
+    assert vqa.accuracy("red", ["red"] * 3 + ["w"] * 7) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match=r"1 questions have no prediction, such as \[7\]"):
+        vqa.score({}, {7: {"answers": ["a"]}})
