@@ -1,11 +1,28 @@
-"""The model of NLVR2. It is converted and used; what trains it is not here yet."""
+"""NLVR2: is a sentence true of two pictures (paper section 5.4, figure 5b)?"""
 
 from __future__ import annotations
 
+import functools
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip_jax import losses
+from blip_jax.data.batches import EvalRows
+from blip_jax.data.source import BadRecord
+from blip_jax.data.text.clean import clean_caption
+from blip_jax.eval import nlvr
+from blip_jax.inference.batching import Runner
+from blip_jax.models import flops as counts
 from blip_jax.models.build import Start
-from blip_jax.models.nlvr import BlipNlvr
+from blip_jax.models.nlvr import FIRST_MERGE, BlipNlvr
+from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.tasks import step
+
+SIDES = ("img0", "img1")  # left and right
+OTHER = {"left": "right", "right": "left"}
 
 
 def _origin(path: str) -> str:
@@ -17,8 +34,142 @@ START = Start(_origin, new="med/.*merge/.*|cls_head/.*")
 
 
 def check(cfg, tokenizer=None) -> list[str]:
-    return ["objective is 'nlvr': its model can be used, but not trained; choose pretrain, retrieval or caption"]
+    if cfg.text.prompt:
+        return [
+            f"text.prompt is {cfg.text.prompt!r} but objective is nlvr, whose texts have none: set text.prompt to the empty string"
+        ]
+    return []
 
 
 def build(cfg) -> BlipNlvr:
     return BlipNlvr.from_config(cfg.model)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
+    """A sentence with its two pictures, half of the time exchanged, with the words "left" and "right" of the sentence.
+
+    {"img0", "img1": bytes, "ids": i32[T], "txt_mask": bool[T], "label": bool[], "notes"}; T = text.max_len. BadRecord:
+    no label is known.
+    """
+    if record["label"] is None:
+        raise BadRecord(record["key"], "sentence without a label")
+    if rng.random() < 0.5:
+        words = [OTHER.get(word, word) for word in record["sentence"].split(" ")]
+        record = record | {"sentence": " ".join(words), "images": record["images"][::-1]}
+    return sentence(record, cfg, tokenizer) | {"label": np.bool_(record["label"])}
+
+
+def sentence(record: dict, cfg, tokenizer) -> dict:
+    """{"img0", "img1": bytes, "ids": i32[T], "txt_mask": bool[T], "notes"} of a record as it is."""
+    text = clean_caption(record["sentence"], cfg.text.max_words)
+    ids, mask = tokenizer.encode([text], cfg.text.max_len)
+    cut = tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
+    return {
+        **dict(zip(SIDES, record["images"])),
+        "ids": ids[0],
+        "txt_mask": mask[0],
+        "notes": ["long sentence, cut"] if cut else [],
+    }
+
+
+def shapes(cfg) -> dict:
+    B, S, T = cfg.train.batch, cfg.model.img_size, cfg.text.max_len
+    pictures = {side: ((B, S, S, 3), np.uint8) for side in SIDES}
+    return pictures | {"ids": ((B, T), np.int32), "txt_mask": ((B, T), bool), "label": ((B,), bool)}
+
+
+def logits(apply, batch: dict, streams: dict | None):
+    """f32[B,2] of pictures f32[B,S,S,3] on either side; streams: of dropout, or None for none."""
+    how = {name: {"deterministic": streams is None, "rngs": streams and streams[name]} for name in ("vit", "text")}
+    # side by side, so that both pictures of an example stay on the device that has its row
+    img = jnp.stack([batch[side] for side in SIDES], axis=1)
+    img_tok = apply(img.reshape(-1, *img.shape[2:]), method="encode_image", **how["vit"])
+    img_tok = img_tok.reshape(*img.shape[:2], *img_tok.shape[1:])  # B 2 P D
+    return apply(batch["ids"], batch["txt_mask"], img_tok[:, 0], img_tok[:, 1], method="classify", **how["text"])
+
+
+def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
+    """Cross-entropy of true and false; batch: as `shapes`, pictures f32 normalised. Returns loss f32[], (metrics,
+    {})."""
+    apply = functools.partial(model.apply, {"params": params})
+    found = logits(apply, batch, step.dropout_streams(keys.dropout, ("vit", "text")))
+    total, accuracy = losses.itm(found, batch["label"].astype(jnp.int32))
+    return total, ({"loss": total, "accuracy": accuracy}, {})
+
+
+def flops(cfg, T: int | None = None) -> dict[str, float]:
+    """FLOPs of a training step per sentence with its two pictures."""
+    model, T, med = cfg.model, T or cfg.text.max_len, cfg.model.med
+    P, (vision, pixels) = counts.positions(model), counts.vision(model)
+
+    def layer(queries):
+        # of one picture, its keys and values apart
+        cross = 2 * queries * 2 * med.width**2 + 4 * queries * P * med.width
+        return counts.text_layer(med, T, queries) + 2 * cross
+
+    merging = max(med.layers - FIRST_MERGE, 0)
+    # the head reads position 0 alone, so the last layer computes no other
+    positions = merging * T - (T - 1) * (merging > 0)
+    parts = {
+        "vision": 2 * vision,
+        "image_kv": 2 * counts.image_kv(model),
+        "text": (med.layers - 1) * layer(T) + layer(1),
+        "merge": positions * 2 * 2 * med.width**2,
+        "head": 2 * med.width**2 + 2 * 2 * med.width,
+    }
+    return counts.trained(cfg, parts, unneeded=2 * pixels)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
+    """The sentences of cfg.data.eval, with labels or without."""
+    return EvalRows(cfg, tokenizer, sentence, cfg.data.eval, skipped_path=skipped_path)
+
+
+def evaluate(loaded, data: EvalRows, mesh) -> dict:
+    """Accuracy and consistency in percent over the examples with labels, pictures in their order, and the number of all
+    examples.
+
+    "predictions" holds them all: [{"identifier", "label"}].
+    """
+    runner = Runner(mesh)
+    size = runner.size(len(data), loaded.cfg.eval.batch)
+
+    @jax.jit
+    def program(params, *arrays):
+        batch = dict(zip((*SIDES, "ids", "txt_mask"), arrays))
+        batch |= {side: normalize_pixels(batch[side]) for side in SIDES}
+        return jnp.argmax(logits(functools.partial(loaded.model.apply, {"params": params}), batch, None), axis=-1)
+
+    def passes():
+        for records, rows in data.batches(size):
+            yield (
+                records,
+                program(loaded.params, *(runner.put(rows[name], size) for name in (*SIDES, "ids", "txt_mask"))),
+            )
+
+    with jax.set_mesh(mesh):
+        told = [
+            (record, bool(label))
+            for records, found in runner.fetched(passes())
+            for record, label in zip(records, found)
+        ]
+    known = [(label, record["label"], record["group"]) for record, label in told if record["label"] is not None]
+    scores = nlvr.score(*zip(*known)) if known else {}
+    return {
+        "examples": len(told),
+        **scores,
+        "predictions": [{"identifier": r["identifier"], "label": label} for r, label in told],
+    }
+
+
+def table(result: dict) -> str:
+    """The scores, a line each."""
+    rows = [f"{name:12} {result[name]:6.2f}" for name in ("accuracy", "consistency") if name in result]
+    return "\n".join([f"{result['examples']} examples", *rows])
+
+
+def submission(result: dict) -> tuple[str, str]:
+    """(file name, content) as the official evaluation reads it: a line "identifier,True" each."""
+    return "predictions.csv", "".join(f"{row['identifier']},{row['label']}\n" for row in result["predictions"])
