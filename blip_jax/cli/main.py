@@ -261,6 +261,12 @@ def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...],
         rest = values(argv)
     except (AttributeError, KeyError) as e:  # an override, or the config file itself, names a leaf that does not exist
         raise ValueError(_unknown_leaf(argv) or f"{_config_path(argv)}: {e.args[0]}") from e
+    # of a ValueError in a config file, such as an unknown argument, with the whole traceback
+    except flags.IllegalFlagValueError as e:
+        *_, last = str(e).strip().splitlines()
+        if "parsing config file" not in str(e) or not last.startswith("ValueError: "):
+            raise
+        raise ValueError(last.removeprefix("ValueError: ")) from e
     if len(rest) > 1 + positional:
         raise ValueError(
             f"unexpected argument {rest[1 + positional]!r}: flags are --name=value; `blip-jax --help` lists them"

@@ -1,6 +1,7 @@
 """The command line: mistakes are one line, commands do what they say."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -12,6 +13,8 @@ from blip_jax.config import source
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.demo import stages
 from blip_jax.eval import recall
+
+PRETRAIN = pathlib.Path(__file__).parent.parent / "configs" / "pretrain.py"
 
 
 @pytest.fixture
@@ -64,6 +67,16 @@ def test_wrong_commands_and_files(config_file, tmp_path, capsys):
     bad.write_text("from blip_jax.config import base\ndef get_config():\n    c = base('tiny')\n    c.optim.lrr = 1\n")
     assert "lrr" in fails(capsys, "train", f"--config={bad}", "--workdir=x")
     assert main.main([]) == 2 and main.main(["--help"]) == 0 and "usage" in capsys.readouterr().out
+
+
+def test_a_config_file_with_several_runs(capsys):
+    assert fails(capsys, "train", f"--config={PRETRAIN}:vith", "--workdir=x") == (
+        "error: configs/pretrain.py has no run 'vith': give one of :vitb,14m, :vitb,129m, :vitl,129m, :vitb,14m,bootstrapped, "
+        ":vitb,129m,capfilt_l after it\n"
+    )
+    for command in (["train", "--workdir=x"], ["plan", "--topology=v5e:2x2"], ["bench", "train"]):
+        err = fails(capsys, *command, f"--config={PRETRAIN}:vitl,129m", "--config.model.vit.widht=8")
+        assert "model.vit has no key 'widht'; did you mean model.vit.width?" in err
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch):
