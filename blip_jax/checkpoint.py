@@ -345,8 +345,8 @@ def _refuse_unstacked(folder: pathlib.Path) -> pathlib.Path:
     if tree.is_file() and UNSTACKED.search(tree.read_text(encoding="utf-8")):
         raise ValueError(
             f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked: let that version "
-            "write it as a file (`blip-jax convert WORKDIR file.pth`), which `blip-jax convert file.pth WORKDIR2` reads here, or "
-            "start anew in another workdir"
+            f"write it as a PyTorch file (`blip-jax convert {folder} OUT.pth --to=official`) and give OUT.pth to this one's "
+            "`blip-jax convert`, or start anew in another workdir"
         )
     return folder
 

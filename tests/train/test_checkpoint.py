@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from blip_jax import checkpoint
+from blip_jax import checkpoint, from_pretrained
+from blip_jax.convert import read as source
+from blip_jax.train import loop
 
 
 def test_devices_share_the_writing_of_large_arrays_alone(tmp_path):
@@ -34,3 +37,24 @@ def test_devices_share_the_writing_of_large_arrays_alone(tmp_path):
     for name in ("kernel", "bias", "moment"):
         np.testing.assert_array_equal(back[name], state[name])
         assert back[name].sharding == state[name].sharding
+
+
+def test_unstacked_text_layers_are_refused_wherever_a_checkpoint_is_read(tmp_path, tiny_cfg):
+    """In one line that says how to convert or start anew."""
+    kernel = np.zeros((2, 2), np.float32)
+    old = {"params": {"med": {"layer_00": {"mlp": {"fc1": {"kernel": kernel}}}}}, "frozen": {}, "momentum": None}
+    checkpoint.write(tmp_path, old, {"step": 0}, {"objective": "pretrain"})
+    tiny_cfg.train.init_from = str(tmp_path)
+    readers = {
+        "resume": lambda: loop.fit(tiny_cfg, tmp_path),
+        "init_from": lambda: loop.fit(tiny_cfg, tmp_path / "new"),
+        "evaluate": lambda: checkpoint.load_params(tmp_path / "checkpoints" / "0"),
+        "momentum": lambda: checkpoint.load_momentum(tmp_path),
+        "capfilt": lambda: checkpoint.load_config(tmp_path),
+        "from_pretrained": lambda: from_pretrained(tmp_path),
+        "convert": lambda: source.read(tmp_path),
+    }
+    for name, read in readers.items():
+        with pytest.raises(ValueError, match="earlier version of blip_jax.*blip-jax convert.*or start anew") as refused:
+            read()
+        assert "\n" not in str(refused.value), name
