@@ -1,5 +1,6 @@
-"""BLIP's losses as pure functions on global arrays (paper section 3.2; exact forms: ALBEF's ITC and ITM, BERT-style
-LM).
+"""BLIP's losses as pure functions on global arrays (paper section 3.2).
+
+Exact forms: ALBEF's ITC and ITM, BERT-style LM.
 
 Contrastive columns and hard negatives are drawn within groups of g examples: G groups on a leading axis. One group is
 the global batch; G groups are what the PyTorch original did on G GPUs. Every loss is the mean of its group means.
@@ -18,14 +19,18 @@ def grouped(x, group_size: int):
 
 
 def similarity(emb, cols, temp):
-    """Scaled cosine of each row with its group's own columns, f32[G,g,g]; emb, cols: f32[G,g,E] unit norm, temp
-    f32[]."""
+    """Scaled cosine of each row with its group's own columns: f32[G,g,g].
+
+    emb, cols: f32[G,g,E] unit norm; temp: f32[].
+    """
     return jnp.einsum("GiE,GjE->Gij", emb, cols, precision="highest") / temp
 
 
 def queue_similarity(emb, queue, temp):
-    """Scaled cosine of each row with the queue's columns, f32[G,g,K]; emb f32[G,g,E], queue f32[K,E] unit norm,
-    temp f32[]."""
+    """Scaled cosine of each row with the queue's columns: f32[G,g,K].
+
+    emb: f32[G,g,E], queue: f32[K,E], both unit norm; temp: f32[].
+    """
     return jnp.einsum("GiE,KE->GiK", emb, queue, precision="highest") / temp
 
 
@@ -71,8 +76,10 @@ def draw_negatives(key, weights, first_row=0):
 
 
 def itm(logits, labels, weights=None):
-    """Image-text matching: mean cross-entropy f32[] and accuracy f32[] of logits f32[R,2], labels i32[R], weights
-    f32[R]."""
+    """Image-text matching: mean cross-entropy f32[] and accuracy f32[].
+
+    logits: f32[R,2]; labels: i32[R]; weights: f32[R].
+    """
     weights = jnp.ones(labels.shape) if weights is None else weights
     total = jnp.maximum(weights.sum(), 1.0)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), labels[:, None], axis=-1)[:, 0]
@@ -80,8 +87,9 @@ def itm(logits, labels, weights=None):
 
 
 def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, group_size: int = 0):
-    """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v), a mean per group, then over
-    groups.
+    """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v).
+
+    It is a mean per group, then over groups.
 
     Args:
       logits: f32[B,T,Vp], columns from vocab_size on are padding (hugely negative) and take no part.
@@ -123,8 +131,10 @@ def answers(logits, targets, mask, weights, questions: int, vocab_size: int, *, 
 
 
 def _cross_entropy(logits, targets, vocab_size: int):
-    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T]; logits f32[B,T,Vp], targets
-    i32[B,T]."""
+    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T].
+
+    logits: f32[B,T,Vp]; targets: i32[B,T].
+    """
     logz = jax.nn.logsumexp(logits, axis=-1)
     nll = logz - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     mean_z = jnp.sum(logits, axis=-1, where=jnp.arange(logits.shape[-1]) < vocab_size) / vocab_size

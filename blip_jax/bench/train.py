@@ -13,7 +13,8 @@ import pathlib
 import statistics
 import tempfile
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,8 +75,10 @@ class Settings(NamedTuple):
 
 
 def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buckets: tuple = ()):
-    """A config that needs no data: the paper's training of an objective on a model of a size. ValueError: as
-    `config.validate`."""
+    """A config that needs no data: the paper's training of an objective on a model of a size.
+
+    ValueError: as `config.validate`.
+    """
     cfg = config.base(size)
     with cfg.unlocked():
         cfg.objective = objective
@@ -180,8 +183,9 @@ def shares(cfg) -> dict[int, float]:
 
 
 def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarray]:
-    """A global batch as the task's `shapes` say, of uniform pixels and random ids in texts of T positions, up to
-    `longest` of them real.
+    """A global batch as the task's `shapes` say: uniform pixels, random ids in texts of T positions.
+
+    At most `longest` positions of a text are real.
 
     Texts are i32 arrays whose last dimension is positions, masks bool ones; numbers of examples count up, weights are
     equal.
@@ -259,8 +263,10 @@ def measure(cfg, settings: Settings, say: Callable) -> dict:
 
 @contextlib.contextmanager
 def _batches(program: Program, settings: Settings):
-    """[(share of the batches, iterator of batches on the mesh)]: one for each text length, or one of the real data
-    without share."""
+    """What is fed: [(share of the batches, iterator of batches on the mesh)], one for each text length.
+
+    For real data one, whose share is None.
+    """
     cfg = program.cfg
     if settings.input == "synthetic":
         share = shares(cfg)
@@ -309,8 +315,8 @@ def figures(program: Program, seen: list[dict], share: dict[int, float], say: Ca
             **throughput.figures(own, cfg.train.batch, step_flops(cfg, T), devices),
         }
         say(
-            f"texts of {T} positions, {100 * texts[T]['share']:.0f} % of the batches: {throughput.words(texts[T])}; compiled in "
-            f"{texts[T]['compile_s']:.1f} s"
+            f"texts of {T} positions, {100 * texts[T]['share']:.0f} % of the batches: {throughput.words(texts[T])}; "
+            f"compiled in {texts[T]['compile_s']:.1f} s"
         )
     step = sum(t["share"] * statistics.mean(t["step_s"]["all"]) for t in texts.values())
     total = throughput.rates(
@@ -337,9 +343,9 @@ def describe(program: Program) -> str:
         sum(x.size for _, x in trees.paths(tree)) for tree in (program.shapes.params, program.shapes.frozen)
     )
     return (
-        f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} px, batch "
-        f"{cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh {dict(program.mesh.shape)}; "
-        f"{trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB"
+        f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} "
+        f"px, batch {cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh "
+        f"{dict(program.mesh.shape)}; {trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB"
     )
 
 

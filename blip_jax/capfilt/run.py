@@ -1,5 +1,6 @@
-"""The CapFilt run: any source in; a decision on every web and synthetic text, and shards to train on, out (paper,
-section 3.3).
+"""The CapFilt run (paper, section 3.3): any source in; decisions on all texts, and shards to train on, out.
+
+Every web text and every synthetic text gets a decision.
 
 Work is cut by shard of the output; shard k belongs to process k % processes. Processes never talk to each other, but
 for a look at the settings where JAX has joined them. Each drives its local devices, which hold the parameters whole, or
@@ -164,8 +165,9 @@ class Devices:
         return made, self._view(self._judge_params, self._pixels(examples, self._judge.model.img_size))
 
     def score(self, seen, texts: list[list[str]]):
-        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture, given what was `seen` of these; not
-        waited for.
+        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture; not waited for.
+
+        seen: what `look` gave of these pictures.
         """
         rows = [t for own in texts for t in own + [""] * (self.width - len(own))]
         ids, txt_mask = self._judge.tokenizer.encode(rows, self._judge.cfg.text.max_len)
@@ -182,8 +184,9 @@ class Devices:
 
 
 def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iterator:
-    """(Batch, rows of the decision table of each of its examples). The devices work a batch ahead of the host's
-    share.
+    """(Batch, rows of the decision table of each of its examples), batch by batch.
+
+    The devices work a batch ahead of the host's share.
     """
 
     def scored(batch: Batch, made, seen):

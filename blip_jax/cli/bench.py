@@ -1,5 +1,6 @@
-"""blip-jax bench train | caption | filter | encode | input: flags become settings, settings go to one function of
-blip_jax/bench.
+"""blip-jax bench train | caption | filter | encode | input.
+
+Flags become settings, and settings go to one function of blip_jax/bench.
 
 `measure` also takes a peer, another program that does the same work; the product has none, benchmarks/against.py has.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Callable
+from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
@@ -167,8 +168,10 @@ def _common(values: flags.FlagValues, default) -> None:
 
 
 def _settings(kind, values: flags.FlagValues, **more):
-    """The NamedTuple `kind` from the flags of the same names; img_sizes and dtypes from the repeated --img_size
-    and --dtype."""
+    """The NamedTuple `kind` from the flags of the same names.
+
+    img_sizes and dtypes come from the repeated --img_size and --dtype.
+    """
     plural = {"img_sizes": "img_size", "dtypes": "dtype"}
     for name in kind._fields:
         if (flag := plural.get(name, name)) in values:

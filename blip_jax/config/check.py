@@ -137,8 +137,8 @@ def _values(cfg) -> list[str]:
     for pattern, factor in factors:
         if not all(f > 0 for f in (factor if isinstance(factor, (tuple, list)) else (factor,))):
             out.append(
-                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, name them "
-                "in optim.freeze"
+                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, "
+                "name them in optim.freeze"
             )
     return out + _buckets(cfg)
 
@@ -155,8 +155,9 @@ def _buckets(cfg) -> list[str]:
         or buckets[-1] != last
     ):
         out.append(
-            f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
-            f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none"
+            f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them "
+            f"text.max_len = {last}, as "
+            f"({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none"
         )
     return out
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import re
-from typing import Iterable, Iterator, Mapping, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +28,9 @@ class Row(NamedTuple):
 
 
 def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int, med_heads: int) -> dict:
-    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}; f32 (counters as
-    they are).
+    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}.
+
+    Arrays are f32, but for counters, which stay as they are.
 
     Args:
       family: a key of `rules.FAMILIES`.
@@ -55,8 +57,9 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int
 
 
 def rows(family: str, tensors: Iterable[str]) -> list[Row]:
-    """The table of a family with a key for every layer that any of `tensors` (their names) belongs to; absent groups
-    left out.
+    """The table of a family, with a key for every layer that any of `tensors` (their names) belongs to.
+
+    Absent groups are left out.
 
     Each tower has one number of layers, the largest found, so that a layer that some module lacks counts as missing.
     """
@@ -117,8 +120,7 @@ def copies(family: str, table: list[Row]) -> Iterator[tuple[str, str]]:
 
 
 def buffers(names: Iterable[str]) -> dict[str, str]:
-    """Torch keys of the originals' buffers of positions 0, 1, ..., each with the key of the position table beside
-    it."""
+    """Torch keys of the originals' buffers of positions 0, 1, ..., each -> key of its position table."""
     table = "embeddings.position_embeddings.weight"
     return {name.replace(table, "embeddings.position_ids"): name for name in names if name.endswith(table)}
 
@@ -273,8 +275,7 @@ def _to_ours(x, layout: str, heads: int) -> dict[str, np.ndarray]:
 
 
 def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = False) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: nested dict {"params", "momentum"} -> arrays under the original's names, tied copies
-    included.
+    """The inverse of `from_torch`: {"params", "momentum"} -> arrays under the original's names.
 
     The padding rows of the stored vocabulary (from vocab_size on) are dropped; a tied copy is the same array as its
     original. An optional group of which the state has nothing is left out. consume: takes what was written out of

@@ -1,11 +1,13 @@
-"""What was written, read again and compared: every tensor bit by bit, and the outputs of both models where
-transformers is there."""
+"""What was written, read again and compared.
+
+Every tensor bit by bit, and the outputs of both models where transformers is there.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,9 @@ TOLERANCE = 1e-3  # of the largest output (or of 1): float32 sums in another ord
 
 
 def verify(source: Source, written: pathlib.Path, to: str, origin: pathlib.Path) -> None:
-    """Compares `written` (a format of `run.FORMATS`) with the `source` it was made of and with the file `origin`, and
-    says so.
+    """Compares `written` with the `source` it was made of and with the file `origin`, and says so.
+
+    to: which of `write.FORMATS` it has.
 
     ValueError: a tensor is missing, added or changed, or the outputs of transformers' model differ by more than
     TOLERANCE.
@@ -58,7 +61,8 @@ def _same(want: dict, got: dict, what: str, ignore: tuple = ()) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{what} differs from its origin in {len(changed)} of {len(names)} tensors: {', '.join(apply.folded(changed))}"
+            f"{what} differs from its origin in {len(changed)} of {len(names)} tensors: "
+            f"{', '.join(apply.folded(changed))}"
         )
     print(f"  verified: {what} equals its origin in all {len(names)} tensors, bit by bit", flush=True)
 
@@ -99,12 +103,14 @@ def _against_peer(source: Source) -> None:
         and source.cfg.model.vit.width != source.cfg.model.med.width
     ):
         print(
-            f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared only"
+            f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared "
+            "only"
         )
         return
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         print(
-            f"  not run: transformers' model (no {' and no '.join(missing)}; pip install 'blip-jax[peers]'), so tensors were compared only"
+            f"  not run: transformers' model (no {' and no '.join(missing)}; pip install 'blip-jax[peers]'), so "
+            "tensors were compared only"
         )
         return
     model = source.cfg.model
@@ -118,7 +124,8 @@ def _against_peer(source: Source) -> None:
         for name, want in theirs.items():
             difference, largest = np.abs(ours[name] - want).max(), max(1.0, np.abs(want).max())
             print(
-                f"  verified: {name}, ours and transformers': largest difference {difference:.2e} (largest value {largest:.3g})"
+                f"  verified: {name}, ours and transformers': largest difference {difference:.2e} (largest value "
+                f"{largest:.3g})"
             )
             if not difference <= TOLERANCE * largest:
                 raise ValueError(f"{name} of transformers' model differs by {difference:.2e}: more than rounding")

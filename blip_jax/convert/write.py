@@ -1,5 +1,7 @@
-"""`blip-jax convert`: reads any checkpoint, writes ours, the originals' .pth or a Hugging Face folder; whole or
-not at all."""
+"""`blip-jax convert`: any checkpoint in; ours, the originals' .pth or a Hugging Face folder out.
+
+It is written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -112,8 +114,9 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
 
 
 def write_official(path: pathlib.Path, source: Source, consume: bool = False) -> None:
-    """A .pth of the originals: tied copies and position buffers included, but for what the file that this came from had
-    not.
+    """A .pth of the originals, tied copies and position buffers included.
+
+    What the file that this came from did not have is left out.
 
     consume: as in `apply.to_torch`; the source is of no use afterwards.
     """

@@ -16,8 +16,9 @@ import numpy as np
 
 
 def cut(lengths: np.ndarray, batch: int, buckets) -> tuple[np.ndarray, np.ndarray]:
-    """Batches of n = len(lengths) / batch, shortest first: positions i64[n,batch], ascending in a batch, and T i64[n]
-    of each.
+    """Cuts n * `batch` examples into n batches, shortest first: (rows, T).
+
+    rows: positions i64[n,batch], ascending in a batch; T: i64[n], the text positions of each batch.
 
     lengths: text positions of the examples, at most the last of `buckets`.
     """

@@ -1,5 +1,7 @@
-"""How well a CapFilt run told true texts from false ones, measured against the built-in world, which knows the
-truth."""
+"""How well a CapFilt run told true texts from false ones.
+
+It is measured against the built-in world, which knows the truth.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ class Judged(NamedTuple):
 
 
 def judged(run, worlds: dict[str, Scenes]) -> list[Judged]:
-    """Every text of the finished CapFilt run in folder `run`; worlds: its sources by name. Unreadable records are
-    left out."""
+    """Every text of the finished CapFilt run in folder `run`.
+
+    worlds: its sources by name. Unreadable records are left out.
+    """
     out = []
     for table in sorted(pathlib.Path(run).glob("shards/*/decisions.parquet")):
         seen: collections.Counter = collections.Counter()
@@ -60,8 +64,9 @@ def roc(scores, positive) -> tuple[list[tuple[float, float]], float]:
 
 
 def noise_of(texts: list[Judged], threshold: float) -> dict:
-    """Of all texts of a run: noise before and after, precision, recall and ROC of the filter, all on texts that were
-    scored or are empty.
+    """Of all texts of a run: noise before and after, precision, recall and ROC of the filter.
+
+    All on texts that were scored or are empty:
 
     {"threshold", "before" and "after": share of false texts among the web's, among all that is kept; "web_after",
     "synthetic_before", "synthetic_after"; "precision", "recall" of keeping true texts, web and synthetic; "auc", "roc"

@@ -50,8 +50,9 @@ class Loaded(NamedTuple):
         }
 
     def require(self, what: str, name: str = "") -> None:
-        """ValueError: the model lacks parts that `what`, a key of NEEDS, takes. name: of the setting that it comes
-        from.
+        """ValueError: the model lacks parts that `what`, a key of NEEDS, takes.
+
+        name: of the setting that it comes from.
         """
         (needed, who), parts = NEEDS[what], self.parts()
         if missing := [part for part in needed if not parts[part]]:
@@ -66,8 +67,9 @@ class Loaded(NamedTuple):
 def load(
     path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, vit_heads: int = 0, med_heads: int = 0
 ) -> Loaded:
-    """The model of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name
-    on its hub.
+    """A trained model, ready for use.
+
+    Of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name on its hub.
 
     Args:
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
@@ -94,8 +96,9 @@ def load(
 
 
 def read_for(cfg, origin, momentum: bool = False) -> Source:
-    """Any checkpoint, initial weights too, for a run of `cfg`: with its vocabulary, and its numbers of heads where a
-    file names none.
+    """Any checkpoint, initial weights too, for a run of `cfg`, with its vocabulary.
+
+    Where a file names no numbers of heads, they are those of `cfg`.
 
     momentum: whether the momentum encoder and queues of a workdir are read, too.
     ValueError: `source.read`, also where it was trained with another vocabulary than text.vocab.

@@ -1,5 +1,6 @@
-"""What runs on the devices once a model is trained: functions of (params, rows of arrays), for jax.jit and
-`inference.batching`.
+"""What runs on the devices once a model is trained: functions of (params, rows of arrays).
+
+They are for jax.jit and `inference.batching`.
 
 Looking at images, matching and embedding texts, captions, answers, features: each said once, for the verbs, evaluation
 and CapFilt. Row b of every argument and result belongs to the same image, so rows can be padded and shared out over
@@ -83,8 +84,9 @@ def embed(model) -> Callable:
 
 
 def match(model, first_id: int | None = None) -> Callable:
-    """(params, {"kv"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit", "probability"}, each f32[B,G],
-    that they fit.
+    """How well texts fit images.
+
+    (params, {"kv"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit", "probability"}, each f32[B,G].
 
     ids and txt_mask may be [1,G,T]: the same texts for every image. Each text begins with `first_id`; None: [ENC], as
     in training.
@@ -101,8 +103,9 @@ def match(model, first_id: int | None = None) -> Callable:
 
 
 def rerank(model) -> Callable:
-    """(params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}: `match` of images that
-    were seen before.
+    """`match` of images that were seen before.
+
+    (params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}.
     """
 
     def rerank(params, img_tok, ids, txt_mask):
@@ -113,8 +116,9 @@ def rerank(model) -> Callable:
 
 
 def score(model) -> Callable:
-    """(params, {"kv", "img_emb"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"itm", "itc"}, each f32[B,G]
-    (section 3.3).
+    """What CapFilt's filter says of texts (paper, section 3.3).
+
+    (params, {"kv", "img_emb"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"itm", "itc"}, each f32[B,G].
 
     itm is the probability that a text belongs to its image, itc the similarity of their embeddings: what CapFilt's
     filter says.
@@ -131,8 +135,9 @@ def score(model) -> Callable:
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 class Method(NamedTuple):
-    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in
-    `generate.Sampling`.
+    """How captions are made: nucleus sampling or beam search, n of them per image.
+
+    Lengths as in `generate.Sampling`.
     """
 
     kind: str = "nucleus"  # nucleus | beam
@@ -218,8 +223,9 @@ def text_of(tokenizer, ids, prompt_len: int) -> str:
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 def question_kv(model, params, img, ids, txt_mask):
-    """What the answer decoder attends to, of a question ids i32[B,T], txt_mask bool[B,T] about each image
-    u8[B,S,S,3].
+    """What the answer decoder attends to, of a question about each image.
+
+    img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T].
     """
     apply = functools.partial(model.apply, {"params": params})
     kv = view(model, "kv")(params, img)["kv"]
@@ -227,8 +233,9 @@ def question_kv(model, params, img, ids, txt_mask):
 
 
 def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
-    """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, beam
-    search.
+    """Answers by beam search.
+
+    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}.
 
     The padding of a question is not attended to, so that an answer does not depend on the questions beside it.
     """
@@ -248,7 +255,9 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
 
 
 def ranking(model, k: int) -> Callable:
-    """(params, img, ids, txt_mask as in `answering`, answers i32[C,T], ans_mask bool[C,T]) -> {"candidate": i32[B,k],
+    """The best k of given answers.
+
+    (params, img, ids, txt_mask as in `answering`, answers i32[C,T], ans_mask bool[C,T]) -> {"candidate": i32[B,k],
     "score": f32[B,k]}.
 
     Best first, as `rank_answers` has them, question padding masked.
@@ -304,8 +313,10 @@ def image_features(model, projected: bool) -> Callable:
 
 
 def text_features(model, projected: bool) -> Callable:
-    """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], "text_embeds_proj": f32[B,T,E] if
-    `projected`}.
+    """States of a text's tokens.
+
+    (params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], and if `projected` "text_embeds_proj":
+    f32[B,T,E]}.
     """
 
     def encode(blip, ids, txt_mask):
@@ -320,8 +331,9 @@ def text_features(model, projected: bool) -> Callable:
 
 
 def multimodal_features(model) -> Callable:
-    """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}, with [ENC]
-    first.
+    """States of the tokens of texts that look at images, with [ENC] first.
+
+    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}.
     """
 
     def encode(blip, ids, txt_mask, kv):

@@ -12,7 +12,8 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ MODES = {
 
 def from_pretrained(
     name_or_path, *, dtype: str | None = None, mesh: Mesh | None = None, vocab="", batch: int = 0
-) -> "Pretrained":
+) -> Pretrained:
     """A model with verbs.
 
     Args:
@@ -100,8 +101,9 @@ class Pretrained:
         length_penalty: float = 1.0,
         seed: int = 0,
     ) -> list:
-        """n captions of each image, as [{"caption": str, "log_prob": float}, ...], best first with beams; a list of
-        these lists for several images.
+        """n captions of each image, as [{"caption": str, "log_prob": float}, ...], best first with beams.
+
+        For several images a list of these lists.
 
         Args:
           method: "beam" (beams, length_penalty) | "nucleus" (top_p, top_k with 0 for none, temperature).
@@ -180,8 +182,9 @@ class Pretrained:
         max_length: int = 10,
         min_length: int = 1,
     ) -> dict | list:
-        """An answer to each question about its image, paired as in `match`: a dict, or a list of them where several are
-        given.
+        """An answer to each question about its image, paired as in `match`.
+
+        A dict, or a list of them where several are given.
 
         method "generate": {"answer", "log_prob"}, by beam search; lengths are tokens and count [DEC]. "rank":
         {"answer", "score"}, the best of `answers` by the published rule: the k with the likeliest first token, then the
@@ -214,8 +217,9 @@ class Pretrained:
         return told[0] if one and one_image else told
 
     def features(self, images=None, texts=None, mode: str = "") -> dict[str, np.ndarray]:
-        """States of every token, NumPy f32, one row per image, text or pair; without the leading dimension where one is
-        given.
+        """States of every token, NumPy f32, one row per image, text or pair.
+
+        Where one is given, the leading dimension is missing.
 
         mode: "image": image_embeds [n,P,D] and image_embeds_proj [n,P,E]; "text": text_embeds [n,T,D], text_embeds_proj
         [n,T,E] and text_mask bool[n,T] (True = real token, states elsewhere are 0); "multimodal": multimodal_embeds
@@ -370,8 +374,9 @@ class Pretrained:
         return inputs.texts(texts, name, lambda s: clean_caption(s, self.cfg.text.max_words))
 
     def _tokens(self, texts: list[str], most: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[n,T] and mask bool[n,T]; T is the bucket of the longest, cut to `most` tokens (0: those of
-        training).
+        """ids i32[n,T] and mask bool[n,T].
+
+        T is the bucket of the longest, cut to `most` tokens (0: those of training).
         """
         most = most or self.cfg.text.max_len
         ids, txt_mask = self.tokenizer.encode(texts, most)
@@ -386,13 +391,16 @@ def _without_padding(found: dict, txt_mask: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _mesh(mesh: Mesh | None) -> Mesh:
-    """`mesh`, or one of the first device alone. ValueError: it has other axes than those of
-    blip_jax/parallel/sharding.py."""
+    """`mesh`, or one of the first device alone.
+
+    ValueError: it has other axes than those of blip_jax/parallel/sharding.py.
+    """
     if mesh is None:
         return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
     if mesh.axis_names != sharding.MESH:
         raise ValueError(
-            f"mesh has the axes {mesh.axis_names}: make it with blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
+            f"mesh has the axes {mesh.axis_names}: make it with "
+            "blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
         )
     return mesh
 

@@ -1,5 +1,7 @@
-"""What travels between devices, where XLA's own choice sends more than has to: gradients in parts, rows within
-cells."""
+"""What travels between devices, where XLA's own choice sends more than has to.
+
+Gradients in parts, rows within cells.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from blip_jax.parallel.sharding import AXES, axis_size, constrain, partition_spe
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(x, dims: tuple, whole: tuple):
-    """An array of logical dimensions `dims` as `whole` has them; its gradient stays as `whole` has it, for other uses'
-    to be added first.
+    """An array of logical dimensions `dims` as `whole` has them.
+
+    Its gradient stays as `whole` has it, for other uses' gradients to be added first.
 
     `constrain` to `whole` alone would have XLA gather what x was rounded from.
     """
@@ -48,8 +51,9 @@ summed_in_parts.defvjp(lambda matrix, embed: (matrix, None), _in_parts)
 
 @jax.custom_vjp
 def words_summed_in_parts(table):
-    """The word table [V,D], split over fsdp, for all its uses in a step: each device receives its own part of their
-    gradients' sum alone.
+    """The word table [V,D], split over fsdp, for all its uses in a step.
+
+    Each device receives its own part of the sum of these uses' gradients alone.
 
     XLA's TPU compiler scatters this sum (239 * 128 rows) only by rows, over all devices that add to it; the parts are
     then cut anew, along D. Where the devices do not divide the rows (256 and more), each receives the whole sum.

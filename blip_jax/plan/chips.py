@@ -91,8 +91,10 @@ class Topology(NamedTuple):
 
 
 def topology(text: str, slices: int = 1) -> Topology:
-    """ "v5e:4x4" and a number of slices. ValueError: no such TPU, or no such slice; it says which there are, and
-    the nearest ones."""
+    """The slice that "v5e:4x4" means, and a number of such slices.
+
+    ValueError: no such TPU, or no such slice; it says which there are, and the nearest ones.
+    """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text.strip().lower())
     name = {"tpu7x": "v7x"}.get(match[1], match[1]) if match else ""
     if name not in TPUS:
@@ -115,8 +117,10 @@ def topology(text: str, slices: int = 1) -> Topology:
 
 
 def shapes(chip: Chip) -> list[tuple]:
-    """The slices of a chip: pairs of powers of two in two dimensions, cubes of 4x4x4 and a few smaller ones in
-    three."""
+    """The slices of a chip.
+
+    Pairs of powers of two in two dimensions; cubes of 4x4x4 and a few smaller ones in three.
+    """
     if chip.dims == 2:
         return list(FLAT)
     steps = range(4, max(chip.largest) + 1, 4)
@@ -135,8 +139,9 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def rings(chip: Chip, shape: tuple, spans: tuple) -> float:
-    """Links by which data enters the worst placed chip of a group that spans `spans` chips of each dimension of a slice
-    of `shape`.
+    """Links by which data enters the worst placed chip of a group.
+
+    The group spans `spans` chips of each dimension of a slice of `shape`.
 
     A dimension that is spanned whole and closes gives two links, one that is a line gives its end one, one that is not
     spanned none.

@@ -118,8 +118,9 @@ def _closing(text: str, start: int, depth: int = 0) -> int:
 
 
 def times(found: dict[str, list[Op]], entry: str, trips: int = 1) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs in a step, and those of them whose instructions are schedules of their own, not
-    parts of a fusion.
+    """How often each computation runs in a step, and which of them are schedules of their own.
+
+    The instructions of the others are parts of a fusion.
 
     trips: of a `while` that the data end, a token loop; any other says its own.
     """
@@ -145,8 +146,9 @@ def times(found: dict[str, list[Op]], entry: str, trips: int = 1) -> tuple[dict[
 
 
 def _trips(loop: Op, around: list[Op], found: dict[str, list[Op]], otherwise: int) -> int:
-    """From where a counting loop starts to the constant of its condition; `otherwise` where the condition is more than
-    this comparison.
+    """How often a counting loop runs: from where it starts to the constant of its condition.
+
+    `otherwise` where the condition is more than this comparison.
 
     around: the instructions of the computation in which the loop stands. A loop whose first turn the compiler took out
     starts at 1.
@@ -234,8 +236,10 @@ def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
 
 
 def _between(op: Op, count: int) -> Collective:
-    """What a device gets from those of the other slices: a transfer by the hosts, which names the collective that
-    it is a part of."""
+    """What a device gets from those of the other slices: a transfer by the hosts.
+
+    It names the collective that it is a part of.
+    """
     dtype, dims, _ = _ARRAY.search(op.type).groups()
     how = re.search(r'transfer_type="(\w+)"', op.rest)
     kind = how[1].lower().replace("_", "-") if how else "one-to-one"
@@ -278,8 +282,9 @@ def _iota(words: str) -> np.ndarray:
 
 
 def _of_mesh(words: str) -> list[int]:
-    """The first group of "mesh['a'=4,'b'=8] {'b'}", or of "{'b':(2)4}": the part of size 4 of b that follows one of
-    size 2.
+    """The first group of "mesh['a'=4,'b'=8] {'b'}", or of "{'b':(2)4}".
+
+    The latter is the part of size 4 of b that follows one of size 2.
 
     The places of the mesh are devices 0, 1, ..., or "device_ids=([8,4]T(1,0))": numbers in that shape, transposed; or a
     list of them.
@@ -310,8 +315,9 @@ def _transposed(dims: str, order: str | None) -> np.ndarray:
 
 
 def traffic(text: str, trips: int = 1) -> float:
-    """Bytes of HBM that a step reads and writes by the compiler's schedule: operands and results of every instruction
-    that runs.
+    """Bytes of HBM that a step reads and writes by the compiler's schedule.
+
+    Operands and results of every instruction that runs.
 
     An operand of which a fusion reads a slice counts as that slice, a result written into a slice of an operand as the
     slice. Arrays that the compiler keeps in faster memory do not count.

@@ -1,11 +1,14 @@
-"""The programs of a config as the compiler would get them, from sizes alone: no data, vocabulary, checkpoint or
-device is touched."""
+"""The programs of a config as the compiler would get them, from sizes alone.
+
+No data, vocabulary, checkpoint or device is touched.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +115,10 @@ def train(cfg, mesh) -> list[Program]:
 
 
 def recomputed(cfg) -> float:
-    """FLOPs of an image that the backward pass repeats by model.remat: the ViT's blocks but for what no gradient
-    needs, or scores."""
+    """FLOPs of an image that the backward pass repeats by model.remat.
+
+    The ViT's blocks but for what no gradient needs, or scores.
+    """
     v, positions = cfg.model.vit, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
     scores, mixing = 2 * positions**2 * v.width, 4 * positions**2 * v.width
     blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + mixing  # without fc2, whose result is only added
@@ -137,8 +142,8 @@ def evaluate(cfg, mesh) -> list[Program]:
     model, rows = tasks.build(cfg), mesh.shape["data"] * mesh.shape["fsdp"]
     if not getattr(model, "encoder", False):
         raise ValueError(
-            f"workload evaluate: retrieval needs a model with BLIP's text encoder, and objective is {cfg.objective}; plan its "
-            "training, or give a config of objective pretrain or retrieval"
+            f"workload evaluate: retrieval needs a model with BLIP's text encoder, and objective is {cfg.objective}; "
+            "plan its training, or give a config of objective pretrain or retrieval"
         )
     B, G, T, S = -(-cfg.eval.batch // rows) * rows, cfg.eval.rerank_texts, cfg.text.max_len, cfg.model.img_size
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
@@ -165,8 +170,9 @@ def evaluate(cfg, mesh) -> list[Program]:
 
 
 def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
-    """Captioner and filter of the CapFilt config `cfg`, as configs of their training; each place on the data axis works
-    alone.
+    """Captioner and filter of the CapFilt config `cfg`, as configs of their training.
+
+    Each place on the data axis works alone.
 
     The token loop is counted to its end, method.max_length tokens.
     """
@@ -242,8 +248,10 @@ def _model(cfg, dtype: str):
 
 
 def _rounded(cfg, mesh, dtype: str):
-    """Shapes of a model's parameters as CapFilt keeps them on the devices of `mesh`, matrices in the dtype of the
-    computation."""
+    """Shapes of a model's parameters as CapFilt keeps them on the devices of `mesh`.
+
+    Matrices are in the dtype of the computation.
+    """
     model = _model(cfg, dtype)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
     places = dict(trees.paths(sharding.shardings_for(shapes, mesh)))

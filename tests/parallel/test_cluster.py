@@ -206,8 +206,8 @@ def test_one_of_three_is_killed_and_the_others_say_so(server, tmp_path):
     assert pod.ends() == [75, -signal.SIGKILL, 75] and time.monotonic() - begun < 60
     for k in (0, 2):
         assert (
-            f"error: process 1 of 3 (host {socket.gethostname()}) is gone: killed, out of memory, or its host cannot be "
-            "reached; this process ends too: take another"
+            f"error: process 1 of 3 (host {socket.gethostname()}) is gone: killed, out of memory, or its host cannot "
+            "be reached; this process ends too: take another"
         ) in pod.text(k)
 
 

@@ -45,8 +45,11 @@ VIT = (
 
 
 def _projections(torch: str, ours: str, kv: str, twin: str = ""):
-    """Rows of q, k, v and out; `kv`: the letter of the width that keys and values come from; `twin`: the number that
-    tells the originals' two cross-attentions of one layer apart."""
+    """Rows of q, k, v and out of one attention.
+
+    kv: the letter of the width that keys and values come from. twin: the number that tells the originals' two
+    cross-attentions of one layer apart.
+    """
     rows = []
     for theirs, mine, width in (("query", "q", "W"), ("key", "k", kv), ("value", "v", kv)):
         rows += [

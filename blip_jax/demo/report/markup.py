@@ -68,7 +68,8 @@ def table(label: str, corner: str, names: Sequence[str], columns: Sequence[Colum
     head = "".join(f'<th scope="col"{css(c)}>{escape(c.label)}</th>' for c in columns)
     marked = [_cells(c) for c in columns]
     body = "".join(
-        f'<tr><th scope="row">{name}</th>{"".join(f"<td{css(c)}>{cells[i]}</td>" for c, cells in zip(columns, marked))}</tr>'
+        "<tr><th "
+        f'scope="row">{name}</th>{"".join(f"<td{css(c)}>{cells[i]}</td>" for c, cells in zip(columns, marked))}</tr>'
         for i, name in enumerate(names)
     )
     rows = f'<tr><th scope="col" rowspan="2">{escape(corner)}</th>{over}</tr><tr>{head}</tr>'
