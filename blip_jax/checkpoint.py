@@ -59,7 +59,7 @@ def key_store():
     """What orbax keeps beside the arrays of a checkpoint, where it writes the kind of random keys.
 
     Orbax makes one by default, but exports no name of it for handlers that others build; this is the only place that
-    reaches for it. What is lost without it, the kind of a key, tests/test_checkpoint.py compares.
+    reaches for it. What is lost without it, the kind of a key, tests/train/test_checkpoint.py compares.
     """
     from orbax.checkpoint._src.metadata.array_metadata_store import Store
 

@@ -115,7 +115,7 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
 
 
 def measure(settings: Settings, img_size: int, dtype: str, peer: Callable | None, say: Callable) -> tuple[list, list]:
-    """One image size and dtype: ([how far the peer agrees, if there is one], [a `case` for each number of captions])."""
+    """One image size and dtype: ([how far the peer agrees, if there is one], [a `case` per number of captions])."""
     ours = Ours(settings.size, img_size, dtype)
     img = np.random.default_rng(0).integers(0, 256, (settings.batch, img_size, img_size, 3), np.uint8)
     sides, agreed = jobs(settings, ours, img), []

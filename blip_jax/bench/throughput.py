@@ -1,6 +1,6 @@
 """What every benchmark shares: settings of a run, figures from times, hardware and versions, traces, files.
 
-A figure is taken after a warm-up that compiles. FLOPs are those of `bench/flops.py`, so recomputation does not raise
+A figure is taken after a warm-up that compiles. FLOPs are those of `models/flops.py`, so recomputation does not raise
 MFU.
 """
 

@@ -27,15 +27,16 @@ from blip_jax.capfilt.input import Batch, Records
 from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
 from blip_jax.console import say
 from blip_jax.convert import read
-from blip_jax.data import batches as pipeline
+from blip_jax.data.batches import open_all
+from blip_jax.data.ledger import Ledger
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
 from blip_jax.inference.batching import Runner, alone, behind, placed
 from blip_jax.inference.load import Loaded, checksum, load
-from blip_jax.parallel import processes as cluster
 from blip_jax.parallel import sharding
 from blip_jax.parallel.interrupt import Interrupt
+from blip_jax.parallel.processes import agree
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
 
@@ -46,7 +47,7 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     cfg: of config.capfilt; process, processes: this one and how many there are, by default JAX's. Every process is
     called with the same cfg and `out`, which all of them see; one that dies is replaced by calling again, with any
     number. SIGTERM, or SIGINT once, ends after the batch and drops the unfinished shard. Returns the summary
-    (capfilt/tally.py), also in out/summary.json, once all shards are finished; before that {"stopped": whether by a
+    (capfilt/summary.py), also in out/summary.json, once all shards are finished; before that {"stopped": whether by a
     signal, "finished": shards, "shards": of so many}.
     ValueError: settings, checkpoints or data do not fit, or `out` was begun with others. OSError: `out` cannot be
       written.
@@ -59,12 +60,12 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     out = pathlib.Path(out).absolute()
     captioner, judge = models(cfg)
     mesh = _mesh(cfg)
-    sources = pipeline.open_all(cfg.data.sources)
+    sources = open_all(cfg.data.sources)
     lengths = {name: len(source) for name, source in sources.items()}
     record = settings.on_record(cfg, _record(captioner), _record(judge), captioner.tokenizer.crc, lengths)
     with writing("the settings", out):
         out.mkdir(parents=True, exist_ok=True)
-        cluster.agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
+        agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
         settings.settle(out, record)
     plan = Plan(lengths, cfg.shard_examples)
     done, keys = set(finished(out, len(plan))), Keys(out)
@@ -167,7 +168,7 @@ class Devices:
     def score(self, seen, texts: list[list[str]]):
         """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture; not waited for.
 
-        seen: what `look` gave of these pictures.
+        seen: what `begin` gave of these pictures for the filter.
         """
         rows = [t for own in texts for t in own + [""] * (self.width - len(own))]
         ids, txt_mask = self._judge.tokenizer.encode(rows, self._judge.cfg.text.max_len)
@@ -251,7 +252,7 @@ def _judged(example: dict, rows: list[Row], by_text: dict, threshold: float) -> 
 def _write(cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Path, process: int) -> bool:
     """Writes the shards of the stream, each as it ends; whether a signal stopped it before the last."""
     with writing("the list of unreadable records", out):
-        ledger = pipeline.Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
+        ledger = Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
     progress, writer = Progress(sum(len(plan.span(k)) for k in todo)), None
     with Interrupt("finishing this batch, then stopping") as interrupt:
         try:

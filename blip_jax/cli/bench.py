@@ -21,7 +21,7 @@ OWN = ("size", "objective", "img_size", "dtype", "batch", "buckets")
 
 
 def bench(argv: list[str], parse: Callable) -> int:
-    """blip-jax bench; `parse` as in cli.py."""
+    """blip-jax bench; `parse` as in cli/main.py."""
     what = argv[1] if argv[1:] else ""
     if what not in WORKLOADS:
         raise ValueError(f"blip-jax bench measures {', '.join(WORKLOADS)}, not {what or 'nothing'!r}")

@@ -1,4 +1,4 @@
-"""Runs the key tables of `rules.py` in both directions on arrays; collects every problem and raises once."""
+"""Runs the key tables of `rules` in both directions on arrays; collects every problem and raises once."""
 
 from __future__ import annotations
 

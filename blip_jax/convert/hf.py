@@ -3,7 +3,7 @@
 What transformers' classes do otherwise than the models that were trained is settled knowingly:
   text heads      a BlipTextConfig without num_attention_heads has 8, the released models have 12 (hf_config.text_heads)
   eps             of the vision tower: transformers' default is 1e-5, the weights were trained with 1e-6, which ours
-  always has
+                  always has
   first id        its matching and question answering leave [CLS] where training had [ENC]: ours sets [ENC], unless
                   `first_id` is given; a folder says nothing about it
   [DEC], [ENC]    its vocabularies may lack them; they are the last two ids, as here

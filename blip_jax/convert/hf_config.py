@@ -46,7 +46,7 @@ DEFAULTS = {  # part of config.json ("": its top level) -> what transformers tak
 }
 EPS = {"vision_config": 1e-6, "text_config": 1e-12}  # the originals' and ours
 BERT_BASE = {"hidden_size": 768, "heads": 12}  # the text model of every released BLIP
-LETTERS = {  # of the shapes in rules.py -> what config.json calls it
+LETTERS = {  # of the shapes in rules/blip.py -> what config.json calls it
     "D": ("vision_config", "hidden_size"),
     "F": ("vision_config", "intermediate_size"),
     "p": ("vision_config", "patch_size"),

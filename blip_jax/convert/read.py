@@ -282,7 +282,7 @@ def _add_tokens(med: dict, size: int, notes: list[str]) -> int:
 def _settle(source: Source) -> None:
     """Settings that follow from the family alone.
 
-    Where the family has no temperature, one is made up: no inference reads it.
+    A family that has no temperature gets one: the model has a place for it, though no inference reads it.
     """
     objective, max_len, prompt = TASKS[source.family]
     c, momentum = source.cfg, source.state.get("momentum", {})

@@ -39,7 +39,7 @@ def convert(
     to: ours (a workdir that train.init_from, CapFilt and from_pretrained take) | official (a .pth) | hf (a folder for
     transformers); "": official if `out` ends in .pth, else ours. verify: read what was written again, compare every
     tensor with the origin bit by bit, and run both models where transformers is installed. The other arguments are
-    those of `source.read`.
+    those of `read.read`.
     Raises: ValueError: `path` cannot be read, `out` exists or cannot hold this family, or the two differ; `out` then
       stays absent.
     """

@@ -12,8 +12,8 @@ when a batch is delivered, so that it does not depend on threads.
 
 With text.buckets, which examples form a step's batch follows from the lengths of their texts
 (blip_jax/data/windows.py), so these are found beforehand from the captions alone. A record that replaces an unusable
-one must then fit the
-batch it comes into: records are drawn until one does, and after MISFITS long ones the next is cut, and noted.
+one must then fit the batch it comes into: records are drawn until one does, and after MISFITS long ones the next is
+cut, and noted.
 """
 
 from __future__ import annotations
@@ -379,13 +379,12 @@ class EvalData:
 
 
 class EvalRows:
-    """The records of `sources` in order (the first cfg.eval.limit, if set) as the rows of `example`, for evaluation one
-    by one.
+    """The records of `sources` in order as the rows of `example`, for evaluation one by one.
 
-    example: (record, cfg, tokenizer) -> row, as a task's `example` without random choices; pictures come as a model
-    sees them. `records`
-    holds what is known of each row besides its arrays: the record without its pictures. A record that cannot be used is
-    left out, counted and named as in training; a source that leaves none raises ValueError.
+    Of many records the first cfg.eval.limit count, if that is set. example: (record, cfg, tokenizer) -> row, as a
+    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of each
+    row besides its arrays: the record without its pictures. A record that cannot be used is left out, counted and named
+    as in training; a source that leaves none raises ValueError.
     """
 
     def __init__(self, cfg, tokenizer, example, sources, *, skipped_path):

@@ -66,8 +66,7 @@ def roc(scores, positive) -> tuple[list[tuple[float, float]], float]:
 def noise_of(texts: list[Judged], threshold: float) -> dict:
     """Of all texts of a run: noise before and after, precision, recall and ROC of the filter.
 
-    All on texts that were scored or are empty:
-
+    All of them on texts that were scored or are empty:
     {"threshold", "before" and "after": share of false texts among the web's, among all that is kept; "web_after",
     "synthetic_before", "synthetic_after"; "precision", "recall" of keeping true texts, web and synthetic; "auc", "roc"
     of the matching probability over these; "auc_wrong": clean web captions against captions of other pictures; "rows":

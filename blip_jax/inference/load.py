@@ -75,8 +75,8 @@ def load(
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
         float32.
       dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
-      vocab, vit_heads, med_heads: as in `convert.source.read`.
-    ValueError: `source.read`; initial weights, which are no model; a mesh that does not divide a parameter.
+      vocab, vit_heads, med_heads: as in `convert.read.read`.
+    ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
     """
     origin = read.locate(path)
     found = read.read(origin, vocab=str(vocab), vit_heads=vit_heads, med_heads=med_heads, momentum=False)
@@ -101,7 +101,7 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     Where a file names no numbers of heads, they are those of `cfg`.
 
     momentum: whether the momentum encoder and queues of a workdir are read, too.
-    ValueError: `source.read`, also where it was trained with another vocabulary than text.vocab.
+    ValueError: `read.read`, also where it was trained with another vocabulary than text.vocab.
     """
     m = cfg.model
     heads = {"vit_heads": m.vit.heads, "med_heads": m.med.heads} if pathlib.Path(origin).is_file() else {}

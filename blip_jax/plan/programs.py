@@ -23,7 +23,7 @@ from blip_jax.models import flops
 from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
-from blip_jax.tasks import step as steps
+from blip_jax.tasks.step import jit_arguments, make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
@@ -83,7 +83,7 @@ def create(cfg, mesh) -> Program:
 
 
 def train(cfg, mesh) -> list[Program]:
-    """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.fit` jits it."""
+    """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.loop.fit` jits it."""
     epoch = max(1, (cfg.data.epoch_examples or cfg.train.batch) // cfg.train.batch)
     task = tasks.of(cfg)
     model, (tx, _) = task.build(cfg), optim.make(cfg, epoch)
@@ -98,13 +98,13 @@ def train(cfg, mesh) -> list[Program]:
         "queue": extra["queue"],
         "batch": batch,
     }
-    step = steps.make_step(cfg, model, tx, epoch)
+    step = make_step(cfg, model, tx, epoch)
     return [
         Program(
             "train step",
             step,
             (state, batch),
-            steps.jit_arguments(shardings, mesh),
+            jit_arguments(shardings, mesh),
             cfg.train.batch,
             task.flops(cfg)["step"] * cfg.train.batch,
             recomputed(cfg) * cfg.train.batch,
@@ -195,8 +195,12 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
     places = {name: programs.VIEW_ROWS[name] for name in ("kv", "img_emb")}
     view = alone(programs.view(model["filter"], *places), mesh, (0,), places)
     behind = lambda dim: NamedSharding(mesh, P(*[None] * dim, sharding.AXES["act_batch"]))
+
+    def lying(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
     seen = {
-        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=behind(places[name])), part)
+        name: jax.tree.map(functools.partial(lying, where=behind(places[name])), part)
         for name, part in jax.eval_shape(view, params["filter"], pixels(judge)).items()
     }
     tokens = method.max_length - PROMPT

@@ -1,5 +1,7 @@
-"""Hugging Face folders without torch or transformers: names, config.json, shards, vocabularies, and every way to
-be wrong."""
+"""Hugging Face folders without torch or transformers.
+
+Names, config.json, shards, vocabularies, and every way to be wrong.
+"""
 
 import json
 import os

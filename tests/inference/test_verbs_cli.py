@@ -1,5 +1,7 @@
-"""The verbs from the shell: same results, pictures that cannot be used beside others that can, one line for a
-mistake."""
+"""The verbs from the shell.
+
+Same results, pictures that cannot be used beside others that can, one line for a mistake.
+"""
 
 import json
 import os
@@ -167,4 +169,4 @@ def test_a_fresh_process_keeps_what_it_compiles_and_needs_no_torch(folder, files
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(files[0]) and any((tmp_path / "cache" / "blip_jax").iterdir())
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        blip_jax.nothing
+        _ = blip_jax.nothing

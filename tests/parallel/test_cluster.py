@@ -1,5 +1,7 @@
-"""Where a process stands, how processes meet, what they compare, and what they say when one is missing, differs or
-dies."""
+"""Where a process stands, how processes meet, what they compare.
+
+And what they say when one is missing, differs or dies.
+"""
 
 import importlib
 import os
@@ -78,7 +80,7 @@ def test_a_wrong_timeout_is_named():
 
 
 def meet(places, timeout=10.0):
-    """What `lifeline.join` gives or raises at each of the places, at the same time."""
+    """What `peers.join` gives or raises at each of the places, at the same time."""
     results = [None] * len(places)
 
     def one(i):

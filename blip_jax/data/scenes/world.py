@@ -1,7 +1,7 @@
 """The built-in world: pictures of one to three coloured shapes, captions of them, web noise, and the truth beside it.
 
 Record i of world `seed` is a pure function of (seed, i): neither the number of records nor the noise share changes its
-picture. `blip_jax.data.scene_text.is_true` scores any caption against a record's truth.
+picture. `blip_jax.data.scenes.words.is_true` scores any caption against a record's truth.
 """
 
 from __future__ import annotations
