@@ -47,7 +47,10 @@ def itc_targets(positive, sim_m, alpha):
 
 def itc(sim_i2t, sim_t2i, target_i2t, target_t2i):
     """Image-text contrastive loss: the mean of both directions' cross-entropies, f32[] (paper section 3.2, ITC)."""
-    ce = lambda sim, target: -jnp.mean(jnp.sum(target * jax.nn.log_softmax(sim, axis=-1), axis=-1))
+
+    def ce(sim, target):
+        return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(sim, axis=-1), axis=-1))
+
     return (ce(sim_i2t, target_i2t) + ce(sim_t2i, target_t2i)) / 2
 
 
@@ -89,7 +92,7 @@ def itm(logits, labels, weights=None):
 def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, group_size: int = 0):
     """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v).
 
-    It is a mean per group, then over groups.
+    A mean per group, then over groups.
 
     Args:
       logits: f32[B,T,Vp], columns from vocab_size on are padding (hugely negative) and take no part.
@@ -99,7 +102,10 @@ def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, g
     """
     nll, smooth = _cross_entropy(logits, targets, vocab_size)
     nll, smooth, mask = (grouped(x, group_size) for x in (nll, smooth, mask))
-    mean = lambda x, m: jnp.sum(x * m, axis=(1, 2)) / jnp.maximum(jnp.sum(m, axis=(1, 2)), 1)
+
+    def mean(x, m):
+        return jnp.sum(x * m, axis=(1, 2)) / jnp.maximum(jnp.sum(m, axis=(1, 2)), 1)
+
     smooth_mean = mean(smooth, mask) if over == "valid" else jnp.mean(smooth, axis=(1, 2))
     return jnp.mean((1 - smoothing) * mean(nll, mask) + smoothing * smooth_mean)
 

@@ -213,7 +213,10 @@ def case(times: dict[str, list], n: int, settings: Settings) -> dict:
 def table(cases: list[dict]) -> str:
     """Images per second of each side and how many times as fast ours is."""
     sides = list(dict.fromkeys(s for c in cases for s in c["images_per_s"]))
-    number = lambda c, field, side: f"{c[field][side]:.2f}" if side in c[field] else "-"
+
+    def number(c: dict, field: str, side: str) -> str:
+        return f"{c[field][side]:.2f}" if side in c[field] else "-"
+
     rows = [
         [
             c["img_size"],

@@ -43,7 +43,10 @@ def measure(
     values = flags.FlagValues()
     if more:
         more(values)
-    with_peer = lambda: {"peer": peer(values)} if peer else {}
+
+    def with_peer() -> dict:
+        return {"peer": peer(values)} if peer else {}
+
     return WORKLOADS[what]([f"bench {what}", *argv], values, parse, command, with_peer)
 
 

@@ -68,8 +68,10 @@ def match(argv: list[str]) -> int:
             for ps, cs in zip(found["probability"], found["cosine"])
         ]
 
-    line = lambda m: f"probability {m['probability']:.4f}  cosine {m['cosine']:.4f}  {m['text']}"
-    return _each(values, files, run, lambda row: [line(m) for m in row["matches"]])
+    def lines(row: dict) -> list[str]:
+        return [f"probability {m['probability']:.4f}  cosine {m['cosine']:.4f}  {m['text']}" for m in row["matches"]]
+
+    return _each(values, files, run, lines)
 
 
 def answer(argv: list[str]) -> int:
@@ -169,11 +171,15 @@ class Work:
         from blip_jax.inference import inputs
 
         cfg = self.model.cfg
-        read = lambda file: inputs.pixels(inputs.Picture(file, file), cfg.model.img_size, cfg.data.max_pixels)
+
+        def read(file: str):
+            return inputs.pixels(inputs.Picture(file, file), cfg.model.img_size, cfg.data.max_pixels)
+
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            start = lambda at: [
-                (i, pool.submit(read, self.files[i])) for i in range(at, min(at + size, len(self.files)))
-            ]
+
+            def start(at: int) -> list[tuple[int, concurrent.futures.Future]]:
+                return [(i, pool.submit(read, self.files[i])) for i in range(at, min(at + size, len(self.files)))]
+
             ahead = start(0)
             while ahead:
                 now, ahead = ahead, start(ahead[-1][0] + 1)

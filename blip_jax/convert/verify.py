@@ -68,9 +68,11 @@ def _same(want: dict, got: dict, what: str, ignore: tuple = ()) -> None:
 
 
 def _equal(a, b) -> bool:
+    """Whether two arrays are the same bit by bit, once they are f32; so -0.0 is not 0.0."""
     a, b = apply.as_float32(a), apply.as_float32(b)
-    same = lambda x, y: np.array_equal(np.ascontiguousarray(x).view(np.uint8), np.ascontiguousarray(y).view(np.uint8))
-    return a.shape == b.shape and a.dtype == b.dtype and same(a, b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
 
 
 def _against_file(source: Source, again: Source, origin: pathlib.Path) -> None:
@@ -183,7 +185,9 @@ def _outputs(half: str, source: Source, img: np.ndarray, ids: np.ndarray) -> dic
     V = source.cfg.model.med.vocab_size
 
     def run(params, img, ids):
-        call = lambda method, *args, **how: model.apply({"params": params}, *args, method=method, **how)
+        def call(method, *args, **how):
+            return model.apply({"params": params}, *args, method=method, **how)
+
         img_tok = call("encode_image", img)
         kv = call("image_kv", img_tok)
         if half == "itm":

@@ -6,6 +6,7 @@ It is written whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -83,9 +84,12 @@ def describe(source: Source) -> str:
     m, parts = source.cfg.model, source.state["params"]
     sizes = [f"ViT {m.vit.depth} x {m.vit.width}, {m.vit.heads} heads, {m.img_size} px"] * ("vit" in parts)
     sizes += [f"MED {m.med.layers} x {m.med.width}, {m.med.heads} heads, {m.med.vocab_size} entries"] * ("med" in parts)
-    # rows without the padding
-    words = lambda path: m.med.vocab_size if re.search("word/embedding$|lm_head/bias$", path) else None
-    count = sum(x[: words(path)].size if x.ndim else 1 for path, x in trees.paths(parts))
+
+    count = 0
+    for path, x in trees.paths(parts):
+        unpadded = re.search("word/embedding$|lm_head/bias$", path)
+        count += math.prod((m.med.vocab_size, *x.shape[1:]) if unpadded else x.shape)
+
     momentum = source.state.get("momentum", {})
     queue = f" and queues of {len(momentum['queue']['img'])}" if "queue" in momentum else ""
     return f"{WORDS[source.family][0]} (family {source.family}), {'; '.join(sizes)}; {count:,} parameters" + (

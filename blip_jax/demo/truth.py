@@ -77,10 +77,16 @@ def noise_of(texts: list[Judged], threshold: float) -> dict:
     scored = [j for j in texts if j.row.itm is not None]
     web, synthetic = ([j for j in texts if j.row.source == s] for s in decisions.SOURCES)
     kept = [j for j in texts if j.row.kept]
-    false = lambda group: float(np.mean([not j.true for j in group])) if group else None
-    itm = lambda group: [j.row.itm for j in group]
-    curve, auc = roc(itm(scored), [j.true for j in scored])
+
+    def false(group: list[Judged]) -> float | None:
+        return float(np.mean([not j.true for j in group])) if group else None
+
+    def curve_of(group: list[Judged]) -> tuple:
+        return roc([j.row.itm for j in group], [j.true for j in group])
+
+    curve, auc = curve_of(scored)
     against = [j for j in scored if j.row.source == "web" and j.noise in (None, "wrong")]
+
     edges = np.linspace(0, 1, BINS + 1)
     kinds = collections.Counter(j.noise or "none" for j in web)
     dropped = collections.Counter(j.noise or "none" for j in web if not j.row.kept)
@@ -96,7 +102,7 @@ def noise_of(texts: list[Judged], threshold: float) -> dict:
         "recall": true_kept / max(1, sum(j.true for j in texts)),
         "auc": auc,
         "roc": curve,
-        "auc_wrong": roc(itm(against), [j.true for j in against])[1],
+        "auc_wrong": curve_of(against)[1],
         "rows": [(kind, n, dropped[kind] / n) for kind, n in sorted(kinds.items(), key=lambda k: -k[1])],
         "hist": {
             **{

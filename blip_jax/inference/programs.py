@@ -187,19 +187,24 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
     rows_per_image = method.n if method.kind == "nucleus" else method.beams
 
     def decode(params, kv, keys):
-        B, n, kv = images_of(kv), rows_per_image, stored(kv)
-        params = text_layers_apart(params)
-        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, kv, method="extend")
+        B, n = images_of(kv), rows_per_image
+        kv, params = stored(kv), text_layers_apart(params)
+
+        def extend(ids, at, cache):
+            return model.apply({"params": params}, ids, at, cache, kv, method="extend")
+
+        # the prompt is the same for all texts of an image: one pass over it, whose result they share
         start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
-        repeat = lambda x, axis=0: jnp.repeat(x, n, axis)  # the prompt is the same for all texts of an image: one pass
-        cache = jax.tree.map(lambda x: repeat(x, axis=1), cache)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
+
         if method.kind == "beam":
             how = beam.Beam(
                 method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
             )
             ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
             return {"ids": ids, "log_prob": log_prob}
+
         how = generate.Sampling(
             method.top_p,
             method.top_k,
@@ -208,9 +213,13 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
             method.min_length,
             method.max_length,
         )
-        of_row = lambda key, row: jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
-        own = jax.vmap(of_row)(repeat(keys), jnp.arange(B * n))
-        ids, log_prob = generate.sample(extend, repeat(logits), cache, repeat(start), own, how, eos=eos, pad=pad)
+
+        def key_of(key, row):  # each text has random numbers of its own, by its number among those of its image
+            return jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
+
+        logits, start, keys = (jnp.repeat(x, n, axis=0) for x in (logits, start, keys))
+        own = jax.vmap(key_of)(keys, jnp.arange(B * n))
+        ids, log_prob = generate.sample(extend, logits, cache, start, own, how, eos=eos, pad=pad)
         return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
 
     return decode
@@ -236,15 +245,15 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
     """Answers by beam search.
 
     (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}.
-
     The padding of a question is not attended to, so that an answer does not depend on the questions beside it.
     """
 
     def answer(params, img, ids, txt_mask):
         kv, params = stored(question_kv(model, params, img, ids, txt_mask)), text_layers_apart(params)
-        extend = lambda ids, at, cache: model.apply(
-            {"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend"
-        )
+
+        def extend(ids, at, cache):
+            return model.apply({"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend")
+
         start = jnp.full((len(img), 1), model.dec_id, jnp.int32)
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(len(img), how.max_length - 1))
         cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)

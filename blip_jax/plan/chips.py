@@ -141,13 +141,17 @@ def peak_flops(device_kind: str) -> float | None:
 def rings(chip: Chip, shape: tuple, spans: tuple) -> float:
     """Links by which data enters the worst placed chip of a group.
 
-    The group spans `spans` chips of each dimension of a slice of `shape`.
-
-    A dimension that is spanned whole and closes gives two links, one that is a line gives its end one, one that is not
-    spanned none.
+    The group spans `spans` chips of each dimension of a slice of `shape`. A dimension that is spanned whole and closes
+    gives two links, one that is a line gives its end one, one that is not spanned none.
     """
-    closed = lambda whole: whole == chip.closes if chip.dims == 2 else whole % chip.closes == 0
-    return sum(0 if span < 2 else 2 if span == whole and closed(whole) else 1 for span, whole in zip(spans, shape))
+    links = 0
+    for span, whole in zip(spans, shape):
+        if span < 2:
+            continue
+        # two dimensions close at one length alone, three at its multiples
+        closes = whole == chip.closes if chip.dims == 2 else whole % chip.closes == 0
+        links += 2 if span == whole and closes else 1
+    return links
 
 
 def _spelled(name: str, shape: tuple) -> str:
