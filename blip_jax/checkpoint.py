@@ -59,7 +59,7 @@ def key_store():
     """What orbax keeps beside the arrays of a checkpoint, where it writes the kind of random keys.
 
     Orbax makes one by default, but exports no name of it for handlers that others build; this is the only place that
-    reaches for it. What is lost without it, the kind of a key, tests/test_checkpoint.py compares.
+    reaches for it. What is lost without it, the kind of a key, tests/train/test_checkpoint.py compares.
     """
     from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
@@ -151,8 +151,9 @@ def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
 
 
 def references(node) -> list[tuple[str, str, str, int, int]]:
-    """(kind, folder, file, offset, length) of all that a node of tensorstore's database refers to, as `ts.ocdbt.dump`
-    describes it.
+    """(kind, folder, file, offset, length) of all that a node of tensorstore's database refers to.
+
+    node: as `ts.ocdbt.dump` describes it.
 
     Where in the description they stand differs with the kind of the node and is documented nowhere, but each is one
     string, kind:folder:file:offset:length; this is the only place that knows so. tests/test_private.py says when an
@@ -278,8 +279,10 @@ def load_params(path) -> dict:
 
 
 def load_extra(path) -> dict | None:
-    """What the task carried besides parameters, as momentum copies and queue, of numpy arrays; None where there is
-    nothing."""
+    """What the task carried besides parameters, as momentum copies and queue, of numpy arrays.
+
+    None where there is nothing.
+    """
     return _load(path, "extra").get("extra") or None
 
 
@@ -339,8 +342,10 @@ def newest(path) -> pathlib.Path:
 
 
 def _refuse_unstacked(folder: pathlib.Path) -> pathlib.Path:
-    """The folder of a checkpoint. ValueError: its text layers are med/layer_00, med/layer_01, ..., as they were
-    before they were stacked."""
+    """The folder of a checkpoint.
+
+    ValueError: its text layers are med/layer_00, med/layer_01, ..., as they were before they were stacked.
+    """
     tree = folder / "state" / "_METADATA"
     if tree.is_file() and UNSTACKED.search(tree.read_text(encoding="utf-8")):
         raise ValueError(

@@ -1,5 +1,6 @@
-"""BLIP's losses as pure functions on global arrays (paper section 3.2; exact forms: ALBEF's ITC and ITM, BERT-style
-LM).
+"""BLIP's losses as pure functions on global arrays (paper section 3.2).
+
+Exact forms: ALBEF's ITC and ITM, BERT-style LM.
 
 Contrastive columns and hard negatives are drawn within groups of g examples: G groups on a leading axis. One group is
 the global batch; G groups are what the PyTorch original did on G GPUs. Every loss is the mean of its group means.
@@ -18,14 +19,18 @@ def grouped(x, group_size: int):
 
 
 def similarity(emb, cols, temp):
-    """Scaled cosine of each row with its group's own columns, f32[G,g,g]; emb, cols: f32[G,g,E] unit norm, temp
-    f32[]."""
+    """Scaled cosine of each row with its group's own columns: f32[G,g,g].
+
+    emb, cols: f32[G,g,E] unit norm; temp: f32[].
+    """
     return jnp.einsum("GiE,GjE->Gij", emb, cols, precision="highest") / temp
 
 
 def queue_similarity(emb, queue, temp):
-    """Scaled cosine of each row with the queue's columns, f32[G,g,K]; emb f32[G,g,E], queue f32[K,E] unit norm,
-    temp f32[]."""
+    """Scaled cosine of each row with the queue's columns: f32[G,g,K].
+
+    emb: f32[G,g,E], queue: f32[K,E], both unit norm; temp: f32[].
+    """
     return jnp.einsum("GiE,KE->GiK", emb, queue, precision="highest") / temp
 
 
@@ -42,7 +47,10 @@ def itc_targets(positive, sim_m, alpha):
 
 def itc(sim_i2t, sim_t2i, target_i2t, target_t2i):
     """Image-text contrastive loss: the mean of both directions' cross-entropies, f32[] (paper section 3.2, ITC)."""
-    ce = lambda sim, target: -jnp.mean(jnp.sum(target * jax.nn.log_softmax(sim, axis=-1), axis=-1))
+
+    def ce(sim, target):
+        return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(sim, axis=-1), axis=-1))
+
     return (ce(sim_i2t, target_i2t) + ce(sim_t2i, target_t2i)) / 2
 
 
@@ -71,8 +79,10 @@ def draw_negatives(key, weights, first_row=0):
 
 
 def itm(logits, labels, weights=None):
-    """Image-text matching: mean cross-entropy f32[] and accuracy f32[] of logits f32[R,2], labels i32[R], weights
-    f32[R]."""
+    """Image-text matching: mean cross-entropy f32[] and accuracy f32[].
+
+    logits: f32[R,2]; labels: i32[R]; weights: f32[R].
+    """
     weights = jnp.ones(labels.shape) if weights is None else weights
     total = jnp.maximum(weights.sum(), 1.0)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), labels[:, None], axis=-1)[:, 0]
@@ -80,8 +90,9 @@ def itm(logits, labels, weights=None):
 
 
 def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, group_size: int = 0):
-    """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v), a mean per group, then over
-    groups.
+    """Label-smoothed language-modelling loss f32[]: (1-s) * nll + s/V * sum_v(-logp_v).
+
+    A mean per group, then over groups.
 
     Args:
       logits: f32[B,T,Vp], columns from vocab_size on are padding (hugely negative) and take no part.
@@ -91,7 +102,10 @@ def lm(logits, targets, mask, vocab_size: int, *, smoothing: float, over: str, g
     """
     nll, smooth = _cross_entropy(logits, targets, vocab_size)
     nll, smooth, mask = (grouped(x, group_size) for x in (nll, smooth, mask))
-    mean = lambda x, m: jnp.sum(x * m, axis=(1, 2)) / jnp.maximum(jnp.sum(m, axis=(1, 2)), 1)
+
+    def mean(x, m):
+        return jnp.sum(x * m, axis=(1, 2)) / jnp.maximum(jnp.sum(m, axis=(1, 2)), 1)
+
     smooth_mean = mean(smooth, mask) if over == "valid" else jnp.mean(smooth, axis=(1, 2))
     return jnp.mean((1 - smoothing) * mean(nll, mask) + smoothing * smooth_mean)
 
@@ -123,8 +137,10 @@ def answers(logits, targets, mask, weights, questions: int, vocab_size: int, *, 
 
 
 def _cross_entropy(logits, targets, vocab_size: int):
-    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T]; logits f32[B,T,Vp], targets
-    i32[B,T]."""
+    """-logp of the target and -logp averaged over the vocabulary, each f32[B,T].
+
+    logits: f32[B,T,Vp]; targets: i32[B,T].
+    """
     logz = jax.nn.logsumexp(logits, axis=-1)
     nll = logz - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     mean_z = jnp.sum(logits, axis=-1, where=jnp.arange(logits.shape[-1]) < vocab_size) / vocab_size

@@ -2,11 +2,12 @@
 
 Paper row: CapFilt with ViT-B captioner and filter, nucleus sampling, p = 0.9 (BLIP, arXiv 2201.12086, tables 1 and 2).
 Command: blip-jax capfilt --config=configs/capfilt.py --out=data/capfilt_14m
-CapFilt-L over LAION: the same with --config.captioner=runs/caption_coco_vitl --config.filter=runs/retrieval_coco_vitl
+CapFilt-L over LAION, the same with:
+          --config.captioner=runs/caption_coco_vitl --config.filter=runs/retrieval_coco_vitl
           --config.data.sources.web.kind=tar --config.data.sources.web.path='data/laion/*.tar'
           --out=data/capfilt_laion_l
-Another threshold afterwards, without an accelerator: blip-jax capfilt refilter --run=data/capfilt_14m --threshold=0.7
-          --out=data/capfilt_14m_07
+Another threshold afterwards, without an accelerator:
+          blip-jax capfilt refilter --run=data/capfilt_14m --threshold=0.7 --out=data/capfilt_14m_07
 Data: CC3M + CC12M + SBU with their web texts as ArrayRecord shards, 13.86M pictures. Human captions are not filtered,
 so COCO and Visual Genome are not here. The checkpoints are those of caption_coco.py:vitb and retrieval_coco.py:vitb.
 Hardware: any; several hosts each run the command and take shards in turn. Unverified here: no run of this size was

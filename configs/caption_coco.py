@@ -1,13 +1,15 @@
 """Captioner: fine-tuning on COCO captions at 384 px, 5 epochs.
 
 Paper row: image captioning on COCO (BLIP, arXiv 2201.12086, table 7); also the captioner of CapFilt (vitb) and
-CapFilt-L (vitl). Command, with one of the arguments vitb and vitl:
+CapFilt-L (vitl).
+Command, with one of the arguments vitb and vitl:
   blip-jax train --config=configs/caption_coco.py:vitb --workdir=runs/caption_coco_vitb
 Data: COCO, Karpathy's training split, 566,747 captions as JSON with image folder. Starts from runs/pretrain_vitb_14m or
 runs/pretrain_vitl_129m; --config.train.init_from names another pre-trained workdir of the same sizes. Its position
 table is resized to 384 px, and the text encoder, which a captioner has not, is left out.
 Hardware: the paper's authors used 8 A100, a few hours, for ViT-B, 16 for ViT-L. Unverified here: no run of this size
-was made. Expected on the Karpathy test split with beam 3, BLEU@4 and CIDEr of the paper:
+was made.
+Expected on the Karpathy test split with beam 3, BLEU@4 and CIDEr of the paper:
   vitb  38.0 and 127.8 after pre-training on 14M unfiltered pairs, 38.6 and 129.7 on the bootstrapped ones
   vitl  40.3 and 135.5 after pre-training on 129M unfiltered pairs, 40.4 and 136.7 on the bootstrapped ones
 Differences: texts are padded to 40 tokens, the original's to the longest of the batch, so that with
@@ -24,7 +26,8 @@ EXAMPLES = 566_747
 def get_config(argument=""):
     if argument not in ARGUMENTS:
         raise ValueError(
-            f"configs/caption_coco.py has no run {argument!r}: give one of {', '.join(f':{a}' for a in ARGUMENTS)} after it"
+            f"configs/caption_coco.py has no run {argument!r}: give one of {', '.join(f':{a}' for a in ARGUMENTS)} "
+            "after it"
         )
     c = base({"vitb": "base", "vitl": "large"}[argument])
     c.objective = "caption"

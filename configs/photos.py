@@ -1,5 +1,6 @@
-"""A small model on 4100 Flickr8k photographs at 128 px with five captions each: a laptop learns real images in 15
-minutes.
+"""A small model on 4100 Flickr8k photographs at 128 px with five captions each.
+
+A laptop learns real images in 15 minutes.
 
 Data: BLIP's JSON layout, data/photos/train.json (3600 photographs) and data/photos/val.json (500), rows {"image",
 "caption", "image_id"}, image paths relative to data/photos; --config.data.train.photos.path and .images point

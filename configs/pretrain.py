@@ -1,6 +1,7 @@
 """Pre-training at 224 px, 20 epochs, on 14M or 129M images as they are or on what CapFilt made of them.
 
-Paper rows: BLIP, arXiv 2201.12086, tables 1 and 5 to 7. Command, with one of the arguments below:
+Paper rows: BLIP, arXiv 2201.12086, tables 1 and 5 to 7.
+Command, with one of the arguments below:
   blip-jax train --config=configs/pretrain.py:vitb,14m --workdir=runs/pretrain_vitb_14m
 
   vitb,14m               ViT-B/16, 14M, without CapFilt: the first round

@@ -1,14 +1,17 @@
 """Retrieval, the filter of CapFilt: ITC and ITM fine-tuned on COCO at 384 px, 6 epochs.
 
 Paper row: image-text retrieval on COCO (BLIP, arXiv 2201.12086, table 5); also the filter of CapFilt (vitb) and
-CapFilt-L (vitl). Command, with one of the arguments vitb and vitl:
+CapFilt-L (vitl).
+Command, with one of the arguments vitb and vitl:
   blip-jax train --config=configs/retrieval_coco.py:vitb --workdir=runs/retrieval_coco_vitb
 Data: COCO, Karpathy's splits, 566,747 training captions and 5000 validation pictures as JSON with image folder. Starts
 from runs/pretrain_vitb_14m or runs/pretrain_vitl_129m; --config.train.init_from names another pre-trained workdir of
 the same sizes. Its position table is resized to 384 px, and the decoder, which retrieval has not, is left out.
 Hardware: the paper's authors used 8 A100, a few hours, for ViT-B, 16 for ViT-L. Unverified here: no run of this size
-was made. Expected on the Karpathy test split (--config.data.eval.coco.path=data/coco_karpathy_test.json), R@1 text, R@1
-  image of the paper: vitb  78.4, 60.7 after pre-training on 14M unfiltered pairs; 80.6, 63.1 on the bootstrapped ones
+was made.
+Expected on the Karpathy test split (--config.data.eval.coco.path=data/coco_karpathy_test.json), R@1 text and R@1 image
+of the paper:
+  vitb  78.4, 60.7 after pre-training on 14M unfiltered pairs; 80.6, 63.1 on the bootstrapped ones
   vitl  80.6, 64.1 after pre-training on 129M unfiltered pairs; 82.4, 65.1 on the bootstrapped ones
 Differences: ITC compares with the features of the whole batch and the queue, the original with one GPU's 32 and the
 queue. ViT-L's queue is 57,344 long instead of 57,600, so that it holds whole batches. Every epoch is kept and
@@ -25,7 +28,8 @@ EXAMPLES = 566_747
 def get_config(argument=""):
     if argument not in ARGUMENTS:
         raise ValueError(
-            f"configs/retrieval_coco.py has no run {argument!r}: give one of {', '.join(f':{a}' for a in ARGUMENTS)} after it"
+            f"configs/retrieval_coco.py has no run {argument!r}: give one of {', '.join(f':{a}' for a in ARGUMENTS)} "
+            "after it"
         )
     c = base({"vitb": "base", "vitl": "large"}[argument])
     c.objective = "retrieval"

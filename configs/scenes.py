@@ -1,11 +1,10 @@
-"""The paper in miniature on the built-in world (blip_jax/data/scenes/world.py): the pre-training that the demo runs
-once per corpus.
+"""The paper in miniature on the built-in world: the pre-training that the demo runs once per corpus.
 
+The world is blip_jax/data/scenes/world.py.
 Data, drawn as needed, 48 px, one patch a cell of the world's grid: `human`, few pictures with five true captions each,
 and `web`, many with one, most of them noise. No crop, flip or RandAugment. Negatives come from the batch alone. What
-makes so small
-a model learn in a minute: wider initial weights, a position table as large as the patches, and the easy side of the
-world; on the whole world a captioner learns colours in this time, but not yet places.
+makes so small a model learn in a minute: wider initial weights, a position table as large as the patches, and the easy
+side of the world; on the whole world a captioner learns colours in this time, but not yet places.
 Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary, five pre-trainings, captioner and
           filter, CapFilt, report; the first pre-training by hand
           blip-jax vocab --scenes=20000 --size=318 --out=runs/scenes/vocab.txt

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Runs a command as several processes of one run on this machine, over loopback: for tests, and to debug a pod at a
-desk.
+"""Runs a command as several processes of one run on this machine, over loopback.
+
+For tests, and to debug a pod at a desk.
 
     python launch/local_processes.py -n 2 --devices 4 -- blip-jax train --config=configs/x.py --workdir=DIR
 
@@ -93,8 +94,10 @@ def worst(statuses: list[int]) -> int:
 
 
 class Processes:
-    """The processes of one run; each is the head of a process group of its own, so that Ctrl-C reaches it through
-    here only."""
+    """The processes of one run.
+
+    Each is the head of a process group of its own, so that Ctrl-C reaches it through here only.
+    """
 
     def __init__(self, command: list[str], n: int, devices: int):
         port = free_port()
@@ -125,7 +128,8 @@ class Processes:
             if deadline and now > deadline or late and now > late:
                 over = bool(deadline and now > deadline)
                 self._say(
-                    f"{f'{timeout:g} s are over' if over else f'process {bad[0]} ended {PATIENCE:g} s ago'}: killing the others"
+                    f"{f'{timeout:g} s are over' if over else f'process {bad[0]} ended {PATIENCE:g} s ago'}: killing "
+                    "the others"
                 )
                 self._signal(signal.SIGKILL)
                 break

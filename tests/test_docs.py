@@ -1,5 +1,7 @@
-"""The documents: they build as a site, their links lead somewhere, and the commands and configs that they name
-exist. No network."""
+"""The documents, without a network.
+
+They build as a site, their links lead somewhere, and the commands and configs that they name exist.
+"""
 
 from __future__ import annotations
 
@@ -60,15 +62,19 @@ def dead_links(path: pathlib.Path, markdown: str) -> list[str]:
 
 
 def paths(markdown: str) -> set[str]:
-    """Files and folders of the project that the text names in code font; a word in capitals in them stands for any
-    name."""
+    """Files and folders of the project that the text names in code font.
+
+    A word in capitals in them stands for any name.
+    """
     named = re.findall(r"`((?:blip_jax|benchmarks|configs|docs|launch|tests)/[\w./-]*)`", FENCE.sub("", markdown))
     return {name for name in named if not re.search(r"[A-Z]{4}", name.replace("README", ""))}
 
 
 def commands(markdown: str) -> list[list[str]]:
-    """The command lines of the code blocks, each split into words, without `$`, variables set in front, and
-    comments."""
+    """The command lines of the code blocks, each split into words.
+
+    Without `$`, variables set in front, and comments.
+    """
     out = []
     for block in FENCE.findall(markdown):
         for line in block.replace("\\\n", " ").splitlines():

@@ -1,5 +1,6 @@
-"""Who may import whom: arrows point down the table, never in a circle, and no name with a leading underscore crosses a file.
+"""Who may import whom: arrows point down the table, never in a circle.
 
+No name with a leading underscore crosses a file.
 The table is explained in docs/design.md. A module is at the level of its longest matching entry.
 """
 

@@ -1,5 +1,7 @@
-"""What this project takes of other packages without their having promised it: each test says which upgrade broke
-what."""
+"""What this project takes of other packages without their having promised it.
+
+Each test says which upgrade broke what.
+"""
 
 import inspect
 import subprocess

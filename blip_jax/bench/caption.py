@@ -1,5 +1,6 @@
-"""Images captioned per second, `blip-jax bench caption`; benchmarks/against.py sets it beside transformers and the
-original's way.
+"""Images captioned per second, `blip-jax bench caption`.
+
+`benchmarks/` sets it beside transformers and the original's way of generating.
 
 Random weights and pictures; nucleus sampling of exactly `tokens` new tokens after a prompt of four. All sides have the
 same weights, pictures and settings and take turns within each round; figures are medians over the rounds.
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,8 +28,10 @@ EOS, PAD = 3, 0  # where a vocabulary of this project has them; EOS is never dra
 
 
 class Settings(NamedTuple):
-    """What is measured. Every combination of img_sizes (pixels), dtypes and captions (per image); the rest holds
-    for all."""
+    """What is measured: every combination of img_sizes (pixels), dtypes and captions (per image).
+
+    The other settings hold for all of them.
+    """
 
     size: str = "base"  # a size of blip_jax.config
     img_sizes: tuple = (224, 384)
@@ -41,8 +45,10 @@ class Settings(NamedTuple):
 
 
 class Ours:
-    """Our captioner of one image size and dtype, random weights, and its parts, jitted. `params` f32, `weights` in
-    the dtype."""
+    """Our captioner of one image size and dtype, with random weights, and its parts, jitted.
+
+    `params` are f32, `weights` are in the dtype.
+    """
 
     def __init__(self, size: str, img_size: int, dtype: str):
         cfg = config.base(size)
@@ -109,8 +115,7 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
 
 
 def measure(settings: Settings, img_size: int, dtype: str, peer: Callable | None, say: Callable) -> tuple[list, list]:
-    """([how far the peer agrees, if there is one], [a `case` for each number of captions]) of one image size and
-    dtype."""
+    """One image size and dtype: ([how far the peer agrees, if there is one], [a `case` per number of captions])."""
     ours = Ours(settings.size, img_size, dtype)
     img = np.random.default_rng(0).integers(0, 256, (settings.batch, img_size, img_size, 3), np.uint8)
     sides, agreed = jobs(settings, ours, img), []
@@ -176,9 +181,11 @@ def waiting(function: Callable, *args) -> Callable:
 
 
 def case(times: dict[str, list], n: int, settings: Settings) -> dict:
-    """Figures of n captions per image: images/s, seconds per batch and parts are medians; a ratio is the median over
-    rounds of their seconds / ours. A side that has no token loop apart from its image keys and values has "decode",
-    which holds both."""
+    """Figures of n captions per image: images/s, seconds per batch and of its parts, medians over the rounds.
+
+    A ratio is the median over rounds of a side's seconds / ours. A side that has no token loop apart from its image
+    keys and values has "decode", which holds both.
+    """
     middle = {name: statistics.median(t) for name, t in times.items()}
     sides = [name.removesuffix(f"/{n}") for name in times if name.endswith(f"/{n}") and " " not in name]
     parts = {}
@@ -206,7 +213,10 @@ def case(times: dict[str, list], n: int, settings: Settings) -> dict:
 def table(cases: list[dict]) -> str:
     """Images per second of each side and how many times as fast ours is."""
     sides = list(dict.fromkeys(s for c in cases for s in c["images_per_s"]))
-    number = lambda c, field, side: f"{c[field][side]:.2f}" if side in c[field] else "-"
+
+    def number(c: dict, field: str, side: str) -> str:
+        return f"{c[field][side]:.2f}" if side in c[field] else "-"
+
     rows = [
         [
             c["img_size"],

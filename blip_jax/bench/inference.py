@@ -6,7 +6,8 @@ sets them beside transformers.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,8 +37,10 @@ class Settings(NamedTuple):
 
 
 class Ours:
-    """The model of one image size and dtype with random weights, and `job`: (weights, batch) -> outputs, not yet
-    jitted."""
+    """The model of one image size and dtype with random weights, and its job.
+
+    `job`: (weights, batch) -> outputs, not yet jitted.
+    """
 
     def __init__(self, settings: Settings, img_size: int, dtype: str):
         cfg = config.base(settings.size)

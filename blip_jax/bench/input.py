@@ -13,7 +13,8 @@ import json
 import pathlib
 import tempfile
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -103,8 +104,10 @@ def _resident() -> float:
 
 
 def run(settings: Settings, command: str, out: str = "", say: Callable = print) -> dict:
-    """Measures and says both, writes JSON to `out` where given; returns what is in it. ValueError: no folder of
-    `out`."""
+    """Measures and says both, writes JSON to `out` where given; returns what is in it.
+
+    ValueError: no folder of `out`.
+    """
     throughput.check_out(out)
     with tempfile.TemporaryDirectory() as name:
         found = _measure(pathlib.Path(name), settings, say)
@@ -128,7 +131,8 @@ def _measure(folder: pathlib.Path, settings: Settings, say: Callable) -> dict:
     spent = stages(open_source("pictures", cfg.data.train.pictures), tokenizer, cfg, settings.timed)
     total, mean = sum(spent.values()), sum(f.stat().st_size for f in folder.glob("*.jpg")) / PICTURES / 1000
     say(
-        f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {settings.img_size}: {1 / total:.0f} images/s per core, {settings.timed} examples"
+        f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {settings.img_size}: {1 / total:.0f} images/s per core, "
+        f"{settings.timed} examples"
     )
     for stage, seconds in spent.items():
         say(f"  {stage:12s} {1000 * seconds:6.2f} ms  {100 * seconds / total:5.1f} %")

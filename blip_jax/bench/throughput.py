@@ -1,7 +1,6 @@
-"""What every benchmark shares: the settings of a run, times to figures, hardware and versions beside them, traces,
-files.
+"""What every benchmark shares: settings of a run, figures from times, hardware and versions, traces, files.
 
-A figure is taken after a warm-up that compiles. FLOPs are those of `bench/flops.py`, so recomputation does not raise
+A figure is taken after a warm-up that compiles. FLOPs are those of `models/flops.py`, so recomputation does not raise
 MFU.
 """
 
@@ -17,7 +16,8 @@ import platform
 import resource
 import statistics
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,8 +73,10 @@ def headline(result: dict, threads: int) -> str:
 
 
 def memory_note() -> str:
-    """What to set on a CPU before a step with gigabytes of temporaries is timed; "" where it is set, or on other
-    devices."""
+    """What to set on a CPU before a step with gigabytes of temporaries is timed.
+
+    "" where it is set, or on other devices.
+    """
     if jax.default_backend() != "cpu" or os.environ.get("MALLOC_MMAP_MAX_") == "0":
         return ""
     return (
@@ -84,8 +86,9 @@ def memory_note() -> str:
 
 
 def figures(seconds: list[float], images: int, image_flops: float, devices: int = 1) -> dict:
-    """Figures of steps that took `seconds` each and did `images` images of `image_flops` FLOPs each on `devices`
-    devices.
+    """Figures of steps that took `seconds` each.
+
+    A step did `images` images of `image_flops` FLOPs each, on `devices` devices.
 
     Rates are all images over all seconds. MFU is the share of the devices' bf16 peak; null where no peak is known (a
     CPU).
@@ -153,8 +156,10 @@ def seconds_of(job: Callable, repeats: int) -> list[float]:
 
 
 def rounds(jobs: dict[str, Callable], n: int, say: Callable) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(seconds of each job's first call, which compiles and does not count, and of each call in n rounds in which
-    all take turns)"""
+    """Times jobs that take turns in each of n rounds.
+
+    Returns (seconds of each job's first call, which compiles and does not count; seconds of each job's n calls).
+    """
     first = {name: seconds_of(job, 1)[0] for name, job in jobs.items()}
     times = {name: [] for name in jobs}
     for i in range(n):

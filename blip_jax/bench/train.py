@@ -13,7 +13,8 @@ import pathlib
 import statistics
 import tempfile
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,13 +22,13 @@ import numpy as np
 from blip_jax import config, console, tasks, trees
 from blip_jax.bench import throughput
 from blip_jax.console import plain
-from blip_jax.data import batches as pipeline
 from blip_jax.data import windows
+from blip_jax.data.batches import TEXT as TEXT_ENTRIES
 from blip_jax.data.batches import TrainData
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.models import flops
 from blip_jax.parallel import sharding
-from blip_jax.tasks import step as steps
+from blip_jax.tasks.step import jit_arguments, make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 from blip_jax.train.loop import to_devices
@@ -38,8 +39,8 @@ TEXT = {"retrieval": 35, "caption": 40}  # positions where the originals have an
 WARM_UP = 2  # steps after a program is compiled that do not count
 
 # positions -> captions: what 1151 captions of about 240 images of COCO's validation and test splits take in BERT's word
-# pieces with
-# [CLS] and [SEP], after the original's cleaning; 13.0 on average, half take at most 12, 1 in 70 more than 20
+# pieces with [CLS] and [SEP], after the original's cleaning. 13.0 on average; half take at most 12, 1 in 70 more than
+# 20.
 COCO = {
     9: 5,
     10: 127,
@@ -74,8 +75,10 @@ class Settings(NamedTuple):
 
 
 def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buckets: tuple = ()):
-    """A config that needs no data: the paper's training of an objective on a model of a size. ValueError: as
-    `config.validate`."""
+    """A config that needs no data: the paper's training of an objective on a model of a size.
+
+    ValueError: as `config.validate`.
+    """
     cfg = config.base(size)
     with cfg.unlocked():
         cfg.objective = objective
@@ -98,9 +101,7 @@ class Program:
         self.shardings = sharding.shardings_for(self.shapes, mesh)
         self.create = jax.jit(create, out_shardings=self.shardings)
         self.state = self.create(jax.random.key(cfg.seed))
-        self.step = jax.jit(
-            steps.make_step(cfg, self.model, self.tx, EPOCH_STEPS), **steps.jit_arguments(self.shardings, mesh)
-        )
+        self.step = jax.jit(make_step(cfg, self.model, self.tx, EPOCH_STEPS), **jit_arguments(self.shardings, mesh))
         self.compiled: dict[int, Any] = {}  # text positions -> program
         self.about: dict[int, dict] = {}  # ... -> what is known of it
 
@@ -180,8 +181,9 @@ def shares(cfg) -> dict[int, float]:
 
 
 def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarray]:
-    """A global batch as the task's `shapes` say, of uniform pixels and random ids in texts of T positions, up to
-    `longest` of them real.
+    """A global batch as the task's `shapes` say: uniform pixels, random ids in texts of T positions.
+
+    At most `longest` positions of a text are real.
 
     Texts are i32 arrays whose last dimension is positions, masks bool ones; numbers of examples count up, weights are
     equal.
@@ -190,20 +192,19 @@ def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarra
     real = np.clip(coco(rng, cfg.train.batch), 3, longest or T)
     out = {}
     for name, (shape, dtype) in tasks.of(cfg).shapes(cfg).items():
-        if shape[-1] == cfg.text.max_len and name in pipeline.TEXT:
+        kind, is_text = np.dtype(dtype), len(shape) > 1
+        if shape[-1] == cfg.text.max_len and name in TEXT_ENTRIES:
             shape = (*shape[:-1], T)
-        mask = (
-            np.broadcast_to(np.arange(shape[-1]) < real.reshape(-1, *(1,) * (len(shape) - 1)), shape)
-            if len(shape) > 1
-            else None
-        )
-        if dtype == np.uint8:
+        if is_text:
+            mask = np.broadcast_to(np.arange(shape[-1]) < real.reshape(-1, *(1,) * (len(shape) - 1)), shape)
+
+        if kind == np.uint8:
             out[name] = rng.integers(0, 256, shape).astype(np.uint8)
-        elif dtype == bool:
-            out[name] = np.array(mask) if len(shape) > 1 else rng.integers(0, 2, shape).astype(bool)
-        elif dtype == np.int32:
+        elif kind == np.bool_:
+            out[name] = np.array(mask) if is_text else rng.integers(0, 2, shape).astype(bool)
+        elif kind == np.int32:
             tokens = rng.integers(5, cfg.model.med.vocab_size - 2, shape)
-            out[name] = (np.where(mask, tokens, 0) if len(shape) > 1 else np.arange(len(tokens))).astype(np.int32)
+            out[name] = (np.where(mask, tokens, 0) if is_text else np.arange(len(tokens))).astype(np.int32)
         else:
             out[name] = np.full(shape, 1 / shape[-1], dtype)
     return out
@@ -259,8 +260,10 @@ def measure(cfg, settings: Settings, say: Callable) -> dict:
 
 @contextlib.contextmanager
 def _batches(program: Program, settings: Settings):
-    """[(share of the batches, iterator of batches on the mesh)]: one for each text length, or one of the real data
-    without share."""
+    """What is fed: [(share of the batches, iterator of batches on the mesh)], one for each text length.
+
+    For real data one, whose share is None.
+    """
     cfg = program.cfg
     if settings.input == "synthetic":
         share = shares(cfg)
@@ -309,8 +312,8 @@ def figures(program: Program, seen: list[dict], share: dict[int, float], say: Ca
             **throughput.figures(own, cfg.train.batch, step_flops(cfg, T), devices),
         }
         say(
-            f"texts of {T} positions, {100 * texts[T]['share']:.0f} % of the batches: {throughput.words(texts[T])}; compiled in "
-            f"{texts[T]['compile_s']:.1f} s"
+            f"texts of {T} positions, {100 * texts[T]['share']:.0f} % of the batches: {throughput.words(texts[T])}; "
+            f"compiled in {texts[T]['compile_s']:.1f} s"
         )
     step = sum(t["share"] * statistics.mean(t["step_s"]["all"]) for t in texts.values())
     total = throughput.rates(
@@ -337,9 +340,9 @@ def describe(program: Program) -> str:
         sum(x.size for _, x in trees.paths(tree)) for tree in (program.shapes.params, program.shapes.frozen)
     )
     return (
-        f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} px, batch "
-        f"{cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh {dict(program.mesh.shape)}; "
-        f"{trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB"
+        f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} "
+        f"px, batch {cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh "
+        f"{dict(program.mesh.shape)}; {trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB"
     )
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import grain
 
 from blip_jax.capfilt.shards import Plan, storable
-from blip_jax.data import batches as pipeline
 from blip_jax.data import image, pairs
+from blip_jax.data.batches import decode, threads
 from blip_jax.data.source import BadRecord
 from blip_jax.data.text.clean import plain_text
 
@@ -27,7 +27,7 @@ class Records:
 
     An example is {"dataset", "record": its number there, "key", "reason": "" or why it cannot be used, "texts": its
     cleaned web captions ("" where nothing is left), "fields": the record as its source has it, "img": {size:
-    u8[size,size,3]}, "events": what pipeline.Ledger takes in}. Of one that cannot be used, "fields" is None and there
+    u8[size,size,3]}, "events": what `Ledger.add` takes in}. Of one that cannot be used, "fields" is None and there
     is no "img".
     """
 
@@ -44,7 +44,7 @@ class Records:
             return self.example(span[at]) if at < len(span) else {}
 
         ds = grain.MapDataset.range(len(places) * size).map(example)
-        examples = pipeline.threads(ds, self.cfg, self.cfg.data.prefetch * size)
+        examples = threads(ds, self.cfg, self.cfg.data.prefetch * size)
         try:
             for shard, span in places:
                 rows = [next(examples) for _ in range(size)]
@@ -60,7 +60,7 @@ class Records:
         try:
             fields = storable(self.sources[dataset][number])
             known |= {"key": fields["key"], "texts": [self._cleaned(caption, notes) for caption in fields["captions"]]}
-            picture, irregular = pipeline.decode(fields, fields["image"], self.cfg.data.max_pixels)
+            picture, irregular = decode(fields, fields["image"], self.cfg.data.max_pixels)
         except BadRecord as e:
             key = plain_text(e.key)[0]
             return {**known, "key": key, "reason": e.reason, "events": [(dataset, key, e.reason, False)]}

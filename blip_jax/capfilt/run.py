@@ -1,5 +1,6 @@
-"""The CapFilt run: any source in; a decision on every web and synthetic text, and shards to train on, out (paper,
-section 3.3).
+"""The CapFilt run (paper, section 3.3): any source in; decisions on all texts, and shards to train on, out.
+
+Every web text and every synthetic text gets a decision.
 
 Work is cut by shard of the output; shard k belongs to process k % processes. Processes never talk to each other, but
 for a look at the settings where JAX has joined them. Each drives its local devices, which hold the parameters whole, or
@@ -11,6 +12,7 @@ nor that of processes changes a byte.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -26,15 +28,16 @@ from blip_jax.capfilt.input import Batch, Records
 from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
 from blip_jax.console import say
 from blip_jax.convert import read
-from blip_jax.data import batches as pipeline
+from blip_jax.data.batches import open_all
+from blip_jax.data.ledger import Ledger
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
 from blip_jax.inference.batching import Runner, alone, behind, placed
 from blip_jax.inference.load import Loaded, checksum, load
-from blip_jax.parallel import processes as cluster
 from blip_jax.parallel import sharding
 from blip_jax.parallel.interrupt import Interrupt
+from blip_jax.parallel.processes import agree
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
 
@@ -45,7 +48,7 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     cfg: of config.capfilt; process, processes: this one and how many there are, by default JAX's. Every process is
     called with the same cfg and `out`, which all of them see; one that dies is replaced by calling again, with any
     number. SIGTERM, or SIGINT once, ends after the batch and drops the unfinished shard. Returns the summary
-    (capfilt/tally.py), also in out/summary.json, once all shards are finished; before that {"stopped": whether by a
+    (capfilt/summary.py), also in out/summary.json, once all shards are finished; before that {"stopped": whether by a
     signal, "finished": shards, "shards": of so many}.
     ValueError: settings, checkpoints or data do not fit, or `out` was begun with others. OSError: `out` cannot be
       written.
@@ -56,15 +59,20 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     if not 0 <= process < processes:
         raise ValueError(f"process={process} of processes={processes}: processes are numbered from 0")
     out = pathlib.Path(out).absolute()
+
     captioner, judge = models(cfg)
     mesh = _mesh(cfg)
-    sources = pipeline.open_all(cfg.data.sources)
+    sources = open_all(cfg.data.sources)
     lengths = {name: len(source) for name, source in sources.items()}
+
+    # nothing is made for an `out` that holds a run with other settings, or that the processes do not share
     record = settings.on_record(cfg, _record(captioner), _record(judge), captioner.tokenizer.crc, lengths)
     with writing("the settings", out):
         out.mkdir(parents=True, exist_ok=True)
-        cluster.agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
+        agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
         settings.settle(out, record)
+
+    # what is left to do here: this process's shards but for the finished ones, whose keys are taken
     plan = Plan(lengths, cfg.shard_examples)
     done, keys = set(finished(out, len(plan))), Keys(out)
     for shard in sorted(done):
@@ -75,13 +83,14 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
         f"finished; process {process} of {processes} makes {len(todo)} on {mesh.size} devices of kind "
         f"{mesh.devices.flat[0].device_kind}; captioner {captioner.origin}, filter {judge.origin}; output in {out}"
     )
+
     stopped = False
     if todo:
         data = Records(cfg, sources, plan, todo, (captioner.model.img_size, judge.model.img_size))
-        with contextlib.closing(
-            _decided(cfg, data, Devices(cfg, mesh, captioner, judge), captioner.tokenizer)
-        ) as stream:
+        devices = Devices(cfg, mesh, captioner, judge)
+        with contextlib.closing(_decided(cfg, data, devices, captioner.tokenizer)) as stream:
             stopped = _write(cfg, stream, plan, todo, keys, out, process)
+
     done = finished(out, len(plan))
     if stopped or len(done) < len(plan):
         what = "stopped by a signal; the unfinished shard is dropped" if stopped else "process finished"
@@ -101,6 +110,7 @@ def models(cfg) -> tuple[Loaded, Loaded]:
     judge = captioner if same else load(cfg.filter, dtype=cfg.dtype, vocab=cfg.text.vocab)
     captioner.require("caption", "captioner")
     judge.require("match", "filter")
+
     tokenizer = captioner.tokenizer
     if tokenizer.crc != judge.tokenizer.crc:
         raise ValueError(
@@ -112,6 +122,7 @@ def models(cfg) -> tuple[Loaded, Loaded]:
             f"capfilt: captions continue text.prompt={cfg.text.prompt!r}; the captioner was trained with "
             f"{captioner.cfg.text.prompt!r}"
         )
+
     prompt, method = len(programs.prompt_ids(tokenizer, cfg.text.prompt)), cfg.method
     room = captioner.cfg.model.med.positions
     if not prompt < method.max_length <= room:
@@ -164,14 +175,15 @@ class Devices:
         return made, self._view(self._judge_params, self._pixels(examples, self._judge.model.img_size))
 
     def score(self, seen, texts: list[list[str]]):
-        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture, given what was `seen` of these; not
-        waited for.
+        """{"itm", "itc"} f32[size,width] of at most `width` texts of each picture; not waited for.
+
+        seen: what `begin` gave of these pictures for the filter.
         """
         rows = [t for own in texts for t in own + [""] * (self.width - len(own))]
         ids, txt_mask = self._judge.tokenizer.encode(rows, self._judge.cfg.text.max_len)
-        return self._score(
-            self._judge_params, seen, *(self._put(x.reshape(len(texts), self.width, -1)) for x in (ids, txt_mask))
-        )
+        ids = self._put(ids.reshape(len(texts), self.width, -1))
+        txt_mask = self._put(txt_mask.reshape(len(texts), self.width, -1))
+        return self._score(self._judge_params, seen, ids, txt_mask)
 
     def _pixels(self, examples: list[dict], size: int) -> jax.Array:
         none = np.zeros((size, size, 3), np.uint8)  # of one that cannot be used
@@ -182,26 +194,34 @@ class Devices:
 
 
 def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iterator:
-    """(Batch, rows of the decision table of each of its examples). The devices work a batch ahead of the host's
-    share.
+    """(Batch, rows of the decision table of each of its examples), batch by batch.
+
+    Three streams, each of which takes from the one before: `begun`, batches that the devices caption and view;
+    `scored`, captions turned into text and given to the devices to score; and what is yielded, scores turned into
+    decisions. The host waits for results at the start of the last two, so each goes through `behind`: by the time a
+    batch is waited for, the devices have the next batch's work and do not stand still while the host does its share.
     """
 
-    def scored(batch: Batch, made, seen):
-        rows = _texts(batch, jax.device_get(made), tokenizer, devices.prompt_len, cfg.text.max_words)
-        passes = _passes(rows, devices.width)
-        return batch, rows, passes, [devices.score(seen, texts) for texts in passes]
+    def begun(batches):
+        for batch in batches:
+            made, seen = devices.begin(batch.examples)
+            yield batch, made, seen
+
+    def scored(begun):
+        for batch, made, seen in behind(begun):
+            rows = _texts(batch, jax.device_get(made), tokenizer, devices.prompt_len, cfg.text.max_words)
+            passes = _passes(rows, devices.width)
+            scores = [devices.score(seen, texts) for texts in passes]
+            yield batch, rows, passes, scores
 
     with contextlib.closing(data.batches(devices.size)) as batches:
-        begun = ((batch, *devices.begin(batch.examples)) for batch in batches)
-        for batch, rows, passes, scores in behind(scored(*item) for item in behind(begun)):
+        for batch, rows, passes, scores in behind(scored(begun(batches))):
             found = _by_text(len(rows), passes, jax.device_get(scores))
-            yield (
-                batch,
-                [
-                    _judged(example, own, by_text, cfg.threshold)
-                    for example, own, by_text in zip(batch.examples, rows, found)
-                ],
-            )
+            decided = [
+                _judged(example, own, by_text, cfg.threshold)
+                for example, own, by_text in zip(batch.examples, rows, found)
+            ]
+            yield batch, decided
 
 
 def _texts(batch: Batch, made: dict, tokenizer: Tokenizer, prompt_len: int, max_words: int) -> list[list[Row]]:
@@ -237,19 +257,27 @@ def _by_text(images: int, passes: list, scores: list[dict]) -> list[dict[str, tu
 
 
 def _judged(example: dict, rows: list[Row], by_text: dict, threshold: float) -> list[Row]:
+    """The decisions on an example's texts; by_text: as in `_by_text`."""
     if example["reason"]:
         return decisions.unreadable(
             example["key"], example["dataset"], example["record"], example["texts"], example["reason"]
         )
-    scored = (row._replace(itm=by_text[row.text][0], itc=by_text[row.text][1]) if row.text else row for row in rows)
+
+    scored = []
+    for row in rows:
+        if row.text:  # an empty one was not scored
+            itm, itc = by_text[row.text]
+            row = row._replace(itm=itm, itc=itc)
+        scored.append(row)
     return decisions.judge(scored, threshold)
 
 
 def _write(cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Path, process: int) -> bool:
     """Writes the shards of the stream, each as it ends; whether a signal stopped it before the last."""
     with writing("the list of unreadable records", out):
-        ledger = pipeline.Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
-    progress, writer = Progress(sum(len(plan.span(k)) for k in todo)), None
+        ledger = Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
+    progress = Progress(sum(len(plan.span(k)) for k in todo))
+    writer = None  # of the shard that is being made
     with Interrupt("finishing this batch, then stopping") as interrupt:
         try:
             for batch, rows in stream:
@@ -258,11 +286,13 @@ def _write(cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Pa
                     ledger.add(len(rows), [event for e in batch.examples for event in e["events"]])
                 for example, own in zip(batch.examples, rows):
                     writer.add(example["fields"], own)
+
                 if batch.last:
                     keys.add(batch.shard, ((row.key, row.dataset, row.record, row.reason) for row in writer.rows))
                     writer.commit()
                     writer = None
                 progress.add(rows)
+
                 if interrupt.asked and not (batch.last and batch.shard == todo[-1]):
                     return True
         finally:
@@ -281,12 +311,13 @@ class Progress:
 
     def add(self, rows: list[list[Row]]) -> None:
         """Takes in a batch. The first one, which waited for the compiler, does not count for images/s."""
-        now, self._done = time.monotonic(), self._done + len(rows)
-        for row in (
-            row for own in rows for row in own if row.reason != REPEATED and not row.reason.startswith(UNREADABLE)
-        ):
-            self._texts[row.source][0] += 1
-            self._texts[row.source][1] += row.reason in (BELOW, EMPTY)
+        now = time.monotonic()
+        self._done += len(rows)
+        for row in itertools.chain.from_iterable(rows):
+            if row.reason != REPEATED and not row.reason.startswith(UNREADABLE):
+                self._texts[row.source][0] += 1
+                self._texts[row.source][1] += row.reason in (BELOW, EMPTY)
+
         if self._since is None:
             self._since, self._first = now, self._done
         if now - self._said >= PROGRESS_SECONDS or self._done == self._total:

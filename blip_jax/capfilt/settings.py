@@ -105,8 +105,10 @@ def on_record(cfg: ConfigDict, captioner: dict, judge: dict, vocabulary: int, le
 
 
 def settle(out: pathlib.Path, record: dict) -> None:
-    """Writes OUT/capfilt.json, or compares with what is there. ValueError: `out` holds a run with other settings,
-    listed."""
+    """Writes OUT/capfilt.json, or compares with what is there.
+
+    ValueError: `out` holds a run with other settings, listed.
+    """
     if not (out / FILE).exists():
         # one process makes it, the others compare
         shards.put(out, FILE, json.dumps(record, indent=1) + "\n", keep=True)

@@ -93,8 +93,10 @@ def put(out: pathlib.Path, name: str, content: str, keep: bool = False) -> None:
 
 
 class ShardWriter:
-    """One shard while it is made; `commit` finishes it, `drop` leaves nothing. OSError: the folder cannot be
-    written."""
+    """One shard while it is made; `commit` finishes it, `drop` leaves nothing.
+
+    OSError: the folder cannot be written.
+    """
 
     def __init__(self, out: pathlib.Path, shard: int):
         self._out, self.shard, self.rows = out, shard, []
@@ -112,8 +114,10 @@ class ShardWriter:
         return writing(f"shard {self.shard:05d}", self._out)
 
     def add(self, record: dict | None, rows: list[Row]) -> None:
-        """Takes one record (None where no text of it is kept) and its rows: its kept texts of each source become a
-        record."""
+        """Takes one record and its rows; None where no text of it is kept.
+
+        The record's kept texts of each source become a record of the shard.
+        """
         self.rows += rows
         for source, file in self._files.items():
             if kept := [row.text for row in rows if row.kept and row.source == source]:

@@ -1,5 +1,7 @@
-"""What a finished run did: counts, noise, lengths, words and examples from its decision tables, as JSON and as a
-table."""
+"""What a finished run did, from its decision tables, as JSON and as a table.
+
+Counts, noise, lengths, words and examples.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""blip-jax bench train | caption | filter | encode | input: flags become settings, settings go to one function of
-blip_jax/bench.
+"""blip-jax bench train | caption | filter | encode | input.
+
+Flags become settings, and settings go to one function of blip_jax/bench.
 
 `measure` also takes a peer, another program that does the same work; the product has none, benchmarks/against.py has.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Callable
+from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
@@ -20,7 +21,7 @@ OWN = ("size", "objective", "img_size", "dtype", "batch", "buckets")
 
 
 def bench(argv: list[str], parse: Callable) -> int:
-    """blip-jax bench; `parse` as in cli.py."""
+    """blip-jax bench; `parse` as in cli/main.py."""
     what = argv[1] if argv[1:] else ""
     if what not in WORKLOADS:
         raise ValueError(f"blip-jax bench measures {', '.join(WORKLOADS)}, not {what or 'nothing'!r}")
@@ -42,7 +43,10 @@ def measure(
     values = flags.FlagValues()
     if more:
         more(values)
-    with_peer = lambda: {"peer": peer(values)} if peer else {}
+
+    def with_peer() -> dict:
+        return {"peer": peer(values)} if peer else {}
+
     return WORKLOADS[what]([f"bench {what}", *argv], values, parse, command, with_peer)
 
 
@@ -167,8 +171,10 @@ def _common(values: flags.FlagValues, default) -> None:
 
 
 def _settings(kind, values: flags.FlagValues, **more):
-    """The NamedTuple `kind` from the flags of the same names; img_sizes and dtypes from the repeated --img_size
-    and --dtype."""
+    """The NamedTuple `kind` from the flags of the same names.
+
+    img_sizes and dtypes come from the repeated --img_size and --dtype.
+    """
     plural = {"img_sizes": "img_size", "dtypes": "dtype"}
     for name in kind._fields:
         if (flag := plural.get(name, name)) in values:

@@ -1,5 +1,4 @@
-"""blip-jax caption | match | answer | features: pictures named on the command line go through the verbs of
-inference/verbs.py.
+"""blip-jax caption | match | answer | features: pictures on the command line go through inference/verbs.py.
 
 Results go to standard output as they come; progress, pictures that cannot be used and the times go to standard error. A
 picture that cannot be used does not keep the others from being done; the exit status is then 1.
@@ -14,8 +13,8 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import flags
 
@@ -69,8 +68,10 @@ def match(argv: list[str]) -> int:
             for ps, cs in zip(found["probability"], found["cosine"])
         ]
 
-    line = lambda m: f"probability {m['probability']:.4f}  cosine {m['cosine']:.4f}  {m['text']}"
-    return _each(values, files, run, lambda row: [line(m) for m in row["matches"]])
+    def lines(row: dict) -> list[str]:
+        return [f"probability {m['probability']:.4f}  cosine {m['cosine']:.4f}  {m['text']}" for m in row["matches"]]
+
+    return _each(values, files, run, lines)
 
 
 def answer(argv: list[str]) -> int:
@@ -145,8 +146,10 @@ def _each(values, files: list[str], run: Callable, lines: Callable[[dict], list[
 
 
 class Work:
-    """The model of --model and the pictures it is given; says what comes of them, what went wrong, and how long it
-    took."""
+    """The model of --model and the pictures it is given.
+
+    Says what comes of them, what went wrong, and how long it took.
+    """
 
     def __init__(self, values, files: list[str]):
         from tqdm import tqdm
@@ -161,16 +164,22 @@ class Work:
         self.marked = None  # (time, images done) after the first chunk, which waited for the compiler
 
     def chunks(self, size: int) -> Iterator[list[tuple[int, Any]]]:
-        """(number of the file, pixels u8[S,S,3]) of those that can be used, at most `size` at a time, the next
-        ones read meanwhile."""
+        """(number of the file, pixels u8[S,S,3]) of those that can be used, at most `size` at a time.
+
+        The next ones are read meanwhile.
+        """
         from blip_jax.inference import inputs
 
         cfg = self.model.cfg
-        read = lambda file: inputs.pixels(inputs.Picture(file, file), cfg.model.img_size, cfg.data.max_pixels)
+
+        def read(file: str):
+            return inputs.pixels(inputs.Picture(file, file), cfg.model.img_size, cfg.data.max_pixels)
+
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            start = lambda at: [
-                (i, pool.submit(read, self.files[i])) for i in range(at, min(at + size, len(self.files)))
-            ]
+
+            def start(at: int) -> list[tuple[int, concurrent.futures.Future]]:
+                return [(i, pool.submit(read, self.files[i])) for i in range(at, min(at + size, len(self.files)))]
+
             ahead = start(0)
             while ahead:
                 now, ahead = ahead, start(ahead[-1][0] + 1)
@@ -226,8 +235,10 @@ def since_start() -> float:
 
 
 def _flags(**own: tuple[Any, str]) -> tuple[flags.FlagValues, Callable[[], dict]]:
-    """The flags of all verbs, and those of one, name -> (default, help); also a function that gives the latter's
-    values."""
+    """The flags of all verbs and those of one, name -> (default, help).
+
+    Also a function that gives the values of the latter.
+    """
     values = flags.FlagValues()
     values.set_gnu_getopt()  # pictures and flags in any order
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}

@@ -35,16 +35,23 @@ USAGE = """usage: blip-jax <command> [flags]
   capfilt refilter --run=DIR --threshold=0.7 --out=DIR2   another threshold for a finished run, without a model
   vocab     --captions=FILE.json|FILE.txt ...        train a WordPiece vocabulary from captions (repeat the flag)
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
-  convert   IN OUT [--to=ours|official|hf] [--verify]   checkpoints of PyTorch (.pth, Hugging Face, initial weights) in and out
-            [--vocab=FILE --family= --img_size= --vit_heads= --med_heads=]
-  caption   PICTURES --model=DIR [--n= --method=nucleus --prompt= --seed=]   captions of pictures; DIR: a workdir, a checkpoint,
-  match     PICTURES --model=DIR --text=...          texts against pictures    a Hugging Face folder or a name on the hub
-  answer    PICTURES --model=DIR --question=...      answers; of [--answers=FILE] the best of a list
-  features  [PICTURES] --model=DIR [--text=...] --out=FILE.npz   states and embeddings; all four: [--json --batch= --dtype= --vocab=]
-  bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory; benchmarks/README.md
-  bench     caption | filter | encode | input        speed of the other work; all: [--out=FILE.json --trace=DIR]
-  plan      --config=configs/x.py --topology=v5e:4x8   memory, collectives and best speed on a TPU slice that is not here
-            [--slices=N --search --workload=evaluate --exact --out=FILE.json; CapFilt: --captioner=CONFIG --filter=CONFIG]
+  convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out: .pth, Hugging Face folders,
+            [--verify --vocab=FILE --family=         initial weights
+             --img_size= --vit_heads= --med_heads=]
+
+  caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
+  match     PICTURES --text=...                      texts against pictures
+  answer    PICTURES --question=... [--answers=FILE] answers, free or the best of a list
+  features  [PICTURES] [--text=...] --out=FILE.npz   states and embeddings
+            all four: --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
+            [--json --batch= --dtype= --vocab=]
+
+  bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
+  bench     caption | filter | encode | input        speed of the other work; benchmarks/README.md
+            all: [--out=FILE.json --trace=DIR]
+  plan      --config=configs/x.py --topology=v5e:4x8 memory, collectives and best speed on a TPU slice that is not here
+            [--slices=N --search --workload=evaluate --exact --out=FILE.json]
+            of CapFilt: [--captioner=CONFIG --filter=CONFIG]
   demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report
 
 train, evaluate and capfilt run on several hosts, too: started on each of them alike (docs/many_hosts.md).
@@ -196,16 +203,16 @@ def demo(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     """blip-jax bench."""
-    from blip_jax.cli import bench as bench_cli
+    from blip_jax.cli.bench import bench
 
-    return bench_cli.bench(argv, _parse)
+    return bench(argv, _parse)
 
 
 def plan(argv: list[str]) -> int:
     """blip-jax plan."""
-    from blip_jax.cli import plan as plan_cli
+    from blip_jax.cli.plan import plan
 
-    return plan_cli.plan(argv, _parse)
+    return plan(argv, _parse)
 
 
 COMMANDS = {

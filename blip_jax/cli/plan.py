@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Callable
+from collections.abc import Callable
 
 from absl import flags
 from ml_collections import config_flags
 
 
 def plan(argv: list[str], parse: Callable) -> int:
-    """blip-jax plan; `parse` as in cli.py. Exit status 0 where the plan fits, 1 where it does not."""
+    """blip-jax plan; `parse` as in cli/main.py. Exit status 0 where the plan fits, 1 where it does not."""
     values = flags.FlagValues()
     for name, text in (
         ("config", "what is planned; its leaves are flags"),

@@ -109,56 +109,60 @@ def _values(cfg) -> list[str]:
     for path, (least, most) in RANGES.items():
         value = _leaf(cfg, path)
         if not least <= value <= most:
-            allowed = {
-                (1, math.inf): "must be at least 1",
-                (0, math.inf): "must not be negative",
-                (0, 1): "must lie between 0 and 1",
-            }.get((least, most))
-            allowed = allowed or (
-                "must be positive"
-                if least < 1 < most
-                else f"must be at least {least}"
-                if least > 0
-                else "must be at least 0 and below 1"
-            )
-            out.append(f"{path} is {value}: it {allowed}")
+            out.append(f"{path} is {value}: it must {_allowed(least, most)}")
+
     scale = tuple(cfg.data.crop_scale)
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         out.append(f"data.crop_scale is {scale}: give two shares of the area, 0 < least <= most <= 1")
+    return out + _patterns(cfg) + _buckets(cfg)
+
+
+def _allowed(least: float, most: float) -> str:
+    """A row of RANGES in words, behind "it must"."""
+    if most == math.inf:
+        if least == 0:
+            return "not be negative"
+        return "be positive" if least < 1 else f"be at least {least}"
+    return "lie between 0 and 1" if most == 1 else "be at least 0 and below 1"
+
+
+def _patterns(cfg) -> list[str]:
+    """What is wrong with the regular expressions that name parameters."""
     factors = tuple(cfg.optim.lr_factors)
     if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in factors):
-        return [*out, f"optim.lr_factors is {factors}: give (regex, factor) pairs", *_buckets(cfg)]
+        return [f"optim.lr_factors is {factors}: give (regex, factor) pairs"]
+
+    out = []
     for leaf, patterns in (("freeze", cfg.optim.freeze), ("lr_factors", [pattern for pattern, _ in factors])):
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as e:
                 out.append(f"optim.{leaf} holds {pattern!r}, which is no regular expression: {e}")
+
     for pattern, factor in factors:
-        if not all(f > 0 for f in (factor if isinstance(factor, (tuple, list)) else (factor,))):
+        of_layers = factor if isinstance(factor, (tuple, list)) else (factor,)
+        if not all(f > 0 for f in of_layers):
             out.append(
-                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, name them "
-                "in optim.freeze"
+                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, "
+                "name them in optim.freeze"
             )
-    return out + _buckets(cfg)
+    return out
 
 
 def _buckets(cfg) -> list[str]:
     buckets, last = tuple(cfg.text.buckets), cfg.text.max_len
     if not buckets:
         return []
-    out = []
-    if (
-        not all(isinstance(T, int) for T in buckets)
-        or list(buckets) != sorted({*buckets})
-        or buckets[0] < 3
-        or buckets[-1] != last
-    ):
-        out.append(
-            f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them text.max_len = "
-            f"{last}, as ({', '.join(str(T) for T in (12, 16, 20) if T < last)}{', ' * (last > 12)}{last}), or () for none"
-        )
-    return out
+
+    whole = all(isinstance(T, int) for T in buckets)
+    if whole and list(buckets) == sorted({*buckets}) and buckets[0] >= 3 and buckets[-1] == last:
+        return []
+    example = ", ".join(str(T) for T in (*(T for T in (12, 16, 20) if T < last), last))
+    return [
+        f"text.buckets is {buckets}: give ascending whole numbers of at least 3 positions, the last of them "
+        f"text.max_len = {last}, as ({example}), or () for none"
+    ]
 
 
 def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
@@ -207,7 +211,8 @@ def _sources(cfg) -> list[str]:
 
 
 def _batch(cfg, process_count: int, device_count: int) -> list[str]:
-    out, batch, accumulate = [], cfg.train.batch, cfg.optim.accumulate
+    """What does not divide: the devices into the mesh, or the batch into the devices and processes."""
+    batch, accumulate = cfg.train.batch, cfg.optim.accumulate
     axes = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     known = math.prod(a for a in axes if a > 0)
     if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
@@ -217,14 +222,16 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
             f"mesh (data, fsdp, tensor) is {axes}, {known} devices{' or a multiple' if -1 in axes else ''}, but "
             f"{device_count} are here: the product must equal it, as ({device_count}, 1, 1) or (-1, 1, 1) does"
         ]
-    rows = device_count // (cfg.mesh.tensor if cfg.mesh.tensor > 0 else device_count // known)
+
+    tensor = cfg.mesh.tensor if cfg.mesh.tensor > 0 else device_count // known
+    rows = device_count // tensor
     unit = math.lcm(rows, process_count) * accumulate
-    if batch % unit:
-        out.append(
-            f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
-            f"{process_count} processes, optim.accumulate = {accumulate}), as {nearest(batch, unit)}"
-        )
-    return out
+    if batch % unit == 0:
+        return []
+    return [
+        f"train.batch is {batch}: it must be a multiple of {unit} ({rows} devices along data x fsdp, "
+        f"{process_count} processes, optim.accumulate = {accumulate}), as {nearest(batch, unit)}"
+    ]
 
 
 def nearest(value: int, unit: int) -> str:

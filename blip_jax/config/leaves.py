@@ -182,8 +182,9 @@ def capfilt() -> ConfigDict:
 
 
 def layer_decay(rate: float, depth: int, tower: str = "vit") -> tuple:
-    """optim.lr_factors that shrink by `rate` a layer towards the input of a stack of `depth` blocks (BEiT, arXiv
-    2106.08254, appendix).
+    """optim.lr_factors that shrink by `rate` a layer from the last of `depth` blocks to the input.
+
+    As BEiT does it (arXiv 2106.08254, appendix).
 
     The last block has rate, the first rate^depth, what comes before the blocks rate^(depth + 1), what comes after them
     1.

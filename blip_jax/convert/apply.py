@@ -1,10 +1,11 @@
-"""Runs the key tables of `rules.py` in both directions on arrays; collects every problem and raises once."""
+"""Runs the key tables of `rules` in both directions on arrays; collects every problem and raises once."""
 
 from __future__ import annotations
 
 import collections
 import re
-from typing import Iterable, Iterator, Mapping, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +28,9 @@ class Row(NamedTuple):
 
 
 def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int, med_heads: int) -> dict:
-    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}; f32 (counters as
-    they are).
+    """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}.
+
+    Arrays are f32, but for counters, which stay as they are.
 
     Args:
       family: a key of `rules.FAMILIES`.
@@ -55,10 +57,10 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int
 
 
 def rows(family: str, tensors: Iterable[str]) -> list[Row]:
-    """The table of a family with a key for every layer that any of `tensors` (their names) belongs to; absent groups
-    left out.
+    """The table of a family, with a key for every layer that any of `tensors` (their names) belongs to.
 
-    Each tower has one number of layers, the largest found, so that a layer that some module lacks counts as missing.
+    Absent groups are left out. Each tower has one number of layers, the largest found, so that a layer that some module
+    lacks counts as missing.
     """
     absent = {key for _, keys in absent_groups(family, tensors) for key in keys}
     counts = layer_counts(family, tensors)
@@ -117,8 +119,7 @@ def copies(family: str, table: list[Row]) -> Iterator[tuple[str, str]]:
 
 
 def buffers(names: Iterable[str]) -> dict[str, str]:
-    """Torch keys of the originals' buffers of positions 0, 1, ..., each with the key of the position table beside
-    it."""
+    """Torch keys of the originals' buffers of positions 0, 1, ..., each -> key of its position table."""
     table = "embeddings.position_embeddings.weight"
     return {name.replace(table, "embeddings.position_ids"): name for name in names if name.endswith(table)}
 
@@ -249,32 +250,43 @@ def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _to_ours(x, layout: str, heads: int) -> dict[str, np.ndarray]:
+    """What `{qkv}` stands for, or "" -> our array of a torch tensor; layouts: as in rules/blip.py."""
     if layout in ("qkv", "qkv_bias"):
         return {
-            name: _to_ours(block, layout.replace("qkv", "heads_in"), heads)[""]
+            name: _laid_out(block, layout.replace("qkv", "heads_in"), heads)
             for name, block in zip("qkv", np.split(x, 3, axis=0))
         }
+    return {"": _laid_out(x, layout, heads)}
+
+
+def _laid_out(x, layout: str, heads: int) -> np.ndarray:
     rows = x.shape[0] if x.ndim else 1
-    return {
-        "": {
-            "same": lambda: x,
-            "lead": lambda: x.reshape(x.shape[1:]),
-            "lead2": lambda: x.reshape(x.shape[2:]),
-            "scalar": lambda: x.reshape(()),
-            "linear": lambda: x.T,
-            "transpose": lambda: x.T,
-            "conv": lambda: x.transpose(2, 3, 1, 0),
-            "heads_in": lambda: x.T.reshape(x.shape[1], heads, rows // heads),
-            "heads_in_bias": lambda: x.reshape(heads, rows // heads),
-            "heads_out": lambda: x.T.reshape(heads, x.shape[1] // heads, rows),
-            "vocab": lambda: np.pad(x, [(0, padded_vocab(rows) - rows)] + [(0, 0)] * (x.ndim - 1)),
-        }[layout]()
-    }
+    match layout:
+        case "same":
+            return x
+        case "lead":
+            return x.reshape(x.shape[1:])
+        case "lead2":
+            return x.reshape(x.shape[2:])
+        case "scalar":
+            return x.reshape(())
+        case "linear" | "transpose":
+            return x.T
+        case "conv":
+            return x.transpose(2, 3, 1, 0)
+        case "heads_in":
+            return x.T.reshape(x.shape[1], heads, rows // heads)
+        case "heads_in_bias":
+            return x.reshape(heads, rows // heads)
+        case "heads_out":
+            return x.T.reshape(heads, x.shape[1] // heads, rows)
+        case "vocab":
+            return np.pad(x, [(0, padded_vocab(rows) - rows)] + [(0, 0)] * (x.ndim - 1))
+    raise KeyError(layout)
 
 
 def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = False) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: nested dict {"params", "momentum"} -> arrays under the original's names, tied copies
-    included.
+    """The inverse of `from_torch`: {"params", "momentum"} -> arrays under the original's names.
 
     The padding rows of the stored vocabulary (from vocab_size on) are dropped; a tied copy is the same array as its
     original. An optional group of which the state has nothing is left out. consume: takes what was written out of
@@ -340,23 +352,33 @@ def _write(torch_key, path, layout, state, vocab_size, consume):
 def _to_torch(arrays, layout, vocab_size):
     if layout in ("qkv", "qkv_bias"):
         return np.concatenate([_to_torch([a], layout.replace("qkv", "heads_in"), vocab_size) for a in arrays])
-    x = np.asarray(arrays[0])
-    return np.asarray(
-        {
-            "same": lambda: x,
-            "lead": lambda: x[None],
-            "lead2": lambda: x[None, None],
-            "scalar": lambda: x.reshape(1),
-            "linear": lambda: x.T,
-            "transpose": lambda: x.T,
-            "conv": lambda: x.transpose(3, 2, 0, 1),
-            "heads_in": lambda: x.reshape(x.shape[0], -1).T,
-            "heads_in_bias": lambda: x.reshape(-1),
-            "heads_out": lambda: x.reshape(-1, x.shape[-1]).T,
-            "vocab": lambda: x[:vocab_size],
-        }[layout](),
-        order="C",
-    )
+    return np.asarray(_laid_back(np.asarray(arrays[0]), layout, vocab_size), order="C")
+
+
+def _laid_back(x: np.ndarray, layout: str, vocab_size: int) -> np.ndarray:
+    """The inverse of `_laid_out`."""
+    match layout:
+        case "same":
+            return x
+        case "lead":
+            return x[None]
+        case "lead2":
+            return x[None, None]
+        case "scalar":
+            return x.reshape(1)
+        case "linear" | "transpose":
+            return x.T
+        case "conv":
+            return x.transpose(3, 2, 0, 1)
+        case "heads_in":
+            return x.reshape(x.shape[0], -1).T
+        case "heads_in_bias":
+            return x.reshape(-1)
+        case "heads_out":
+            return x.reshape(-1, x.shape[-1]).T
+        case "vocab":
+            return x[:vocab_size]
+    raise KeyError(layout)
 
 
 def _get(tree, path: str, take: bool = False):

@@ -3,7 +3,7 @@
 What transformers' classes do otherwise than the models that were trained is settled knowingly:
   text heads      a BlipTextConfig without num_attention_heads has 8, the released models have 12 (hf_config.text_heads)
   eps             of the vision tower: transformers' default is 1e-5, the weights were trained with 1e-6, which ours
-  always has
+                  always has
   first id        its matching and question answering leave [CLS] where training had [ENC]: ours sets [ENC], unless
                   `first_id` is given; a folder says nothing about it
   [DEC], [ENC]    its vocabularies may lack them; they are the last two ids, as here
@@ -90,8 +90,10 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
 
 
 def open_weights(folder) -> Mapping:
-    """The tensors of a folder under transformers' names, read when asked for. ValueError: none there; shards that
-    do not fit."""
+    """The tensors of a folder under transformers' names, read when asked for.
+
+    ValueError: there are none, or shards that do not fit.
+    """
     folder = pathlib.Path(folder)
     for name in WEIGHTS:
         if os.path.lexists(folder / name):
@@ -129,8 +131,10 @@ def _under_original_names(family: str, weights: Mapping) -> Mapping:
 
 
 def _shards(folder: pathlib.Path, index: str) -> Mapping:
-    """The tensors of all shards that an index file names. ValueError lists all that is wrong with names, files and
-    keys."""
+    """The tensors of all shards that an index file names.
+
+    ValueError lists all that is wrong with names, files and keys.
+    """
     where = _json(folder, index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(x, str) for x in where.values()):
         raise ValueError(f"{folder / index} has no weight_map of names and shards")
@@ -184,8 +188,10 @@ def _json(folder: pathlib.Path, name: str) -> dict:
 
 
 def _vocabulary(folder: pathlib.Path, size: int) -> tuple[pathlib.Path | None, Tokenizer | None]:
-    """The folder's vocabulary of `size` entries with [DEC] and [ENC], and its tokenizer; if none fits, the first
-    file there."""
+    """The folder's vocabulary of `size` entries with [DEC] and [ENC], and its tokenizer.
+
+    If none fits, the first file there.
+    """
     found = [_inside(folder, name) for name in VOCABULARIES if os.path.lexists(folder / name)]
     for path in found:
         try:
@@ -203,8 +209,9 @@ CLASSES = {"caption": "caption", "itm": "itm", "retrieval": "itm", "vqa": "vqa"}
 
 
 def write(folder, source: Source) -> None:
-    """What transformers' `from_pretrained` and AutoProcessor load: config.json, model.safetensors (f32), vocabulary,
-    pixels.
+    """Writes what transformers' `from_pretrained` and AutoProcessor load.
+
+    config.json, model.safetensors (f32), the vocabulary and preprocessor_config.json.
 
     What transformers has no place for goes into source.notes. ValueError: a family without a class, or a vocabulary
     that is missing or of another size.

@@ -46,7 +46,7 @@ DEFAULTS = {  # part of config.json ("": its top level) -> what transformers tak
 }
 EPS = {"vision_config": 1e-6, "text_config": 1e-12}  # the originals' and ours
 BERT_BASE = {"hidden_size": 768, "heads": 12}  # the text model of every released BLIP
-LETTERS = {  # of the shapes in rules.py -> what config.json calls it
+LETTERS = {  # of the shapes in rules/blip.py -> what config.json calls it
     "D": ("vision_config", "hidden_size"),
     "F": ("vision_config", "intermediate_size"),
     "p": ("vision_config", "patch_size"),
@@ -110,7 +110,8 @@ def check_values(parts: dict, notes: list[str]) -> list[str]:
             continue
         if values["layer_norm_eps"] == DEFAULTS[part]["layer_norm_eps"]:
             notes.append(
-                f"{told['layer_norm_eps']}, transformers' default: {EPS[part]:g} taken, with which the originals were trained"
+                f"{told['layer_norm_eps']}, transformers' default: {EPS[part]:g} taken, with which the originals were "
+                "trained"
             )
         else:
             problems.append(f"{told['layer_norm_eps']}: the models here have {EPS[part]:g}")
@@ -161,16 +162,19 @@ def text_heads(parts: dict, notes: list[str]) -> int:
     if parts["text_config"]["hidden_size"] != BERT_BASE["hidden_size"] or given != default:
         return given
     notes.append(
-        f"text_config.num_attention_heads is missing or {default}, transformers' default: {BERT_BASE['heads']} taken, as in "
-        f"BERT-base and all released models; --med_heads={default} if this model was really trained with {default}"
+        f"text_config.num_attention_heads is missing or {default}, transformers' default: {BERT_BASE['heads']} taken, "
+        f"as in BERT-base and all released models; --med_heads={default} if this model was really trained with "
+        f"{default}"
     )
     return BERT_BASE["heads"]
 
 
 # --- written ----------------------------------------------------------------------------------------------------------
 def model_json(family: str, model: ConfigDict, *, sep: int, pad: int) -> dict:
-    """config.json of our `cfg.model`; everything in which transformers' defaults differ from the originals is
-    written out."""
+    """config.json of our `cfg.model`.
+
+    Everything in which transformers' defaults differ from the originals is written out.
+    """
     vit, med = model.vit, model.med
     (architecture,) = (name for name, known in ARCHITECTURES.items() if known == family)
     text = dict(
@@ -245,8 +249,10 @@ def tokenizer_json(positions: int, tokenizer: Tokenizer) -> dict:
 
 
 def pixels_json(img_size: int) -> dict:
-    """preprocessor_config.json: the original's evaluation transform (bicubic to a square, CLIP's mean and
-    deviation)."""
+    """preprocessor_config.json: the original's evaluation transform.
+
+    Bicubic to a square, CLIP's mean and deviation.
+    """
     return {
         "image_processor_type": "BlipImageProcessor",
         "processor_class": "BlipProcessor",

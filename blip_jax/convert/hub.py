@@ -43,6 +43,6 @@ def _snapshot(library, name: str, patterns: list[str]) -> pathlib.Path:
         except Exception:
             reason = str(e).strip().split("\n")[0]
             raise ValueError(
-                f"{name!r} is no file or folder here, is not in the cache of huggingface_hub, and could not be downloaded "
-                f"({type(e).__name__}: {reason}): correct the name, go online, or give a folder"
+                f"{name!r} is no file or folder here, is not in the cache of huggingface_hub, and could not be "
+                f"downloaded ({type(e).__name__}: {reason}): correct the name, go online, or give a folder"
             ) from None

@@ -1,12 +1,14 @@
-"""Checkpoints of others, and ours, as one kind of thing: what family, which parameters, which settings, which
-vocabulary."""
+"""Checkpoints of others, and ours, read as one kind of thing.
+
+What comes of each: its family, parameters, settings and vocabulary.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import re
-from typing import Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -45,8 +47,9 @@ MARKS = (  # family -> a tensor that only it has, or only it and those above it;
 
 
 def locate(path) -> pathlib.Path:
-    """What `read` reads: the newest checkpoint folder of a workdir of ours, a file, or a Hugging Face folder, fetched
-    where need be.
+    """What `read` reads: a file, a Hugging Face folder, or the newest checkpoint folder of our workdir.
+
+    A folder named on the hub is fetched where need be.
 
     ValueError: no such file or folder, nor a name on the hub; no complete checkpoint in the workdir.
     """
@@ -64,8 +67,9 @@ def read(
     vocab: str = "",
     momentum: bool = True,
 ) -> Source:
-    """A checkpoint of any kind: official or LAVIS .pth, Hugging Face folder or name on its hub, initial weights, or a
-    workdir of ours.
+    """A checkpoint of any kind, as one `Source`.
+
+    An official or LAVIS .pth, a Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
       family: "" = as found; else it must be that, or a part of it (`rules.WORDS`): the rest is left out.
@@ -231,8 +235,10 @@ def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> S
 
 
 def _bert_names(tensors: Mapping) -> Mapping:
-    """BERT's files come with and without `bert.` before the names, and with TensorFlow's names of LayerNorm's
-    parameters."""
+    """BERT's tensors under one set of names.
+
+    Its files come with and without `bert.` before the names, and with TensorFlow's names of LayerNorm's parameters.
+    """
     if not any(name.removeprefix("bert.").startswith("embeddings.word_embeddings") for name in tensors):
         return tensors
 
@@ -255,8 +261,10 @@ def _heads(origin: str, name: str, given: Mapping, width: int | None) -> int:
 
 
 def _add_tokens(med: dict, size: int, notes: list[str]) -> int:
-    """Appends the rows of [DEC] and [ENC] to BERT's word table, N(0, 0.02), and to the head's bias, zeros; the new
-    size."""
+    """Appends the rows of [DEC] and [ENC] to BERT's word table and to the head's bias; returns the new size.
+
+    The rows of the table are N(0, 0.02), those of the bias zeros.
+    """
     grown, table = size + len(EXTRA), med["embed"]["word"]["embedding"]
     rows = np.zeros((padded_vocab(grown), table.shape[1]), np.float32)
     rows[:size] = table[:size]
@@ -272,8 +280,10 @@ def _add_tokens(med: dict, size: int, notes: list[str]) -> int:
 
 # --- what all have in common ------------------------------------------------------------------------------------------
 def _settle(source: Source) -> None:
-    """Settings that follow from the family alone; a temperature where the family has none, for no inference reads
-    it."""
+    """Settings that follow from the family alone.
+
+    A family that has no temperature gets one: the model has a place for it, though no inference reads it.
+    """
     objective, max_len, prompt = TASKS[source.family]
     c, momentum = source.cfg, source.state.get("momentum", {})
     queue = len(momentum["queue"]["img"]) if "queue" in momentum else 0
@@ -302,8 +312,10 @@ def _resize(source: Source, img_size: int) -> None:
 
 
 def _vocabulary(source: Source, given: str, origin: str) -> pathlib.Path | None:
-    """The vocabulary file, checked against the model and its own; None for a model without text. ValueError: none
-    that fits."""
+    """The vocabulary file, checked against the model and its own; None for a model without text.
+
+    ValueError: none that fits.
+    """
     if "med" not in source.state["params"]:
         return None
     size = source.cfg.model.med.vocab_size
@@ -316,19 +328,22 @@ def _vocabulary(source: Source, given: str, origin: str) -> pathlib.Path | None:
         )
     if (tokenizer.dec, tokenizer.enc) != (size - 2, size - 1):
         raise ValueError(
-            f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two of {size}"
+            f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two of "
+            f"{size}"
         )
     if given and source.vocab and tokenizer.crc != _crc(source.vocab, size, tokenizer.crc):
         raise ValueError(
-            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {source.vocab}, which came "
-            "with it"
+            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {source.vocab}, "
+            "which came with it"
         )
     return path
 
 
 def _crc(vocab: pathlib.Path, size: int, otherwise: int) -> int:
-    """Tokenizer.crc of a file; `otherwise` of one that does not fit a model of `size` entries, and so is not what
-    it was trained with."""
+    """Tokenizer.crc of a file, or `otherwise`.
+
+    The latter where the file does not fit a model of `size` entries, and so is not what it was trained with.
+    """
     try:
         own = Tokenizer(vocab)
     except ValueError:

@@ -15,8 +15,9 @@ from blip_jax.convert.rules.blip import INITIAL, WORDS
 
 
 class Source(NamedTuple):
-    """A checkpoint as read. state: {"params": nested numpy, and "momentum" where there is one}, arrays possibly still
-    in the file.
+    """A checkpoint as read.
+
+    state: {"params": nested numpy, and "momentum" where there is one}; arrays may still lie in the file.
 
     cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
     it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
@@ -34,8 +35,10 @@ class Source(NamedTuple):
 def make_config(
     family: str, sizes: Mapping[str, int], layers: Mapping[str, int], vit_heads: int, med_heads: int
 ) -> ConfigDict:
-    """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`); what they do not
-    show stays."""
+    """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`).
+
+    What they do not show stays.
+    """
     c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
     with c.unlocked():
         if "D" in sizes:

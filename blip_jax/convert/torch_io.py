@@ -1,5 +1,6 @@
-"""Tensors of files that other programs wrote, read without running anything that is in them; all checks of such files
-are here.
+"""Tensors of files that other programs wrote, read without running anything that is in them.
+
+All checks of such files are here.
 
 PyTorch's files (.pth, .bin) need torch, the extra "convert"; .safetensors and .npz do not.
 """
@@ -11,7 +12,7 @@ import functools
 import pathlib
 import re
 import zipfile
-from typing import Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -104,8 +105,9 @@ def _open_zip(path: pathlib.Path) -> Tensors:
         squeezed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
         if squeezed or total > size:
             raise ValueError(
-                f"{path} is no file of torch.save: {f'{squeezed[0]} is compressed' if squeezed else 'its members claim'} "
-                f"{total} bytes in a file of {size}; torch stores tensors as they are"
+                f"{path} is no file of torch.save: "
+                f"{f'{squeezed[0]} is compressed' if squeezed else 'its members claim'} {total} bytes in a file of "
+                f"{size}; torch stores tensors as they are"
             )
         return _open_pickle(path, mmap=True, records=[m.file_size for m in members])
     if names and all(n.endswith(".npy") for n in names):
@@ -130,8 +132,10 @@ def _torch():
 
 
 def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Tensors:
-    """A file of torch.save, zip (mapped into memory) or the older plain pickle. `records`: sizes of the zip's
-    members."""
+    """A file of torch.save: zip, which is mapped into memory, or the older plain pickle.
+
+    records: sizes of the zip's members.
+    """
     torch = _torch()
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -162,8 +166,8 @@ def _refusal(message: str) -> str:
     names = re.findall(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", message)
     if names:
         return (
-            f"it asks for {next(filter(None, names[0]))}, which is code, not a tensor; nothing of it was run. Ask whoever made it "
-            "for the state dict alone, best as .safetensors"
+            f"it asks for {next(filter(None, names[0]))}, which is code, not a tensor; nothing of it was run. Ask "
+            "whoever made it for the state dict alone, best as .safetensors"
         )
     if "legacy .tar" in message or "TorchScript" in message:
         return "TorchScript and torch's oldest .tar format cannot be read safely: save its state dict with torch.save"
@@ -191,8 +195,10 @@ def _array(torch, x) -> np.ndarray:
 
 
 def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes {"model": tensors} with torch.save, as the originals do; names that share an array share its bytes in
-    the file."""
+    """Writes {"model": tensors} with torch.save, as the originals do.
+
+    Names that share an array share its bytes in the file.
+    """
     torch = _torch()
     shared = {id(x): torch.from_numpy(x if x.flags.writeable else x.copy()) for x in tensors.values()}
     torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)

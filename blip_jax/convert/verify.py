@@ -1,11 +1,13 @@
-"""What was written, read again and compared: every tensor bit by bit, and the outputs of both models where
-transformers is there."""
+"""What was written, read again and compared.
+
+Every tensor bit by bit, and the outputs of both models where transformers is there.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,9 @@ TOLERANCE = 1e-3  # of the largest output (or of 1): float32 sums in another ord
 
 
 def verify(source: Source, written: pathlib.Path, to: str, origin: pathlib.Path) -> None:
-    """Compares `written` (a format of `run.FORMATS`) with the `source` it was made of and with the file `origin`, and
-    says so.
+    """Compares `written` with the `source` it was made of and with the file `origin`, and says so.
+
+    to: which of `write.FORMATS` it has.
 
     ValueError: a tensor is missing, added or changed, or the outputs of transformers' model differ by more than
     TOLERANCE.
@@ -58,15 +61,18 @@ def _same(want: dict, got: dict, what: str, ignore: tuple = ()) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{what} differs from its origin in {len(changed)} of {len(names)} tensors: {', '.join(apply.folded(changed))}"
+            f"{what} differs from its origin in {len(changed)} of {len(names)} tensors: "
+            f"{', '.join(apply.folded(changed))}"
         )
     print(f"  verified: {what} equals its origin in all {len(names)} tensors, bit by bit", flush=True)
 
 
 def _equal(a, b) -> bool:
+    """Whether two arrays are the same bit by bit, once they are f32; so -0.0 is not 0.0."""
     a, b = apply.as_float32(a), apply.as_float32(b)
-    same = lambda x, y: np.array_equal(np.ascontiguousarray(x).view(np.uint8), np.ascontiguousarray(y).view(np.uint8))
-    return a.shape == b.shape and a.dtype == b.dtype and same(a, b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
 
 
 def _against_file(source: Source, again: Source, origin: pathlib.Path) -> None:
@@ -99,12 +105,14 @@ def _against_peer(source: Source) -> None:
         and source.cfg.model.vit.width != source.cfg.model.med.width
     ):
         print(
-            f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared only"
+            f"  not run: transformers has no model of family {source.family} and these sizes, so tensors were compared "
+            "only"
         )
         return
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         print(
-            f"  not run: transformers' model (no {' and no '.join(missing)}; pip install 'blip-jax[peers]'), so tensors were compared only"
+            f"  not run: transformers' model (no {' and no '.join(missing)}; pip install 'blip-jax[peers]'), so "
+            "tensors were compared only"
         )
         return
     model = source.cfg.model
@@ -118,7 +126,8 @@ def _against_peer(source: Source) -> None:
         for name, want in theirs.items():
             difference, largest = np.abs(ours[name] - want).max(), max(1.0, np.abs(want).max())
             print(
-                f"  verified: {name}, ours and transformers': largest difference {difference:.2e} (largest value {largest:.3g})"
+                f"  verified: {name}, ours and transformers': largest difference {difference:.2e} (largest value "
+                f"{largest:.3g})"
             )
             if not difference <= TOLERANCE * largest:
                 raise ValueError(f"{name} of transformers' model differs by {difference:.2e}: more than rounding")
@@ -176,7 +185,9 @@ def _outputs(half: str, source: Source, img: np.ndarray, ids: np.ndarray) -> dic
     V = source.cfg.model.med.vocab_size
 
     def run(params, img, ids):
-        call = lambda method, *args, **how: model.apply({"params": params}, *args, method=method, **how)
+        def call(method, *args, **how):
+            return model.apply({"params": params}, *args, method=method, **how)
+
         img_tok = call("encode_image", img)
         kv = call("image_kv", img_tok)
         if half == "itm":

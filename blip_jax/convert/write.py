@@ -1,9 +1,12 @@
-"""`blip-jax convert`: reads any checkpoint, writes ours, the originals' .pth or a Hugging Face folder; whole or
-not at all."""
+"""`blip-jax convert`: any checkpoint in; ours, the originals' .pth or a Hugging Face folder out.
+
+It is written whole or not at all.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -37,7 +40,7 @@ def convert(
     to: ours (a workdir that train.init_from, CapFilt and from_pretrained take) | official (a .pth) | hf (a folder for
     transformers); "": official if `out` ends in .pth, else ours. verify: read what was written again, compare every
     tensor with the origin bit by bit, and run both models where transformers is installed. The other arguments are
-    those of `source.read`.
+    those of `read.read`.
     Raises: ValueError: `path` cannot be read, `out` exists or cannot hold this family, or the two differ; `out` then
       stays absent.
     """
@@ -81,9 +84,12 @@ def describe(source: Source) -> str:
     m, parts = source.cfg.model, source.state["params"]
     sizes = [f"ViT {m.vit.depth} x {m.vit.width}, {m.vit.heads} heads, {m.img_size} px"] * ("vit" in parts)
     sizes += [f"MED {m.med.layers} x {m.med.width}, {m.med.heads} heads, {m.med.vocab_size} entries"] * ("med" in parts)
-    # rows without the padding
-    words = lambda path: m.med.vocab_size if re.search("word/embedding$|lm_head/bias$", path) else None
-    count = sum(x[: words(path)].size if x.ndim else 1 for path, x in trees.paths(parts))
+
+    count = 0
+    for path, x in trees.paths(parts):
+        unpadded = re.search("word/embedding$|lm_head/bias$", path)
+        count += math.prod((m.med.vocab_size, *x.shape[1:]) if unpadded else x.shape)
+
     momentum = source.state.get("momentum", {})
     queue = f" and queues of {len(momentum['queue']['img'])}" if "queue" in momentum else ""
     return f"{WORDS[source.family][0]} (family {source.family}), {'; '.join(sizes)}; {count:,} parameters" + (
@@ -112,8 +118,9 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
 
 
 def write_official(path: pathlib.Path, source: Source, consume: bool = False) -> None:
-    """A .pth of the originals: tied copies and position buffers included, but for what the file that this came from had
-    not.
+    """A .pth of the originals, tied copies and position buffers included.
+
+    What the file that this came from did not have is left out.
 
     consume: as in `apply.to_torch`; the source is of no use afterwards.
     """

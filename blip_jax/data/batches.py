@@ -12,8 +12,8 @@ when a batch is delivered, so that it does not depend on threads.
 
 With text.buckets, which examples form a step's batch follows from the lengths of their texts
 (blip_jax/data/windows.py), so these are found beforehand from the captions alone. A record that replaces an unusable
-one must then fit the
-batch it comes into: records are drawn until one does, and after MISFITS long ones the next is cut, and noted.
+one must then fit the batch it comes into: records are drawn until one does, and after MISFITS long ones the next is
+cut, and noted.
 """
 
 from __future__ import annotations
@@ -156,8 +156,10 @@ class TrainData:
         return self.tokenizer.lengths([self._text(i) for i in numbers], self.cfg.text.max_len)
 
     def _text(self, i: int) -> str:
-        """What `example` reads as the text of `i`, from captions alone; another record's where the picture proves
-        unusable."""
+        """What `example` reads as the text of `i`, from captions alone.
+
+        It is another record's where the picture proves unusable.
+        """
         (name, r), rng = self._order[i], self._stream(i)
         source = self.sources[name]
         for _ in range(TRIES):
@@ -168,8 +170,7 @@ class TrainData:
         return ""  # nothing can be used: `example` says so
 
     def example(self, i: int, T: int) -> dict:
-        """Global example `i` in a batch of T text positions: one row of it, and what the ledger takes in ("read",
-        "events")."""
+        """Global example `i` in a batch of T text positions: a row, and what the ledger takes in ("read", "events")."""
         name, r = self._order[i]
         source, events, rng, misfits = self.sources[name], [], self._stream(i), 0
         for tried in range(1, TRIES + 1):
@@ -237,8 +238,8 @@ def _can_bucket(objective: str, task, sources: dict[str, Source]) -> None:
         )
     if unfit := [name for name, source in sources.items() if not hasattr(source, "captions_of")]:
         raise ValueError(
-            f"text.buckets needs the captions of all records without their pictures, which array_record and tfds do not "
-            f"give: {', '.join(unfit)}. Give these as json or tar, or set text.buckets=()"
+            "text.buckets needs the captions of all records without their pictures, which array_record and tfds do "
+            f"not give: {', '.join(unfit)}. Give these as json or tar, or set text.buckets=()"
         )
 
 
@@ -264,8 +265,10 @@ class Batches:
         examples.start_prefetch()
 
     def text_shares(self, step: int) -> dict[int, float]:
-        """T -> share of the batches in the window of `step` that are so long; waits until they are known. Needs
-        text.buckets."""
+        """T -> share of the batches in the window of `step` that are so long.
+
+        Waits until they are known. Needs text.buckets.
+        """
         return self._windows.shares(step)
 
     def __iter__(self) -> Batches:
@@ -296,8 +299,9 @@ class Batches:
 
 
 class EvalData:
-    """Every picture and every caption of `sources` (name -> config.source, or an open Source), for retrieval
-    evaluation.
+    """Every picture and every caption of `sources`, for the evaluation of retrieval.
+
+    sources: name -> config.source, or an open Source.
 
     Each record is one image (the first cfg.eval.limit ones, if set) and all its captions count. Attributes: captions,
     list of cleaned str; text_image i64[n_text], the image of each; n_images. A record without a usable caption or file
@@ -375,13 +379,12 @@ class EvalData:
 
 
 class EvalRows:
-    """The records of `sources` in order (the first cfg.eval.limit, if set) as the rows of `example`, for evaluation one
-    by one.
+    """The records of `sources` in order as the rows of `example`, for evaluation one by one.
 
-    example: (record, cfg, tokenizer) -> row, as a task's `example` without random choices; pictures come as a model
-    sees them. `records`
-    holds what is known of each row besides its arrays: the record without its pictures. A record that cannot be used is
-    left out, counted and named as in training; a source that leaves none raises ValueError.
+    Of many records the first cfg.eval.limit count, if that is set. example: (record, cfg, tokenizer) -> row, as a
+    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of each
+    row besides its arrays: the record without its pictures. A record that cannot be used is left out, counted and named
+    as in training; a source that leaves none raises ValueError.
     """
 
     def __init__(self, cfg, tokenizer, example, sources, *, skipped_path):
@@ -417,8 +420,8 @@ class EvalRows:
             rows.close()
         if not some:
             raise ValueError(
-                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are named in "
-                f"{self._ledger.path}"
+                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
+                f"named in {self._ledger.path}"
             )
 
     def _row(self, i: int) -> tuple[dict, dict | None, list]:

@@ -127,8 +127,10 @@ def crop_resize(im: Image.Image, size: int, box: tuple[int, int, int, int]) -> n
 
 
 def rand_augment(img: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """u8[h,w,3] -> u8[h,w,3]: two of the ten OPS with replacement, each applied with probability 1/2 (reference: BLIP's
-    RandomAugment(2, 5))."""
+    """u8[h,w,3] -> u8[h,w,3]: two of the ten OPS with replacement, each applied with probability 1/2.
+
+    Reference: BLIP's RandomAugment(2, 5).
+    """
     for k in rng.integers(len(OPS), size=2):
         if rng.random() < 0.5:
             img = OPS[k](img, 1 if rng.random() < 0.5 else -1)

@@ -16,8 +16,9 @@ import numpy as np
 
 
 def cut(lengths: np.ndarray, batch: int, buckets) -> tuple[np.ndarray, np.ndarray]:
-    """Batches of n = len(lengths) / batch, shortest first: positions i64[n,batch], ascending in a batch, and T i64[n]
-    of each.
+    """Cuts n * `batch` examples into n batches, shortest first: (rows, T).
+
+    rows: positions i64[n,batch], ascending in a batch; T: i64[n], the text positions of each batch.
 
     lengths: text positions of the examples, at most the last of `buckets`.
     """
@@ -47,17 +48,23 @@ class Windows:
         threads: int,
         ahead: int,
     ):
-        self._length_of, self._batch, self._window, self._buckets, self._seed = length_of, batch, window, buckets, seed
-        self._ahead, self._lock = ahead, threading.Lock()
+        self._length_of = length_of
+        self._batch, self._window, self._buckets = batch, window, buckets
+        self._seed, self._ahead = seed, ahead
+        self._lock = threading.Lock()
         self._pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1), thread_name_prefix="text-lengths")
-        # of the examples of a step in the order without buckets
+
+        # step -> text lengths of the examples that it has in the order without buckets
         self._lengths: dict[int, concurrent.futures.Future] = {}
-        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of a window: global numbers i64[W,B], T i64[W]
-        self._asked = start_step // window * window  # the lengths of the steps before have been begun or are not needed
+        # window -> what its steps take: global example numbers i64[W,B], T i64[W]
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # the lengths of the steps before this one have been begun or are not needed
+        self._asked = start_step // window * window
 
     def batch(self, step: int) -> tuple[np.ndarray, int]:
         """Global example numbers i64[B] of `step`, ascending, and T, the length of its texts."""
         window, at = divmod(step, self._window)
+        # Most calls find their window planned and its successor begun: these need no lock, as a plan never changes.
         if step + self._window >= self._asked or window not in self._plans:
             with self._lock:
                 self._begin(step + self._window)
@@ -73,18 +80,23 @@ class Windows:
         return {int(t): int(n) / self._window for t, n in zip(T, count)}
 
     def _begin(self, last: int) -> None:
+        """Has the threads find the lengths of all steps up to `last`."""
         while self._asked <= last:
             first = self._asked * self._batch
             self._lengths[self._asked] = self._pool.submit(self._length_of, range(first, first + self._batch))
             self._asked += 1
 
     def _plan(self, window: int) -> None:
+        """Waits for the lengths of a window and decides what its steps take."""
         first = window * self._window
         steps = range(first, first + self._window)
         rows, T = cut(np.concatenate([self._lengths[step].result() for step in steps]), self._batch, self._buckets)
-        # smaller numbers are examples' streams
+
+        # the examples' own streams have the numbers below 2**63
         stream = np.random.Philox(key=np.array([self._seed, 2**63 + window], np.uint64))
         order = np.random.Generator(stream).permutation(self._window)
+
+        # forget what no step can ask for any more; a new dict, since others read the old one without the lock
         for step in steps:
             del self._lengths[step]
         kept = {w: plan for w, plan in self._plans.items() if w + self._ahead >= window}

@@ -7,7 +7,8 @@ better than the worst of them. `extend` is as in decode/generate.py, on rows b*M
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -6,7 +6,8 @@ last of t tokens that stand at positions start..start+t-1. Row r may mean anythi
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

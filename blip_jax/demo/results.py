@@ -91,14 +91,14 @@ def table(results: dict) -> str:
     lines.append("")
     for row in results["table2"][1:]:
         lines.append(
-            f"{row['method']:10} true {100 * row['true']:5.1f} %, dropped by the filter {100 * row['noise_removed']:5.1f} %, "
-            f"mean recall {row['metrics']['r_mean']:.1f}"
+            f"{row['method']:10} true {100 * row['true']:5.1f} %, dropped by the filter "
+            f"{100 * row['noise_removed']:5.1f} %, mean recall {row['metrics']['r_mean']:.1f}"
         )
     n = results["noise"]
     lines.append(
-        f"\nfalse texts: web {100 * n['before']:.1f} % before, {_percent(n['web_after'])} among the kept; kept of web and "
-        f"captioner {_percent(n['after'])}; filter at {n['threshold']:g}: precision {_percent(n['precision'])}, recall "
-        f"{_percent(n['recall'])}; ROC AUC {n['auc']:.3f}, wrong captions {n['auc_wrong']:.3f}"
+        f"\nfalse texts: web {100 * n['before']:.1f} % before, {_percent(n['web_after'])} among the kept; kept of web "
+        f"and captioner {_percent(n['after'])}; filter at {n['threshold']:g}: precision {_percent(n['precision'])}, "
+        f"recall {_percent(n['recall'])}; ROC AUC {n['auc']:.3f}, wrong captions {n['auc_wrong']:.3f}"
     )
     lines.append(f"{sum(s for _, s in results['phases']):.0f} s in all")
     return "\n".join(lines)
@@ -111,11 +111,12 @@ def _percent(share) -> str:
 def _intro(cfg) -> str:
     web, human = cfg.data.train.web, cfg.data.train.human
     return (
-        f"Small pictures of coloured shapes come with captions as the web has them: {web.count} pictures, {100 * web.noise:.0f} % of "
-        f"the captions wrong, partly wrong or no captions at all. {human.count} more come with {human.captions} human captions "
-        "each. A model pre-trained on both is fine-tuned on the human part, once into a captioner and once into a filter; these "
-        "make a cleaner and larger corpus, and new models are pre-trained on each of the corpora, with equally many steps. "
-        "Because the world is drawn, every text can be checked against what is in its picture."
+        f"Small pictures of coloured shapes come with captions as the web has them: {web.count} pictures, "
+        f"{100 * web.noise:.0f} % of the captions wrong, partly wrong or no captions at all. {human.count} more come "
+        f"with {human.captions} human captions each. A model pre-trained on both is fine-tuned on the human part, once "
+        "into a captioner and once into a filter; these make a cleaner and larger corpus, and new models are "
+        "pre-trained on each of the corpora, with equally many steps. Because the world is drawn, every text can be "
+        "checked against what is in its picture."
     )
 
 

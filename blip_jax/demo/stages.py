@@ -1,5 +1,6 @@
-"""`blip-jax demo`: the paper in miniature on the built-in world, from nothing to an HTML report (paper sections 3.3,
-4.2, 4.3).
+"""`blip-jax demo`: the paper in miniature on the built-in world, from nothing to an HTML report.
+
+Paper sections 3.3, 4.2, 4.3.
 
 Pre-train on human and noisy web captions; fine-tune captioner and filter on the human ones; CapFilt, by nucleus
 sampling and by beam search; pre-train anew, with as many steps, on the corpora of the paper's tables 1 and 2; evaluate;
@@ -45,8 +46,9 @@ class Stopped(Exception):
 
 
 def run(cfg, workdir) -> dict:
-    """Runs or goes on with all stages in `workdir`; `cfg` is the pre-training (configs/scenes.py) on the sources human
-    and web.
+    """Runs or goes on with all stages in `workdir`.
+
+    cfg: the pre-training (configs/scenes.py), on the sources human and web.
 
     Returns {"stopped": bool, "results": what the report shows}. Writes results.json and report.html beside the stages.
     """
@@ -83,8 +85,10 @@ def _stages(cfg, workdir: pathlib.Path, clock: Clock) -> None:
 
 
 def pretraining(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
-    """The config of one pre-training: human captions and the corpus `name`, in the balance of their numbers of
-    texts."""
+    """The config of one pre-training: human captions and the corpus `name`.
+
+    Both are balanced by their numbers of texts.
+    """
     web, synthetic = CORPORA[name]
     c = _copy(cfg)
     if web == "kept":

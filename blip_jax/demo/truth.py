@@ -1,5 +1,7 @@
-"""How well a CapFilt run told true texts from false ones, measured against the built-in world, which knows the
-truth."""
+"""How well a CapFilt run told true texts from false ones.
+
+It is measured against the built-in world, which knows the truth.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ class Judged(NamedTuple):
 
 
 def judged(run, worlds: dict[str, Scenes]) -> list[Judged]:
-    """Every text of the finished CapFilt run in folder `run`; worlds: its sources by name. Unreadable records are
-    left out."""
+    """Every text of the finished CapFilt run in folder `run`.
+
+    worlds: its sources by name. Unreadable records are left out.
+    """
     out = []
     for table in sorted(pathlib.Path(run).glob("shards/*/decisions.parquet")):
         seen: collections.Counter = collections.Counter()
@@ -60,9 +64,9 @@ def roc(scores, positive) -> tuple[list[tuple[float, float]], float]:
 
 
 def noise_of(texts: list[Judged], threshold: float) -> dict:
-    """Of all texts of a run: noise before and after, precision, recall and ROC of the filter, all on texts that were
-    scored or are empty.
+    """Of all texts of a run: noise before and after, precision, recall and ROC of the filter.
 
+    All of them on texts that were scored or are empty:
     {"threshold", "before" and "after": share of false texts among the web's, among all that is kept; "web_after",
     "synthetic_before", "synthetic_after"; "precision", "recall" of keeping true texts, web and synthetic; "auc", "roc"
     of the matching probability over these; "auc_wrong": clean web captions against captions of other pictures; "rows":
@@ -73,10 +77,16 @@ def noise_of(texts: list[Judged], threshold: float) -> dict:
     scored = [j for j in texts if j.row.itm is not None]
     web, synthetic = ([j for j in texts if j.row.source == s] for s in decisions.SOURCES)
     kept = [j for j in texts if j.row.kept]
-    false = lambda group: float(np.mean([not j.true for j in group])) if group else None
-    itm = lambda group: [j.row.itm for j in group]
-    curve, auc = roc(itm(scored), [j.true for j in scored])
+
+    def false(group: list[Judged]) -> float | None:
+        return float(np.mean([not j.true for j in group])) if group else None
+
+    def curve_of(group: list[Judged]) -> tuple:
+        return roc([j.row.itm for j in group], [j.true for j in group])
+
+    curve, auc = curve_of(scored)
     against = [j for j in scored if j.row.source == "web" and j.noise in (None, "wrong")]
+
     edges = np.linspace(0, 1, BINS + 1)
     kinds = collections.Counter(j.noise or "none" for j in web)
     dropped = collections.Counter(j.noise or "none" for j in web if not j.row.kept)
@@ -92,7 +102,7 @@ def noise_of(texts: list[Judged], threshold: float) -> dict:
         "recall": true_kept / max(1, sum(j.true for j in texts)),
         "auc": auc,
         "roc": curve,
-        "auc_wrong": roc(itm(against), [j.true for j in against])[1],
+        "auc_wrong": curve_of(against)[1],
         "rows": [(kind, n, dropped[kind] / n) for kind, n in sorted(kinds.items(), key=lambda k: -k[1])],
         "hist": {
             **{

@@ -15,8 +15,9 @@ CHUNK = 1024  # rows of a score matrix handled at a time, to bound temporaries
 
 
 def shortlist(similarity: np.ndarray, k: int) -> np.ndarray:
-    """bool[N,M]: True for the k largest entries of each row of f32[N,M]; equal values by lower column. k > M keeps
-    all.
+    """bool[N,M]: True for the k largest entries of each row of f32[N,M].
+
+    Of equal values those of lower columns come first. k > M keeps all.
     """
     n, m = similarity.shape
     if k >= m:

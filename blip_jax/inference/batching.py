@@ -1,5 +1,6 @@
-"""Programs over any number of rows: padded to a few static shapes, one batch ahead of the host, split over a mesh,
-gathered in order.
+"""Programs over any number of rows: few static shapes, one batch ahead of the host, split over a mesh.
+
+Rows are padded to these shapes; results are gathered in order.
 
 A program is a function (params, rows...) -> rows. Row b of every argument and result belongs together, and no row
 changes another, so that rows can be padded, cut and shared out at will. Parameters lie whole on every device or split
@@ -39,8 +40,9 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def placed(params: dict, mesh: Mesh, dtype) -> dict:
-    """Host arrays that every process holds as parameters on the devices of `mesh`; takes them out of `params` one by
-    one.
+    """Host arrays that every process holds, as parameters on the devices of `mesh`.
+
+    Takes them out of `params` one by one.
 
     What every use would round to `dtype`, the transformers' matrices, is rounded here, once. ValueError:
     `sharding.shardings_for`.
@@ -56,8 +58,9 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
 
 
 def behind(items: Iterable) -> Iterator:
-    """Each item once the next has been made: what an item started on the devices goes on while the host looks at the
-    one before.
+    """Each item, once the next has been made.
+
+    So what an item started on the devices goes on while the host looks at the one before.
     """
     waiting = []
     for item in items:
@@ -67,8 +70,9 @@ def behind(items: Iterable) -> Iterator:
 
 
 def alone(function: Callable, mesh: Mesh, args: tuple, out: Any) -> Callable:
-    """`function` of (params, rows...) for `jax.jit`, so that each place on the mesh's data axis works by itself, on its
-    part of the rows.
+    """`function` of (params, rows...) for `jax.jit`: each place on the mesh's data axis works by itself.
+
+    A place has its own part of the rows.
 
     No place waits for another, and what one computes does not depend on how many there are. args, out: the dimension
     that counts the rows, of each argument behind the parameters and of the result: trees of int, as prefixes of those
@@ -102,8 +106,9 @@ class Runner:
         return _put(padded(rows, size), self._place)
 
     def fetched(self, passes: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """(what it belongs to, NumPy arrays) of each (what it belongs to, arrays on the devices), one pass behind (see
-        `behind`).
+        """(key, NumPy arrays) of each (key, arrays on the devices), one pass behind (see `behind`).
+
+        The key says what the arrays belong to.
         """
         for tag, out in behind((tag, self._whole(out)) for tag, out in passes):
             yield tag, jax.device_get(out)
@@ -135,8 +140,10 @@ class Runner:
         return jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)
 
     def size(self, n: int, limit: int) -> int:
-        """Rows of a pass for n of them, at most about `limit`: one pass of `at_least` n, or several of one size, so
-        that nothing is compiled for a remainder and little for another n.
+        """Rows of a pass for n of them, at most about `limit`.
+
+        One pass of `at_least` n, or several of one size, so that nothing is compiled for a remainder and little for
+        another n.
         """
         return min(at_most(limit, self.unit), at_least(n, self.unit))
 

@@ -1,12 +1,14 @@
-"""Pictures and texts as callers give them: one or many, as path, bytes, PIL image or array. What is wrong is named by
-its place.
+"""Pictures and texts as callers give them: one or many, as path, bytes, PIL image or array.
+
+What is wrong is named by its place.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,8 +45,9 @@ def pictures(images) -> tuple[list[Picture], bool]:
 
 
 def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
-    """u8[size,size,3] as evaluation sees it (data/image.py). ValueError: the picture's name and why it cannot be
-    used.
+    """u8[size,size,3] as evaluation sees it (data/image.py).
+
+    ValueError: the picture's name and why it cannot be used.
     """
     given = picture.given
     try:
@@ -64,8 +67,9 @@ def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
 
 
 def texts(given, name: str, clean: Callable[[str], str]) -> tuple[list[str], bool]:
-    """The texts cleaned by `clean`, and whether it was one. ValueError: lists every one that is no text or holds no
-    word.
+    """The texts cleaned by `clean`, and whether it was one.
+
+    ValueError: lists every one that is no text or holds no word.
 
     `name`: of the argument. Characters that cannot be encoded are removed first, as in training.
     """

@@ -50,8 +50,9 @@ class Loaded(NamedTuple):
         }
 
     def require(self, what: str, name: str = "") -> None:
-        """ValueError: the model lacks parts that `what`, a key of NEEDS, takes. name: of the setting that it comes
-        from.
+        """ValueError: the model lacks parts that `what`, a key of NEEDS, takes.
+
+        name: of the setting that it comes from.
         """
         (needed, who), parts = NEEDS[what], self.parts()
         if missing := [part for part in needed if not parts[part]]:
@@ -66,15 +67,16 @@ class Loaded(NamedTuple):
 def load(
     path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, vit_heads: int = 0, med_heads: int = 0
 ) -> Loaded:
-    """The model of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name
-    on its hub.
+    """A trained model, ready for use.
+
+    Of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name on its hub.
 
     Args:
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
         float32.
       dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
-      vocab, vit_heads, med_heads: as in `convert.source.read`.
-    ValueError: `source.read`; initial weights, which are no model; a mesh that does not divide a parameter.
+      vocab, vit_heads, med_heads: as in `convert.read.read`.
+    ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
     """
     origin = read.locate(path)
     found = read.read(origin, vocab=str(vocab), vit_heads=vit_heads, med_heads=med_heads, momentum=False)
@@ -94,11 +96,12 @@ def load(
 
 
 def read_for(cfg, origin, momentum: bool = False) -> Source:
-    """Any checkpoint, initial weights too, for a run of `cfg`: with its vocabulary, and its numbers of heads where a
-    file names none.
+    """Any checkpoint, initial weights too, for a run of `cfg`, with its vocabulary.
+
+    Where a file names no numbers of heads, they are those of `cfg`.
 
     momentum: whether the momentum encoder and queues of a workdir are read, too.
-    ValueError: `source.read`, also where it was trained with another vocabulary than text.vocab.
+    ValueError: `read.read`, also where it was trained with another vocabulary than text.vocab.
     """
     m = cfg.model
     heads = {"vit_heads": m.vit.heads, "med_heads": m.med.heads} if pathlib.Path(origin).is_file() else {}

@@ -1,5 +1,6 @@
-"""What runs on the devices once a model is trained: functions of (params, rows of arrays), for jax.jit and
-`inference.batching`.
+"""What runs on the devices once a model is trained: functions of (params, rows of arrays).
+
+They are for jax.jit and `inference.batching`.
 
 Looking at images, matching and embedding texts, captions, answers, features: each said once, for the verbs, evaluation
 and CapFilt. Row b of every argument and result belongs to the same image, so rows can be padded and shared out over
@@ -83,8 +84,9 @@ def embed(model) -> Callable:
 
 
 def match(model, first_id: int | None = None) -> Callable:
-    """(params, {"kv"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit", "probability"}, each f32[B,G],
-    that they fit.
+    """How well texts fit images.
+
+    (params, {"kv"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit", "probability"}, each f32[B,G].
 
     ids and txt_mask may be [1,G,T]: the same texts for every image. Each text begins with `first_id`; None: [ENC], as
     in training.
@@ -101,8 +103,9 @@ def match(model, first_id: int | None = None) -> Callable:
 
 
 def rerank(model) -> Callable:
-    """(params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}: `match` of images that
-    were seen before.
+    """`match` of images that were seen before.
+
+    (params, img_tok [B,P,D], ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"logit": f32[B,G]}.
     """
 
     def rerank(params, img_tok, ids, txt_mask):
@@ -113,8 +116,9 @@ def rerank(model) -> Callable:
 
 
 def score(model) -> Callable:
-    """(params, {"kv", "img_emb"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"itm", "itc"}, each f32[B,G]
-    (section 3.3).
+    """What CapFilt's filter says of texts (paper, section 3.3).
+
+    (params, {"kv", "img_emb"} of B images, ids i32[B,G,T], txt_mask bool[B,G,T]) -> {"itm", "itc"}, each f32[B,G].
 
     itm is the probability that a text belongs to its image, itc the similarity of their embeddings: what CapFilt's
     filter says.
@@ -131,8 +135,9 @@ def score(model) -> Callable:
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 class Method(NamedTuple):
-    """How captions are made: nucleus sampling or beam search, n of them per image. Lengths as in
-    `generate.Sampling`.
+    """How captions are made: nucleus sampling or beam search, n of them per image.
+
+    Lengths as in `generate.Sampling`.
     """
 
     kind: str = "nucleus"  # nucleus | beam
@@ -182,19 +187,24 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
     rows_per_image = method.n if method.kind == "nucleus" else method.beams
 
     def decode(params, kv, keys):
-        B, n, kv = images_of(kv), rows_per_image, stored(kv)
-        params = text_layers_apart(params)
-        extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, kv, method="extend")
+        B, n = images_of(kv), rows_per_image
+        kv, params = stored(kv), text_layers_apart(params)
+
+        def extend(ids, at, cache):
+            return model.apply({"params": params}, ids, at, cache, kv, method="extend")
+
+        # the prompt is the same for all texts of an image: one pass over it, whose result they share
         start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
-        repeat = lambda x, axis=0: jnp.repeat(x, n, axis)  # the prompt is the same for all texts of an image: one pass
-        cache = jax.tree.map(lambda x: repeat(x, axis=1), cache)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
+
         if method.kind == "beam":
             how = beam.Beam(
                 method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
             )
             ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
             return {"ids": ids, "log_prob": log_prob}
+
         how = generate.Sampling(
             method.top_p,
             method.top_k,
@@ -203,9 +213,13 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
             method.min_length,
             method.max_length,
         )
-        of_row = lambda key, row: jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
-        own = jax.vmap(of_row)(repeat(keys), jnp.arange(B * n))
-        ids, log_prob = generate.sample(extend, repeat(logits), cache, repeat(start), own, how, eos=eos, pad=pad)
+
+        def key_of(key, row):  # each text has random numbers of its own, by its number among those of its image
+            return jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
+
+        logits, start, keys = (jnp.repeat(x, n, axis=0) for x in (logits, start, keys))
+        own = jax.vmap(key_of)(keys, jnp.arange(B * n))
+        ids, log_prob = generate.sample(extend, logits, cache, start, own, how, eos=eos, pad=pad)
         return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
 
     return decode
@@ -218,8 +232,9 @@ def text_of(tokenizer, ids, prompt_len: int) -> str:
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 def question_kv(model, params, img, ids, txt_mask):
-    """What the answer decoder attends to, of a question ids i32[B,T], txt_mask bool[B,T] about each image
-    u8[B,S,S,3].
+    """What the answer decoder attends to, of a question about each image.
+
+    img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T].
     """
     apply = functools.partial(model.apply, {"params": params})
     kv = view(model, "kv")(params, img)["kv"]
@@ -227,17 +242,18 @@ def question_kv(model, params, img, ids, txt_mask):
 
 
 def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
-    """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, beam
-    search.
+    """Answers by beam search.
 
+    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}.
     The padding of a question is not attended to, so that an answer does not depend on the questions beside it.
     """
 
     def answer(params, img, ids, txt_mask):
         kv, params = stored(question_kv(model, params, img, ids, txt_mask)), text_layers_apart(params)
-        extend = lambda ids, at, cache: model.apply(
-            {"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend"
-        )
+
+        def extend(ids, at, cache):
+            return model.apply({"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend")
+
         start = jnp.full((len(img), 1), model.dec_id, jnp.int32)
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(len(img), how.max_length - 1))
         cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
@@ -248,7 +264,9 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
 
 
 def ranking(model, k: int) -> Callable:
-    """(params, img, ids, txt_mask as in `answering`, answers i32[C,T], ans_mask bool[C,T]) -> {"candidate": i32[B,k],
+    """The best k of given answers.
+
+    (params, img, ids, txt_mask as in `answering`, answers i32[C,T], ans_mask bool[C,T]) -> {"candidate": i32[B,k],
     "score": f32[B,k]}.
 
     Best first, as `rank_answers` has them, question padding masked.
@@ -304,8 +322,10 @@ def image_features(model, projected: bool) -> Callable:
 
 
 def text_features(model, projected: bool) -> Callable:
-    """(params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], "text_embeds_proj": f32[B,T,E] if
-    `projected`}.
+    """States of a text's tokens.
+
+    (params, ids i32[B,T], txt_mask bool[B,T]) -> {"text_embeds": f32[B,T,D], and if `projected` "text_embeds_proj":
+    f32[B,T,E]}.
     """
 
     def encode(blip, ids, txt_mask):
@@ -320,8 +340,9 @@ def text_features(model, projected: bool) -> Callable:
 
 
 def multimodal_features(model) -> Callable:
-    """(params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}, with [ENC]
-    first.
+    """States of the tokens of texts that look at images, with [ENC] first.
+
+    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}.
     """
 
     def encode(blip, ids, txt_mask, kv):

@@ -12,7 +12,8 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ MODES = {
 
 def from_pretrained(
     name_or_path, *, dtype: str | None = None, mesh: Mesh | None = None, vocab="", batch: int = 0
-) -> "Pretrained":
+) -> Pretrained:
     """A model with verbs.
 
     Args:
@@ -100,8 +101,9 @@ class Pretrained:
         length_penalty: float = 1.0,
         seed: int = 0,
     ) -> list:
-        """n captions of each image, as [{"caption": str, "log_prob": float}, ...], best first with beams; a list of
-        these lists for several images.
+        """n captions of each image, as [{"caption": str, "log_prob": float}, ...], best first with beams.
+
+        For several images a list of these lists.
 
         Args:
           method: "beam" (beams, length_penalty) | "nucleus" (top_p, top_k with 0 for none, temperature).
@@ -116,7 +118,9 @@ class Pretrained:
         self._loaded.require("caption")
         if prompt is None:
             prompt = self.cfg.text.prompt if self.cfg.objective == "caption" else "a picture of "
-        penalty = repetition_penalty if repetition_penalty is not None else 1.1 if method == "nucleus" else 1.0
+        penalty = repetition_penalty
+        if penalty is None:
+            penalty = 1.1 if method == "nucleus" else 1.0
         how = programs.Method(
             method, n, top_p, top_k, temperature, penalty, min_length, max_length, beams, length_penalty
         )
@@ -125,21 +129,17 @@ class Pretrained:
 
         def rows(at: slice):
             img = self._pixels(pictures[at])
-            return img, np.stack(
-                [programs.example_key(hashlib.blake2b(x, digest_size=16).hexdigest(), seed) for x in img]
-            )
+            keys = [programs.example_key(hashlib.blake2b(x, digest_size=16).hexdigest(), seed) for x in img]
+            return img, np.stack(keys)
 
-        program = self._program(
-            ("caption", how, prompt), lambda: programs.captioner(self.model, self.tokenizer, prompt, how)
-        )
-        found = self._map(program, len(pictures), rows)
-        told = [
-            [
-                {"caption": programs.text_of(self.tokenizer, row, start), "log_prob": float(p)}
-                for row, p in zip(ids, log_prob)
-            ]
-            for ids, log_prob in zip(found["ids"], found["log_prob"])
-        ]
+        def make():
+            return programs.captioner(self.model, self.tokenizer, prompt, how)
+
+        found = self._map(self._program(("caption", how, prompt), make), len(pictures), rows)
+        told = []
+        for ids, log_prob in zip(found["ids"], found["log_prob"]):
+            texts = [programs.text_of(self.tokenizer, row, start) for row in ids]
+            told.append([{"caption": text, "log_prob": float(p)} for text, p in zip(texts, log_prob)])
         return told[0] if one else told
 
     def match(self, images, texts, *, first: str = "[ENC]", every_pair: bool = False) -> dict:
@@ -154,14 +154,17 @@ class Pretrained:
         self._loaded.require("match")
         if first not in ("[ENC]", "[CLS]"):
             raise ValueError(f"first is {first!r}: choose [ENC] or [CLS]")
-        (pictures, one_image), (texts, one_text) = inputs.pictures(images), self._texts(texts, "texts")
+        pictures, one_image = inputs.pictures(images)
+        texts, one_text = self._texts(texts, "texts")
         in_pairs = not every_pair and 1 not in (len(pictures), len(texts))
         if in_pairs:
             inputs.pairs(len(pictures), len(texts), "texts")
+
         ids, txt_mask = self._tokens(texts)
         embed = self._program(("embed",), lambda: programs.embed(self.model))
         txt_emb = self._map(embed, len(texts), lambda at: (ids[at], txt_mask[at]), TEXTS * self.batch)["txt_emb"]
         itm, itc = self._scores(pictures, ids, txt_mask, txt_emb, first, in_pairs)
+
         if not every_pair:
             itm, itc = itm.ravel(), itc.ravel()
             if one_image and one_text:
@@ -180,8 +183,9 @@ class Pretrained:
         max_length: int = 10,
         min_length: int = 1,
     ) -> dict | list:
-        """An answer to each question about its image, paired as in `match`: a dict, or a list of them where several are
-        given.
+        """An answer to each question about its image, paired as in `match`.
+
+        A dict, or a list of them where several are given.
 
         method "generate": {"answer", "log_prob"}, by beam search; lengths are tokens and count [DEC]. "rank":
         {"answer", "score"}, the best of `answers` by the published rule: the k with the likeliest first token, then the
@@ -189,10 +193,8 @@ class Pretrained:
         50 words count.
         """
         self._loaded.require("answer")
-        (pictures, one_image), (questions, one) = (
-            inputs.pictures(images),
-            inputs.texts(questions, "questions", clean_question),
-        )
+        pictures, one_image = inputs.pictures(images)
+        questions, one = inputs.texts(questions, "questions", clean_question)
         i, t = inputs.pairs(len(pictures), len(questions), "questions")
         ids, txt_mask = self._tokens(questions)
 
@@ -201,7 +203,10 @@ class Pretrained:
 
         if method == "generate":
             how = self._search(answers, beams, min_length, max_length)
-            make = lambda: programs.answering(self.model, how, 1, eos=self.tokenizer.sep, pad=self.tokenizer.pad)
+
+            def make():
+                return programs.answering(self.model, how, 1, eos=self.tokenizer.sep, pad=self.tokenizer.pad)
+
             found = self._map(self._program(("answer", how), make), len(t), rows)
             told = [
                 {"answer": programs.text_of(self.tokenizer, row[0], 1), "log_prob": float(p[0])}
@@ -214,8 +219,9 @@ class Pretrained:
         return told[0] if one and one_image else told
 
     def features(self, images=None, texts=None, mode: str = "") -> dict[str, np.ndarray]:
-        """States of every token, NumPy f32, one row per image, text or pair; without the leading dimension where one is
-        given.
+        """States of every token, NumPy f32, one row per image, text or pair.
+
+        Where one is given, the leading dimension is missing.
 
         mode: "image": image_embeds [n,P,D] and image_embeds_proj [n,P,E]; "text": text_embeds [n,T,D], text_embeds_proj
         [n,T,E] and text_mask bool[n,T] (True = real token, states elsewhere are 0); "multimodal": multimodal_embeds
@@ -223,7 +229,10 @@ class Pretrained:
         Token 0 stands for the whole. The projected ones have unit norm, and their products at token 0 are the cosines
         of `match`; a captioner has none.
         """
-        mode = mode or ("image" if texts is None else "text" if images is None else "multimodal")
+        if not mode and texts is None:
+            mode = "image"
+        elif not mode:
+            mode = "text" if images is None else "multimodal"
         if mode not in MODES or (images is not None, texts is not None) != MODES[mode]:
             came = " and ".join(f"{'no ' * (x is None)}{name}" for name, x in (("images", images), ("texts", texts)))
             raise ValueError(
@@ -326,9 +335,8 @@ class Pretrained:
         ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
         k = min(k, len(answers))
         program = self._program(("rank", k), lambda: programs.ranking(self.model, k))
-        per_pass = min(
-            self.batch, max(1, TEXTS * self.batch // k)
-        )  # the logits of k answers to each question of a pass are there at once
+        # the logits of k answers to each question of a pass are there at once
+        per_pass = min(self.batch, max(1, TEXTS * self.batch // k))
         found = self._map(program, n, rows, per_pass, (ids, ans_mask))
         return [
             {"answer": answers[best[0]], "score": float(score[0])}
@@ -342,9 +350,11 @@ class Pretrained:
         first_id = self.tokenizer.enc if first == "[ENC]" else self.tokenizer.cls
         see = self._program(("view",), lambda: programs.view(self.model, "kv", "img_emb"))
         match = self._program(("match", first_id), lambda: programs.match(self.model, first_id))
-        columns, limit = [], 0  # columns: the texts, where each image is scored with all of them, in passes
+
+        # where each image is scored with all texts, these are no rows but the same for every row: in passes of G texts
+        columns, limit = [], 0
         if not in_pairs:
-            G = at_least(min(len(ids), TEXTS * self.batch))  # texts per image and pass
+            G = at_least(min(len(ids), TEXTS * self.batch))
             columns = [[padded(x[at : at + G], G)[None] for x in (ids, txt_mask)] for at in range(0, len(ids), G)]
             limit = min(self.batch, max(1, TEXTS * self.batch // G))
 
@@ -362,7 +372,10 @@ class Pretrained:
 
     def _pixels(self, pictures: list) -> np.ndarray:
         """u8[n,S,S,3]"""
-        read = lambda picture: inputs.pixels(picture, self.cfg.model.img_size, self.cfg.data.max_pixels)
+
+        def read(picture):
+            return inputs.pixels(picture, self.cfg.model.img_size, self.cfg.data.max_pixels)
+
         with concurrent.futures.ThreadPoolExecutor(min(THREADS, len(pictures))) as pool:
             return np.stack(list(pool.map(read, pictures)))
 
@@ -370,8 +383,9 @@ class Pretrained:
         return inputs.texts(texts, name, lambda s: clean_caption(s, self.cfg.text.max_words))
 
     def _tokens(self, texts: list[str], most: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[n,T] and mask bool[n,T]; T is the bucket of the longest, cut to `most` tokens (0: those of
-        training).
+        """ids i32[n,T] and mask bool[n,T].
+
+        T is the bucket of the longest, cut to `most` tokens (0: those of training).
         """
         most = most or self.cfg.text.max_len
         ids, txt_mask = self.tokenizer.encode(texts, most)
@@ -386,13 +400,16 @@ def _without_padding(found: dict, txt_mask: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _mesh(mesh: Mesh | None) -> Mesh:
-    """`mesh`, or one of the first device alone. ValueError: it has other axes than those of
-    blip_jax/parallel/sharding.py."""
+    """`mesh`, or one of the first device alone.
+
+    ValueError: it has other axes than those of blip_jax/parallel/sharding.py.
+    """
     if mesh is None:
         return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
     if mesh.axis_names != sharding.MESH:
         raise ValueError(
-            f"mesh has the axes {mesh.axis_names}: make it with blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
+            f"mesh has the axes {mesh.axis_names}: make it with "
+            "blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
         )
     return mesh
 

@@ -1,5 +1,7 @@
-"""What travels between devices, where XLA's own choice sends more than has to: gradients in parts, rows within
-cells."""
+"""What travels between devices, where XLA's own choice sends more than has to.
+
+Gradients in parts, rows within cells.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,25 @@ from blip_jax.parallel.sharding import AXES, axis_size, constrain, partition_spe
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(x, dims: tuple, whole: tuple):
-    """An array of logical dimensions `dims` as `whole` has them; its gradient stays as `whole` has it, for other uses'
-    to be added first.
+    """An array of logical dimensions `dims` as `whole` has them.
+
+    Its gradient stays as `whole` has it, for other uses' gradients to be added first.
 
     `constrain` to `whole` alone would have XLA gather what x was rounded from.
     """
     return constrain(constrain(x, *dims), *whole)
 
 
-gathered.defvjp(
-    lambda x, dims, whole: (gathered(x, dims, whole), None), lambda dims, whole, _, g: (constrain(g, *whole),)
-)
+def _gathered_forward(x, dims, whole):
+    return gathered(x, dims, whole), None
+
+
+def _gathered_backward(dims, whole, _, g):
+    # split as `dims` at once, the gradients of several uses would be reduced one by one; whole, they are added first
+    return (constrain(g, *whole),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -37,19 +47,25 @@ def summed_in_parts(matrix, embed: int):
     return matrix
 
 
-def _in_parts(embed, _, g):
+def _summed_in_parts_forward(matrix, embed):
+    return matrix, None
+
+
+def _summed_in_parts_backward(embed, _, g):
+    # transposed where need be, so that the split dimension is the first one: the form that the compiler sends in parts
     g = g if embed == 0 else g.T
     g = jax.lax.with_sharding_constraint(g, P(AXES["embed"], P.UNCONSTRAINED))  # the other one stays split over tensor
     return (g if embed == 0 else g.T,)
 
 
-summed_in_parts.defvjp(lambda matrix, embed: (matrix, None), _in_parts)
+summed_in_parts.defvjp(_summed_in_parts_forward, _summed_in_parts_backward)
 
 
 @jax.custom_vjp
 def words_summed_in_parts(table):
-    """The word table [V,D], split over fsdp, for all its uses in a step: each device receives its own part of their
-    gradients' sum alone.
+    """The word table [V,D], split over fsdp, for all its uses in a step.
+
+    Each device receives its own part of the sum of these uses' gradients alone.
 
     XLA's TPU compiler scatters this sum (239 * 128 rows) only by rows, over all devices that add to it; the parts are
     then cut anew, along D. Where the devices do not divide the rows (256 and more), each receives the whole sum.
@@ -57,16 +73,22 @@ def words_summed_in_parts(table):
     return table
 
 
+def _words_forward(table):
+    return table, None
+
+
 @jax.named_scope("word_table")
-def _by_rows(_, g):
+def _words_backward(_, g):
     adding = AXES["vocab"], *AXES["act_batch"]
     if len(g) % axis_size(jax.sharding.get_abstract_mesh(), adding) == 0:
+        # first by rows over all devices that add, as the compiler scatters the sum; then over those that hold one copy
+        # of the table, tensor and fsdp, which alone exchange parts for the cut along D that follows
         for axes in (adding, (AXES["vocab"], AXES["embed"])):
             g = jax.lax.with_sharding_constraint(g, P(axes, None))
     return (constrain(g, "vocab", "embed"),)
 
 
-words_summed_in_parts.defvjp(lambda table: (table, None), _by_rows)
+words_summed_in_parts.defvjp(_words_forward, _words_backward)
 
 
 def within_cells(x, idx, *dims):
@@ -78,11 +100,18 @@ def within_cells(x, idx, *dims):
     """
     mesh, axes = jax.sharding.get_abstract_mesh(), AXES["act_batch"]
     devices = 1 if mesh.empty or mesh.manual_axes else axis_size(mesh, axes)
-    own, cell = x.shape[0] // devices, idx.shape[1]
-    if x.shape[0] % devices or cell <= own or cell % own:  # cut unevenly, or each cell on one device
+    rows, cell = x.shape[0], idx.shape[1]
+    own = rows // devices
+
+    if rows % devices or cell <= own or cell % own:  # cut unevenly, or each cell on one device
         cells = x.reshape(*idx.shape, *x.shape[1:])
         return jax.vmap(lambda cell, i: cell[i])(cells, idx).reshape(x.shape)
-    groups = np.arange(devices).reshape(-1, cell // own).tolist() if cell < x.shape[0] else None
+
+    # A cell is the rows of cell // own devices that follow each other: these gather it, and each picks its own rows.
+    groups = np.arange(devices).reshape(-1, cell // own).tolist() if cell < rows else None
     spec = partition_spec(("act_batch", *dims))
-    gather = lambda x, i: jax.lax.all_gather(x, axes, axis_index_groups=groups, tiled=True)[i]
-    return jax.shard_map(gather, in_specs=(spec, P(axes)), out_specs=spec, check_vma=False)(x, idx.reshape(-1))
+
+    def pick(x, i):
+        return jax.lax.all_gather(x, axes, axis_index_groups=groups, tiled=True)[i]
+
+    return jax.shard_map(pick, in_specs=(spec, P(axes)), out_specs=spec, check_vma=False)(x, idx.reshape(-1))

@@ -1,5 +1,7 @@
-"""What the TPU compiler is told: its environment, which libtpu reads when jax starts, and its options for one
-program."""
+"""What the TPU compiler is told.
+
+Its environment, which libtpu reads when jax starts, and its options for one program.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ IN_PARTS = (  # found in libtpu 0.0.38, 0.0.42.1, 0.0.48.1, 0.0.50.1 and 0.0.52
 
 
 def with_stack(arguments: str) -> str:
-    """LIBTPU_INIT_ARGS with a stack that is large enough for the compiler's threads, unless `arguments` set their
-    own."""
+    """LIBTPU_INIT_ARGS with a stack that is large enough for the compiler's threads.
+
+    `arguments` that set their own are left alone.
+    """
     return arguments if FLAG in arguments else f"{arguments} {FLAG}={STACK}".strip()
 
 

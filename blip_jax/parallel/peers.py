@@ -1,5 +1,4 @@
-"""What keeps several processes together: a roll call at the start, exchange of small facts, and news of one that is
-gone.
+"""What keeps several processes together: roll call, exchange of small facts, news of one that is gone.
 
 Process 0 and each other process hold one TCP connection from the roll call to the end. The kernel closes it when a
 process dies in any way, and notices within half a minute that a host is unreachable; so every process can say who is
@@ -83,8 +82,10 @@ def _receive(place: Place, timeout: float, deadline: float) -> Lifeline:
 def _come(
     server, place: Place, here: str, came: dict[int, Peer], timeout: float, deadline: float
 ) -> tuple[str, list[Peer]]:
-    """Fills `came` with every process but 0 by number. Returns ("", []), or what is wrong and who came that does
-    not fit."""
+    """Fills `came` with every process but 0 by number.
+
+    Returns ("", []), or what is wrong and who came that does not fit.
+    """
     while len(came) < place.processes - 1:
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
@@ -138,8 +139,9 @@ def _missing(hosts: dict[int, str], processes: int, timeout: float) -> str:
     absent = ", ".join(str(k) for k in range(processes) if k not in hosts)
     came = ", ".join(f"{k} (host {host})" for k, host in sorted(hosts.items()))
     return (
-        f"{len(hosts)} of {processes} processes came within {timeout:g} s: {came}; missing: {absent}. Start all of them with "
-        "the same BLIP_JAX_COORDINATOR and BLIP_JAX_PROCESSES, see the output of the missing ones, or raise BLIP_JAX_TIMEOUT"
+        f"{len(hosts)} of {processes} processes came within {timeout:g} s: {came}; missing: {absent}. Start all of "
+        "them with the same BLIP_JAX_COORDINATOR and BLIP_JAX_PROCESSES, see the output of the missing ones, or raise "
+        "BLIP_JAX_TIMEOUT"
     )
 
 

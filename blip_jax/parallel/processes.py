@@ -1,5 +1,6 @@
-"""Several processes as one run: they find each other, check that they are the same, and none outlives another in
-silence.
+"""Several processes as one run.
+
+They find each other, check that they are the same, and none outlives another in silence.
 
 `start` reads where this process stands from the environment:
   explicit           BLIP_JAX_COORDINATOR=host:port of process 0, BLIP_JAX_PROCESSES=n, BLIP_JAX_PROCESS=0..n-1
@@ -40,8 +41,10 @@ _line: Lifeline | None = None  # of this process
 
 
 def place(env: Mapping[str, str]) -> Place | None:
-    """Where this process stands, by the environment `env`; None: it is alone. ValueError: a variable is missing or
-    wrong."""
+    """Where this process stands, by the environment `env`; None: it is alone.
+
+    ValueError: a variable is missing or wrong.
+    """
     if not any(env.get(name) for name in EXPLICIT):
         return _detected(env)
     if missing := [name for name in EXPLICIT if not env.get(name)]:
@@ -128,8 +131,10 @@ def start() -> Iterator[None]:
 
 
 def _fail(e: BaseException) -> None:
-    """Ends this process because of `e`, after telling the others; a collective that broke because another is gone
-    says so first."""
+    """Ends this process because of `e`, after telling the others.
+
+    A collective that broke because another process is gone says so first.
+    """
     if isinstance(e, jax.errors.JaxRuntimeError):
         time.sleep(GRACE)
     mistake = isinstance(e, (ValueError, OSError)) and not os.environ.get("BLIP_JAX_DEBUG")
@@ -141,8 +146,10 @@ def _fail(e: BaseException) -> None:
 
 
 def stop() -> None:
-    """Ends this process and all others with status 75, after a signal that only this one may have got. Alone, does
-    nothing."""
+    """Ends this process and all others with status 75, after a signal that only this one may have got.
+
+    Alone, it does nothing.
+    """
     if _line is not None:
         _line.leave(peers.AGAIN, "stopped by a signal")
 
@@ -153,7 +160,8 @@ def gather(fact) -> list:
         return [fact]
     if _line is None:
         raise ValueError(
-            "several processes share this run, but they have not met: call it within blip_jax.parallel.processes.start()"
+            "several processes share this run, but they have not met: call it within "
+            "blip_jax.parallel.processes.start()"
         )
     return _line.gather(fact)
 
@@ -192,15 +200,18 @@ def agree(cfg, folder, **more) -> None:
         names = ", ".join(f"{k} (host {_line.hosts[k]})" for k in unseen)
         raise ValueError(
             f"{folder} is not one folder for all: processes {names} do not see there what process 0 (host "
-            f"{_line.hosts[0]}) writes; give a folder that every host shares: a network file system, or a mounted bucket"
+            f"{_line.hosts[0]}) writes; give a folder that every host shares: a network file system, or a mounted "
+            "bucket"
         )
     if warning := skew(gather(_line.offset), _line.hosts):
         say(warning)
 
 
 def differences(facts: list[dict], hosts: list[str]) -> list[str]:
-    """A line for each name whose value is not the same in all of `facts`: the values and the processes that have
-    them."""
+    """A line for each name whose value is not the same in all of `facts`.
+
+    It gives the values and the processes that have them.
+    """
     lines = []
     for name in sorted({name for own in facts for name in own}):
         groups: dict[str, list[int]] = {}

@@ -81,15 +81,16 @@ def make_mesh(cfg, devices=None) -> Mesh:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh (data, fsdp, tensor) = {(cfg.data, cfg.fsdp, cfg.tensor)} does not multiply to the {len(devices)} devices here: "
-            "change cfg.mesh, or set one axis to -1"
+            f"mesh (data, fsdp, tensor) = {(cfg.data, cfg.fsdp, cfg.tensor)} does not multiply to the {len(devices)} "
+            "devices here: change cfg.mesh, or set one axis to -1"
         )
     return mesh_of(tuple(shape), devices)
 
 
 def mesh_of(shape: tuple, devices) -> Mesh:
-    """Mesh of a shape (data, fsdp, tensor), TPUs laid out along their wires; of several slices each has its own part of
-    the data axis.
+    """Mesh of a shape (data, fsdp, tensor), TPUs laid out along their wires.
+
+    Of several slices each has its own part of the data axis.
 
     ValueError: the slices do not divide the data axis.
     """
@@ -106,21 +107,25 @@ def mesh_of(shape: tuple, devices) -> Mesh:
 
 
 def inside_slice(shape: tuple, slices: int) -> tuple:
-    """The part (data, fsdp, tensor) of a mesh that lies in each of so many slices. ValueError: they do not divide
-    the data axis."""
+    """The part (data, fsdp, tensor) of a mesh that lies in each of so many slices.
+
+    ValueError: they do not divide the data axis.
+    """
     data, fsdp, tensor = shape
     if data % slices:
         near = [n for n in (data // slices * slices, data // slices * slices + slices) if n > 0]
         raise ValueError(
-            f"mesh.data is {data}: it must be a multiple of the {slices} slices, since only the data axis crosses from one slice "
-            f"to another, as {' or '.join(map(str, near))}"
+            f"mesh.data is {data}: it must be a multiple of the {slices} slices, since only the data axis crosses from "
+            f"one slice to another, as {' or '.join(map(str, near))}"
         )
     return data // slices, fsdp, tensor
 
 
 def logical_dims(name: str, ndim: int) -> tuple[str, ...]:
-    """Names of the dimensions of the parameter called `name`; () for scalars. ValueError if no row of PARAMS
-    matches."""
+    """Names of the dimensions of the parameter called `name`; () for scalars.
+
+    ValueError: no row of PARAMS matches.
+    """
     if ndim == 0:
         return ()
     for pattern, dims in PARAMS:
@@ -203,8 +208,10 @@ def splits(dim: str) -> bool:
 
 
 def report(tree, mesh: Mesh) -> str:
-    """Table of the largest arrays with shape, dimensions, spec and bytes per device, and the share of bytes kept
-    whole."""
+    """Table of the largest arrays, and the share of bytes kept whole.
+
+    A row has an array's shape, dimensions, spec and bytes per device.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     shardings = jax.tree.leaves(shardings_for(tree, mesh))
     rows, total, per_device, whole = [], 0, 0, 0

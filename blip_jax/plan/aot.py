@@ -39,8 +39,9 @@ def installed() -> bool:
 
 
 def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0) -> dict:
-    """Compiles the programs that `request` describes (see `_work`) and returns what `_work` found; `exact`: at the
-    compiler's usual level.
+    """Compiles the programs that `request` describes (see `_work`) and returns what `_work` found.
+
+    exact: at the compiler's usual level.
 
     ValueError: no compiler, the request does not fit, time is up, or the compiler failed; the last line it said is in
     the message.
@@ -60,8 +61,8 @@ def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0
             )
         except subprocess.TimeoutExpired:
             raise ValueError(
-                f"compiling for {request['topology']} took more than {timeout:.0f} s: raise --timeout, or plan a smaller "
-                "slice"
+                f"compiling for {request['topology']} took more than {timeout:.0f} s: raise --timeout, or plan a "
+                "smaller slice"
             ) from None
         if done.returncode < 0:
             remedy = (
@@ -103,8 +104,9 @@ def tpu_mesh(topology, shape: tuple):
 
 
 def compile_one(program, mesh, topology) -> dict:
-    """What the compiler makes of a `programs.Program`: memory, traffic and collectives of one device, FLOPs of the
-    traced program.
+    """What the compiler makes of a `programs.Program`.
+
+    Memory, traffic and collectives of one device, and the FLOPs of the traced program.
 
     Where it does not fit, "needed" holds the bytes that the compiler asked for, and there is nothing else that it alone
     knows.
@@ -139,8 +141,10 @@ def compile_one(program, mesh, topology) -> dict:
 
 
 def _described(collective, mesh, topology) -> dict:
-    """A `hlo.Collective` with its mesh axes, and the links that its group has: how many inside a slice, how many
-    slices it spans."""
+    """A `hlo.Collective` with its mesh axes, and the links that its group has.
+
+    How many links inside a slice, and how many slices it spans.
+    """
     import numpy as np
 
     from blip_jax.parallel import sharding

@@ -91,8 +91,10 @@ class Topology(NamedTuple):
 
 
 def topology(text: str, slices: int = 1) -> Topology:
-    """ "v5e:4x4" and a number of slices. ValueError: no such TPU, or no such slice; it says which there are, and
-    the nearest ones."""
+    """The slice that "v5e:4x4" means, and a number of such slices.
+
+    ValueError: no such TPU, or no such slice; it says which there are, and the nearest ones.
+    """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text.strip().lower())
     name = {"tpu7x": "v7x"}.get(match[1], match[1]) if match else ""
     if name not in TPUS:
@@ -115,8 +117,10 @@ def topology(text: str, slices: int = 1) -> Topology:
 
 
 def shapes(chip: Chip) -> list[tuple]:
-    """The slices of a chip: pairs of powers of two in two dimensions, cubes of 4x4x4 and a few smaller ones in
-    three."""
+    """The slices of a chip.
+
+    Pairs of powers of two in two dimensions; cubes of 4x4x4 and a few smaller ones in three.
+    """
     if chip.dims == 2:
         return list(FLAT)
     steps = range(4, max(chip.largest) + 1, 4)
@@ -135,14 +139,19 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def rings(chip: Chip, shape: tuple, spans: tuple) -> float:
-    """Links by which data enters the worst placed chip of a group that spans `spans` chips of each dimension of a slice
-    of `shape`.
+    """Links by which data enters the worst placed chip of a group.
 
-    A dimension that is spanned whole and closes gives two links, one that is a line gives its end one, one that is not
-    spanned none.
+    The group spans `spans` chips of each dimension of a slice of `shape`. A dimension that is spanned whole and closes
+    gives two links, one that is a line gives its end one, one that is not spanned none.
     """
-    closed = lambda whole: whole == chip.closes if chip.dims == 2 else whole % chip.closes == 0
-    return sum(0 if span < 2 else 2 if span == whole and closed(whole) else 1 for span, whole in zip(spans, shape))
+    links = 0
+    for span, whole in zip(spans, shape):
+        if span < 2:
+            continue
+        # two dimensions close at one length alone, three at its multiples
+        closes = whole == chip.closes if chip.dims == 2 else whole % chip.closes == 0
+        links += 2 if span == whole and closes else 1
+    return links
 
 
 def _spelled(name: str, shape: tuple) -> str:

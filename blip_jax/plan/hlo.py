@@ -118,57 +118,61 @@ def _closing(text: str, start: int, depth: int = 0) -> int:
 
 
 def times(found: dict[str, list[Op]], entry: str, trips: int = 1) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs in a step, and those of them whose instructions are schedules of their own, not
-    parts of a fusion.
+    """How often each computation runs in a step, and which of them are schedules of their own.
 
-    trips: of a `while` that the data end, a token loop; any other says its own.
+    The instructions of the others are parts of a fusion. trips: of a `while` that the data end, a token loop; any other
+    says its own.
     """
     runs, scheduled = {}, set()
 
     def visit(name: str, count: int, own: bool) -> None:
         runs[name] = runs.get(name, 0) + count
-        scheduled.update([name] if own else [])
+        if own:
+            scheduled.add(name)
         ops = found.get(name, ())
         for op in ops:
             loops = _trips(op, ops, found, trips) if op.kind == "while" else 1
+            # what a loop or a call runs is a schedule as its caller's is; what a fusion or a sum calls is a part of it,
+            # and a loop's condition compares two numbers and moves nothing
+            passes_on = own and op.kind in ("while", "call", "call-start", "conditional")
             for match in _CALLED.finditer(op.rest):
-                runs_here = (
-                    own
-                    and op.kind in ("while", "call", "call-start", "conditional")
-                    and not match[0].startswith("condition")
-                )
+                of_schedule = passes_on and not match[0].startswith("condition")
                 for called in re.findall(r"[\w.\-]+", match[1]):
-                    visit(called, count * loops, runs_here)
+                    visit(called, count * loops, of_schedule)
 
     visit(entry, 1, True)
     return runs, scheduled
 
 
 def _trips(loop: Op, around: list[Op], found: dict[str, list[Op]], otherwise: int) -> int:
-    """From where a counting loop starts to the constant of its condition; `otherwise` where the condition is more than
-    this comparison.
+    """How often a counting loop runs: from where it starts to the constant of its condition.
 
-    around: the instructions of the computation in which the loop stands. A loop whose first turn the compiler took out
-    starts at 1.
+    `otherwise` where the condition is more than this comparison. around: the instructions of the computation in which
+    the loop stands.
     """
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     ops = found.get(condition[1] if condition else "", ())
     bounds = [int(o.inside) for o in ops if o.kind == "constant" and o.type.startswith(("s32[]", "u32[]"))]
-    counters = [
-        int(index[1]) for o in ops if o.kind == "get-tuple-element" and (index := re.search(r"index=(\d+)", o.rest))
-    ]
     plain = all(o.kind in ("constant", "parameter", "get-tuple-element", "compare", "copy", "bitcast") for o in ops)
     if not plain or len(bounds) != 1:
         return otherwise
-    return bounds[0] - (
-        _constant(loop.operands[0], counters[0], {o.name: o for o in around}) if len(counters) == 1 else 0
-    )
+
+    # the counter is the one element of the loop's state that the condition looks at; it starts at 1 where the compiler
+    # took the first turn out of the loop
+    counters = [
+        int(index[1]) for o in ops if o.kind == "get-tuple-element" and (index := re.search(r"index=(\d+)", o.rest))
+    ]
+    if len(counters) != 1:
+        return bounds[0]
+    return bounds[0] - _constant(loop.operands[0], counters[0], {o.name: o for o in around})
 
 
 def _constant(name: str, index: int, known: dict[str, Op]) -> int:
     """The constant that a tuple holds at an index; 0 where it is not written as one."""
     made = known.get(name)
-    at = known.get(made.operands[index]) if made and made.kind == "tuple" and index < len(made.operands) else None
+    if not made or made.kind != "tuple" or index >= len(made.operands):
+        return 0
+    at = known.get(made.operands[index])
     while at and at.kind in ("copy", "bitcast"):
         at = known.get(at.operands[0])
     return int(at.inside) if at and at.kind == "constant" and at.inside.isdigit() else 0
@@ -187,8 +191,10 @@ def size(kind: str, only_hbm: bool = False) -> int:
 
 
 def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
-    """Every collective of a program for so many devices, the largest first; trips as in `times`. ValueError:
-    unreadable groups."""
+    """Every collective of a program for so many devices, the largest first; trips as in `times`.
+
+    ValueError: unreadable groups.
+    """
     found, entry = computations(text)
     runs, scheduled = times(found, entry, trips)
     fusions = {
@@ -197,9 +203,11 @@ def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
         for op in ops
         if (called := re.search(r"calls=%?([\w.\-]+)", op.rest))
     }
+
     out, seen = {}, set()
     for name, count in runs.items():
-        # a sum of which every device keeps a part: how a TPU's compiler writes it
+        # a sum of which every device keeps a part: the TPU's compiler writes it as a fusion of that name, around an
+        # all-reduce that does not say where it comes from
         scatters = name.startswith("all-reduce-scatter")
         types = {op.name: op.type for op in found.get(name, ())}
         for op in found.get(name, ()):
@@ -208,45 +216,50 @@ def collectives(text: str, devices: int, trips: int = 1) -> list[Collective]:
             kind = op.kind.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            channel, where = (
-                re.search(r"channel_id=(\d+)", op.rest),
-                re.search(r'op_name="([^"]*)"', fusions.get(name, "") if scatters else op.rest),
-            )
-            step = (channel and channel[1], op.type.split("{")[0], where and where[1])
+
+            where = re.search(r'op_name="([^"]*)"', fusions.get(name, "") if scatters else op.rest)
+            where = where[1] if where else ""
+            channel = re.search(r"channel_id=(\d+)", op.rest)
+            step = (channel and channel[1], op.type.split("{")[0], where)
             # one asynchronous collective is carried on by several fusions
             if name not in scheduled and not scatters and step in seen:
                 continue
             seen.add(step)
+
             kind = "reduce-scatter" if scatters else kind
             arrays = [types.get(x, "") for x in op.operands]
-            whole = sum(map(size, arrays)) if kind in ("reduce-scatter", "all-reduce") else 0
-            shown = sorted(_ARRAY.findall(" ".join(arrays)), key=lambda a: -size(f"{a[0]}[{a[1]}]"))
-            shapes = (
-                f"{shown[0][0]}[{shown[0][1]}]" + (f" and {len(shown) - 1} more" if len(shown) > 1 else "")
-                if shown
-                else op.type
-            )
-            made = size(op.type) if not op.kind.endswith("-start") else size(op.type) - sum(map(size, arrays))
+            operands, result = sum(map(size, arrays)), size(op.type)
+            if op.kind.endswith("-start"):
+                result -= operands  # its type is a tuple of both
+            summed = kind in ("reduce-scatter", "all-reduce")
+            moved = (operands if summed else 0) or result
             out[name, op.name] = Collective(
-                kind, whole or made, count, group(op.rest, devices), where[1] if where else "", shapes
+                kind, moved, count, group(op.rest, devices), where, _shown(arrays) or op.type
             )
     return sorted(out.values(), key=lambda c: -c.bytes * c.count)
 
 
+def _shown(arrays: list[str]) -> str:
+    """The largest of some arrays and how many more there are; "" where there is none."""
+    found = [f"{dtype}[{dims}]" for dtype, dims, _ in _ARRAY.findall(" ".join(arrays))]
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return max(found, key=size) + more
+
+
 def _between(op: Op, count: int) -> Collective:
-    """What a device gets from those of the other slices: a transfer by the hosts, which names the collective that
-    it is a part of."""
+    """What a device gets from those of the other slices: a transfer by the hosts.
+
+    It names the collective that it is a part of.
+    """
     dtype, dims, _ = _ARRAY.search(op.type).groups()
+    array = f"{dtype}[{dims}]"
     how = re.search(r'transfer_type="(\w+)"', op.rest)
     kind = how[1].lower().replace("_", "-") if how else "one-to-one"
-    return Collective(
-        {"one-to-one": "collective-permute"}.get(kind, kind),
-        size(f"{dtype}[{dims}]"),
-        count,
-        (),
-        "",
-        f"{dtype}[{dims}]",
-    )
+    if kind == "one-to-one":
+        kind = "collective-permute"
+    return Collective(kind, size(array), count, group=(), op_name="", shapes=array)
 
 
 def group(text: str, devices: int) -> tuple:
@@ -278,28 +291,36 @@ def _iota(words: str) -> np.ndarray:
 
 
 def _of_mesh(words: str) -> list[int]:
-    """The first group of "mesh['a'=4,'b'=8] {'b'}", or of "{'b':(2)4}": the part of size 4 of b that follows one of
-    size 2.
+    """The first group of "mesh['a'=4,'b'=8] {'b'}", or of "{'b':(2)4}".
 
-    The places of the mesh are devices 0, 1, ..., or "device_ids=([8,4]T(1,0))": numbers in that shape, transposed; or a
-    list of them.
+    The latter is the part of size 4 of b that follows one of size 2. The places of the mesh are devices 0, 1, ..., or
+    "device_ids=([8,4]T(1,0))": numbers in that shape, transposed; or a list of them.
     """
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", words)}
     axes = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", words[words.rindex("{") :])
     order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", words)
     listed = re.search(r"device_ids=\(([\d,\s]+)\)", words)
+
+    # how far apart in the flat mesh two neighbours along an axis are
     strides, after = {}, 1
     for name in reversed(sizes):
-        strides[name], after = after, after * sizes[name]
-    ids = np.zeros(1, int)
+        strides[name] = after
+        after *= sizes[name]
+
+    # the group's places: the first one, and from each so far all those along one more axis
+    places = np.zeros(1, int)
     for name, before, part in axes:
         whole = sizes[name]
         n = int(part) if part else whole
         step = strides[name] * (whole // (int(before) * n) if part else 1)
-        ids = (ids[:, None] + step * np.arange(n)).reshape(-1)
+        places = (places[:, None] + step * np.arange(n)).reshape(-1)
+
     if order:
-        return _transposed(order[1], order[2]).reshape(-1)[ids].tolist()
-    return [int(listed[1].split(",")[i]) for i in ids] if listed else ids.tolist()
+        return _transposed(order[1], order[2]).reshape(-1)[places].tolist()
+    if listed:
+        ids = listed[1].split(",")
+        return [int(ids[i]) for i in places]
+    return places.tolist()
 
 
 def _transposed(dims: str, order: str | None) -> np.ndarray:
@@ -310,11 +331,11 @@ def _transposed(dims: str, order: str | None) -> np.ndarray:
 
 
 def traffic(text: str, trips: int = 1) -> float:
-    """Bytes of HBM that a step reads and writes by the compiler's schedule: operands and results of every instruction
-    that runs.
+    """Bytes of HBM that a step reads and writes by the compiler's schedule.
 
-    An operand of which a fusion reads a slice counts as that slice, a result written into a slice of an operand as the
-    slice. Arrays that the compiler keeps in faster memory do not count.
+    Operands and results of every instruction that runs. An operand of which a fusion reads a slice counts as that
+    slice, a result written into a slice of an operand as the slice. Arrays that the compiler keeps in faster memory do
+    not count.
     """
     found, entry = computations(text)
     runs, scheduled = times(found, entry, trips)
@@ -326,21 +347,26 @@ def traffic(text: str, trips: int = 1) -> float:
 
 
 def _bytes(op: Op, known: dict[str, Op], found: dict[str, list[Op]]) -> int:
+    """Bytes of HBM that one instruction reads and writes; known: its computation's by name."""
     if op.kind in FREE or op.kind.endswith("-done"):
         return 0
-    hbm = lambda o: size(o.type, only_hbm=True)
+
+    def hbm(o: Op) -> int:
+        return size(o.type, only_hbm=True)
+
     operands = [known[x] for x in op.operands if x in known]
-    if op.kind == "dynamic-slice":
+    if op.kind == "dynamic-slice":  # the slice is read and written; of the array no more is touched
         return 2 * hbm(op)
-    if op.kind == "dynamic-update-slice":
+    if op.kind == "dynamic-update-slice":  # in place: the new slice is read and written
         return 2 * hbm(operands[1])
+
     called = re.search(r"calls=%?([\w.\-]+)", op.rest) if op.kind == "fusion" else None
     if not called:
-        return (0 if op.kind.endswith("-start") else hbm(op)) + sum(map(hbm, operands))
+        written = 0 if op.kind.endswith("-start") else hbm(op)
+        return written + sum(map(hbm, operands))
     inner = found.get(called[1], [])
-    return _written(op, inner) + sum(
-        min(hbm(o), part) for o, part in zip(operands, _parts(inner, len(operands), found))
-    )
+    read = sum(min(hbm(o), part) for o, part in zip(operands, _parts(inner, len(operands), found)))
+    return _written(op, inner) + read
 
 
 def _parts(inner: list[Op], n: int, found: dict[str, list[Op]]) -> list[float]:
@@ -376,5 +402,6 @@ def _written(op: Op, inner: list[Op]) -> int:
     total = size(op.type, only_hbm=True)
     for o in inner:
         if o.kind == "dynamic-update-slice" and len(o.operands) > 1:
-            total -= max(size(o.type) - size(types.get(o.operands[1], "")), 0)
+            slice_ = size(types.get(o.operands[1], ""))
+            total -= max(size(o.type) - slice_, 0)
     return max(total, 0)

@@ -1,5 +1,6 @@
-"""What a config would need and reach on a TPU slice, before anyone rents it: memory, FLOPs, collectives, and the best
-time of a step.
+"""What a config would need and reach on a TPU slice, before anyone rents it.
+
+Memory, FLOPs, collectives, and the best time of a step.
 
 The analytic part (state and batch on each device, FLOPs, their time at the chip's peak, bytes of gradients) comes from
 the sizes and the sharding tables. The rest, temporaries and traffic and collectives, is what the TPU compiler makes of
@@ -27,8 +28,8 @@ from blip_jax.plan import aot, chips, hlo, programs
 BIG = 2**20  # bytes a step from which a collective is listed by itself
 LIMIT = 0.02  # share by which traced and analytic FLOPs may differ
 CAVEAT = (
-    "compiled at -O0, which is several times faster: temporaries may be some 15 % low, memory traffic is high, as less is fused; "
-    "--exact compiles as a run does"
+    "compiled at -O0, which is several times faster: temporaries may be some 15 % low, memory traffic is high, as "
+    "less is fused; --exact compiles as a run does"
 )
 REASONS = (  # kind, part of the name in our code, axis -> what moves, why; first match wins
     (
@@ -71,7 +72,8 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
         r"^$",
         "data.*",
         "gradients and features",
-        "sums that do not divide among the devices, and others that the compiler makes along all links of a slice instead of along one ring in parts",
+        "sums that do not divide among the devices, and others that the compiler makes along all links of a slice "
+        "instead of along one ring in parts",
     ),
     (
         r"all-gather|all-to-all|collective-permute",
@@ -177,8 +179,10 @@ class Request(NamedTuple):
 
 
 def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, judge=None) -> Request:
-    """A checked request. ValueError: all that does not fit, the mesh, the batch, the slices, each with the nearest
-    that does."""
+    """A checked request.
+
+    ValueError: all that does not fit, the mesh, the batch, the slices, each with the nearest that does.
+    """
     is_capfilt = "captioner" in cfg
     workload = workload or ("capfilt" if is_capfilt else "train")
     if is_capfilt != (workload == "capfilt"):
@@ -194,15 +198,15 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
         ]
         if lacking:
             raise ValueError(
-                f"a plan of CapFilt needs {' and '.join(lacking)}: the config of the training that makes the model (with a "
-                "decoder for the captioner, with an encoder for the filter), as --captioner=configs/caption_coco.py:vitl "
-                "--filter=configs/retrieval_coco.py:vitl"
+                f"a plan of CapFilt needs {' and '.join(lacking)}: the config of the training that makes the model "
+                "(with a decoder for the captioner, with an encoder for the filter), as "
+                "--captioner=configs/caption_coco.py:vitl --filter=configs/retrieval_coco.py:vitl"
             )
         settings.validate(cfg)
         if topology.devices % (cfg.mesh.fsdp * cfg.mesh.tensor):
             raise ValueError(
-                f"mesh.fsdp * mesh.tensor is {cfg.mesh.fsdp} * {cfg.mesh.tensor}: it must divide the {topology.devices} devices "
-                "of the topology"
+                f"mesh.fsdp * mesh.tensor is {cfg.mesh.fsdp} * {cfg.mesh.tensor}: it must divide the "
+                f"{topology.devices} devices of the topology"
             )
         return Request(cfg, topology, workload, captioner, judge)
     own = cfg.copy_and_resolve_references().unlock()
@@ -227,8 +231,10 @@ def made(request: Request, mesh=None) -> list[programs.Program]:
 
 
 def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict:
-    """The whole plan as a plain dict: what `table` prints and `save` writes. Without the TPU compiler its analytic
-    part."""
+    """The whole plan as a plain dict: what `table` prints and `save` writes.
+
+    Without the TPU compiler, its analytic part.
+    """
     topology, parts = request.topology, made(request)
     out = {
         "config": plain(request.cfg),
@@ -244,7 +250,8 @@ def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict
         out["note"] = aot.MISSING + "; this is the analytic part alone"
         return finished(out, request)
     say(
-        f"compiling {', '.join(p.name for p in parts)} for {topology}, {topology.devices} devices, mesh {request.mesh}: some minutes"
+        f"compiling {', '.join(p.name for p in parts)} for {topology}, {topology.devices} devices, mesh "
+        f"{request.mesh}: some minutes"
     )
     found = aot.compile_programs(_wanted(request), exact, timeout)["programs"]
     from importlib.metadata import version
@@ -318,8 +325,10 @@ def merge(row: dict, found: dict, topology: chips.Topology) -> None:
 
 
 def _timed(c: dict, chip: chips.Chip) -> dict:
-    """A collective with what moves, why, the bytes that a device receives a step, and the seconds that takes at
-    the links' rate."""
+    """A collective with what moves, and why.
+
+    Also the bytes that a device receives a step, and the seconds that takes at the links' rate.
+    """
     what, why = reason(c["kind"], c["op"], c["axis"])
     inside = c["devices"] // c["slices"]
     ici = hlo.travels(c["kind"], c["bytes"], inside) * c["count"]
@@ -335,8 +344,10 @@ def _timed(c: dict, chip: chips.Chip) -> dict:
 
 
 def _grouped(collectives: list[dict]) -> list[dict]:
-    """Those of one kind, axis and reason together: the largest one's arrays and place in our code, the sums of the
-    rest."""
+    """Those of one kind, axis and reason together.
+
+    The largest one's arrays and place in our code, the sums of the rest.
+    """
     out: dict = {}
     for c in collectives:
         key = c["kind"], c["axis"], c["moves"], c["why"]
@@ -430,7 +441,8 @@ def _time_lines(row: dict) -> list[str]:
     lines = [
         f"  {row['flops'] / 1e12:.3f} TFLOP a device by formula{again}"
         + (
-            f", {row['traced_flops'] / 1e12:.3f} in the traced program{'' if row['flops_agree'] else ': they DIFFER by more than 2 %'}"
+            f", {row['traced_flops'] / 1e12:.3f} in the traced "
+            f"program{'' if row['flops_agree'] else ': they DIFFER by more than 2 %'}"
             if "traced_flops" in row
             else ""
         )
@@ -448,8 +460,8 @@ def _collective_lines(row: dict) -> list[str]:
     for c in big:
         between = gib(c["dcn"]) if c["dcn"] else "-"
         lines.append(
-            f"  {c['kind']:18} {c['axis']:22} {c['count']:6} {gib(c['ici']):>12} {between:>12} {1e3 * c['seconds']:8.2f}  "
-            f"{c['moves']} ({c['arrays']}): {c['why']}"
+            f"  {c['kind']:18} {c['axis']:22} {c['count']:6} {gib(c['ici']):>12} {between:>12} "
+            f"{1e3 * c['seconds']:8.2f}  {c['moves']} ({c['arrays']}): {c['why']}"
         )
     small = len(row["collectives"]) - len(big)
     return lines + ([f"  and {small} kinds of less than 1 MiB a step"] if small else [])

@@ -1,11 +1,14 @@
-"""The programs of a config as the compiler would get them, from sizes alone: no data, vocabulary, checkpoint or
-device is touched."""
+"""The programs of a config as the compiler would get them, from sizes alone.
+
+No data, vocabulary, checkpoint or device is touched.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from blip_jax.models import flops
 from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
-from blip_jax.tasks import step as steps
+from blip_jax.tasks.step import jit_arguments, make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
@@ -35,7 +38,7 @@ class Program(NamedTuple):
     args: tuple  # of ShapeDtypeStruct trees
     jit: dict  # what jax.jit is told beside: donate_argnums, out_shardings, compiler_options
     images: int  # of all devices together that one call handles
-    flops: float  # of one call by the formulas of bench.flops, all devices together
+    flops: float  # of one call by the formulas of models.flops, all devices together
     recomputed: float  # what model.remat makes the backward pass do again, likewise
     trips: int  # iterations of its token loop, 0: it has none
     parts: dict  # what its arguments are -> tree of ShapeDtypeStructs
@@ -67,26 +70,27 @@ def create(cfg, mesh) -> Program:
     shapes = jax.eval_shape(make, key)
     shardings = sharding.shardings_for(shapes, mesh)
     return Program(
-        "creation of the state",
-        make,
-        (key,),
-        {"out_shardings": shardings},
-        0,
-        0.0,
-        0.0,
-        0,
-        {"state": _placed(shapes, shardings)},
+        name="creation of the state",
+        function=make,
+        args=(key,),
+        jit={"out_shardings": shardings},
+        images=0,
+        flops=0.0,
+        recomputed=0.0,
+        trips=0,
+        parts={"state": _placed(shapes, shardings)},
     )
 
 
 def train(cfg, mesh) -> list[Program]:
-    """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.fit` jits it."""
+    """The train step of `cfg` on `mesh`, at text.max_len positions, its state donated, as `train.loop.fit` jits it."""
     epoch = max(1, (cfg.data.epoch_examples or cfg.train.batch) // cfg.train.batch)
     task = tasks.of(cfg)
     model, (tx, _) = task.build(cfg), optim.make(cfg, epoch)
     shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
     shardings = sharding.shardings_for(shapes, mesh)
     state, batch = _placed(shapes, shardings), _batch(cfg, mesh)
+
     extra = state.extra or {"params": {}, "queue": None}
     parts = {
         "parameters": (state.params, state.frozen),
@@ -95,25 +99,26 @@ def train(cfg, mesh) -> list[Program]:
         "queue": extra["queue"],
         "batch": batch,
     }
-    step = steps.make_step(cfg, model, tx, epoch)
     return [
         Program(
-            "train step",
-            step,
-            (state, batch),
-            steps.jit_arguments(shardings, mesh),
-            cfg.train.batch,
-            task.flops(cfg)["step"] * cfg.train.batch,
-            recomputed(cfg) * cfg.train.batch,
-            0,
-            parts,
+            name="train step",
+            function=make_step(cfg, model, tx, epoch),
+            args=(state, batch),
+            jit=jit_arguments(shardings, mesh),
+            images=cfg.train.batch,
+            flops=task.flops(cfg)["step"] * cfg.train.batch,
+            recomputed=recomputed(cfg) * cfg.train.batch,
+            trips=0,
+            parts=parts,
         )
     ]
 
 
 def recomputed(cfg) -> float:
-    """FLOPs of an image that the backward pass repeats by model.remat: the ViT's blocks but for what no gradient
-    needs, or scores."""
+    """FLOPs of an image that the backward pass repeats by model.remat.
+
+    The ViT's blocks but for what no gradient needs, or scores.
+    """
     v, positions = cfg.model.vit, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
     scores, mixing = 2 * positions**2 * v.width, 4 * positions**2 * v.width
     blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + mixing  # without fc2, whose result is only added
@@ -137,99 +142,124 @@ def evaluate(cfg, mesh) -> list[Program]:
     model, rows = tasks.build(cfg), mesh.shape["data"] * mesh.shape["fsdp"]
     if not getattr(model, "encoder", False):
         raise ValueError(
-            f"workload evaluate: retrieval needs a model with BLIP's text encoder, and objective is {cfg.objective}; plan its "
-            "training, or give a config of objective pretrain or retrieval"
+            f"workload evaluate: retrieval needs a model with BLIP's text encoder, and objective is {cfg.objective}; "
+            "plan its training, or give a config of objective pretrain or retrieval"
         )
-    B, G, T, S = -(-cfg.eval.batch // rows) * rows, cfg.eval.rerank_texts, cfg.text.max_len, cfg.model.img_size
+    B = -(-cfg.eval.batch // rows) * rows
+    G, T = cfg.eval.rerank_texts, cfg.text.max_len
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
     params, place = _placed(shapes, sharding.shardings_for(shapes, mesh)), sharding.batch_sharding(mesh)
-    array = lambda shape, dtype: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
-    positions = (S // cfg.model.vit.patch) ** 2 + 1
-    # where the mesh reaches over several hosts, each gets all results
-    whole = {"out_shardings": NamedSharding(mesh, P())}
-    img, ids, txt = array((S, S, 3), jnp.uint8), array((G, T), jnp.int32), array((G, T), jnp.bool_)
-    tok = array((positions, cfg.model.vit.width), jnp.dtype(cfg.model.dtype))
-    one, real = array((T,), jnp.int32), array((T,), jnp.bool_)
-    make = lambda name, f, x, n: Program(
-        name, f, (params, *x), whole, B, n * B, 0.0, 0, {"parameters": params, "batch": x}
-    )
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
+
+    img_size, positions = cfg.model.img_size, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
+    img = array(jnp.uint8, img_size, img_size, 3)
+    img_tok = array(jnp.dtype(cfg.model.dtype), positions, cfg.model.vit.width)
+    one_text = array(jnp.int32, T), array(jnp.bool_, T)
+    texts = array(jnp.int32, G, T), array(jnp.bool_, G, T)
+
+    def program(name, function, batch, image_flops):
+        return Program(
+            name=name,
+            function=function,
+            args=(params, *batch),
+            jit={"out_shardings": NamedSharding(mesh, P())},  # of several hosts each gets all results
+            images=B,
+            flops=image_flops * B,
+            recomputed=0.0,
+            trips=0,
+            parts={"parameters": params, "batch": batch},
+        )
+
+    # what a cosine adds to matching in the filter: the text's pass and projection, the image's projection, a product
     project = 2 * cfg.model.embed_dim * cfg.model.vit.width
-    both = flops.filter_image(cfg.model, T, 1) - flops.filter_image(cfg.model, T, 1, itc=False)
+    itc = flops.filter_image(cfg.model, T, 1) - flops.filter_image(cfg.model, T, 1, itc=False)
     return [
-        make(
-            "encode images", programs.view(model, "img_tok", "img_emb"), (img,), flops.encode_image(cfg.model) + project
+        program(
+            "encode images",
+            programs.view(model, "img_tok", "img_emb"),
+            (img,),
+            flops.encode_image(cfg.model) + project,
         ),
-        make("encode texts", programs.embed(model), (one, real), both - project - 2 * cfg.model.embed_dim),
-        make("re-rank", programs.rerank(model), (tok, ids, txt), flops.rerank_unit(cfg.model, T, G)),
+        program("encode texts", programs.embed(model), one_text, itc - project - 2 * cfg.model.embed_dim),
+        program("re-rank", programs.rerank(model), (img_tok, *texts), flops.rerank_unit(cfg.model, T, G)),
     ]
 
 
 def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
-    """Captioner and filter of the CapFilt config `cfg`, as configs of their training; each place on the data axis works
-    alone.
+    """Captioner and filter of the CapFilt config `cfg`, as configs of their training.
 
-    The token loop is counted to its end, method.max_length tokens.
+    Each place on the data axis works alone. The token loop is counted to its end, method.max_length tokens.
     """
     method, place = settings.method_of(cfg), sharding.batch_sharding(mesh)
-    size, T, texts = cfg.device_batch * mesh.shape["data"] * mesh.shape["fsdp"], judge.text.max_len, 1 + method.n
-    rows = lambda shape, dtype: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
+    size = cfg.device_batch * mesh.shape["data"] * mesh.shape["fsdp"]
+    T, texts = judge.text.max_len, 1 + method.n
     models = {"captioner": captioner, "filter": judge}
     params = {name: _rounded(c, mesh, cfg.dtype) for name, c in models.items()}
     model = {name: _model(c, cfg.dtype) for name, c in models.items()}
-    pixels = lambda c: rows((c.model.img_size, c.model.img_size, 3), jnp.uint8)
-    end, pad = captioner.model.med.vocab_size - 3, 0  # ids do not change what is computed
-    decode = programs.decoder(
-        model["captioner"], [captioner.model.med.vocab_size - 2] + [1] * (PROMPT - 1), method, eos=end, pad=pad
-    )
 
-    def make(params, img, keys):
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
+
+    def pixels(c):
+        return rows(jnp.uint8, c.model.img_size, c.model.img_size, 3)
+
+    # the captioner; which ids begin, end and fill a text does not change what is computed
+    begin, end, pad = captioner.model.med.vocab_size - 2, captioner.model.med.vocab_size - 3, 0
+    decode = programs.decoder(model["captioner"], [begin] + [1] * (PROMPT - 1), method, eos=end, pad=pad)
+
+    def caption(params, img, keys):
         apply = functools.partial(model["captioner"].apply, {"params": params})
         return decode(params, apply(apply(normalize_pixels(img), method="encode_image"), method="image_kv"), keys)
 
+    # the filter; what it sees of an image stays on the devices, split along the dimension that counts the images
     places = {name: programs.VIEW_ROWS[name] for name in ("kv", "img_emb")}
     view = alone(programs.view(model["filter"], *places), mesh, (0,), places)
-    behind = lambda dim: NamedSharding(mesh, P(*[None] * dim, sharding.AXES["act_batch"]))
+
+    def split(dim, x):
+        where = NamedSharding(mesh, P(*[None] * dim, sharding.AXES["act_batch"]))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
     seen = {
-        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=behind(places[name])), part)
+        name: jax.tree.map(functools.partial(split, places[name]), part)
         for name, part in jax.eval_shape(view, params["filter"], pixels(judge)).items()
     }
+
+    def program(name, function, who, batch, image_flops, trips=0):
+        other = "filter" if who == "captioner" else "captioner"
+        return Program(
+            name=name,
+            function=function,
+            args=(params[who], *batch),
+            jit={},
+            images=size,
+            flops=size * image_flops,
+            recomputed=0.0,
+            trips=trips,
+            parts={"parameters": params[who], "other model's parameters": params[other], "batch": batch},
+        )
+
     tokens = method.max_length - PROMPT
-    own = lambda name, x: {
-        "parameters": params[name],
-        "other model's parameters": params["filter" if name == "captioner" else "captioner"],
-        "batch": x,
-    }
-    captioned, viewed = (pixels(captioner), rows((2,), jnp.uint32)), (pixels(judge),)
-    scored = (seen, rows((texts, T), jnp.int32), rows((texts, T), jnp.bool_))
-    look = (
-        flops.encode_image(judge.model)
-        + flops.rerank_unit(judge.model, T, 0)
-        + 2 * judge.model.embed_dim * judge.model.vit.width
-    )
     width = method.n if method.kind == "nucleus" else method.beams
+    project = 2 * judge.model.embed_dim * judge.model.vit.width
+    look = flops.encode_image(judge.model) + flops.rerank_unit(judge.model, T, 0) + project
     return [
-        Program(
+        program(
             "caption",
-            alone(make, mesh, (0, 0), 0),
-            (params["captioner"], *captioned),
-            {},
-            size,
-            size * flops.caption_image(captioner.model, PROMPT, tokens, width),
-            0.0,
-            tokens - 1,
-            own("captioner", captioned),
+            alone(caption, mesh, (0, 0), 0),
+            "captioner",
+            (pixels(captioner), rows(jnp.uint32, 2)),
+            flops.caption_image(captioner.model, PROMPT, tokens, width),
+            trips=tokens - 1,
         ),
-        Program("view", view, (params["filter"], *viewed), {}, size, size * look, 0.0, 0, own("filter", viewed)),
-        Program(
+        program("view", view, "filter", (pixels(judge),), look),
+        program(
             "score",
             alone(programs.score(model["filter"]), mesh, (places, 0, 0), 0),
-            (params["filter"], *scored),
-            {},
-            size,
-            size * (flops.filter_image(judge.model, T, texts) - look),
-            0.0,
-            0,
-            own("filter", scored),
+            "filter",
+            (seen, rows(jnp.int32, texts, T), rows(jnp.bool_, texts, T)),
+            flops.filter_image(judge.model, T, texts) - look,
         ),
     ]
 
@@ -242,8 +272,10 @@ def _model(cfg, dtype: str):
 
 
 def _rounded(cfg, mesh, dtype: str):
-    """Shapes of a model's parameters as CapFilt keeps them on the devices of `mesh`, matrices in the dtype of the
-    computation."""
+    """Shapes of a model's parameters as CapFilt keeps them on the devices of `mesh`.
+
+    Matrices are in the dtype of the computation.
+    """
     model = _model(cfg, dtype)
     shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
     places = dict(trees.paths(sharding.shardings_for(shapes, mesh)))

@@ -1,5 +1,7 @@
-"""The best mesh, batch per chip and remat policy for a config on a slice: cheap bounds first, then the compiler
-for the most promising."""
+"""The best mesh, batch per chip and remat policy for a config on a slice.
+
+Cheap bounds first, then the compiler for the most promising.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,10 @@ class Candidate(NamedTuple):
 
 
 def candidates(request: plan.Request) -> list[Candidate]:
-    """Every choice that the config allows and whose state fits by itself: those that send least first (no tensor axis,
-    little fsdp), then those that recompute least, then the largest batch, for which the sum of the gradients is spread
-    over the most images.
+    """Every choice that the config allows and whose state fits by itself.
+
+    First come those that send least (no tensor axis, little fsdp), then those that recompute least, then those of the
+    largest batch, for which the sum of the gradients is spread over the most images.
 
     Meshes: data x fsdp with fsdp 1, 8 and what a slice has at most, tensor 1 or 2; batches: the config's, and 16 to 256
     a device; the queue is cut to whole batches. ValueError: nothing fits.
@@ -75,8 +78,9 @@ def _request(request: plan.Request, mesh: tuple, batch: int, remat: str) -> plan
 
 
 def run(request: plan.Request, tries: int, exact: bool = False, timeout: float = 3600.0) -> dict:
-    """Compiles the `tries` most promising candidates, and returns {"fits", "tried": rows, "best": the plan of the best
-    that fits, or None}.
+    """Compiles the `tries` most promising candidates.
+
+    Returns {"fits", "tried": rows, "best": the plan of the best that fits, or None}.
 
     Temporaries grow with the rows of a device: one compiled candidate tells about what all others of its remat policy
     need. The next is the first that should fit; those that would be more than a twentieth too large are left out. In
@@ -130,8 +134,10 @@ def _rank(c: Candidate) -> int:
 
 
 def _next(left: list[Candidate], per_row: dict[str, float], usable: float) -> Candidate:
-    """The first of `left` that should fit, or the one that comes nearest, by the bytes of a row in each remat
-    policy compiled so far."""
+    """The first of `left` that should fit, or the one that comes nearest.
+
+    Judged by the bytes of a row in each remat policy compiled so far.
+    """
     if not per_row:
         return next((c for c in left if c.batch == START), left[0])
 

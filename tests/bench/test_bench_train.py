@@ -1,5 +1,7 @@
-"""The training benchmark on tiny models, through the command line: its figures, the peer's check, real input,
-wrong flags."""
+"""The training benchmark on tiny models, through the command line.
+
+Its figures, the peer's check, real input, wrong flags.
+"""
 
 import json
 import os

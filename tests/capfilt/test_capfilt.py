@@ -146,8 +146,7 @@ def test_scores_and_captions_are_those_of_the_models_one_by_one(cfg, models, fin
     assert len(scored) > 60
     for row in scored[::2]:
         picture = decode(sources[row.dataset][row.record]["image"], 10**6)[0]
-        pixels = lambda size: eval_transform(picture, size)[None]
-        tok = apply(judge[0], "encode_image", judge[1], normalize_pixels(pixels(24)))
+        tok = apply(judge[0], "encode_image", judge[1], normalize_pixels(eval_transform(picture, 24)[None]))
         ids, mask = tokenizer.encode([row.text], 14)
         logits = apply(judge[0], "match", judge[1], ids, mask, apply(judge[0], "image_kv", judge[1], tok))
         np.testing.assert_allclose(row.itm, jax.nn.softmax(logits)[0, 1], atol=3e-6)

@@ -1,5 +1,7 @@
-"""Checkpoints of PyTorch in and out: every family, re-releases, what is wrong with them, sizes, vocabulary, the
-command."""
+"""Checkpoints of PyTorch in and out.
+
+Every family, re-releases, what is wrong with them, sizes, vocabulary, the command.
+"""
 
 import json
 import re

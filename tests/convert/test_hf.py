@@ -1,5 +1,7 @@
-"""Hugging Face folders without torch or transformers: names, config.json, shards, vocabularies, and every way to
-be wrong."""
+"""Hugging Face folders without torch or transformers.
+
+Names, config.json, shards, vocabularies, and every way to be wrong.
+"""
 
 import json
 import os
@@ -161,7 +163,8 @@ def test_squares_as_lists_and_missing_keys_take_transformers_defaults(written):
     got = source.read(folder)
     assert (got.family, got.cfg.model.img_size) == ("caption", 16)
     assert got.notes == [
-        "vision_config.layer_norm_eps is 1e-05, transformers' default: 1e-06 taken, with which the originals were trained"
+        "vision_config.layer_norm_eps is 1e-05, transformers' default: 1e-06 taken, with which the originals were "
+        "trained"
     ]
 
 

@@ -1,5 +1,7 @@
-"""Live against Hugging Face transformers on random weights: the same numbers from its folders, and from ours in
-its classes."""
+"""Live against Hugging Face transformers on random weights.
+
+The same numbers from its folders, and from ours in its classes.
+"""
 
 import functools
 import json
@@ -25,8 +27,12 @@ from blip_jax.tasks import build
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[peers]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[peers]'")
-# noqa: E402
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers import (  # noqa: E402
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
 
 ATOL = 1e-4  # float32
 CLASSES = {"caption": BlipForConditionalGeneration, "itm": BlipForImageTextRetrieval, "vqa": BlipForQuestionAnswering}
@@ -77,8 +83,10 @@ def net(family, text=TEXT, vision=VISION, gain=1.5):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_vocab):
-    """A function: family -> transformers' model, the folder that its save_pretrained wrote, with a vocabulary, and
-    what is ours."""
+    """A function: family -> transformers' model, its folder, and what is ours.
+
+    The folder was written by save_pretrained, with a vocabulary.
+    """
 
     @functools.cache
     def save(family):
@@ -137,8 +145,10 @@ def close(ours, theirs):
 
 
 def same_texts(ours, theirs, sep=SEP):
-    """Equal ids up to [SEP]. Behind it, transformers cuts off common padding, and its beam search fills with [SEP]
-    where [PAD] is 0."""
+    """Equal ids up to [SEP].
+
+    Behind it, transformers cuts off common padding, and its beam search fills with [SEP] where [PAD] is 0.
+    """
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert theirs.shape[1] <= ours.shape[1]
     ended = np.cumsum(theirs == sep, axis=1) - (theirs == sep) > 0
@@ -182,9 +192,11 @@ def test_caption_logits_and_texts(saved):
 
 
 def test_beam_search_divides_by_another_length(saved):
-    """A text's score is its log-probability over its length: the original (and ours) counts the prompt but not [SEP],
-    transformers today the new tokens with [SEP]. So without a length penalty both choose the same, with it each what is
-    best by its own count."""
+    """A text's score is its log-probability over its length, and the length is counted otherwise.
+
+    The original (and ours) counts the prompt but not [SEP], transformers today the new tokens with [SEP]. So without a
+    length penalty both choose the same, with it each what is best by its own count.
+    """
     theirs, _, ours = saved("caption")
     _, mine, pixels = pictures(8, ours.size)
     kv = ours("image_kv", ours("encode_image", mine))
@@ -209,8 +221,10 @@ def test_beam_search_divides_by_another_length(saved):
 
 
 def test_matching_logits_and_cosines_with_the_first_id_of_either(saved):
-    """Trained with [ENC] at position 0, which ours sets; transformers leaves [CLS] there unless the caller puts
-    [ENC]."""
+    """Trained with [ENC] at position 0, which ours sets.
+
+    transformers leaves [CLS] there unless the caller puts [ENC].
+    """
     theirs, _, ours = saved("itm")
     _, mine, pixels = pictures(3, ours.size)
     ids, mask = questions()
@@ -350,8 +364,10 @@ def rewrite(folder, change):
 
 
 def test_text_heads_that_config_json_does_not_say_are_twelve(tmp_path, tiny_vocab):
-    """As trained with BERT-base's 12 heads; transformers itself falls back to 8 and computes something else, until
-    our export."""
+    """As trained with BERT-base's 12 heads.
+
+    transformers itself falls back to 8 and computes something else, until our export.
+    """
     trained = net(
         "caption", text={**TEXT, "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}, gain=0.7
     )
@@ -444,8 +460,10 @@ def test_processor_reads_pictures_and_texts_as_we_do(saved, tmp_path, tiny_vocab
 
 
 def test_two_lines_on_either_side_say_the_same(saved, tmp_path):
-    """A picture and a text through our verbs, and through the processor and model that transformers loads from our
-    export."""
+    """A picture and a text through our verbs, and through what transformers loads from our export.
+
+    That is its processor and its model.
+    """
     picture = Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 33, 3), np.uint8))
     said = "a red circle on the left"
     for family in ("itm", "caption"):
@@ -487,8 +505,10 @@ class Full(Ours):
 
 @pytest.fixture(scope="module")
 def full():
-    """Random weights of ViT-B/16 and two BERT-bases: (transformers' three classes, which share them; the same as
-    ours)."""
+    """Random weights of ViT-B/16 and two BERT-bases.
+
+    (transformers' three classes, which share them; the same as ours).
+    """
     with torch.device("meta"):
         nets = {family: cls(BlipConfig(**BASE)).eval() for family, cls in CLASSES.items()}
     g, tensors = torch.Generator().manual_seed(0), {}

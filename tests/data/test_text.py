@@ -14,8 +14,8 @@ from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer, train_vocab
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "bert-base-uncased-vocab.txt"
 WORDS = [
-    "a", "pic", "##ture", "picture", "of", "cafe", "don", "'", "t", "un", "##aff", "##able", "漢", "字", "[", "]", "sep", ",",
-    "##s", "dog", "b", "##b", "!", "-", "1"
+    "a", "pic", "##ture", "picture", "of", "cafe", "don", "'", "t", "un", "##aff", "##able", "漢", "字", "[", "]",
+    "sep", ",", "##s", "dog", "b", "##b", "!", "-", "1"
 ]  # fmt: skip
 
 
@@ -83,9 +83,9 @@ def reference(vocab: dict, s: str) -> list[str]:
 
 
 CASES = [
-    "A Picture of", "pictures", "Café CAFÉ cafe\u0301", "don't", "unaffable dog", "漢字picture", "[SEP] sep", "[CLS]", "a\0dog",
-    "pic\u200bture", "a\tdog\na", "😀", "dog😀", "b" * 100, "b" * 101, "a" * 100, "a,,dog!", "ÀÉ", "a-b-1", "привет", "\x07a",
-    "\ufffddog", "[DEC] a", "１", "ﬁ"
+    "A Picture of", "pictures", "Café CAFÉ cafe\u0301", "don't", "unaffable dog", "漢字picture", "[SEP] sep", "[CLS]",
+    "a\0dog", "pic\u200bture", "a\tdog\na", "😀", "dog😀", "b" * 100, "b" * 101, "a" * 100, "a,,dog!", "ÀÉ", "a-b-1",
+    "привет", "\x07a", "\ufffddog", "[DEC] a", "１", "ﬁ"
 ]  # fmt: skip
 
 
@@ -219,7 +219,10 @@ def test_train_vocab(tmp_path):
 
 
 def test_train_vocab_is_the_same_in_another_process(tmp_path):
-    code = "import sys; from blip_jax.data.text.wordpiece import train_vocab as f; f(sys.argv[3:], int(sys.argv[2]), sys.argv[1])"
+    code = (
+        "import sys; from blip_jax.data.text.wordpiece import train_vocab\n"
+        "train_vocab(sys.argv[3:], int(sys.argv[2]), sys.argv[1])"
+    )
     many = [f"{w} {w[::-1]} {w}s" for c in CAPTIONS for w in c.split()] + CAPTIONS
     for name in "ab":
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name), "70", *many], check=True)

@@ -1,5 +1,7 @@
-"""Sampling functions, the sampler's frequencies, cached against uncached decoding, beam search against exhaustive
-search."""
+"""Sampling functions, the sampler's frequencies, cached decoding and beam search.
+
+Cached against uncached decoding, beam search against exhaustive search.
+"""
 
 import itertools
 
@@ -90,8 +92,10 @@ def test_frequencies_of_the_sampler_follow_the_distribution():
 
 # --- loops over a small table instead of a model ----------------------------------------------------------------------
 def table_model(seed, vocab=6, order=2):
-    """A Markov chain as `extend`: the next token's logits depend on the last `order` tokens. The cache,
-    i32[1,R,L], is the text so far."""
+    """A Markov chain as `extend`: the next token's logits depend on the last `order` tokens.
+
+    The cache, i32[1,R,L], is the text so far.
+    """
     table = jax.random.normal(jax.random.key(seed), (vocab,) * (order + 1)) * 1.5
 
     def extend(ids, start, cache):

@@ -1,5 +1,7 @@
-"""The demo from end to end, with models too small and too little trained to find anything: stages, report, going
-on, stopping."""
+"""The demo from end to end, with models too small and too little trained to find anything.
+
+Stages, report, going on, stopping.
+"""
 
 import json
 
@@ -74,8 +76,10 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
 
 
 def keeping_most(probe, capfilt=stages.capfilt):
-    """CapFilt in small shards, with a threshold that a fifth of the web texts do not reach: an untrained filter gives
-    all nearly the same score, and each corpus shall hold something else."""
+    """CapFilt in small shards, with a threshold that a fifth of the web texts do not reach.
+
+    An untrained filter gives all nearly the same score, and each corpus shall hold something else.
+    """
     thresholds = []
 
     def run(cfg, out):

@@ -1,5 +1,7 @@
-"""The report: one file that needs nothing else, text escaped, numbers as given, charts that survive odd data, a
-real browser."""
+"""The report: one file that needs nothing else.
+
+Text is escaped, numbers are as given, charts survive odd data; also in a real browser.
+"""
 
 import copy
 import html.parser

@@ -1,5 +1,7 @@
-"""Retrieval: ranks and recalls by hand and by brute force; the two stages against scoring every pair of a tiny
-model."""
+"""Retrieval: ranks and recalls by hand and by brute force.
+
+The two stages against scoring every pair of a tiny model.
+"""
 
 import functools
 import logging
@@ -258,8 +260,10 @@ def test_evaluate_reports_both_stages_and_a_clipped_k(caplog):
 
 
 def test_pictures_and_captions_of_a_source(tmp_path):
-    """Against the real data classes: scenes, of which the world's truth is not needed, through tokenizer and
-    decoder."""
+    """Against the real data classes, through tokenizer and decoder.
+
+    The data are scenes, of which the world's truth is not needed.
+    """
     cfg, model, params, _ = tiny()
     cfg = cfg.copy_and_resolve_references()
     cfg.eval.k = 3

@@ -1,5 +1,6 @@
-"""One model in all its forms, a file of the originals, a Hugging Face folder and a workdir: whoever needs a model takes
-each of them.
+"""One model in all its forms: whoever needs a model takes each of them.
+
+A file of the originals, a Hugging Face folder and a workdir.
 """
 
 import json
@@ -123,7 +124,7 @@ def test_capfilt_with_parameters_split_over_devices(forms, tiny_vocab, tmp_path,
     cfg, rows = capfilt_config(forms["caption"]["ours"], forms["itm"]["ours"], tiny_vocab), {}
     for name, devices, fsdp in (("whole", 8, 1), ("four pairs", 8, 2), ("one pair", 2, 2)):
         with monkeypatch.context() as m:
-            m.setattr(jax, "local_devices", lambda: jax.devices()[:devices])
+            m.setattr(jax, "local_devices", lambda devices=devices: jax.devices()[:devices])
             cfg.mesh.fsdp = fsdp
             capfilt(cfg, tmp_path / name)
         rows[name] = [

@@ -89,10 +89,8 @@ def test_match_is_the_model_s_own(models):
     for first, first_id in (("[ENC]", model.tokenizer.enc), ("[CLS]", model.tokenizer.cls)):
         itm = np.zeros((3, 3), np.float32)
         for t, own in enumerate(words):
-            score = jax.jit(
-                lambda params, kv: model.model.apply({"params": params}, *own, kv, first_id=first_id, method="match")
-            )
-            itm[:, t] = [jax.nn.softmax(score(model.params, x))[0, 1] for x in kv]
+            score = jax.jit(functools.partial(model.model.apply, first_id=first_id, method="match"))
+            itm[:, t] = [jax.nn.softmax(score({"params": model.params}, *own, x))[0, 1] for x in kv]
         for got, want in (
             (model.match(imgs, TEXTS, first=first, every_pair=True), (itm, itc)),
             (model.match(imgs, TEXTS, first=first), (np.diag(itm), np.diag(itc))),
@@ -128,9 +126,9 @@ def test_generated_answers_are_the_model_s_own_whatever_the_padding(models):
         kv = apply(model, "question_kv", states)
 
         def search(kv):
-            extend = lambda ids, at, cache: model.model.apply(
-                {"params": model.params}, ids, at, cache, kv, method="extend"
-            )
+            def extend(tokens_, at, cache):
+                return model.model.apply({"params": model.params}, tokens_, at, cache, kv, method="extend")
+
             start = jnp.full((1, 1), model.tokenizer.dec, jnp.int32)
             logits, cache = extend(start, 0, model.model.empty_cache(1, 6))
             cache = jax.tree.map(lambda x: x.repeat(3, axis=0), cache)

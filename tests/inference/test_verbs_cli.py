@@ -1,5 +1,7 @@
-"""The verbs from the shell: same results, pictures that cannot be used beside others that can, one line for a
-mistake."""
+"""The verbs from the shell.
+
+Same results, pictures that cannot be used beside others that can, one line for a mistake.
+"""
 
 import json
 import os
@@ -153,7 +155,8 @@ def test_wrong_commands_are_one_line(argv, expected, capsys):
 def test_a_fresh_process_keeps_what_it_compiles_and_needs_no_torch(folder, files, tmp_path):
     """Lazy names, the user's cache folder, and no import of torch or transformers."""
     program = (
-        "import sys, blip_jax\nassert 'jax' not in sys.modules and blip_jax.__version__ and 'from_pretrained' in dir(blip_jax)\n"
+        "import sys, blip_jax\nassert 'jax' not in sys.modules and blip_jax.__version__ and 'from_pretrained' in "
+        "dir(blip_jax)\n"
         "sys.modules.update(torch=None, transformers=None, huggingface_hub=None)\nfrom blip_jax.cli import main\n"
         f"status = main.main(['caption', {files[0]!r}, '--model={folder / 'caption'}'])\n"
         "assert blip_jax.Blip.__name__ == 'Blip'\nsys.exit(status)"
@@ -166,4 +169,4 @@ def test_a_fresh_process_keeps_what_it_compiles_and_needs_no_torch(folder, files
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(files[0]) and any((tmp_path / "cache" / "blip_jax").iterdir())
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        blip_jax.nothing
+        _ = blip_jax.nothing

@@ -1,5 +1,7 @@
-"""benchmarks/compile.py: a program really compiled for a TPU, and what becomes of one that is refused, crashes or
-hangs."""
+"""benchmarks/compile.py: a program really compiled for a TPU.
+
+And what becomes of one that is refused, crashes or hangs.
+"""
 
 import importlib.util
 import json

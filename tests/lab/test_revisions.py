@@ -8,7 +8,8 @@ import revisions
 SAYS = """
 import json, os, pathlib, sys
 flags = dict(arg[2:].split("=", 1) for arg in sys.argv[3:])
-assert sys.argv[1:3] == ["bench", "{workload}"] and flags["batch"] == "4" and pathlib.Path.cwd() == pathlib.Path(os.environ["PYTHONPATH"])
+assert sys.argv[1:3] == ["bench", "{workload}"] and flags["batch"] == "4"
+assert pathlib.Path.cwd() == pathlib.Path(os.environ["PYTHONPATH"])
 log = pathlib.Path("../order")
 log.write_text((log.read_text() if log.exists() else "") + pathlib.Path.cwd().name[0])
 found = {{"step_s": {{"all": [{seconds}, 9.0, {seconds}]}}}}

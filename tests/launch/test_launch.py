@@ -1,5 +1,8 @@
-"""launch/: installs once per version of setup.py; commands for Cloud TPU, GKE and Slurm; runs that end with 75 go
-on. No network."""
+"""launch/, without a network.
+
+It installs once per version of setup.py, has commands for Cloud TPU, GKE and Slurm, and goes on with runs that end with
+75.
+"""
 
 import os
 import pathlib

@@ -1,5 +1,7 @@
-"""Where a process stands, how processes meet, what they compare, and what they say when one is missing, differs or
-dies."""
+"""Where a process stands, how processes meet, what they compare.
+
+And what they say when one is missing, differs or dies.
+"""
 
 import importlib
 import os
@@ -78,7 +80,7 @@ def test_a_wrong_timeout_is_named():
 
 
 def meet(places, timeout=10.0):
-    """What `lifeline.join` gives or raises at each of the places, at the same time."""
+    """What `peers.join` gives or raises at each of the places, at the same time."""
     results = [None] * len(places)
 
     def one(i):
@@ -206,8 +208,8 @@ def test_one_of_three_is_killed_and_the_others_say_so(server, tmp_path):
     assert pod.ends() == [75, -signal.SIGKILL, 75] and time.monotonic() - begun < 60
     for k in (0, 2):
         assert (
-            f"error: process 1 of 3 (host {socket.gethostname()}) is gone: killed, out of memory, or its host cannot be "
-            "reached; this process ends too: take another"
+            f"error: process 1 of 3 (host {socket.gethostname()}) is gone: killed, out of memory, or its host cannot "
+            "be reached; this process ends too: take another"
         ) in pod.text(k)
 
 

@@ -1,5 +1,7 @@
-"""What the TPU compiler is told: a stack for every command, sums in parts over several slices; both left alone
-where the user set them."""
+"""What the TPU compiler is told: a stack for every command, sums in parts over several slices.
+
+Both are left alone where the user set them.
+"""
 
 import json
 import os
@@ -20,7 +22,8 @@ COMPILED = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from blip_jax import config, libtpu, sharding
+from blip_jax import config
+from blip_jax.parallel import compiler, sharding
 from blip_jax.plan import aot, chips, hlo
 
 found = {"meshes": [], "sums": {}}
@@ -32,8 +35,10 @@ for name in ("v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v7x:2x2x1"):
         cfg.data, cfg.fsdp, cfg.tensor = -1, 2, 2
         mesh = sharding.make_mesh(cfg, devices)
         part = len(mesh.devices) // slices
-        where = [{d.slice_index for d in mesh.devices[i:i + part].flat} if slices > 1 else {0} for i in range(0, len(mesh.devices), part)]
-        assert devices[0].device_kind == topology.chip.kind and where == [{i} for i in range(slices)] and libtpu.slices(devices) == slices
+        if slices > 1:
+            where = [{d.slice_index for d in mesh.devices[i * part:(i + 1) * part].flat} for i in range(slices)]
+            assert where == [{i} for i in range(slices)]
+        assert devices[0].device_kind == topology.chip.kind and compiler.slices(devices) == slices
         found["meshes"].append([name, slices, *mesh.devices.shape])
 cfg.data, cfg.fsdp, cfg.tensor = 1, -1, 1
 try:
@@ -51,7 +56,7 @@ for name in ("v6e:8x8", "v6e:16x16", "v7x:4x4x4"):
     place = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
     w, x = place((1024, 4096), jnp.float32), place((8 * mesh.size, 1024), jnp.bfloat16, "data")
     with jax.set_mesh(mesh):
-        jitted = jax.jit(step, out_shardings=w.sharding, compiler_options=libtpu.options(mesh))
+        jitted = jax.jit(step, out_shardings=w.sharding, compiler_options=compiler.options(mesh))
         text = jitted.lower(w, x).compile().as_text()
     found["sums"][name] = sorted([c.kind, c.bytes, len(c.group)] for c in hlo.collectives(text, mesh.size))
 json.dump(found, sys.stdout)
@@ -85,9 +90,13 @@ def test_a_crash_of_the_compiler_says_what_helps(monkeypatch):
     ):
         script = f"import os, sys; sys.stderr.write({said!r}); sys.stderr.flush(); os.kill(os.getpid(), 11)"
         real = aot.subprocess.run
+
+        def run(command, *, real=real, script=script, **kw):
+            return real([command[0], "-c", script], **kw)
+
         with monkeypatch.context() as m:
             m.setattr(aot, "installed", lambda: True)
-            m.setattr(aot.subprocess, "run", lambda command, **kw: real([command[0], "-c", script], **kw))
+            m.setattr(aot.subprocess, "run", run)
             with pytest.raises(ValueError, match=rf"crashed for v5e:2x2 \(signal 11\): .*{remedy}"):
                 aot.compile_programs({"topology": "v5e:2x2"})
 

@@ -1,5 +1,6 @@
-"""Training, evaluation and CapFilt give the same with any number of processes, through death, preemption and another
-shape.
+"""Training, evaluation and CapFilt give the same with any number of processes.
+
+Also through death, preemption and another shape.
 
 One run of two processes goes through it all: stopped by a signal, killed, finished. Every other one starts from its
 checkpoint.
@@ -55,8 +56,10 @@ def cfg(tiny_cfg):
 
 @pytest.fixture
 def whole(cfg, folder):
-    """Rows of the run that nobody disturbed: one process, eight devices; its config file with the mesh (2, 4, 1)
-    is beside it."""
+    """Rows of the run that nobody disturbed: one process, eight devices.
+
+    Its config file with the mesh (2, 4, 1) is beside it.
+    """
     if not (folder / "whole").exists():
         loop.fit(cfg, folder / "whole")
         cfg.mesh.data, cfg.mesh.fsdp = 2, 4
@@ -96,8 +99,10 @@ def assert_same(got: list[dict], want: list[dict]) -> None:
 
 
 def test_two_processes_stopped_killed_and_finished(whole, stopped, server, folder, cfg):
-    """2 x 4 = 1 x 8 over 12 steps, the evaluation and CapFilt, though it is stopped by a signal and killed on the
-    way."""
+    """2 x 4 = 1 x 8 over 12 steps, the evaluation and CapFilt.
+
+    Though it is stopped by a signal and killed on the way.
+    """
     workdir, step = folder / "two", stopped[1]
     assert 2 <= step < STEPS - 2
     shutil.copytree(stopped[0], workdir)
@@ -174,8 +179,10 @@ def test_two_processes_stopped_killed_and_finished(whole, stopped, server, folde
     "processes, devices, mesh", [(1, 8, (4, 1, 2)), (1, 1, (1, 1, 1)), (3, 1, (3, 1, 1)), (4, 2, (2, 1, 4))]
 )
 def test_another_shape_goes_on_exactly(whole, stopped, server, folder, processes, devices, mesh):
-    """A checkpoint saved on (2, 4, 1): the next five steps on other meshes and processes, one of them with a
-    tensor axis across two."""
+    """A checkpoint saved on (2, 4, 1): the next five steps on other meshes and processes.
+
+    One of them has a tensor axis across two processes.
+    """
     workdir, step = folder / f"on-{processes}x{devices}", stopped[1]
     end = min(step + 5, STEPS)
     shutil.copytree(stopped[0], workdir)

@@ -153,8 +153,10 @@ def test_a_mesh_that_does_not_multiply_names_the_devices():
 
 
 def test_initialising_large_never_puts_it_on_one_device():
-    """The compiled creation of the state: what a device gets and what it needs meanwhile, together far less than
-    the state."""
+    """The compiled creation of the state.
+
+    What a device gets and what it needs meanwhile are together far less than the state.
+    """
     cfg = config.base("large")
     with cfg.unlocked():
         cfg.train.steps, cfg.model.img_size = 10, 64

@@ -1,5 +1,7 @@
-"""Collectives, loops and memory traffic read from a compiler's text: every number below can be counted by hand in
-it."""
+"""Collectives, loops and memory traffic read from a compiler's text.
+
+Every number below can be counted by hand in it.
+"""
 
 import pytest
 
@@ -66,7 +68,7 @@ ENTRY %main (p0: f32[3,4,128], p1: bf16[8,256]) -> f32[3,4,128] {
   %recv.1 = (bf16[2,8,256]{2,1,0}, u32[], token[]) recv(%token), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_GATHER"}
   ROOT %result = f32[3,4,128]{2,1,0:T(8,128)} get-tuple-element(%while.2), index=1
 }
-"""
+"""  # noqa: E501  lines as the compiler writes them
 
 
 def test_every_collective_with_its_bytes_count_and_group():
@@ -123,7 +125,7 @@ ENTRY %main (p0: bf16[8,256], p1: bf16[2,256]) -> bf16[8,256] {{
   %start = bf16[8,256]{{1,0}} fusion(%p1), kind=kCustom, calls=%fused_start
   ROOT %end = bf16[8,256]{{1,0}} fusion(%p1), kind=kCustom, calls=%async_collective_fusion.1
 }}
-"""
+"""  # noqa: E501  lines as the compiler writes them
     found = sorted((c.kind, c.op_name, c.bytes) for c in hlo.collectives(text, 4))
     assert found == [
         ("all-gather", "keys", 4096),
@@ -134,8 +136,10 @@ ENTRY %main (p0: bf16[8,256], p1: bf16[2,256]) -> bf16[8,256] {{
 
 
 def test_collectives_of_the_sparsecores_and_a_loop_whose_first_turn_stands_before_it():
-    """As the TPU compiler writes them at its usual level: each call runs a computation of its own; all share a
-    channel and have no name."""
+    """As the TPU compiler writes them at its usual level.
+
+    Each call runs a computation of its own; all share a channel and have no name.
+    """
     groups = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
     text = f"""HloModule jit_step, is_scheduled=true
 
@@ -178,7 +182,7 @@ ENTRY %main (p0: bf16[8,256]) -> bf16[8,256] {{
   %while = (s32[], bf16[8,256]{{1,0}}) while(%loop), condition=%condition, body=%body
   ROOT %out = bf16[8,256]{{1,0}} get-tuple-element(%while), index=1
 }}
-"""
+"""  # noqa: E501  lines as the compiler writes them
     found = sorted((c.kind, c.bytes, c.count, c.group) for c in hlo.collectives(text, 4))
     assert found == [("reduce-scatter", 4096, 1, (0, 1, 2, 3)), ("reduce-scatter", 4096, 3, (0, 1, 2, 3))]
     assert hlo.traffic(text) == 4 * (4096 + 1024) + 2 * 4  # what the collectives read and write; the copied counter

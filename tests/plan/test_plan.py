@@ -1,5 +1,7 @@
-"""Plans: a small one really compiled for a TPU, the analytic part without the compiler, and every mistake said
-early."""
+"""Plans: a small one really compiled for a TPU.
+
+The analytic part without the compiler, and every mistake said early.
+"""
 
 import json
 import pathlib
@@ -46,8 +48,11 @@ def files(tmp_path):
     written = {
         "pretrain": CONFIG.format(more="pass"),
         "capfilt": CAPFILT,
-        "large": "from blip_jax.config import base, source\n\ndef get_config():\n    c = base('large')\n    c.train.steps = 10\n"
-        "    with c.data.unlocked():\n        c.data.train.x = source('json', 'x.json')\n    return c\n",
+        "large": (
+            "from blip_jax.config import base, source\n\n"
+            "def get_config():\n    c = base('large')\n    c.train.steps = 10\n"
+            "    with c.data.unlocked():\n        c.data.train.x = source('json', 'x.json')\n    return c\n"
+        ),
     }
     for name, text in written.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -307,8 +312,10 @@ def test_search_tries_the_promising_first_and_drops_what_needs_more(files, monke
 
 
 def test_candidates_are_listed_from_the_largest_batch_though_its_groups_are_larger(files):
-    """Groups that do not divide a candidate's batch become its rows of a device, with more contrastive columns and
-    so more FLOPs."""
+    """Groups that do not divide a candidate's batch become its rows of a device.
+
+    That means more contrastive columns, and so more FLOPs.
+    """
     cfg = config_of(CONFIG.format(more="c.train.batch, c.loss.group_size, c.loss.queue = 96, 6, 9600"))
     found = search.candidates(plan.request(cfg, chips.topology("v5e:4x4")))
     assert [(c.mesh, c.batch, c.remat) for c in found[:6]] == [

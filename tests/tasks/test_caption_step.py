@@ -49,8 +49,10 @@ def loss_of(cfg, model):
 
 
 def word_by_word(logits, batch, over, smoothing=0.1):
-    """Torch's label-smoothed cross-entropy with ignored targets, as written in its manual; `all` as torch 1.10 had
-    it."""
+    """Torch's label-smoothed cross-entropy with ignored targets, as written in its manual.
+
+    `all` is as torch 1.10 had it.
+    """
     nll, smooth, smooth_everywhere = [], [], []
     for b in range(B):
         for t in range(1, T):  # the logits before it predict token t
@@ -66,8 +68,10 @@ def word_by_word(logits, batch, over, smoothing=0.1):
 
 @pytest.fixture(scope="module")
 def captioner():
-    """Model, parameters whose logits differ enough for every term to count, and the loss with both forms of
-    smoothing."""
+    """Model, parameters, and the loss with both forms of smoothing.
+
+    The logits differ enough for every term to count.
+    """
     cfg = settings()
     model = tasks.build(cfg)
     params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(1))
@@ -196,10 +200,8 @@ def test_parameters_of_another_vocabulary_are_refused(tiny_cfg, pretrained, tmp_
     (tmp_path / "other.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
     cfg = fine_tuning(tiny_cfg, "caption", pretrained)
     cfg.text.vocab = str(tmp_path / "other.txt")
-    with pytest.raises(
-        ValueError,
-        match=f"trained with another vocabulary than .*other.txt: set text.vocab .--vocab. to {pretrained / 'vocab.txt'}",
-    ):
+    said = f"another vocabulary than .*other.txt: set text.vocab .--vocab. to {pretrained / 'vocab.txt'}"
+    with pytest.raises(ValueError, match=f"trained with {said}"):
         loop.fit(cfg, tmp_path / "run")
 
 

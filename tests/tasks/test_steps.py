@@ -114,8 +114,9 @@ def test_a_mesh_makes_the_state_that_one_device_makes():
 
 
 def test_micro_batches_equal_groups():
-    """With groups as large as a micro-batch, one pass and several make the same update, so they drew the same
-    negatives.
+    """With groups as large as a micro-batch, one pass and several make the same update.
+
+    So they drew the same negatives.
 
     Dropout is off; every loss is a mean of group means either way.
     """

@@ -15,8 +15,10 @@ from world.pictures import encode, noise
 
 
 def save_model(cfg, workdir, seed: int, strength: float = 1.0) -> pathlib.Path:
-    """A workdir with a checkpoint of random parameters; `strength` multiplies all kernels: more, and scores differ
-    more."""
+    """A workdir with a checkpoint of random parameters.
+
+    strength: multiplies all kernels; the larger it is, the more scores differ.
+    """
     model = build(cfg)
     params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(seed))
     params = trees.nest(
@@ -32,8 +34,10 @@ def save_model(cfg, workdir, seed: int, strength: float = 1.0) -> pathlib.Path:
 
 
 def save_models(cfg, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """A captioner without encoder and a filter without decoder, of different sizes; `cfg` is the tiny_cfg of
-    conftest."""
+    """A captioner without encoder and a filter without decoder, of different sizes.
+
+    cfg: the tiny_cfg of conftest.
+    """
     small, large = cfg.copy_and_resolve_references(), cfg.copy_and_resolve_references()
     small.objective, large.objective = "caption", "retrieval"
     large.model.img_size, large.model.vit.width, large.text.max_len = 24, 32, 14

@@ -1,7 +1,8 @@
-"""Synthetic checkpoints of every released family: names and shapes of the originals' tensors, full size or small,
-random values.
+"""Synthetic checkpoints of every released family, of random values.
 
-`python tests/official.py pretrain base model.pth` writes a full-size file of random weights (2 GB), to measure
+Names and shapes are those of the originals' tensors, full size or small.
+
+`python tests/world/official.py pretrain base model.pth` writes a full-size file of random weights (2 GB), to measure
 conversion with.
 """
 

@@ -1,5 +1,7 @@
-"""Processes that meet over loopback, for the tests: one server imports everything once and forks the processes of
-a run from itself."""
+"""Processes that meet over loopback, for the tests.
+
+One server imports everything once and forks the processes of a run from itself.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,10 @@ class Server:
 
 
 def serve() -> None:
-    """Obeys lines: {"log", "env", "call"} forks a process and answers with its id, {"wait": id} answers with its
-    exit status."""
+    """Obeys lines, each a JSON object.
+
+    {"log", "env", "call"} forks a process and answers with its id, {"wait": id} answers with its exit status.
+    """
     import jax
 
     import blip_jax.capfilt.run  # noqa: F401

@@ -1,6 +1,9 @@
-"""Tiny models of every objective in workdirs, pictures, and the plain way to call a model, for the tests of the
-verbs."""
+"""Tiny models of every objective in workdirs, pictures, and the plain way to call a model.
 
+For the tests of the verbs.
+"""
+
+import functools
 import json
 import shutil
 
@@ -35,7 +38,7 @@ def folder(tiny_vocab, tmp_path_factory):
         c.text.update(vocab=str(tiny_vocab), max_len=14, prompt="a small " if objective == "caption" else "")
         c.loss.momentum = False
         model = build(c)
-        shapes = jax.eval_shape(lambda: train_state.init_params(c, model, jax.random.key(0)))
+        shapes = jax.eval_shape(functools.partial(train_state.init_params, c, model), jax.random.key(0))
         params = lively(shapes, np.random.default_rng(seed))
         with checkpoint.open_dir(root / objective, 1) as manager:
             state = train_state.create(c, model, optax.set_to_zero(), jax.random.key(0), params)

@@ -1,5 +1,6 @@
-"""Key tables: which PyTorch tensor is which parameter, and how it is laid out. Tables only; `apply.py` runs them both
-ways.
+"""Key tables: which PyTorch tensor is which parameter, and how it is laid out.
+
+Tables only; `convert/apply.py` runs them both ways.
 
 A row is (torch key, our path, layout, torch shape). `{i}` counts layers: torch keys with `{i}` are the slices of one
 stacked parameter. Layouts (torch -> ours), with N heads, H head dim:
@@ -10,14 +11,16 @@ stacked parameter. Layouts (torch -> ours), with N heads, H head dim:
   heads_in            [N*H, D] -> [D, N, H]
   heads_in_bias       [N*H] -> [N, H]
   heads_out           [D, N*H] -> [N, H, D]
-  qkv / qkv_bias      three stacked blocks of rows, one for each path (path holds `{qkv}`), then heads_in /
-  heads_in_bias vocab               rows padded with zeros to the stored vocabulary
+  qkv / qkv_bias      three stacked blocks of rows, one for each path (path holds `{qkv}`), then heads_in
+                      or heads_in_bias
+  vocab               rows padded with zeros to the stored vocabulary
   transpose           [E, K] -> [K, E]
   scalar              [1] -> []
 Shapes are words of a number, a letter, or both (a multiple); a letter is one size in a whole family:
   D F P p   ViT: width, hidden width of its MLP, positions (1 + a square), pixels of a patch
-  W M T V   MED: width, hidden width of its MLP, positions, vocabulary; X: width of what cross-attention looks at, D or
-  W E K       shared embedding, queue;  N H: heads and head dim, where a file shows them
+  W M T V   MED: width, hidden width of its MLP, positions, vocabulary; X: width of what cross-attention looks at,
+            D or W
+  E K       shared embedding, queue;  N H: heads and head dim, where a file shows them
 """
 
 from __future__ import annotations
@@ -45,8 +48,11 @@ VIT = (
 
 
 def _projections(torch: str, ours: str, kv: str, twin: str = ""):
-    """Rows of q, k, v and out; `kv`: the letter of the width that keys and values come from; `twin`: the number that
-    tells the originals' two cross-attentions of one layer apart."""
+    """Rows of q, k, v and out of one attention.
+
+    kv: the letter of the width that keys and values come from. twin: the number that tells the originals' two
+    cross-attentions of one layer apart.
+    """
     rows = []
     for theirs, mine, width in (("query", "q", "W"), ("key", "k", kv), ("value", "v", kv)):
         rows += [

@@ -25,7 +25,7 @@ class ArrayRecords(Source):
         except Exception as e:  # the reader's own types vary with its version
             raise ValueError(
                 f"data source {name!r}: {cfg.path!r} is not ArrayRecord ({e}); write such files with "
-                "blip_jax.data.records.write_array_record"
+                "blip_jax.data.formats.array_record.write_array_record"
             ) from e
 
     def __len__(self) -> int:

@@ -156,8 +156,10 @@ _BLOCK = 1 << 20  # bytes; also the longest row that is looked for
 
 
 def _array_rows(f, path: str, bar) -> Iterator[int]:
-    """Offsets of the rows of a JSON array whose [ has been read, without parsing them; what is between two rows and no
-    separator becomes a row too, so that it is reported and not lost."""
+    """Offsets of the rows of a JSON array whose [ has been read, without parsing them.
+
+    What is between two rows and no separator becomes a row too, so that it is reported and not lost.
+    """
     base, buf, pos, more = f.tell(), b"", 0, True
     while True:
         if more and len(buf) - pos < _BLOCK:

@@ -31,8 +31,9 @@ ROW = np.dtype(
 
 
 class TarShards(Source):
-    """Samples of uncompressed tar shards, in the order of their first members, read by offset; the index is built at
-    opening.
+    """Samples of uncompressed tar shards, in the order of their first members, read by offset.
+
+    The index is built at opening.
 
     The key is "<shard>/<sample>"; a sample name that appears again in its shard gets "~2", "~3", .... Of a shard that
     ends in the middle, the samples before the cut are used and what is cut is one BadRecord. About 40 bytes a

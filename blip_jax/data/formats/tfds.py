@@ -8,9 +8,11 @@ from blip_jax.data.source import BadRecord, Source, as_captions
 
 
 class Tfds(Source):
-    """A prepared TFDS data set in a random-access format: cfg.path "name/split" (or "name/config:version/split"),
-    data_dir cfg.images. Fields are named by cfg.image_key and cfg.caption_key; "captions/text" goes into a nested
-    field."""
+    """A prepared TFDS data set in a random-access format.
+
+    cfg.path is "name/split" (or "name/config:version/split"), cfg.images its data_dir. Fields are named by
+    cfg.image_key and cfg.caption_key; "captions/text" goes into a nested field.
+    """
 
     def __init__(self, name: str, cfg):
         try:

@@ -1,5 +1,4 @@
-"""What is said of the built-in world (blip_jax/data/scenes/world.py): its words, a writer and a reader of true
-captions.
+"""The words of the built-in world (blip_jax/data/scenes/world.py), a writer and a reader of true captions.
 
 `describe` writes a caption of a scene, `is_true` reads any caption and checks it against a scene, `falsify` changes one
 thing in a true caption so that it no longer holds. A scene is a plain dict, {"objects": [...], "background": {...}};

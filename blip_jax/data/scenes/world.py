@@ -1,7 +1,7 @@
 """The built-in world: pictures of one to three coloured shapes, captions of them, web noise, and the truth beside it.
 
 Record i of world `seed` is a pure function of (seed, i): neither the number of records nor the noise share changes its
-picture. `blip_jax.data.scene_text.is_true` scores any caption against a record's truth.
+picture. `blip_jax.data.scenes.words.is_true` scores any caption against a record's truth.
 """
 
 from __future__ import annotations
@@ -143,8 +143,9 @@ def render(scene: dict, size: int) -> Image.Image:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 class Scenes:
-    """A source of `count` records of world `seed`: each a picture and `captions` captions, of which the share `noise`
-    is web noise.
+    """A source of `count` records of world `seed`, each a picture and `captions` captions.
+
+    noise: the share of the captions that is web noise.
 
     A record is {"key", "image": PNG bytes, "captions": [str], "image_id", "truth"}; its truth is {"objects",
     "background", "noise": kind of noise of the first caption or None, "true_caption"}, all plain values.
@@ -205,8 +206,7 @@ class Scenes:
         ]
 
     def web_captions(self, index: int) -> list[tuple[str | None, str]]:
-        """(kind of noise or None, caption) of every caption that record `index` comes with, without drawing the
-        picture."""
+        """(kind of noise or None, caption) of every caption of record `index`, without drawing the picture."""
         scene = self.scene(index)
         return [
             self._web_caption(index, part, scene, c) for part, c in enumerate(self.clean_captions(index, self.captions))

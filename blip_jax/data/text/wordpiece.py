@@ -21,8 +21,9 @@ ALPHABET = 1000  # characters of a trained vocabulary, as in BERT's own
 
 
 class Tokenizer:
-    """BERT's uncased WordPiece with [DEC] and [ENC]. Attributes: path, vocab_size and the ids pad, unk, cls, sep, dec,
-    enc.
+    """BERT's uncased WordPiece with [DEC] and [ENC].
+
+    Attributes: path, vocab_size and the ids pad, unk, cls, sep, dec, enc.
 
     `path` is a vocab.txt (one token a line, the line number is the id) or a tokenizer.json. Text is only text: "[SEP]"
     inside a caption is not the special token. Raises ValueError for a file that is neither or that lacks a special
@@ -52,8 +53,10 @@ class Tokenizer:
 
     @functools.cached_property
     def crc(self) -> int:
-        """Checksum of all (id, token) pairs: the same for two files that mean one vocabulary, however it is
-        written down."""
+        """Checksum of all (id, token) pairs: the same for two files that mean one vocabulary.
+
+        However the files write it down.
+        """
         tokens = sorted((i, token) for token, i in self._tok.get_vocab(with_added_tokens=True).items())
         return zlib.crc32("\n".join(f"{i} {token}" for i, token in tokens).encode())
 
@@ -126,8 +129,9 @@ def _require_special(vocab: dict[str, int], path: pathlib.Path) -> None:
 
 
 def train_vocab(captions: Iterable[str], size: int, path: str | pathlib.Path) -> None:
-    """Writes a vocab.txt of exactly `size` lines learnt from `captions`: BERT's WordPiece, uncased, the same for the
-    same captions.
+    """Writes a vocab.txt of exactly `size` lines learnt from `captions`: BERT's WordPiece, uncased.
+
+    The same captions give the same file.
 
     Of the characters, the ALPHABET most frequent ones count. Lines that the captions do not fill are [unused0],
     [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the tokenizer then has size + 2 ids. ValueError: the

@@ -61,16 +61,19 @@ def table(label: str, corner: str, names: Sequence[str], columns: Sequence[Colum
     columns = [c for c in columns if any(v is not None for v in c.values)]
     groups = [(group, list(members)) for group, members in itertools.groupby(columns, lambda c: c.group)]
     first = {id(members[0]) for _, members in groups}
-    css = lambda c: ' class="first"' if id(c) in first else ""
+
+    def css(column: Column) -> str:
+        return ' class="first"' if id(column) in first else ""
+
     over = "".join(
         f'<th class="first" scope="colgroup" colspan="{len(members)}">{escape(g)}</th>' for g, members in groups
     )
     head = "".join(f'<th scope="col"{css(c)}>{escape(c.label)}</th>' for c in columns)
     marked = [_cells(c) for c in columns]
-    body = "".join(
-        f'<tr><th scope="row">{name}</th>{"".join(f"<td{css(c)}>{cells[i]}</td>" for c, cells in zip(columns, marked))}</tr>'
-        for i, name in enumerate(names)
-    )
+    body = ""
+    for i, name in enumerate(names):
+        row = "".join(f"<td{css(c)}>{cells[i]}</td>" for c, cells in zip(columns, marked))
+        body += f'<tr><th scope="row">{name}</th>{row}</tr>'
     rows = f'<tr><th scope="col" rowspan="2">{escape(corner)}</th>{over}</tr><tr>{head}</tr>'
     if not any(group for group, _ in groups):
         rows = f'<tr><th scope="col">{escape(corner)}</th>{head}</tr>'

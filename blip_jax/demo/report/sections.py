@@ -87,9 +87,9 @@ def table1(results: dict) -> str:
     return section(
         "corpora",
         "Four corpora, equal steps",
-        "<p>The same model, pre-trained afresh for the same number of steps on the corpus as it came, on what the filter kept "
-        "of it, on web and synthetic texts unfiltered, and on both kinds filtered. Recall in %; false texts counted "
-        "against the truth.</p>",
+        "<p>The same model, pre-trained afresh for the same number of steps on the corpus as it came, on what the "
+        "filter kept of it, on web and synthetic texts unfiltered, and on both kinds filtered. Recall in %; false "
+        "texts counted against the truth.</p>",
         table("Four corpora: recall here and in the paper", "CapFilt", [CORPORA[p] for p in pairs], columns),
         order(rows),
         f'<p class="note">{SCALE} Best of a column in bold.</p>',
@@ -128,11 +128,13 @@ def table2(results: dict) -> str:
     return section(
         "decoding",
         "Nucleus sampling against beam search",
-        "<p>How the captioner chooses its words: the likeliest sentence (beam) or a sample of the likely ones (nucleus). "
-        "A sample errs more often, and says more that is new.</p>",
+        "<p>How the captioner chooses its words: the likeliest sentence (beam) or a sample of the likely ones "
+        "(nucleus). A sample errs more often, and says more that is new.</p>",
         table("Decoding: noise and recall", "captions by", [escape(r["method"]) for r in rows], columns),
-        '<p class="note">In the paper the filter drops more of the nucleus captions than of the beam captions, and the model '
-        "trained on nucleus captions is the better one downstream. Its images are real and its captioner is full-sized.</p>",
+        '<p class="note">In the paper the filter drops more of the nucleus captions than of the beam captions, and '
+        "the model "
+        "trained on nucleus captions is the better one downstream. Its images are real and its captioner is "
+        "full-sized.</p>",
     )
 
 
@@ -186,8 +188,8 @@ def _filter_numbers(part: dict) -> str:
         told.append(f"of the true texts, it kept <b>{percent(part['recall'])}</b> (recall)")
     if part.get("auc_wrong") is not None:
         told.append(
-            f"the area under its ROC curve is <b>{number(part['auc_wrong'], 3)}</b> for clean web captions against captions "
-            "of other pictures"
+            f"the area under its ROC curve is <b>{number(part['auc_wrong'], 3)}</b> for clean web captions against "
+            "captions of other pictures"
         )
     if not told:
         return ""
@@ -226,8 +228,9 @@ def gallery(results: dict) -> str:
         "gallery",
         "Pictures, texts and decisions",
         "<p>T<sub>w</sub> is the text from the web, T<sub>s</sub> the captioner’s. The filter’s decision, its matching "
-        'probability, and whether the text is true; pictures of every combination of decisions in turn. <span class="kept">✓ accepted</span>, '
-        '<span class="dropped">✕ <del>rejected</del></span>; <em>mistaken</em> marks a decision against the truth.</p>',
+        "probability, and whether the text is true; pictures of every combination of decisions in turn. <span "
+        'class="kept">✓ accepted</span>, <span class="dropped">✕ <del>rejected</del></span>; <em>mistaken</em> marks '
+        "a decision against the truth.</p>",
         f'<div class="cards">{"".join(cards)}</div>',
     )
 

@@ -16,12 +16,13 @@ _DASHES = ("none", "7 3", "2 3", "9 3 2 3")  # besides the colours, so that line
 _RULES = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
-Arial,sans-serif;font-variant-numeric:tabular-nums;overflow-wrap:break-word}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:17px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 header,main,footer{max-width:74rem;margin:0 auto;padding:0 1.25rem}
 header{padding-top:3.5rem}
-h1{font-size:clamp(1.75rem,1.2rem + 2.6vw,2.75rem);line-height:1.15;letter-spacing:-.02em;margin:0 0 1rem;text-wrap:balance;
-overflow-wrap:anywhere}
+h1{font-size:clamp(1.75rem,1.2rem + 2.6vw,2.75rem);line-height:1.15;letter-spacing:-.02em;margin:0 0 1rem;
+text-wrap:balance;overflow-wrap:anywhere}
 h2{font-size:1.45rem;line-height:1.25;letter-spacing:-.01em;margin:0 0 .75rem}
 h3{font-size:1rem;margin:1.5rem 0 .5rem}
 p{max-width:42rem;margin:0 0 1rem}
@@ -36,8 +37,8 @@ nav a:hover{text-decoration:underline}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:.75rem 2rem;margin:2rem 0 0;
 font-size:.9rem}
 .facts dt{color:var(--soft)} .facts dd{margin:0;overflow-wrap:anywhere}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,14rem),1fr));gap:1.5rem 2rem;margin:2.5rem 0 0;
-border-top:2px solid var(--accent);padding-top:1.25rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,14rem),1fr));gap:1.5rem 2rem;
+margin:2.5rem 0 0;border-top:2px solid var(--accent);padding-top:1.25rem}
 .tiles b{display:block;font-size:1.6rem;font-weight:600;letter-spacing:-.01em;line-height:1.2;white-space:nowrap}
 .tiles span{color:var(--soft);font-size:.9rem}
 .scroll{overflow-x:auto;margin:1.25rem 0;-webkit-overflow-scrolling:touch}
@@ -47,7 +48,8 @@ th,td{padding:.45rem .4rem;text-align:right;white-space:nowrap;border-bottom:1px
 th{font-weight:500}
 thead th{color:var(--soft);vertical-align:bottom;border-bottom-color:var(--soft)}
 thead tr:first-child th[colspan]{text-align:left;border-bottom-color:var(--hair);color:var(--ink);font-weight:600}
-thead tr:first-child>th:first-child,tbody th{text-align:left;position:sticky;left:0;background:var(--paper);padding-left:0}
+thead tr:first-child>th:first-child,tbody th{text-align:left;position:sticky;left:0;
+background:var(--paper);padding-left:0}
 tbody th{white-space:normal;overflow-wrap:anywhere;min-width:7.5rem}
 .first{padding-left:1.3rem}
 strong{color:var(--accent);font-weight:700}
@@ -94,7 +96,8 @@ img{display:block;width:100%;aspect-ratio:1;object-fit:contain;image-rendering:p
 em{font-style:normal;font-weight:700;color:var(--ink)}
 .queries{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:2rem;margin:1.5rem 0}
 .query h3{margin:0 0 .6rem;font-weight:500;overflow-wrap:anywhere}
-.query ol{list-style:none;margin:0;padding:0;display:grid;grid-template-columns:repeat(auto-fill,minmax(4.5rem,6rem));gap:.7rem}
+.query ol{list-style:none;margin:0;padding:0;display:grid;
+grid-template-columns:repeat(auto-fill,minmax(4.5rem,6rem));gap:.7rem}
 .query img{outline:1px solid var(--hair)}
 .right img{outline:3px solid var(--good)} .right small{color:var(--good);font-weight:700;margin-top:.15rem}
 footer{padding-bottom:3rem}
@@ -111,11 +114,12 @@ th,td{padding-left:.45rem;padding-right:.45rem}
 html{font-size:9.5pt} body{font-size:1rem} header,main,footer{max-width:none;padding:0 1mm} nav{display:none}
 h1{font-size:20pt} h2{font-size:13pt}
 .tiles,.facts{grid-template-columns:repeat(4,1fr);gap:.5rem 1rem;margin-top:1rem}
-section{margin:1.75rem 0} h2,h3,section>p:has(+.scroll){break-after:avoid} 
+section{margin:1.75rem 0} h2,h3,section>p:has(+.scroll){break-after:avoid}
 section>p,.scroll,figure,.card,.query,.bars>div,.tiles,.facts div,.verdict{break-inside:avoid}
 .scroll{overflow:visible} table{font-size:7pt} th,td{padding:.3rem .2rem} .first{padding-left:.5rem}
 .plots{grid-template-columns:1fr 1fr;gap:1rem} .panels{grid-template-columns:1fr 1fr 1fr;gap:1rem}
-.cards{grid-template-columns:1fr 1fr;gap:.6rem} .card{padding:.6rem;grid-template-columns:4.2rem minmax(0,1fr);gap:.7rem}
+.cards{grid-template-columns:1fr 1fr;gap:.6rem}
+.card{padding:.6rem;grid-template-columns:4.2rem minmax(0,1fr);gap:.7rem}
 .queries{grid-template-columns:1fr 1fr} .query ol{grid-template-columns:repeat(5,1fr);gap:.4rem}
 thead tr:first-child>th:first-child,tbody th{position:static}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
