@@ -19,6 +19,7 @@ from blip_jax.data.batches import EvalData
 from blip_jax.data.formats import open_source
 from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 from blip_jax.eval import recall
+from blip_jax.models import initial
 from blip_jax.models.blip import Blip
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
@@ -160,7 +161,7 @@ def tiny():
     model = Blip.from_config(cfg.model)
     example = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, T), jnp.int32), jnp.ones((1, T), bool)
     init = jax.jit(model.init)(jax.random.key(0), *example)
-    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, init["params"])
+    params = initial.magnified(init["params"], 3)
     return cfg, model, params, Texts(np.random.default_rng(1))
 
 
