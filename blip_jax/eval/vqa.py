@@ -68,8 +68,9 @@ def score(predictions: Mapping[int, str], questions: Mapping[int, Mapping]) -> d
     types are known.
 
     predictions: question id -> answer. questions: question id -> {"answers": texts of people, and maybe "answer_type",
-    "question_type"}. Returns {"accuracy", "answer_type/yes/no", "question_type/how many", ...}. ValueError: a question
-    without a prediction.
+    "question_type"}.
+    Returns {"accuracy", "answer_type/yes/no", "question_type/how many", ...}. ValueError: a question without a
+    prediction.
     """
     if missing := sorted(questions.keys() - predictions.keys()):
         raise ValueError(

@@ -1,5 +1,6 @@
-"""How the parameters of a checkpoint become those of a model: fitted by name, or by what a model of another kind
-starts from."""
+"""How the parameters of a checkpoint become those of a model: fitted by name, or by what a model of another kind starts
+from.
+"""
 
 from __future__ import annotations
 

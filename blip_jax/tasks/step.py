@@ -65,7 +65,8 @@ def make_step(cfg, model, tx, epoch_steps: int, draw: Callable = losses.draw_neg
 
 def jit_arguments(shardings, mesh) -> dict:
     """What `jax.jit` of a train step on a mesh is told: the state, of these shardings, is donated; the compiler's
-    options of the mesh."""
+    options of the mesh.
+    """
     return {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": compiler.options(mesh)}
 
 
