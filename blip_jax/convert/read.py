@@ -72,7 +72,7 @@ def read(
     An official or LAVIS .pth, a Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
-      family: "" = as found; else it must be that, or a part of it (`rules.WORDS`): the rest is left out.
+      family: "" = as found; else it must be that, or a part of it (`rules.blip.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
       vit_heads, med_heads: numbers of heads where the file does not say; default: width / 64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
