@@ -115,6 +115,7 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable, peer: 
     mesh = sharding.make_mesh(config.base().mesh, jax.devices()[:1] if peer else None)
     images, agreed = settings.batch * mesh.size, {}
     batch = ours.batch(images)
+
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         args = jax.device_put(ours.weights, whole), jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -128,6 +129,7 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable, peer: 
         if settings.trace:
             with throughput.trace(settings.trace, say):
                 throughput.seconds_of(jobs["ours"], throughput.TRACED)
+
     sides = {name: throughput.figures(t, images, ours.image_flops(), mesh.size) for name, t in times.items()}
     ratios = {name: throughput.ratio(t, times["ours"]) for name, t in times.items() if name != "ours"}
     for name, found in sides.items():

@@ -34,10 +34,10 @@ def test_ranks_and_recalls_of_a_hand_example():
         [
             [0.9, 0.1, 0.8, 0.2],  # image 0: its first caption leads
             [0.5, 0.6, 0.4, 0.1],  # image 1: two captions of image 0 before its own
-            [0.3, 0.7, 0.1, 0.6],
+            [0.3, 0.7, 0.1, 0.6],  # image 2: one before
         ],
         np.float32,
-    )  # image 2: one before
+    )
     assert recall.image_to_text_ranks(scores, text_image).tolist() == [0, 2, 1]
     assert recall.text_to_image_ranks(scores, text_image).tolist() == [0, 2, 1, 0]
     result = recall.both_ways(scores, scores, text_image)
