@@ -14,7 +14,8 @@ import shutil
 import time
 import zlib
 from types import ModuleType
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import numpy as np
