@@ -13,8 +13,8 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import NamedTuple
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 

@@ -5,8 +5,8 @@ from.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 

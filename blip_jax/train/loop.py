@@ -13,9 +13,9 @@ import pathlib
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
-from collections.abc import Callable
 
 import jax
 import numpy as np
