@@ -153,9 +153,9 @@ def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
 def references(node) -> list[tuple[str, str, str, int, int]]:
     """(kind, folder, file, offset, length) of all that a node of tensorstore's database refers to.
 
-    node: as `ts.ocdbt.dump` describes it. Where in the description they stand differs with the kind of the node and is documented nowhere, but each is one
-    string, kind:folder:file:offset:length; this is the only place that knows so. tests/test_private.py says when an
-    upgrade writes them otherwise.
+    node: as `ts.ocdbt.dump` describes it. Where in the description they stand differs with the kind of the node and is
+    documented nowhere, but each is one string, kind:folder:file:offset:length; this is the only place that knows so.
+    tests/test_private.py says when an upgrade writes them otherwise.
     """
     found = re.findall(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)", str(node))
     return [(kind, folder, name, int(offset), int(length)) for kind, folder, name, offset, length in found]
