@@ -7,8 +7,8 @@ It refers to them under "frozen" of its data:
   origins   of train.init_from, in order: {"given": as it was named, "at": absolute path, or name on the hub, "beside":
             path from the workdir, which stays right where both move together}
   random    settings of the random numbers that parameters without origin are
-  leaves    {path: {"dtype", "shape", "crc"}}, as the state has them: rounded to the dtype of the computation, the position
-            table resized
+  leaves    {path: {"dtype", "shape", "crc"}}, as the state has them: rounded to the dtype of the computation, the
+            position table resized
 
 `read.frozen` restores them.
 """
@@ -33,8 +33,8 @@ from blip_jax.models.build import Start, fit
 from blip_jax.parallel import sharding
 
 REMEDY = (
-    "put back what was there; or, if it only moved, name where it lies now with train.init_from, to go on training, or lay "
-    "a link to it where it was"
+    "put back what was there; or, if it only moved, name where it lies now with train.init_from, to go on training, or "
+    "lay a link to it where it was"
 )
 SHOWN = 5  # parameters that differ, of which a message names so many
 
@@ -86,6 +86,7 @@ def place(origin: dict, workdir: pathlib.Path) -> str:
 
 
 def random_settings(cfg) -> dict:
+    """What decides the numbers that a new run of `cfg` draws."""
     return {"seed": cfg.seed, "init_std": cfg.model.init_std, "pos_std": cfg.model.vit.pos_std}
 
 

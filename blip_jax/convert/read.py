@@ -110,8 +110,8 @@ def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> 
         params = origins.restored(reference, cfg, sources, names)
     except ValueError as e:
         raise ValueError(
-            f"checkpoint {folder}: its frozen parameters ({origins.summary(leaves)}) cannot be restored from {names}: {e}; "
-            f"{origins.REMEDY}"
+            f"checkpoint {folder}: its frozen parameters ({origins.summary(leaves)}) cannot be restored from {names}: "
+            f"{e}; {origins.REMEDY}"
         ) from None
     found = origins.described(params, leaves)
     if lines := origins.differences(leaves, found):

@@ -174,16 +174,8 @@ def _init_momentum(run) -> dict | None:
 
     What a run of ours left continues by resuming that run; a converted checkpoint can only be begun from.
     """
-    want = run.shapes.extra
-    found = (
-        [
-            (origin, momentum)
-            for origin in origins.names(run.cfg.train.init_from)
-            if (momentum := _momentum_of(run, origin))
-        ]
-        if want
-        else []
-    )
+    want, named = run.shapes.extra, origins.names(run.cfg.train.init_from)
+    found = [(origin, momentum) for origin in named if (momentum := _momentum_of(run, origin))] if want else []
     if not found:
         return None
     out, (origin, momentum) = {}, found[-1]

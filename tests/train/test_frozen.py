@@ -193,6 +193,15 @@ def test_a_checkpoint_refers_to_them_and_does_not_hold_them(finished, origin, cf
     assert reference["leaves"] == {path: origins.leaf(every[path].astype(x.dtype)) for path, x in used.items()}
 
 
+def test_a_checkpoint_that_holds_them_is_of_an_earlier_version(cfg, tmp_path):
+    run = loop.prepare(cfg, tmp_path / "run")
+    with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
+        checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, plain(cfg))
+    for ask in (lambda: read.read(run.workdir), lambda: loop.fit(cfg, run.workdir)):
+        with pytest.raises(ValueError, match="of an earlier version .* frozen parameters were in the checkpoint"):
+            ask()
+
+
 def test_resuming_is_bitwise(finished, moved, capsys):
     run = cut(moved[0])
     cfg = config_of(run)
