@@ -39,7 +39,7 @@ install_project() {
 }
 
 run_tests() {
-    cd "$root"
+    cd "$root" || exit
     local command=(pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder "$@")
     echo "== ${command[*]}"
     exec "$python" -m "${command[@]}"
