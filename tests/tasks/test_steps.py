@@ -58,10 +58,11 @@ def created(cfg):
     return jax.tree.map(jnp.copy, STATES[key])  # a step takes its buffers
 
 
-def run(cfg, mesh_shape=(1, 1, 1)):
+def run(cfg, mesh_shape=(1, 1, 1), see_negatives=False):
     """One step's metrics, drawn negatives, state after it and gradients (from Adam's first moment), all gathered.
 
-    It starts from a state that one device made.
+    It starts from a state that one device made. A step whose negatives are seen calls Python, so it is not kept in the
+    compile cache.
     """
     devices, state = jax.devices()[: int(np.prod(mesh_shape))], created(cfg)
     with cfg.unlocked():
@@ -81,7 +82,8 @@ def run(cfg, mesh_shape=(1, 1, 1)):
         batch = jax.device_put(
             shaped(make_batch(), cfg.optim.accumulate), sharding.batch_sharding(mesh, cfg.optim.accumulate)
         )
-        step = jax.jit(make_step(cfg, model, tx, 5, draw=draw), donate_argnums=0, out_shardings=(where, None))
+        drawing = {"draw": draw} if see_negatives else {}
+        step = jax.jit(make_step(cfg, model, tx, 5, **drawing), donate_argnums=0, out_shardings=(where, None))
         state, metrics = step(state, batch)
         jax.effects_barrier()
     grads = jax.tree.map(lambda m: np.asarray(m) / (1 - cfg.optim.b1), state.opt[0].mu)
@@ -103,14 +105,15 @@ def assert_same(a, b, tol=1e-5):
 @pytest.fixture(scope="module")
 def alone():
     """One device, with and without momentum and queue."""
-    return {True: run(tiny()), False: run(tiny(**{"loss.momentum": False, "loss.queue": 0}))}
+    without = {"loss.momentum": False, "loss.queue": 0}
+    return {True: run(tiny(), see_negatives=True), False: run(tiny(**without), see_negatives=True)}
 
 
 # each axis and all three together, with and without the queue, but not every pair of them: a step compiles for seconds
 @pytest.mark.parametrize("shape, queue", [((8, 1, 1), True), ((1, 8, 1), False), ((2, 2, 2), True)])
 def test_mesh_changes_nothing_dropout_on(alone, shape, queue):
     cfg = tiny() if queue else tiny(**{"loss.momentum": False, "loss.queue": 0})
-    other = run(cfg, shape)
+    other = run(cfg, shape, see_negatives=True)
     assert alone[queue][1] == other[1] and len(other[1]) == 2  # the same negative images and texts
     assert_same(alone[queue], other)
 
@@ -149,7 +152,7 @@ CAPTION = {"objective": "caption"}
 
 
 def test_caption_step_on_a_mesh():
-    alone = run(tiny(**CAPTION))
+    alone = run(tiny(**CAPTION), see_negatives=True)
     assert set(alone[0]) == {"loss", "loss_lm", "grad_norm"} and not alone[1]
     assert_same(alone, run(tiny(**CAPTION), (2, 2, 2)))
 
