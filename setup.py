@@ -1,5 +1,7 @@
-"""Packaging: `pip install -e .` for use, `pip install -e ".[test]"` for the tests; launch/*.sh do this by
-themselves."""
+"""Packaging: `pip install -e .` for use, `pip install -e ".[test]"` for the tests.
+
+launch/*.sh do this by themselves.
+"""
 
 import pathlib
 

@@ -13,7 +13,8 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -119,7 +120,8 @@ def difference(row: Row, found: dict, base: dict, dtype: str) -> float:
     off = max(abs(found[name] - base[name]) / max(abs(base[name]), 1e-3) for name in base if name in found)
     if row.same and dtype == "float32" and not off <= LIMIT or off != off:
         raise ValueError(
-            f"{row.lever}: {row.instead}: its metrics {found} are not those of the base, {base}: it is not the same step, "
+            f"{row.lever}: {row.instead}: its metrics {found} are not those of the base, {base}: it is not the same "
+            f"step, "
             "and its time means nothing"
         )
     return off

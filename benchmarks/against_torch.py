@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,8 @@ def agree(program, peer, Ts: list[int], say: Callable) -> dict:
                     f"positions {mine[name]:.6g}; times would not be comparable"
                 )
     say(
-        f"losses agree within {max(abs(found[f'ours, {T} positions'][n] - x) for T in Ts for n, x in theirs.items()):.2g}: "
+        f"losses agree within "
+        f"{max(abs(found[f'ours, {T} positions'][n] - x) for T in Ts for n, x in theirs.items()):.2g}: "
         + ", ".join(f"{name} {x:.5f}" for name, x in theirs.items())
     )
     return found

@@ -7,7 +7,7 @@ The original's way is our decoder, but it projects the image keys and values aga
 from __future__ import annotations
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,8 @@ def same_outputs(ours: dict, theirs: dict, dtype: str) -> dict[str, float]:
         found[name] = float(np.sqrt(np.mean((mine - peer) ** 2)) / np.std(peer))
         if not found[name] <= OUTPUTS[dtype]:
             raise ValueError(
-                f"transformers with our weights is not our model: {name} differs by {found[name]:.2g} of its deviation, "
+                f"transformers with our weights is not our model: {name} differs by {found[name]:.2g} of its "
+                f"deviation, "
                 f"more than {OUTPUTS[dtype]:.2g}; times would not be comparable"
             )
     return found

@@ -270,7 +270,10 @@ def words(row: dict) -> str:
     name = f"{row['program']} on {row['platform']}, batch {row['batch']}, {row['text_layers'] or 'all'} text layers"
     if "error" in row:
         return f"{name}: {row['error'][:300]}"
-    return f"{name}: lowered in {row['lower_cpu_s']:.0f}, compiled in {row['compile_cpu_s']:.0f} processor s ({row['wall_s']:.0f} s in all)"
+    return (
+        f"{name}: lowered in {row['lower_cpu_s']:.0f}, compiled in {row['compile_cpu_s']:.0f} processor s "
+        f"({row['wall_s']:.0f} s in all)"
+    )
 
 
 def table(rows: list[dict]) -> str:

@@ -90,7 +90,8 @@ def _say_size(cfg, shapes) -> None:
     trainable, total = parameter_counts(shapes, cfg.model.med.vocab_size)
     print(
         f"parameters: {trainable:,} trainable, {total:,} in all; state {_bytes(shapes) / 1e9:.2f} GB (parameters "
-        f"{_bytes(shapes.params) / 1e9:.2f}, optimiser {_bytes(shapes.opt) / 1e9:.2f}, momentum {_bytes(shapes.extra) / 1e9:.2f})"
+        f"{_bytes(shapes.params) / 1e9:.2f}, optimiser {_bytes(shapes.opt) / 1e9:.2f}, momentum "
+        f"{_bytes(shapes.extra) / 1e9:.2f})"
     )
 
 
@@ -113,7 +114,8 @@ def run_base() -> None:
     """Three real steps of ViT-B/16 at 224; prints counts, memory (GB = 1e9 bytes), times, rates and losses."""
     cfg = full_config("base")
     print(
-        f"ViT-B/16, {cfg.model.img_size} px, batch {BATCH}, T {cfg.text.max_len}, {cfg.model.dtype}, queue {cfg.loss.queue}; "
+        f"ViT-B/16, {cfg.model.img_size} px, batch {BATCH}, T {cfg.text.max_len}, {cfg.model.dtype}, queue "
+        f"{cfg.loss.queue}; "
         f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     )
     create, step = make(cfg)
@@ -131,8 +133,10 @@ def run_base() -> None:
         compiled = traced.lower().compile()
         memory = compiled.memory_analysis()
         print(
-            f"compiled in {time.perf_counter() - start:.1f} s: state in and out {memory.argument_size_in_bytes / 1e9:.2f} GB, of "
-            f"which {memory.alias_size_in_bytes / 1e9:.2f} GB in place, temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB; "
+            f"compiled in {time.perf_counter() - start:.1f} s: state in and out "
+            f"{memory.argument_size_in_bytes / 1e9:.2f} GB, of "
+            f"which {memory.alias_size_in_bytes / 1e9:.2f} GB in place, temporaries "
+            f"{memory.temp_size_in_bytes / 1e9:.2f} GB; "
             f"{_peak_memory()} so far"
         )
         for i in range(STEPS):

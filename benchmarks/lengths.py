@@ -37,8 +37,10 @@ def main() -> None:
         original, padded = (flops.pretrain_step(cfg, way)["step"] for way in (True, False))
         bucketed = coco_step(cfg)
         print(
-            f"pre-training, ViT {size}, GFLOP a pair: original {original / 1e9:.1f}; ours at {cfg.text.max_len} positions "
-            f"{padded / 1e9:.1f} ({padded / original:.3f}); in buckets {bucketed / 1e9:.1f} ({bucketed / original:.3f}), of the batches "
+            f"pre-training, ViT {size}, GFLOP a pair: original {original / 1e9:.1f}; ours at {cfg.text.max_len} "
+            f"positions "
+            f"{padded / 1e9:.1f} ({padded / original:.3f}); in buckets {bucketed / 1e9:.1f} "
+            f"({bucketed / original:.3f}), of the batches "
             f"{shares}"
         )
 

@@ -14,10 +14,11 @@ from blip_jax.plan.plan import gib
 
 HEAD = """# Plans
 
-What the TPU compiler makes of the step of a config on slices that were not at hand; each row is a JSON file here, made by `blip-jax plan`
-([make.sh](make.sh) has the commands). Memory is what a device needs of what the compiler lets a program have. Times are lower
-bounds, every unit at its data sheet's rate and all at once; `memory` counts the traffic of a program compiled at -O0, which fuses less than
-a run's, so images/s is given as bounded by compute and interconnect, too. Nothing here was measured on a TPU.
+What the TPU compiler makes of the step of a config on slices that were not at hand; each row is a JSON file here,
+made by `blip-jax plan` ([make.sh](make.sh) has the commands). Memory is what a device needs of what the compiler lets
+a program have. Times are lower bounds, every unit at its data sheet's rate and all at once; `memory` counts the
+traffic of a program compiled at -O0, which fuses less than a run's, so images/s is given as bounded by compute and
+interconnect, too. Nothing here was measured on a TPU.
 """
 STYLE = (
     "svg{background:#fdfdfb;font-family:system-ui,sans-serif}text{fill:#5c6166;font-size:11px}"
@@ -49,7 +50,8 @@ def markdown(plans: dict[str, dict]) -> str:
     """A row for each plan: memory, the three times, images/s, what bounds."""
     lines = [
         HEAD,
-        "| plan | on | mesh | a device | remat | needs | of | compute, memory, interconnect ms | images/s a chip, in all "
+        "| plan | on | mesh | a device | remat | needs | of | compute, memory, interconnect ms | images/s a chip, in "
+        "all "
         "| bound | images/s and bound without memory traffic | compiled in s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -91,7 +93,7 @@ def scaling(plans: dict[str, dict]) -> str:
     top = max(y for _, y, _ in every)
     plot = charts.Plot(charts.span(x for x, _, _ in every), (0.0, charts.rounded(0.0, top)[1]))
     body, told = [f"<style>{STYLE}</style>", plot.frame("chips, as a power of two", "1000 images/s a chip")], []
-    for i, (name, points) in enumerate(sorted(series.items())):
+    for name, points in sorted(series.items()):
         points.sort()
         colour = next((c for kind, c in COLOURS.items() if kind in name), "#4d5358")
         dash = ' stroke-dasharray="5 3"' if "paper" in name else ""

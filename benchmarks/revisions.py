@@ -86,7 +86,8 @@ def measure(args: argparse.Namespace, workload: str, size: str, dtype: str, fold
         for side in ("old", "new") if i % 2 == 0 else ("new", "old"):
             seconds[side].append(timed(workload, flags, sides[side], folder / side))
         print(
-            f"{workload}, {size}, {dtype}, round {i + 1} of {args.rounds}: old {seconds['old'][-1]:.4g} s, new {seconds['new'][-1]:.4g} s, "
+            f"{workload}, {size}, {dtype}, round {i + 1} of {args.rounds}: old {seconds['old'][-1]:.4g} s, new "
+            f"{seconds['new'][-1]:.4g} s, "
             f"ratio {seconds['old'][-1] / seconds['new'][-1]:.3f}",
             flush=True,
         )
@@ -146,7 +147,8 @@ def table(cases: list[dict]) -> str:
         old, new = (statistics.median(case["seconds"][side]) for side in ("old", "new"))
         ratios = ", ".join(f"{ratio:.3f}" for ratio in case["ratios"])
         lines.append(
-            f"| {case['workload']} | {case['size']} | {case['dtype']} | {case['batch']} | {old:.4g} | {new:.4g} | {ratios} | "
+            f"| {case['workload']} | {case['size']} | {case['dtype']} | {case['batch']} | {old:.4g} | {new:.4g} | "
+            f"{ratios} | "
             f"{case['ratio']:.3f} |"
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ last layer, texts are padded to `text.max_len`. Modules carry the names of the p
 
 from __future__ import annotations
 
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class Text(nn.Module):
         )
         self.drop = nn.Dropout(dropout)
 
-    def share(self, other: "Text") -> None:
+    def share(self, other: Text) -> None:
         """Makes all of `other`'s modules but its self-attention this one's (paper section 3.1)."""
         self.embeddings = other.embeddings
         for mine, theirs in zip(self.encoder["layer"], other.encoder["layer"]):

@@ -23,8 +23,8 @@ from blip_jax import trees
 
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
-# devices with copies of an array, so many at most, share its writing if each part has so many bytes; else one writes
-SLICE, WRITERS = 2**14, 64
+SLICE = 2**14  # bytes from which a part of an array is written by a device of its own, of those that have copies
+WRITERS = 64  # devices that share the writing of one array, at most
 UNSTACKED = re.compile(r"'med(_dec)?', 'layer_\d\d'")  # in the tree of a state that orbax keeps beside it
 
 
@@ -95,9 +95,9 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
         if names
     ]
     torn = sorted(p.name for p in (pathlib.Path(workdir).absolute() / SUBDIR).glob("*.orbax-checkpoint-tmp*"))
-    return newest, notes + (
-        [f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing"] if torn else []
-    )
+    if torn:
+        notes.append(f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing")
+    return newest, notes
 
 
 def missing(folder: pathlib.Path) -> list[str]:
@@ -153,22 +153,17 @@ def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
 def references(node) -> list[tuple[str, str, str, int, int]]:
     """(kind, folder, file, offset, length) of all that a node of tensorstore's database refers to.
 
-    node: as `ts.ocdbt.dump` describes it.
-
-    Where in the description they stand differs with the kind of the node and is documented nowhere, but each is one
-    string, kind:folder:file:offset:length; this is the only place that knows so. tests/test_private.py says when an
-    upgrade writes them otherwise.
+    node: as `ts.ocdbt.dump` describes it. Where in the description they stand differs with the kind of the node and is
+    documented nowhere, but each is one string, kind:folder:file:offset:length; this is the only place that knows so.
+    tests/test_private.py says when an upgrade writes them otherwise.
     """
     found = re.findall(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)", str(node))
     return [(kind, folder, name, int(offset), int(length)) for kind, folder, name, offset, length in found]
 
 
 def _named(names: list[str]) -> str:
-    return (
-        ", ".join(names[:5])
-        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        + (" are" if len(names) > 1 else " is")
-    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more + (" are" if len(names) > 1 else " is")
 
 
 def _incomplete(folder: pathlib.Path, lost: list[str], other: int | None) -> str:
@@ -349,8 +344,10 @@ def _refuse_unstacked(folder: pathlib.Path) -> pathlib.Path:
     tree = folder / "state" / "_METADATA"
     if tree.is_file() and UNSTACKED.search(tree.read_text(encoding="utf-8")):
         raise ValueError(
-            f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked: let that version "
-            f"write it as a PyTorch file (`blip-jax convert {folder} OUT.pth --to=official`) and give OUT.pth to this one's "
+            f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked: let that "
+            f"version "
+            f"write it as a PyTorch file (`blip-jax convert {folder} OUT.pth --to=official`) and give OUT.pth to this "
+            f"one's "
             "`blip-jax convert`, or start anew in another workdir"
         )
     return folder

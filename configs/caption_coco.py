@@ -26,8 +26,8 @@ EXAMPLES = 566_747
 def get_config(argument=""):
     if argument not in ARGUMENTS:
         raise ValueError(
-            f"configs/caption_coco.py has no run {argument!r}: give one of {', '.join(f':{a}' for a in ARGUMENTS)} "
-            "after it"
+            f"configs/caption_coco.py has no run {argument!r}: give one of "
+            f"{', '.join(f':{a}' for a in ARGUMENTS)} after it"
         )
     c = base({"vitb": "base", "vitl": "large"}[argument])
     c.objective = "caption"

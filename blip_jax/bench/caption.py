@@ -20,7 +20,7 @@ from blip_jax import config, tasks
 from blip_jax.bench import throughput
 from blip_jax.inference import programs
 from blip_jax.inference.programs import encode_pixels
-from blip_jax.models import flops
+from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded
 from blip_jax.train import state as train_state
 
@@ -59,7 +59,7 @@ class Ours:
         self.prompt = [self.model.dec_id, 5, 6, 7]
         params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
-        self.params = jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, params)
+        self.params = initial.magnified(params, gain)
         self.weights = rounded(self.params, dtype)
         self.vision = jax.jit(functools.partial(encode_pixels, self.model))
         self.image_kv = jax.jit(lambda p, img_tok: self._apply(p, img_tok, "image_kv"))

@@ -15,7 +15,7 @@ import numpy as np
 from blip_jax import config, tasks
 from blip_jax.bench import throughput
 from blip_jax.inference import programs
-from blip_jax.models import flops
+from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
@@ -49,7 +49,7 @@ class Ours:
         self.settings, self.config, self.model = settings, cfg.model, tasks.build(cfg)
         params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
-        self.params = jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, params)
+        self.params = initial.magnified(params, gain)
         self.weights = rounded(self.params, dtype)
 
     def job(self, weights, batch: dict) -> dict:
@@ -115,6 +115,7 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable, peer: 
     mesh = sharding.make_mesh(config.base().mesh, jax.devices()[:1] if peer else None)
     images, agreed = settings.batch * mesh.size, {}
     batch = ours.batch(images)
+
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         args = jax.device_put(ours.weights, whole), jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -128,6 +129,7 @@ def measure(settings: Settings, img_size: int, dtype: str, say: Callable, peer: 
         if settings.trace:
             with throughput.trace(settings.trace, say):
                 throughput.seconds_of(jobs["ours"], throughput.TRACED)
+
     sides = {name: throughput.figures(t, images, ours.image_flops(), mesh.size) for name, t in times.items()}
     ratios = {name: throughput.ratio(t, times["ours"]) for name, t in times.items() if name != "ours"}
     for name, found in sides.items():

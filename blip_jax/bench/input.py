@@ -122,20 +122,21 @@ def _measure(folder: pathlib.Path, settings: Settings, say: Callable) -> dict:
     tokenizer = Tokenizer(folder / "vocab.txt")
     cfg = config.base()
     with cfg.unlocked():
-        cfg.model.img_size, cfg.train.batch, cfg.data.threads = (
-            settings.img_size,
-            min(64, settings.examples),
-            settings.threads,
-        )
+        cfg.model.img_size = settings.img_size
+        cfg.train.batch = min(64, settings.examples)
+        cfg.data.threads = settings.threads
         cfg.data.train.pictures = config.source("json", str(listing))
+
     spent = stages(open_source("pictures", cfg.data.train.pictures), tokenizer, cfg, settings.timed)
-    total, mean = sum(spent.values()), sum(f.stat().st_size for f in folder.glob("*.jpg")) / PICTURES / 1000
+    total = sum(spent.values())
+    mean = sum(f.stat().st_size for f in folder.glob("*.jpg")) / PICTURES / 1000
     say(
         f"{SIZE[0]}x{SIZE[1]} JPEG of {mean:.0f} kB -> {settings.img_size}: {1 / total:.0f} images/s per core, "
         f"{settings.timed} examples"
     )
     for stage, seconds in spent.items():
         say(f"  {stage:12s} {1000 * seconds:6.2f} ms  {100 * seconds / total:5.1f} %")
+
     data = TrainData(cfg, tokenizer, pairs, process_index=0, process_count=1, skipped_path=folder / "skipped.jsonl")
     first, most, rate = memory(data, settings.examples)
     say(

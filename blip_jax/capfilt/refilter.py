@@ -26,6 +26,7 @@ def refilter(run_dir, threshold: float, out) -> dict:
         raise ValueError(f"out is {out}, the run itself: give another folder")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}: it must be between 0 and 1")
+
     plan = shards.Plan(record["records"], record["settings"]["shard_examples"])
     missing = len(plan) - len(shards.finished(run_dir, len(plan)))
     if missing:
@@ -33,12 +34,14 @@ def refilter(run_dir, threshold: float, out) -> dict:
             f"{run_dir} is not finished, {missing} of {len(plan)} shards are missing: run `blip-jax capfilt` on it "
             "until it prints its summary"
         )
+
     sources = batches.open_all(ConfigDict(record["settings"]["data"]["sources"]))
     lengths = {name: len(source) for name, source in sources.items()}
     if lengths != record["records"]:
         raise ValueError(
             f"the sources hold {lengths} records, the run had {record['records']}: give back the data it was made from"
         )
+
     record["settings"]["threshold"] = float(threshold)
     with shards.writing("the settings", out):
         settings.settle(out, record)
@@ -54,7 +57,8 @@ def _make(shard: int, run_dir: pathlib.Path, out: pathlib.Path, sources: dict, t
         rows = decisions.rows_of(shards.folder(run_dir, shard) / shards.TABLE)
         for (dataset, number), own in itertools.groupby(rows, lambda row: (row.dataset, row.record)):
             own = [decisions.by_threshold(row, threshold) if row.reason in (MATCHED, BELOW) else row for row in own]
-            writer.add(_record(sources[dataset], number, own) if any(row.kept for row in own) else None, own)
+            kept = any(row.kept for row in own)  # else the picture is not read
+            writer.add(_record(sources[dataset], number, own) if kept else None, own)
         writer.commit()
     except BaseException:
         writer.drop()

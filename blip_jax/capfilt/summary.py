@@ -86,12 +86,15 @@ def summarise(out: pathlib.Path, count: int, threshold: float) -> dict:
             row["reason"].removeprefix(f"{UNREADABLE}: ")
             for row in _records(table.filter(lost), ["reason"]).to_pylist()
         )
+
         table = table.filter(pc.invert(lost))
         for source, texts in sources.items():
             texts.add(table.filter(pc.equal(table.column("source"), source)))
         chosen = table.filter(table.column("kept"))
         kept.add(chosen)
-        images, kept_images = images + len(_records(table)), kept_images + len(_records(chosen))
+        images += len(_records(table))
+        kept_images += len(_records(chosen))
+
     return {
         "threshold": threshold,
         "images": images,
@@ -140,11 +143,13 @@ def table_of(summary: dict, out: pathlib.Path) -> str:
         lines.append(
             f"{source:12}{s['texts']:>10}{s['kept']:>10}{noise:>9}{reasons}{_mean(s)}{s['distinct_words']:>10}"
         )
+
     kept = summary["kept"]
     lines.append(
         f"{'kept':12}{kept['texts']:>10}{kept['texts']:>10}{'':37}{_mean(kept)}{kept['distinct_words']:>10}"
         f"   on {kept['images']} images"
     )
+
     for source in SOURCES:
         for verdict, rows in summary[source]["examples"].items():
             lines += [f"  {source}, {verdict}: {row['itm']:.2f} {row['text']!r} ({row['key']})" for row in rows]

@@ -61,11 +61,10 @@ def base(size: str = "base") -> ConfigDict:
     c.text = ConfigDict()
     c.text.vocab = ""  # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size
     c.text.max_len = 30  # T, tokens, padded
-    # lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
-    c.text.buckets = ()
+    # Lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
     # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
-    # runs padded
-    # all to 30. Sources must give captions without pictures: json, tar, scenes
+    # runs padded all to 30. Sources must give captions without pictures: json, tar, scenes.
+    c.text.buckets = ()
     # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
     c.text.bucket_window = 32
     c.text.max_words = 30  # words kept by the original's cleaning
@@ -85,8 +84,8 @@ def base(size: str = "base") -> ConfigDict:
 
     c.task = ConfigDict()  # leaves that only this objective has: `leaves()` of its module, where it has some
 
-    # up to alpha_ramp_epochs: of the contrastive loss; an objective without one (caption) does not read them
     c.loss = ConfigDict()
+    # up to alpha_ramp_epochs: of the contrastive loss; an objective without one (caption) does not read them
     c.loss.momentum = True  # momentum encoder and soft targets; False: hard targets, the batch's own features
     c.loss.queue = 57600  # K, feature queue length, a multiple of the batch; 0: none. Needs loss.momentum
     c.loss.ema = 0.995  # momentum m <- ema * m + (1 - ema) * p, once per step, before the momentum pass
@@ -110,9 +109,9 @@ def base(size: str = "base") -> ConfigDict:
     c.optim.decay_mask = "all"  # all (the original: biases, norms, temperature too) | kernels (matrices only)
     c.optim.freeze = ()  # regexes on parameter paths, e.g. ("vit/.*",): no gradient, no update, no optimiser state
     # (regex on parameter paths, factor) pairs, the first that matches in full counts; others: 1. The factor of the
-    c.optim.lr_factors = ()
     # learning rate, hence of the decay too, is a number above 0, or one for each layer of a stack: layer_decay makes
-    # such pairs
+    # such pairs.
+    c.optim.lr_factors = ()
     c.optim.clip = 0.0  # global gradient norm; 0: off, as the original
     c.optim.accumulate = 1  # micro-batches per step; each is a batch of its own for ITC and ITM
 

@@ -33,10 +33,10 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int
     Arrays are f32, but for counters, which stay as they are.
 
     Args:
-      family: a key of `rules.FAMILIES`.
+      family: a key of `rules.blip.FAMILIES`.
       tensors: arrays under the original's names, or what `numpy.asarray` reads and has shape and dtype. Tied copies may
-        be present and must then be equal; an optional group (`rules.OPTIONAL`) may be absent. What needs no rearranging
-        is not copied.
+        be present and must then be equal; an optional group (`rules.blip.OPTIONAL`) may be absent. What needs no
+        rearranging is not copied.
       vit_heads, med_heads: not stored in the tensors, so they must be given.
     Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite
       together.

@@ -211,9 +211,8 @@ CLASSES = {"caption": "caption", "itm": "itm", "retrieval": "itm", "vqa": "vqa"}
 def write(folder, source: Source) -> None:
     """Writes what transformers' `from_pretrained` and AutoProcessor load.
 
-    config.json, model.safetensors (f32), the vocabulary and preprocessor_config.json.
-
-    What transformers has no place for goes into source.notes. ValueError: a family without a class, or a vocabulary
+    config.json, model.safetensors (f32), the vocabulary, tokenizer_config.json and preprocessor_config.json. What
+    transformers has no place for goes into source.notes. ValueError: a family without a class, or a vocabulary
     that is missing or of another size.
     """
     family, model, folder = CLASSES.get(source.family), source.cfg.model, pathlib.Path(folder)
@@ -228,6 +227,7 @@ def write(folder, source: Source) -> None:
             "transformers' BlipForQuestionAnswering works only where vision and text models have one width, not "
             f"{model.vit.width} and {model.med.width}"
         )
+
     if source.vocab is None:
         raise ValueError("a Hugging Face folder needs a vocabulary: give --vocab=FILE, a vocab.txt or tokenizer.json")
     tokenizer = Tokenizer(source.vocab)
@@ -236,11 +236,13 @@ def write(folder, source: Source) -> None:
             f"{source.vocab} has {tokenizer.vocab_size} entries with [DEC] and [ENC], but the model has "
             f"{model.med.vocab_size}: give the vocabulary it was trained with, --vocab=FILE"
         )
+
     tensors = to_torch(family, source.state, vocab_size=model.med.vocab_size)
     for copy, _ in TIED[family]:  # transformers leaves them out, too
         del tensors[copy]
     folder.mkdir(parents=True, exist_ok=True)
     save_file({to_hf(name): x for name, x in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
     settings = {
         "config.json": hf_config.model_json(family, model, sep=tokenizer.sep, pad=tokenizer.pad),
         "tokenizer_config.json": hf_config.tokenizer_json(model.med.positions, tokenizer),

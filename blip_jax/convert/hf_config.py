@@ -75,7 +75,9 @@ def family_of(config: dict, names: Mapping) -> str:
         )
         raise ValueError(f"config.json has {what}: known are {', '.join(ARCHITECTURES)}")
     decoder, encoder = (any(name.startswith(part) for name in names) for part in ("text_decoder.", "text_encoder."))
-    return "vqa" if decoder and encoder else "caption" if decoder else "itm"
+    if decoder:
+        return "vqa" if encoder else "caption"
+    return "itm"
 
 
 def parts_of(config: dict) -> dict[str, dict]:

@@ -72,7 +72,7 @@ def read(
     An official or LAVIS .pth, a Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
-      family: "" = as found; else it must be that, or a part of it (`rules.WORDS`): the rest is left out.
+      family: "" = as found; else it must be that, or a part of it (`rules.blip.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
       vit_heads, med_heads: numbers of heads where the file does not say; default: width / 64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
@@ -203,6 +203,7 @@ def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> S
             f"{origin} holds {', '.join(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP and no "
             f"initial weights; families are {', '.join(FAMILIES)}"
         )
+
     found = found or family
     table = apply.rows(found, tensors)
     sizes, layers = apply.infer(table, tensors), apply.layer_counts(found, tensors)
@@ -213,24 +214,24 @@ def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> S
     try:
         state = apply.from_torch(found, tensors, **heads)
     except ValueError as e:
-        hint = (
-            ""
-            if family in ("", found)
-            else f"\nand it holds {WORDS[found][0]}, not {WORDS[family][0]} (--family={family})"
-        )
+        hint = ""
+        if family not in ("", found):
+            hint = f"\nand it holds {WORDS[found][0]}, not {WORDS[family][0]} (--family={family})"
         raise ValueError(f"{origin}: {e}{hint}") from None
+
     notes = dtype_notes(tensors) + [f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors)]
     if found == "bert":
         sizes["V"] = _add_tokens(state["params"]["med"], sizes["V"], notes)
+
     copies = [copy for copy, _ in apply.copies(found, table)]
     optional = copies + list(apply.buffers([*copies, *(key for row in table for key in row.keys)]))
     return Source(
-        found,
-        state,
-        make_config(found, sizes, layers, **heads),
-        None,
-        notes,
-        tuple(name for name in optional if name not in tensors),
+        family=found,
+        state=state,
+        cfg=make_config(found, sizes, layers, **heads),
+        vocab=None,
+        notes=notes,
+        absent=tuple(name for name in optional if name not in tensors),
     )
 
 

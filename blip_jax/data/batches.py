@@ -160,8 +160,8 @@ class TrainData:
 
         It is another record's where the picture proves unusable.
         """
-        (name, r), rng = self._order[i], self._stream(i)
-        source = self.sources[name]
+        name, r = self._order[i]
+        source, rng = self.sources[name], self._stream(i)
         for _ in range(TRIES):
             try:
                 return self.task.text({"key": name, "captions": source.captions_of(r)}, rng, self.cfg)[0]
@@ -172,10 +172,12 @@ class TrainData:
     def example(self, i: int, T: int) -> dict:
         """Global example `i` in a batch of T text positions: a row, and what the ledger takes in ("read", "events")."""
         name, r = self._order[i]
-        source, events, rng, misfits = self.sources[name], [], self._stream(i), 0
+        source, rng = self.sources[name], self._stream(i)
+        events, misfits = [], 0
         for tried in range(1, TRIES + 1):
             try:
                 record, notes = {**source[r], "source": name}, []
+                # never the first one tried, for which the batch was made: only one that stands in for it
                 if self._too_long(record, rng, T):
                     if misfits < MISFITS:
                         misfits, r = misfits + 1, int(rng.integers(len(source)))
@@ -203,12 +205,16 @@ class TrainData:
 
     def _row(self, record: dict, rng: np.random.Generator, T: int) -> tuple[dict, list[str]]:
         """The task's row with its pictures decoded and augmented, and notes. BadRecord: it cannot be used."""
-        row, data = self.task.example(record, rng, self._cfgs[T], self.tokenizer), self.cfg.data
+        data = self.cfg.data
+        row = self.task.example(record, rng, self._cfgs[T], self.tokenizer)
         notes = row.pop("notes")
+
+        # all are decoded before one is augmented: a picture that cannot be used draws no random numbers
         pictures, found = {}, []
-        for name in (name for name, value in row.items() if isinstance(value, bytes)):  # all, before one is augmented
-            pictures[name], irregular = decode(record, row[name], data.max_pixels)
-            found += irregular
+        for name, value in row.items():
+            if isinstance(value, bytes):
+                pictures[name], irregular = decode(record, value, data.max_pixels)
+                found += irregular
         for name, picture in pictures.items():
             row[name] = image.train_transform(
                 picture,

@@ -189,17 +189,20 @@ def warp(img: np.ndarray, matrix) -> np.ndarray:
     """
     h, w = img.shape[:2]
     (a, b, c), (d, e, f) = np.float64(matrix)
+    # the inverse map, from target pixels to source positions
     det = a * e - b * d
     a, b, d, e = e / det, -b / det, -d / det, a / det
     c, f = -a * c - b * f, -d * c - e * f
+
+    # source x and y of every target pixel, in 1/32 pixel: a whole part and a fraction
     x, y = np.arange(w), np.arange(h)[:, None]
-    sx = (_fixed(b * y + c) + 16 + _fixed(a * x)) >> 5  # source x and y of every target pixel, in 1/32 pixel
+    sx = (_fixed(b * y + c) + 16 + _fixed(a * x)) >> 5
     sy = (_fixed(e * y + f) + 16 + _fixed(d * x)) >> 5
     fx, fy = (sx & 31).astype(np.uint64), (sy & 31).astype(np.uint64)
     at = (np.clip(sy >> 5, -2, h) + 2) * (w + 4) + np.clip(sx >> 5, -2, w) + 2
-    word = np.full(
-        (h + 4, w + 4), _pack(np.full(3, FILL, np.uint8))
-    )  # a pixel is one word: one multiplication for 3 channels
+
+    # a pixel is one word, so that one multiplication does for 3 channels; a frame of FILL stands for what is outside
+    word = np.full((h + 4, w + 4), _pack(np.full(3, FILL, np.uint8)))
     word[2:-2, 2:-2] = _pack(img)
     word = word.ravel()
     top = word[at] * (32 - fx) + word[at + 1] * fx

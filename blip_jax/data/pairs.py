@@ -85,6 +85,7 @@ def bucket_problems(cfg, smoothed: bool = True) -> list[str]:
     if not cfg.text.buckets or not smoothed or cfg.loss.smoothing_over != "all":
         return []
     return [
-        "loss.smoothing_over is 'all' but text.buckets is set: that mean takes in the padding, of which there is less "
-        "in a bucket, so the loss would be another one; set loss.smoothing_over='valid' or text.buckets=()"
+        "loss.smoothing_over is 'all' but text.buckets is set: that mean takes in the padding, of which there is "
+        "less in a "
+        "bucket, so the loss would be another one; set loss.smoothing_over='valid' or text.buckets=()"
     ]

@@ -14,7 +14,8 @@ def score(predictions: Sequence[bool], labels: Sequence[bool], groups: Sequence[
     """
     if not len(predictions) == len(labels) == len(groups) > 0:
         raise ValueError(
-            f"{len(predictions)} predictions, {len(labels)} labels, {len(groups)} groups: give one of each for every example"
+            f"{len(predictions)} predictions, {len(labels)} labels, {len(groups)} groups: give one of each for "
+            "every example"
         )
     right = [bool(p) == bool(label) for p, label in zip(predictions, labels)]
     whole: dict[str, bool] = {}

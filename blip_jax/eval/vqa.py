@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 
 # What people write without its apostrophe, by how it is written right; below those that lack another one, wrong=right.
 _WHOLE = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've "
-    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't "
-    "somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd "
-    "they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd "
-    "who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've "
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
+    "I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't "
+    "should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's "
+    "there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's "
+    "what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't "
+    "y'all you'd you'll you're you've"
 ).split()
 _PART = (
     "couldn'tve=couldn't've couldnt've=couldn't've hadnt've=hadn't've hadn'tve=hadn't've hed've=he'd've he'dve=he'd've "
@@ -68,8 +69,9 @@ def score(predictions: Mapping[int, str], questions: Mapping[int, Mapping]) -> d
     types are known.
 
     predictions: question id -> answer. questions: question id -> {"answers": texts of people, and maybe "answer_type",
-    "question_type"}. Returns {"accuracy", "answer_type/yes/no", "question_type/how many", ...}. ValueError: a question
-    without a prediction.
+    "question_type"}.
+    Returns {"accuracy", "answer_type/yes/no", "question_type/how many", ...}. ValueError: a question without a
+    prediction.
     """
     if missing := sorted(questions.keys() - predictions.keys()):
         raise ValueError(

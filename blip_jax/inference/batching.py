@@ -96,9 +96,8 @@ class Runner:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.unit = (
-            mesh.shape["data"] * mesh.shape["fsdp"]
-        )  # the devices that rows are shared out over: sizes are multiples of it
+        # the devices that rows are shared out over: sizes are multiples of their number
+        self.unit = mesh.shape["data"] * mesh.shape["fsdp"]
         self._place = sharding.batch_sharding(mesh)
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:

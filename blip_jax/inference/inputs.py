@@ -100,7 +100,8 @@ def pairs(images: int, texts: int, name: str) -> tuple[list[int], list[int]]:
     if images != texts and 1 not in (images, texts):
         raise ValueError(f"{images} images and {texts} {name}: give as many of both, or one of either")
     n = max(images, texts)
-    return [0] * n if images == 1 else list(range(n)), [0] * n if texts == 1 else list(range(n))
+    each, first = list(range(n)), [0] * n
+    return (first if images == 1 else each), (first if texts == 1 else each)
 
 
 def _single(x) -> bool:
@@ -116,26 +117,25 @@ def _problem(picture: Picture) -> str:
         path = pathlib.Path(given)
         if str(given).startswith(("http://", "https://")):
             return f"{picture.name}: addresses are not fetched; give the file or its bytes"
-        return (
-            f"{picture.name}: " + ("it is a folder" if path.is_dir() else "no such file") if not path.is_file() else ""
-        )
+        if path.is_file():
+            return ""
+        return f"{picture.name}: " + ("it is a folder" if path.is_dir() else "no such file")
     if isinstance(given, (bytes, bytearray, memoryview, Image.Image)):
         return ""
     if not hasattr(given, "__array__"):
         return f"{picture.name} is {_kind(given)}: give {KINDS}"
     shape, dtype = tuple(given.shape), str(given.dtype).removeprefix("torch.")
-    usable = dtype == "uint8" and 0 not in shape and (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3, 4))
-    return (
-        ""
-        if usable
-        else f"{picture.name} is an array {dtype}{list(shape)}: arrays are u8[H,W,3], u8[H,W] or u8[H,W,4], 0 to 255"
-    )
+    picture_like = len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3, 4)
+    if dtype == "uint8" and 0 not in shape and picture_like:
+        return ""
+    return f"{picture.name} is an array {dtype}{list(shape)}: arrays are u8[H,W,3], u8[H,W] or u8[H,W,4], 0 to 255"
 
 
 def _from_array(x: np.ndarray) -> Image.Image:
     """u8[H,W], [H,W,1], [H,W,3] or [H,W,4], whose alpha is dropped as that of files is."""
-    x = np.ascontiguousarray(x[..., 0] if x.ndim == 3 and x.shape[2] == 1 else x[..., :3] if x.ndim == 3 else x)
-    return Image.fromarray(x).convert("RGB")
+    if x.ndim == 3:
+        x = x[..., 0] if x.shape[2] == 1 else x[..., :3]
+    return Image.fromarray(np.ascontiguousarray(x)).convert("RGB")
 
 
 def _named(where: str, x) -> str:

@@ -54,13 +54,12 @@ class Loaded(NamedTuple):
 
         name: of the setting that it comes from.
         """
-        (needed, who), parts = NEEDS[what], self.parts()
+        needed, who = NEEDS[what]
+        parts = self.parts()
         if missing := [part for part in needed if not parts[part]]:
-            subject = (
-                f"{name} is {self.origin} ({self.cfg.objective}), which"
-                if name
-                else f"{self.origin} ({self.cfg.objective})"
-            )
+            subject = f"{self.origin} ({self.cfg.objective})"
+            if name:
+                subject = f"{name} is {subject}, which"
             raise ValueError(f"{subject} cannot do {what}: it has no {' and no '.join(missing)}; give {who}")
 
 

@@ -93,7 +93,8 @@ def match(model, first_id: int | None = None) -> Callable:
     """
 
     def match(params, seen, ids, txt_mask):
-        B, (_, G, T) = images_of(seen["kv"]), ids.shape
+        B = images_of(seen["kv"])
+        _, G, T = ids.shape
         ids, txt_mask = (jnp.broadcast_to(x, (B, G, T)).reshape(B * G, T) for x in (ids, txt_mask))
         logits = model.apply({"params": params}, ids, txt_mask, seen["kv"], first_id=first_id, method="match")
         logits = logits.astype(jnp.float32).reshape(B, G, 2)

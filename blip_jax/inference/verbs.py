@@ -29,11 +29,11 @@ from blip_jax.parallel import sharding
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
 LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with
-MODES = {
+MODES = {  # of features -> whether it takes images, texts
     "image": (True, False),
     "text": (False, True),
     "multimodal": (True, True),
-}  # of features -> whether it takes images, texts
+}
 
 
 def from_pretrained(
@@ -263,7 +263,8 @@ class Pretrained:
 
     def _multimodal_features(self, images, texts) -> tuple[dict, bool]:
         self._loaded.require("text and multimodal features")
-        (texts, one_text), (pictures, one_image) = self._texts(texts, "texts"), inputs.pictures(images)
+        texts, one_text = self._texts(texts, "texts")
+        pictures, one_image = inputs.pictures(images)
         ids, txt_mask = self._tokens(texts)
         i, t = inputs.pairs(len(pictures), len(texts), "texts")
 

@@ -33,7 +33,7 @@ class Blip(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, model, *, encoder: bool = True, decoder: bool = True) -> "Blip":
+    def from_config(cls, model, *, encoder: bool = True, decoder: bool = True) -> Blip:
         """Builds from `cfg.model` of blip_jax.config; which parts there are follows from the task."""
         return cls(
             FrozenDict(model.vit),

@@ -1,10 +1,12 @@
-"""How the parameters of a checkpoint become those of a model: fitted by name, or by what a model of another kind
-starts from."""
+"""How the parameters of a checkpoint become those of a model: fitted by name, or by what a model of another kind starts
+from.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 

@@ -13,7 +13,7 @@ are counted per image; `model` is a `cfg.model`.
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import numpy as np

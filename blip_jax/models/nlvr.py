@@ -154,7 +154,7 @@ class BlipNlvr(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, model) -> "BlipNlvr":
+    def from_config(cls, model) -> BlipNlvr:
         """Builds from `cfg.model` of blip_jax.config."""
         return cls(
             FrozenDict(model.vit),

@@ -33,7 +33,7 @@ class BlipVqa(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, model) -> "BlipVqa":
+    def from_config(cls, model) -> BlipVqa:
         """Builds from `cfg.model` of blip_jax.config."""
         return cls(
             FrozenDict(model.vit),

@@ -109,15 +109,16 @@ def start() -> Iterator[None]:
     if where is None:
         yield
         return
+    # our own roll call comes first: it can say who is missing, where JAX's would only time out
     _line = peers.join(where, _timeout(os.environ))
     peers.hold_aborts()
     try:
         jax.distributed.initialize(
-            where.address,
-            where.processes,
-            where.process,
-            where.devices,
-            "deactivate",
+            coordinator_address=where.address,
+            num_processes=where.processes,
+            process_id=where.process,
+            local_device_ids=where.devices,
+            cluster_detection_method="deactivate",
             initialization_timeout=int(TIMEOUT),
             heartbeat_timeout_seconds=HEARTBEAT,
         )
@@ -136,7 +137,7 @@ def _fail(e: BaseException) -> None:
     A collective that broke because another process is gone says so first.
     """
     if isinstance(e, jax.errors.JaxRuntimeError):
-        time.sleep(GRACE)
+        time.sleep(GRACE)  # the news that another process is gone ends this one meanwhile
     mistake = isinstance(e, (ValueError, OSError)) and not os.environ.get("BLIP_JAX_DEBUG")
     if mistake:
         print(f"error: {e}", file=sys.stderr, flush=True)

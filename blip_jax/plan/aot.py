@@ -41,13 +41,13 @@ def installed() -> bool:
 def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0) -> dict:
     """Compiles the programs that `request` describes (see `_work`) and returns what `_work` found.
 
-    exact: at the compiler's usual level.
-
-    ValueError: no compiler, the request does not fit, time is up, or the compiler failed; the last line it said is in
-    the message.
+    exact: at the compiler's usual level. ValueError: no compiler, the request does not fit, time is up, or the compiler
+    failed; the last line it said is in the message.
     """
     if not installed():
         raise ValueError(MISSING)
+
+    # without XLA_FLAGS, which may ask for fake CPU devices; with this source, wherever the command is run
     level = {"JAX_OPTIMIZATION_LEVEL": "" if exact else "O0"}
     environment = {k: v for k, v in (os.environ | environment_of_compiler() | level).items() if v and k != "XLA_FLAGS"}
     root = str(pathlib.Path(__file__).resolve().parents[2])
@@ -64,12 +64,11 @@ def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0
                 f"compiling for {request['topology']} took more than {timeout:.0f} s: raise --timeout, or plan a "
                 "smaller slice"
             ) from None
+
         if done.returncode < 0:
-            remedy = (
-                f"its stack was too small: set LIBTPU_INIT_ARGS={compiler.FLAG}={2 * compiler.STACK} or more"
-                if "STACK OVERFLOW" in done.stderr
-                else "raise train.batch, or choose another mesh"
-            )
+            remedy = "raise train.batch, or choose another mesh"
+            if "STACK OVERFLOW" in done.stderr:
+                remedy = f"its stack was too small: set LIBTPU_INIT_ARGS={compiler.FLAG}={2 * compiler.STACK} or more"
             raise ValueError(
                 f"the TPU compiler crashed for {request['topology']} (signal {-done.returncode}): {remedy}"
             )
@@ -97,8 +96,11 @@ def tpu_mesh(topology, shape: tuple):
 
     from blip_jax.parallel import sharding
 
-    slices, mode = topology.slices, topology.chip.mode
-    how = ({"num_slices": slices} if slices > 1 else {}) | ({"chip_config_name": mode} if mode else {})
+    how = {}
+    if topology.slices > 1:
+        how["num_slices"] = topology.slices
+    if topology.chip.mode:
+        how["chip_config_name"] = topology.chip.mode
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.compiler_name, **how)
     return sharding.mesh_of(shape, described.devices)
 

@@ -38,16 +38,15 @@ GIB = 2**30
 TPUS = {
     # v4: 275 TFLOP/s, 32 GiB, 1200 GB/s, 6 links of 50 GB/s; hosts of 4 chips, network taken as v5p's
     "v4": Chip("v4", "TPU v4", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 50e9, 3, 4, 6.25e9, 1, (12, 16, 16), "megacore"),
-    # v5e: 197 TFLOP/s, 16 GiB, 819 GB/s (page: 800 to 820), 1600 Gbit/s over 4 links; hosts of 8 chips with 2 x 100
-    # Gbit/s
+    # v5e: 197 TFLOP/s, 16 GiB, 819 GB/s (page: 800 to 820), 1600 Gbit/s over 4 links; hosts of 8 chips with
+    # 2 x 100 Gbit/s
     "v5e": Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 15.75 * GIB, 820e9, 50e9, 2, 16, 3.125e9, 1, (16, 16)),
     # v5p: 459 TFLOP/s, 95 GiB, 2765 GB/s, 1200 GB/s in both directions over 6 links, 50 Gbit/s of network per chip
     "v5p": Chip("v5p", "TPU v5", 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 100e9, 3, 4, 6.25e9, 1, (16, 16, 24)),
     # v6e: 918 TFLOP/s, 32 GiB, 1640 GB/s (page: 1600), 3200 Gbit/s over 4 links; hosts of 8 chips with 4 x 200 Gbit/s
     "v6e": Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 31.25 * GIB, 1640e9, 100e9, 2, 16, 12.5e9, 1, (16, 16)),
     # TPU7x: 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s in both directions over 6 links, 100 Gbit/s of network per
-    # chip; two devices a chip,
-    # with six times a link between them
+    # chip; two devices a chip, with six times a link between them
     "v7x": Chip(
         "tpu7x", "TPU7x", 2307e12, 192 * GIB, 94.75 * GIB, 7380e9, 100e9, 3, 4, 12.5e9, 2, (16, 24, 24), on_chip=600e9
     ),

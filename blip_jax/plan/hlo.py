@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# others: bits in the name
+# dtype -> bytes; the others say their bits in the name
 WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8}
 KINDS = (
     "all-reduce",
@@ -70,8 +70,8 @@ class Collective(NamedTuple):
     kind: str  # of KINDS, without -start
     bytes: int  # of its result on one device; of a reduce-scatter of its operand: the whole array that takes part
     count: int  # times a step
-    # devices of the first group, as positions in the mesh's flat order (of one slice's part of it); (): one in each
-    # slice
+    # devices of the first group, as positions in the mesh's flat order (of one slice's part of it);
+    # (): one in each slice
     group: tuple
     op_name: str  # where in our code it comes from
     shapes: str  # its arrays, the largest first

@@ -40,7 +40,7 @@ def candidates(request: plan.Request) -> list[Candidate]:
     Meshes: data x fsdp with fsdp 1, 8 and what a slice has at most, tensor 1 or 2; batches: the config's, and 16 to 256
     a device; the queue is cut to whole batches. ValueError: nothing fits.
     """
-    out, topology = [], request.topology
+    topology = request.topology
     own = max(request.cfg.train.batch // topology.devices, 1)
     inside = topology.devices // topology.slices
     meshes = [
@@ -48,6 +48,8 @@ def candidates(request: plan.Request) -> list[Candidate]:
         for f, t in itertools.product(sorted({1, min(8, inside), inside}), (1, 2))
         if topology.devices % (f * t) == 0 and (topology.devices // (f * t)) % topology.slices == 0
     ]
+
+    out = []
     for mesh in meshes:
         choices = itertools.product(sorted({own, 16, 32, 64, 128, 256}), REMAT)
         try:  # heads or embedding that do not divide, a group that the batch does not hold: no candidate
@@ -56,8 +58,11 @@ def candidates(request: plan.Request) -> list[Candidate]:
         except ValueError as e:
             say(f"search: mesh {mesh} is left out: {str(e).splitlines()[-1].strip()}")
             continue
+
+        # the state is the same for every batch and policy; the batch's own bytes grow with its rows
         state = sum(size for name, size in parts.items() if name != "batch")
-        found = [Candidate(mesh, *choice, state + parts["batch"] // requests[0][0] * choice[0]) for choice in requests]
+        row = parts["batch"] // requests[0][0]
+        found = [Candidate(mesh, batch, remat, asked, state + row * batch) for batch, remat, asked in requests]
         out += [c for c in found if c.known < topology.chip.usable]
     if not out:
         raise ValueError(
@@ -92,14 +97,20 @@ def run(request: plan.Request, tries: int, exact: bool = False, timeout: float =
         )
     if not aot.installed():
         raise ValueError(aot.MISSING + "; what fits cannot be searched without it")
-    left, tried, plans, per_row, started = candidates(request), [], {}, {}, time.monotonic()
+
+    started = time.monotonic()
+    left = candidates(request)
+    tried, plans = [], []
+    per_row = {}  # remat policy -> bytes of temporaries that a row of a device takes
     say(f"search: {len(left)} candidates whose state fits {request.topology}; the {tries} most promising are compiled")
     while left and len(tried) < tries:
         one = _next(left, per_row, request.topology.chip.usable)
         left.remove(one)
         say(f"search: {len(tried) + 1} of {tries}, {time.monotonic() - started:.0f} s so far: {one.label}")
         made = plan.make(one.request, exact, timeout)
+
         row = made["programs"][0]
+        plans.append(made)
         tried.append(
             {
                 "mesh": list(one.mesh),
@@ -112,13 +123,11 @@ def run(request: plan.Request, tries: int, exact: bool = False, timeout: float =
                 "bound": row["bound"],
             }
         )
-        plans[len(tried) - 1] = made
         per_row[one.remat] = (row["needed"] - one.known) / one.batch
-        left = [
-            c
-            for c in left
-            if not _too_large(c, one, per_row[one.remat], row["usable"]) and not (made["fits"] and _no_better(c, one))
-        ]
+        left = [c for c in left if not _too_large(c, one, per_row[one.remat], row["usable"])]
+        if made["fits"]:
+            left = [c for c in left if not _no_better(c, one)]
+
     order = sorted(range(len(tried)), key=lambda i: (not tried[i]["fits"], -tried[i]["images_per_s"]))
     fits = bool(order) and tried[order[0]]["fits"]
     return {

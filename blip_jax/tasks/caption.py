@@ -1,5 +1,6 @@
-"""Captioning: language modelling alone (captioner fine-tuning; reference: BLIP's blip_decoder). No encoder,
-momentum or negatives."""
+"""Captioning: language modelling alone (captioner fine-tuning; reference: BLIP's blip_decoder). No encoder, momentum or
+negatives.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def build(cfg) -> Blip:
 
 def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
     """{"img": bytes, "ids": i32[T], "txt_mask", "lm_mask": bool[T]} of one of the record's captions after the
-    prompt."""
+    prompt.
+    """
     row = pairs.example(record, rng, cfg, tokenizer)
     return {name: row[name] for name in ("img", "ids", "txt_mask", "lm_mask", "notes")}
 

@@ -1,5 +1,6 @@
-"""What pre-training and retrieval share: the contrastive loss with momentum and queue, hard negatives, the
-matching pass."""
+"""What pre-training and retrieval share: the contrastive loss with momentum and queue, hard negatives, the matching
+pass.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def check(cfg) -> list[str]:
         out.append(f"loss.queue is {queue}: it must be a multiple of train.batch = {batch}, as {near}, or 0 for none")
     if cfg.text.prompt:
         out.append(
-            f"text.prompt is {cfg.text.prompt!r} but objective is {cfg.objective}: only a captioner is trained with a prompt; "
+            f"text.prompt is {cfg.text.prompt!r} but objective is {cfg.objective}: only a captioner is trained "
+            "with a prompt; "
             "set text.prompt to the empty string"
         )
     return out
@@ -40,7 +42,8 @@ def check(cfg) -> list[str]:
 
 def extra(cfg, params, key, image_ids: bool) -> dict | None:
     """{"params": momentum copies, equal to the parameters, "queue": of loss.queue random features or None}; None
-    without momentum."""
+    without momentum.
+    """
     if not cfg.loss.momentum:
         return None
     queue = init_queue(key, cfg.loss.queue, cfg.model.embed_dim, image_ids) if cfg.loss.queue else None
@@ -48,8 +51,9 @@ def extra(cfg, params, key, image_ids: bool) -> dict | None:
 
 
 def before(cfg, state, epoch_steps: int):
-    """Trained parameters with the temperature clamped; momentum copies moved on with them, and "alpha", the weight
-    of the soft targets."""
+    """Trained parameters with the temperature clamped; momentum copies moved on with them, and "alpha", the weight of
+    the soft targets.
+    """
     params = state.params
     if "temp" in params:
         params = dict(params, temp=jnp.clip(params["temp"], *TEMP_RANGE))
@@ -65,8 +69,9 @@ def before(cfg, state, epoch_steps: int):
 
 
 def after(cfg, extra, found: dict) -> dict | None:
-    """Momentum copies, and the queue with the features of the whole batch. All its micro-batches saw it as it
-    stood before."""
+    """Momentum copies, and the queue with the features of the whole batch. All its micro-batches saw it as it stood
+    before.
+    """
     if extra is None:
         return None
     queue = extra["queue"] if extra["queue"] is None else enqueue(extra["queue"], found)
@@ -93,8 +98,7 @@ class Contrast(NamedTuple):
     """The contrastive loss and what it leaves for the rest of the step."""
 
     loss: jax.Array  # f32[]
-    # {"i2t", "t2i"}: f32[G,g,g], scaled similarities with the columns of the group itself, without the queue's
-    own: dict
+    own: dict  # {"i2t", "t2i"}: f32[G,g,g], scaled similarities with the group's own columns, without the queue's
     found: dict  # {"img", "txt"}: f32[B,E], momentum features to enqueue; {} without momentum
     metrics: dict  # alpha and temp, f32[] each
 
@@ -123,8 +127,7 @@ def itc(model, cfg, params, extra, batch: dict, encoded: Encoded, same, streams:
 
     def joined(own, rows, side):
         # The queue's columns are joined here, for the softmax over all, and nowhere sliced off again: XLA for GPUs
-        # refuses a softmax
-        # over a slice of a concatenation from batch 128 on.
+        # refuses a softmax over a slice of a concatenation from batch 128 on.
         if queue[side] is None:
             return own
         return jnp.concatenate([own, losses.queue_similarity(rows, queue[side], temp)], axis=-1)
@@ -172,8 +175,9 @@ def matching(apply, batch: dict, kv, neg_img, neg_txt, group_size: int, stream: 
     """
     ids, txt_mask = batch["ids"], batch["txt_mask"]
     B = len(ids)
-    # -1: any, not counted
-    neg_img_of, neg_txt_of = (losses.grouped(i, group_size) % (group_size or B) for i in (neg_img, neg_txt))
+    neg_img_of, neg_txt_of = (
+        losses.grouped(i, group_size) % (group_size or B) for i in (neg_img, neg_txt)
+    )  # -1: any, not counted
 
     def stack(x):
         return jnp.stack([x, within_cells(x, neg_txt_of), x], axis=1).reshape(3 * B, -1)

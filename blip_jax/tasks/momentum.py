@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 def momentum_params(params):
     """The part of the parameters that has a momentum copy: ViT, text encoder (cross-attention too) and both
-    projections."""
+    projections.
+    """
     med = {name: module for name, module in params["med"].items() if name != "lm_head"}
     med["blocks"] = {name: module for name, module in med["blocks"].items() if name != "self_attn_dec"}
     return {"vit": params["vit"], "med": med, "vision_proj": params["vision_proj"], "text_proj": params["text_proj"]}
@@ -20,12 +21,16 @@ def ema(momentum, params, decay: float):
 
 
 def init_queue(key, length: int, dim: int, image_ids: bool):
-    """Queue of K unit-norm features of either kind: {"img", "txt": f32[K,E], "ptr": i32[], and "image_id": i32[K]
-    of -100}."""
-    drawn = jax.vmap(lambda key: jax.random.normal(key, (length, dim)))(jax.random.split(key))
-    drawn = jax.lax.optimization_barrier(drawn)  # else each queue would draw both
-    img, txt = drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True)
-    queue = {"img": img, "txt": txt, "ptr": jnp.zeros((), jnp.int32)}
+    """Queue of K unit-norm features of either kind: {"img", "txt": f32[K,E], "ptr": i32[], and "image_id": i32[K] of
+    -100}.
+    """
+
+    def rows(k):
+        x = jax.random.normal(k, (length, dim))
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    img_key, txt_key = jax.random.split(key)
+    queue = {"img": rows(img_key), "txt": rows(txt_key), "ptr": jnp.zeros((), jnp.int32)}
     return queue | ({"image_id": jnp.full((length,), -100, jnp.int32)} if image_ids else {})
 
 

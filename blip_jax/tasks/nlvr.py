@@ -36,7 +36,8 @@ START = Start(_origin, new="med/.*merge/.*|cls_head/.*")
 def check(cfg, tokenizer=None) -> list[str]:
     if cfg.text.prompt:
         return [
-            f"text.prompt is {cfg.text.prompt!r} but objective is nlvr, whose texts have none: set text.prompt to the empty string"
+            f"text.prompt is {cfg.text.prompt!r} but objective is nlvr, whose texts have none: set text.prompt to "
+            "the empty string"
         ]
     return []
 
@@ -91,7 +92,8 @@ def logits(apply, batch: dict, streams: dict | None):
 
 def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     """Cross-entropy of true and false; batch: as `shapes`, pictures f32 normalised. Returns loss f32[], (metrics,
-    {})."""
+    {}).
+    """
     apply = functools.partial(model.apply, {"params": params})
     found = logits(apply, batch, step.dropout_streams(keys.dropout, ("vit", "text")))
     total, accuracy = losses.itm(found, batch["label"].astype(jnp.int32))
@@ -104,13 +106,15 @@ def flops(cfg, T: int | None = None) -> dict[str, float]:
     P, (vision, pixels) = counts.positions(model), counts.vision(model)
 
     def layer(queries):
-        # of one picture, its keys and values apart
-        cross = 2 * queries * 2 * med.width**2 + 4 * queries * P * med.width
+        cross = (
+            2 * queries * 2 * med.width**2 + 4 * queries * P * med.width
+        )  # of one picture, its keys and values apart
         return counts.text_layer(med, T, queries) + 2 * cross
 
     merging = max(med.layers - FIRST_MERGE, 0)
-    # the head reads position 0 alone, so the last layer computes no other
-    positions = merging * T - (T - 1) * (merging > 0)
+    positions = merging * T - (T - 1) * (
+        merging > 0
+    )  # the head reads position 0 alone, so the last layer computes no other
     parts = {
         "vision": 2 * vision,
         "image_kv": 2 * counts.image_kv(model),

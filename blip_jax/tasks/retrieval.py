@@ -1,5 +1,6 @@
-"""Image-text retrieval: ITC and ITM fine-tuned on captions with image ids, and the two-stage evaluation (paper
-section 4.1)."""
+"""Image-text retrieval: ITC and ITM fine-tuned on captions with image ids, and the two-stage evaluation (paper section
+4.1).
+"""
 
 from __future__ import annotations
 

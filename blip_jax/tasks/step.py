@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ def make_step(cfg, model, tx, epoch_steps: int, draw: Callable = losses.draw_neg
 
 def jit_arguments(shardings, mesh) -> dict:
     """What `jax.jit` of a train step on a mesh is told: the state, of these shardings, is donated; the compiler's
-    options of the mesh."""
+    options of the mesh.
+    """
     return {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": compiler.options(mesh)}
 
 

@@ -1,5 +1,6 @@
-"""Visual question answering (paper section 5.3, figure 5a): every answer that people gave is a target, weighed by
-how many gave it."""
+"""Visual question answering (paper section 5.3, figure 5a): every answer that people gave is a target, weighed by how
+many gave it.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +27,20 @@ from blip_jax.models.vqa import BlipVqa
 from blip_jax.tasks import step
 
 # Both text models start as the shared one of pre-training. Where image and text widths differ the decoder, which looks
-# at question
-# states, has keys and values of another shape; these start random, as in the original.
+# at question states, has keys and values of another shape; these start random, as in the original.
 START = Start(lambda path: path.replace("med_dec/", "med/"), misfit="med_dec/.*/cross_attn/[kv]/kernel")
 
 
 def leaves() -> ConfigDict:
     """c.task of this objective."""
     c = ConfigDict()
-    # rows of the decoder for each question; of more different answers the rarest are left out, and noted
-    c.answers = 10
+    c.answers = (
+        10  # rows of the decoder for each question; of more different answers the rarest are left out, and noted
+    )
     c.answer_len = 16  # positions of an answer with [DEC] and [SEP]; longer ones are cut, and noted
-    # of the one answer of a question from Visual Genome; the ten people's answers of VQA weigh 1 together
-    c.vg_weight = 0.2
+    c.vg_weight = (
+        0.2  # of the one answer of a question from Visual Genome; the ten people's answers of VQA weigh 1 together
+    )
     c.method = "rank"  # how evaluation answers: rank (the best of a list) | generate (beam search)
     c.answer_list = ""  # rank: JSON list of the candidates
     c.k = 128  # rank: candidates with the likeliest first token, which are scored in full
@@ -55,7 +57,8 @@ def check(cfg, tokenizer=None) -> list[str]:
     for name in ("answer_len", "max_length"):
         if task[name] > cfg.model.med.positions:
             out.append(
-                f"task.{name} is {task[name]} but the text model has model.med.positions = {cfg.model.med.positions}: lower the first"
+                f"task.{name} is {task[name]} but the text model has model.med.positions = "
+                f"{cfg.model.med.positions}: lower the first"
             )
     if not 0 < task.vg_weight <= 1:
         out.append(f"task.vg_weight is {task.vg_weight}: it must be more than 0 and at most 1")
@@ -65,7 +68,8 @@ def check(cfg, tokenizer=None) -> list[str]:
         out.append("task.answer_list is empty: give the JSON list of candidates, or set task.method=generate")
     if cfg.text.prompt:
         out.append(
-            f"text.prompt is {cfg.text.prompt!r} but objective is vqa, whose texts have none: set text.prompt to the empty string"
+            f"text.prompt is {cfg.text.prompt!r} but objective is vqa, whose texts have none: set text.prompt to "
+            "the empty string"
         )
     return out
 
@@ -103,7 +107,8 @@ def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
 
 def question(record: dict, cfg, tokenizer) -> dict:
     """{"img": bytes, "ids": i32[T], "txt_mask": bool[T], "notes"} of a record's picture and question, T =
-    text.max_len."""
+    text.max_len.
+    """
     text = clean_question(record["question"])
     ids, mask = tokenizer.encode([text], cfg.text.max_len)
     cut = tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
@@ -159,9 +164,13 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
 
 def flops(cfg, T: int | None = None) -> dict[str, float]:
     """FLOPs of a training step per question with its rows of answers; those that only fill count, as they are
-    computed."""
-    # the last position predicts nothing
-    model, T, (A, Ta) = cfg.model, T or cfg.text.max_len, (cfg.task.answers, cfg.task.answer_len - 1)
+    computed.
+    """
+    model, T, (A, Ta) = (
+        cfg.model,
+        T or cfg.text.max_len,
+        (cfg.task.answers, cfg.task.answer_len - 1),
+    )  # the last position predicts nothing
     med = model.med
     return counts.trained(
         cfg,
@@ -179,7 +188,8 @@ def flops(cfg, T: int | None = None) -> dict[str, float]:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
     """The questions of cfg.data.eval, with answers of people or without. ValueError: the list of answers cannot be
-    read."""
+    read.
+    """
     if cfg.task.method == "rank":
         candidates(cfg.task.answer_list)
     return EvalRows(cfg, tokenizer, question, cfg.data.eval, skipped_path=skipped_path)

@@ -13,8 +13,9 @@ import pathlib
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np

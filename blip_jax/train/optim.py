@@ -52,14 +52,16 @@ def factors(params: dict, pairs) -> dict[str, np.ndarray]:
     if idle:
         raise ValueError(
             f"optim.lr_factors: {idle} match no trained parameter; they must match in full (as 'vit/.*'), and what "
-            f"optim.freeze names is not trained; the top-level names are {sorted({path.split('/')[0] for path in names})}"
+            f"optim.freeze names is not trained; the top-level names are "
+            f"{sorted({path.split('/')[0] for path in names})}"
         )
     found = {}
     for path, x in paths(params):
         factor = np.float32(next((f for pattern, f in pairs if re.fullmatch(pattern, path)), 1.0))
         if factor.ndim and (x.ndim < 1 or len(factor) != x.shape[0]):
             raise ValueError(
-                f"optim.lr_factors has {len(factor)} factors for {path}, which is {list(x.shape)}: give a number, or one for "
+                f"optim.lr_factors has {len(factor)} factors for {path}, which is {list(x.shape)}: give a number, or "
+                f"one for "
                 "each layer of a stack"
             )
         found[path] = factor.reshape(-1, *(1,) * (x.ndim - 1)) if factor.ndim else factor

@@ -24,7 +24,8 @@ def fit_params(loaded: dict, shapes: dict, origin: str, partial: bool = False, s
         say(f"{origin}: position table resized from {fitted.resized[0]} to {fitted.resized[1]} positions")
     if fitted.random:
         say(
-            f"{origin}: {len(fitted.random)} parameters have no origin in a checkpoint of pre-training and start random: "
+            f"{origin}: {len(fitted.random)} parameters have no origin in a checkpoint of pre-training and start "
+            f"random: "
             f"{', '.join(folded(fitted.random))}"
         )
     if fitted.missing:
@@ -64,7 +65,8 @@ def load(run) -> dict | None:
         new = dict(trees.paths(found.state["params"]))
         if both := sorted(new.keys() & loaded.keys()):
             say(
-                f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}"
+                f"{origin}: its {len(both)} parameters take the place of the earlier origins': "
+                f"{', '.join(folded(both))}"
             )
         loaded |= new
     # a checkpoint of this very task fits as it is; else the task may say what its parameters start from
@@ -132,7 +134,8 @@ def _init_momentum(run) -> dict | None:
         have, need = momentum["queue"], want["queue"]
         if have["img"].shape != need["img"].shape:
             say(
-                f"{origin}: its queues are of {len(have['img'])} features, loss.queue is {len(need['img'])}: they start anew"
+                f"{origin}: its queues are of {len(have['img'])} features, loss.queue is {len(need['img'])}: they "
+                f"start anew"
             )
         else:
             out["queue"] = {name: np.asarray(have[name]).astype(x.dtype) for name, x in need.items() if name in have}

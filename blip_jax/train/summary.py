@@ -36,13 +36,15 @@ def describe(run, newest: int | None) -> None:
     say(sharding.report(run.shapes, run.mesh))
     pair = run.task.flops(cfg)["step"]
     say(
-        f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, {pair * cfg.train.batch / 1e12:.3f} T per "
+        f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, "
+        f"{pair * cfg.train.batch / 1e12:.3f} T per "
         f"step of {cfg.train.batch}"
     )
     say(memory_report(run))
     if options := compiler.options(run.mesh):
         say(
-            f"gradients are summed over the slices in parts, by options of the compiler; those that LIBTPU_INIT_ARGS names are left to it: "
+            f"gradients are summed over the slices in parts, by options of the compiler; those that LIBTPU_INIT_ARGS "
+            f"names are left to it: "
             f"{', '.join(options)}"
         )
     say(

@@ -23,11 +23,12 @@ from blip_jax.capfilt import settings as run_settings
 from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run
 from blip_jax.cli import main
-from blip_jax.data import batches as pipeline
 from blip_jax.data import ledger, pairs
+from blip_jax.data.batches import TrainData
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.data.image import decode, eval_transform
+from blip_jax.data.ledger import Ledger
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
@@ -189,7 +190,7 @@ def test_shards_are_what_the_table_says_and_train(cfg, finished, tiny_cfg, model
         tiny_cfg.data.train = config.ConfigDict(
             {s: config.source("array_record", f"{finished}/shards/*/{s}.array_record") for s in ("web", "synthetic")}
         )
-    data = pipeline.TrainData(
+    data = TrainData(
         tiny_cfg,
         Tokenizer(tiny_cfg.text.vocab),
         pairs,
@@ -480,7 +481,7 @@ def test_a_full_disk_leaves_nothing_and_the_run_goes_on_later(cfg, finished, tmp
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for place in ((shards, "_sync"), (pipeline.Ledger, "add"), (decisions, "write")):
+    for place in ((shards, "_sync"), (Ledger, "add"), (decisions, "write")):
         with monkeypatch.context() as m:
             m.setattr(*place, full)
             with pytest.raises(

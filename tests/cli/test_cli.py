@@ -71,7 +71,8 @@ def test_wrong_commands_and_files(config_file, tmp_path, capsys):
 
 def test_a_config_file_with_several_runs(capsys):
     assert fails(capsys, "train", f"--config={PRETRAIN}:vith", "--workdir=x") == (
-        "error: configs/pretrain.py has no run 'vith': give one of :vitb,14m, :vitb,129m, :vitl,129m, :vitb,14m,bootstrapped, "
+        "error: configs/pretrain.py has no run 'vith': give one of :vitb,14m, :vitb,129m, :vitl,129m, "
+        ":vitb,14m,bootstrapped, "
         ":vitb,129m,capfilt_l after it\n"
     )
     for command in (["train", "--workdir=x"], ["plan", "--topology=v5e:2x2"], ["bench", "train"]):

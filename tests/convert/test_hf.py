@@ -18,8 +18,8 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from blip_jax import checkpoint, config
 from blip_jax.convert import hf, hf_config
-from blip_jax.convert import read as source
-from blip_jax.convert import write as run
+from blip_jax.convert import read as reading
+from blip_jax.convert import write as writing
 from blip_jax.convert.rules.blip import TIED
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.tasks import build
@@ -47,7 +47,7 @@ def random_source(family, vocab, layers=2, **med):
             params[part]["embed"]["word"]["embedding"][120:] = 0
             if "lm_head" in params[part]:
                 params[part]["lm_head"]["bias"][120:] = 0
-    return source.Source(family, {"params": params}, c, vocab, [])
+    return reading.Source(family, {"params": params}, c, vocab, [])
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def edit(folder, change, name="config.json"):
     (folder / name).write_text(json.dumps(content))
 
 
-def problem(folder, read=source.read):
+def problem(folder, read=reading.read):
     """What reading it says."""
     with pytest.raises(ValueError) as e:
         read(folder)
@@ -80,7 +80,7 @@ def problem(folder, read=source.read):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bitwise_with_settings_and_vocabulary(written, family, tmp_path):
     made, folder = written(family)
-    got = source.read(folder)
+    got = reading.read(folder)
     jax.tree.map(np.testing.assert_array_equal, got.state["params"] | {"temp": 0}, made.state["params"] | {"temp": 0})
     assert (got.family, got.cfg.objective) == (family, FAMILIES[family]) and not got.notes
     for part in ("vit", "med"):
@@ -95,8 +95,8 @@ def test_round_trip_is_bitwise_with_settings_and_vocabulary(written, family, tmp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_through_a_workdir_of_ours_and_back_is_bitwise(written, family, tmp_path):
     _, folder = written(family)
-    run.convert(folder, tmp_path / "ours")
-    run.convert(tmp_path / "ours", tmp_path / "hf", to="hf", verify=True)
+    writing.convert(folder, tmp_path / "ours")
+    writing.convert(tmp_path / "ours", tmp_path / "hf", to="hf", verify=True)
     for name in ("model.safetensors", "vocab.txt", "tokenizer_config.json", "preprocessor_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes(), name
     assert checkpoint.load_config(tmp_path / "ours")["objective"] == FAMILIES[family]
@@ -150,7 +150,7 @@ def test_a_tied_copy_stands_for_its_original_and_must_equal_it(written):
     word, head = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"
     tensors[head] = tensors.pop(word)
     save_file(tensors, folder / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, source.read(folder).state["params"], made.state["params"])
+    jax.tree.map(np.testing.assert_array_equal, reading.read(folder).state["params"], made.state["params"])
     save_file({**tensors, word: tensors[head] + 1}, folder / "model.safetensors")
     assert "tied but unequal" in problem(folder) and head in problem(folder)
 
@@ -160,7 +160,7 @@ def test_squares_as_lists_and_missing_keys_take_transformers_defaults(written):
     edit(folder, lambda c: c["vision_config"].update(image_size=[16, 16], patch_size=[8, 8]))
     edit(folder, lambda c: [c["vision_config"].pop(k) for k in ("hidden_act", "layer_norm_eps")])
     edit(folder, lambda c: c.pop("architectures"))
-    got = source.read(folder)
+    got = reading.read(folder)
     assert (got.family, got.cfg.model.img_size) == ("caption", 16)
     assert got.notes == [
         "vision_config.layer_norm_eps is 1e-05, transformers' default: 1e-06 taken, with which the originals were "
@@ -172,21 +172,21 @@ def test_squares_as_lists_and_missing_keys_take_transformers_defaults(written):
 def test_without_architectures_the_text_models_tell_the_family(written, family):
     _, folder = written(family)
     edit(folder, lambda c: c.pop("architectures"))
-    assert source.read(folder).family == family
+    assert reading.read(folder).family == family
 
 
 def test_heads_missing_or_transformers_default_at_berts_width_are_twelve(written):
     _, folder = written("itm", layers=1, width=768, heads=12)
-    kernel = lambda **heads: source.read(folder, **heads).state["params"]["med"]["blocks"]["self_attn"]["q"]["kernel"][
+    kernel = lambda **heads: reading.read(folder, **heads).state["params"]["med"]["blocks"]["self_attn"]["q"]["kernel"][
         0
     ]
-    assert kernel().shape == (768, 12, 64) and not source.read(folder).notes
+    assert kernel().shape == (768, 12, 64) and not reading.read(folder).notes
     for change in (
         lambda c: c["text_config"].pop("num_attention_heads"),
         lambda c: c["text_config"].update(num_attention_heads=8),
     ):
         edit(folder, change)
-        assert kernel().shape == (768, 12, 64) and "12 taken" in source.read(folder).notes[0]
+        assert kernel().shape == (768, 12, 64) and "12 taken" in reading.read(folder).notes[0]
         assert kernel(med_heads=8).shape == (768, 8, 96)
     edit(folder, lambda c: c["text_config"].update(num_attention_heads=6))
     assert kernel().shape == (768, 6, 128)
@@ -213,7 +213,7 @@ def test_a_tokenizer_json_with_or_without_the_new_tokens(written, tmp_path, tiny
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in extra])
     (folder / "vocab.txt").unlink()
     tokenizer.save(str(folder / "tokenizer.json"))
-    got = source.read(folder)
+    got = reading.read(folder)
     assert (
         got.vocab.name == "tokenizer.json"
         and (t := Tokenizer(got.vocab)).vocab_size == 120
@@ -221,17 +221,17 @@ def test_a_tokenizer_json_with_or_without_the_new_tokens(written, tmp_path, tiny
     )
     hf.write(tmp_path / "json", got)
     assert JsonTokenizer.from_file(str(tmp_path / "json" / "tokenizer.json")).get_vocab_size() == 118 + len(extra)
-    jax.tree.map(np.testing.assert_array_equal, source.read(tmp_path / "json").state, got.state)
+    jax.tree.map(np.testing.assert_array_equal, reading.read(tmp_path / "json").state, got.state)
 
 
 def test_of_two_vocabularies_the_one_that_fits(written, tiny_vocab, tmp_path):
     _, folder = written()
     BertWordPieceTokenizer(str(tiny_vocab), lowercase=True).save(str(folder / "tokenizer.json"))
     (folder / "vocab.txt").write_text("\n".join(tiny_vocab.read_text().split()[:100]) + "\n")
-    assert source.read(folder).vocab.name == "tokenizer.json"
+    assert reading.read(folder).vocab.name == "tokenizer.json"
     (folder / "tokenizer.json").unlink()
     assert "vocab.txt has 102 entries with [DEC] and [ENC], but the model has 120" in problem(folder)
-    assert source.read(folder, vocab=str(tiny_vocab)).vocab == tiny_vocab
+    assert reading.read(folder, vocab=str(tiny_vocab)).vocab == tiny_vocab
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def shard(folder, n=3):
 def test_shards_are_read_as_one(written):
     made, folder = written("vqa")
     shard(folder)
-    jax.tree.map(np.testing.assert_array_equal, source.read(folder).state["params"], made.state["params"])
+    jax.tree.map(np.testing.assert_array_equal, reading.read(folder).state["params"], made.state["params"])
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_links_of_the_hubs_cache_are_followed_within_their_model(written, tmp_pa
     for i, file in enumerate(sorted(os.listdir(folder))):
         shutil.move(folder / file, model / "blobs" / str(i))
         (snapshot / file).symlink_to(f"../../blobs/{i}")
-    jax.tree.map(np.testing.assert_array_equal, source.read(snapshot).state["params"], made.state["params"])
+    jax.tree.map(np.testing.assert_array_equal, reading.read(snapshot).state["params"], made.state["params"])
     other = tmp_path / "hub" / "models--org--other"
     other.mkdir()
     shutil.copy(model / "blobs" / "0", other / "blob")

@@ -334,9 +334,8 @@ def test_too_many_bad_records_stop_the_run(tok, tmp_path):
 def test_few_bad_records_do_not_stop_a_small_run(tok, tmp_path):
     write_everything_bad(tmp_path / "web")
     sources = {"web": config.source("json", str(tmp_path / "web" / "list.json"))}
-    assert (
-        len(run(make(settings(sources), tok, tmp_path), 8)) == 8
-    )  # below 100 records, though the share is over the limit
+    # below 100 records, though the share is over the limit
+    assert len(run(make(settings(sources), tok, tmp_path), 8)) == 8
 
 
 def test_source_without_any_usable_record(tok, tmp_path):

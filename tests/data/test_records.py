@@ -16,7 +16,7 @@ from world.pictures import add_to_tar, encode, noise, records, write_json
 
 from blip_jax import config
 from blip_jax.data import source as R
-from blip_jax.data.formats import json as data_formats_json
+from blip_jax.data.formats import json as formats_json
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.data.formats.json import _row_offsets
@@ -401,7 +401,7 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(["image", "caption", 'a"}{', "x\
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, indent=st.sampled_from([None, 0, 3]), ascii=st.booleans(), block=st.sampled_from([16, 64, 1 << 20]))
 def test_rows_of_any_array_are_found(tmp_path, monkeypatch, rows, indent, ascii, block):
-    monkeypatch.setattr(data_formats_json, "_BLOCK", block)
+    monkeypatch.setattr(formats_json, "_BLOCK", block)
     data = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
     (tmp_path / "l").write_bytes(data)
     if block < 1 << 20 and any(len(json.dumps(r, indent=indent)) > block for r in rows):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip_jax.data.scenes import words as scene_text
+from blip_jax.data.scenes import words as scene_words
 from blip_jax.data.scenes.words import is_true, read
 from blip_jax.data.scenes.world import CONTRAST, EASY_COLOURS, EASY_SHAPES, NOISE, Scenes, _mask, vocab_captions
 
@@ -84,7 +84,7 @@ def test_pixels_show_the_objects_where_the_truth_says(noisy):
             x, y = o["left"] + d // 2, o["top"] + d // 2
             if o["shape"] == "ring":  # hollow: look at its band, three quarters of the radius out
                 x += round(0.36 * d)
-            assert tuple(shown[y, x].tolist()) == scene_text.COLOURS[o["colour"]], record["key"]
+            assert tuple(shown[y, x].tolist()) == scene_words.COLOURS[o["colour"]], record["key"]
             assert o["row"] == 3 * y // 64 and o["col"] == 3 * (o["left"] + d // 2) // 64
 
 
@@ -94,7 +94,7 @@ def test_pixels_outside_objects_show_the_background(noisy):
         free = np.ones((64, 64), bool)
         for o in truth["objects"]:
             free[o["top"] : o["top"] + o["diameter"], o["left"] : o["left"] + o["diameter"]] = False
-        tone = np.array(scene_text.TONES[truth["background"]["tone"]])
+        tone = np.array(scene_words.TONES[truth["background"]["tone"]])
         assert np.abs(shown[free] - tone).max() <= CONTRAST
         shades = len(np.unique(shown[free][:, 0]))
         kind = truth["background"]["kind"]
@@ -129,9 +129,9 @@ def test_an_easy_world_has_one_or_two_large_objects_on_a_plain_background():
     for i in range(20):
         captions = world[i]["captions"]
         assert (
-            len(captions) == 3 and len(set(captions)) > 1 and all(scene_text.is_true(pictures[i], c) for c in captions)
+            len(captions) == 3 and len(set(captions)) > 1 and all(scene_words.is_true(pictures[i], c) for c in captions)
         )
-        assert not any(place in caption for place in scene_text.PLACES for caption in captions)
+        assert not any(place in caption for place in scene_words.PLACES for caption in captions)
 
 
 def test_each_of_several_captions_has_noise_of_its_own():
@@ -145,13 +145,13 @@ def test_each_of_several_captions_has_noise_of_its_own():
 
 
 def test_every_colour_stands_out_from_every_background():
-    shades = [np.array(tone) + s for tone in scene_text.TONES.values() for s in (-CONTRAST, 0, CONTRAST)]
-    for name, colour in scene_text.COLOURS.items():
+    shades = [np.array(tone) + s for tone in scene_words.TONES.values() for s in (-CONTRAST, 0, CONTRAST)]
+    for name, colour in scene_words.COLOURS.items():
         assert min(np.linalg.norm(np.array(colour) - shade) for shade in shades) > 60, name
 
 
 def test_shapes_of_one_size_differ():
-    masks = [np.asarray(_mask(shape, 12), int) for shape in scene_text.SHAPES]
+    masks = [np.asarray(_mask(shape, 12), int) for shape in scene_words.SHAPES]
     gaps = [np.abs(a - b).mean() / 255 for i, a in enumerate(masks) for b in masks[:i]]
     assert min(gaps) > 0.08
 
@@ -173,7 +173,7 @@ def test_captions_are_short_and_of_a_small_vocabulary():
     captions = list(vocab_captions(3000))
     lengths = [len(c.replace(",", " ,").split()) for c in captions]
     words = {word for c in captions for word in c.replace(",", " ").replace(":", " ").split()}
-    assert max(lengths) <= scene_text.MAX_WORDS and 10 < np.mean(lengths) < 18
+    assert max(lengths) <= scene_words.MAX_WORDS and 10 < np.mean(lengths) < 18
     assert 70 < len(words) < 150 and len(set(captions)) > 2800
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from blip_jax.capfilt import decisions
 from blip_jax.config import source
-from blip_jax.demo import results as findings
+from blip_jax.demo import results as demo_results
 from blip_jax.demo import stages
 
 
@@ -66,7 +66,7 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
     assert results["title"] in page and "http" not in page.replace("http://www.w3.org", "")
     capsys.readouterr()
 
-    assert findings.table(results).count("yes") == 4
+    assert demo_results.table(results).count("yes") == 4
     with pytest.MonkeyPatch.context() as m:  # a second start trains and captions nothing
         m.setattr(
             "blip_jax.tasks.step.make_step", lambda *_: lambda *_: pytest.fail("a finished stage was trained again")

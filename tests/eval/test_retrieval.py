@@ -19,6 +19,7 @@ from blip_jax.data.batches import EvalData
 from blip_jax.data.formats import open_source
 from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 from blip_jax.eval import recall
+from blip_jax.models import initial
 from blip_jax.models.blip import Blip
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
@@ -33,10 +34,10 @@ def test_ranks_and_recalls_of_a_hand_example():
         [
             [0.9, 0.1, 0.8, 0.2],  # image 0: its first caption leads
             [0.5, 0.6, 0.4, 0.1],  # image 1: two captions of image 0 before its own
-            [0.3, 0.7, 0.1, 0.6],
+            [0.3, 0.7, 0.1, 0.6],  # image 2: one before
         ],
         np.float32,
-    )  # image 2: one before
+    )
     assert recall.image_to_text_ranks(scores, text_image).tolist() == [0, 2, 1]
     assert recall.text_to_image_ranks(scores, text_image).tolist() == [0, 2, 1, 0]
     result = recall.both_ways(scores, scores, text_image)
@@ -160,7 +161,7 @@ def tiny():
     model = Blip.from_config(cfg.model)
     example = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, T), jnp.int32), jnp.ones((1, T), bool)
     init = jax.jit(model.init)(jax.random.key(0), *example)
-    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, init["params"])
+    params = initial.magnified(init["params"], 3)
     return cfg, model, params, Texts(np.random.default_rng(1))
 
 

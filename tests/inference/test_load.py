@@ -26,9 +26,8 @@ from blip_jax.parallel import sharding
 from blip_jax.train import loop, start
 
 FORMS = ("pth", "hf", "ours")
-SIZES = official.TINY | dict(
-    D=64, W=64, F=128, M=128, depth=1, layers=1
-)  # heads of 64, as all files of the originals have
+# heads of 64, as all files of the originals have
+SIZES = official.TINY | dict(D=64, W=64, F=128, M=128, depth=1, layers=1)
 TRAIN = official.TINY | dict(depth=1, F=192, layers=1, K=32)  # the model of tiny_cfg
 
 
@@ -109,9 +108,8 @@ def test_capfilt(forms, tiny_vocab, tmp_path):
     assert tree(tmp_path / "pth" / "shards") == want == tree(tmp_path / "hf" / "shards") and len(want) == 6
     record = json.loads((tmp_path / "pth" / "capfilt.json").read_text())
     assert record["captioner"]["path"] == str(forms["caption"]["pth"])
-    again = capfilt_config(
-        forms["caption"]["ours"], forms["itm"]["ours"], ""
-    )  # the same models from elsewhere: nothing is made anew
+    # the same models from elsewhere: nothing is made anew
+    again = capfilt_config(forms["caption"]["ours"], forms["itm"]["ours"], "")
     assert capfilt(again, tmp_path / "pth")["images"] == 10
     rows = [
         row for k in (0, 1) for row in decisions.rows_of(tmp_path / "pth" / "shards" / f"0000{k}" / "decisions.parquet")

@@ -7,8 +7,8 @@ import pytest
 
 from blip_jax import config, trees
 from blip_jax.models import initial
-from blip_jax.models.build import build
 from blip_jax.parallel import sharding
+from blip_jax.tasks import build
 from blip_jax.train import state as train_state
 
 

@@ -11,6 +11,7 @@ import pytest
 from blip_jax import config, trees
 from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules.blip import FIRST_LAYER
+from blip_jax.models import initial
 from blip_jax.models.blip import Blip
 from blip_jax.models.build import fit
 from blip_jax.models.nlvr import FIRST_MERGE, BlipNlvr, TwinLayer
@@ -37,7 +38,7 @@ def world():
     cfg = nlvr_config()
     model = build(cfg)
     params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
-    params = jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
+    params = initial.magnified(params, 5)
     rng = np.random.default_rng(0)
     left, right = jnp.asarray(rng.normal(size=(2, B, 16, 16, 3)), jnp.float32)
     ids = jnp.asarray(rng.integers(3, 110, (B, T)), jnp.int32)
@@ -174,8 +175,7 @@ def test_bfloat16_computes_and_gives_float32_logits():
     with cfg.unlocked():
         cfg.model.dtype = "bfloat16"
     low, (_, params, inputs) = build(cfg), world()
-    # as they are they magnify bfloat16's 8 bits tenfold
-    params = jax.tree.map(lambda x: x / 2 if x.ndim > 1 else x, params)
+    params = initial.magnified(params, 0.5)  # as they are they magnify bfloat16's 8 bits tenfold
     out, exact = jax.jit(lambda p, x: classified(low, p, *x))(params, inputs), compiled(None)(params, inputs)
     assert out.dtype == jnp.float32 and np.isfinite(out).all()
     assert np.ptp(exact, axis=0).min() > 0.1  # the examples are farther apart than the tolerance

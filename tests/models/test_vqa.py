@@ -13,6 +13,7 @@ from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.decode import beam
 from blip_jax.decode.rank import rank as choose
 from blip_jax.inference.programs import rank_answers
+from blip_jax.models import initial
 from blip_jax.models.blip import Blip
 from blip_jax.models.build import fit
 from blip_jax.models.layers.attention import attention, grouped_cross_attention
@@ -40,7 +41,7 @@ def world():
     cfg = vqa_config()
     model = build(cfg)
     params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
-    params = jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
+    params = initial.magnified(params, 5)
     compiled = functools.cache(
         lambda method, how: jax.jit(lambda p, a: model.apply({"params": p}, *a, method=method, **dict(how)))
     )

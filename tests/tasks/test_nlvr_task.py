@@ -1,5 +1,6 @@
 """NLVR2 as a task: rows, the loss against the original's, readers of both layouts, initial weights, a run from
-pre-training."""
+pre-training.
+"""
 
 import json
 import os

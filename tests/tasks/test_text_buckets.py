@@ -13,11 +13,11 @@ import pytest
 from world.pictures import add_to_tar, encode, noise, write_json
 
 from blip_jax import checkpoint, config, tasks
-from blip_jax.data import batches as pipeline
 from blip_jax.data import pairs, windows
-from blip_jax.data import source as records
+from blip_jax.data.batches import TrainData
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import write_array_record
+from blip_jax.data.source import BadRecord
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer
 from blip_jax.parallel import sharding
 from blip_jax.tasks.step import Keys
@@ -94,9 +94,7 @@ def settings(sources, **leaves):
 
 
 def run(cfg, tok, path, n, start=0, process=0, count=1):
-    data = pipeline.TrainData(
-        cfg, tok, pairs, process_index=process, process_count=count, skipped_path=path / "skipped.jsonl"
-    )
+    data = TrainData(cfg, tok, pairs, process_index=process, process_count=count, skipped_path=path / "skipped.jsonl")
     with data.batches(start) as it:
         return [next(it) for _ in range(n)], data
 
@@ -233,7 +231,7 @@ def test_captions_without_pictures(sources, tmp_path):
     for i in (1, 2, 3):
         reasons = []
         for read in (opened.captions_of, opened.__getitem__):
-            with pytest.raises(records.BadRecord) as e:
+            with pytest.raises(BadRecord) as e:
                 read(i)
             reasons.append((e.value.key, e.value.reason.split(":")[0]))
         assert reasons[0][0] == reasons[1][0] and reasons[0][1].startswith("malformed")

@@ -1,5 +1,6 @@
-"""VQA as a task: rows of questions and answers, the loss against the original's, readers of both layouts, a run
-from pre-training."""
+"""VQA as a task: rows of questions and answers, the loss against the original's, readers of both layouts, a run from
+pre-training.
+"""
 
 import collections
 import json
@@ -50,8 +51,10 @@ def golden():
         np.zeros((len(n), slots, io["answer_ids"].shape[1]), np.int32),
         np.zeros((len(n), slots, io["answer_ids"].shape[1]), bool),
     )
-    # rows that fill: [CLS] and one more, as of an empty text
-    ids[:, :, 0], mask[:, :, :2] = meta["tokens"]["cls"], True
+    ids[:, :, 0], mask[:, :, :2] = (
+        meta["tokens"]["cls"],
+        True,
+    )  # rows that fill: [CLS] and one more, as of an empty text
     ids[:, :, 1] = meta["tokens"]["sep"]
     weights, at = np.zeros((len(n), slots), np.float32), 0
     for b, answers in enumerate(n):
@@ -130,8 +133,11 @@ def test_a_row_has_each_answer_once_with_its_share(cfg):
     tokenizer = Tokenizer(cfg.text.vocab)
     row = vqa.example(asked(["a ring"] * 6 + ["star"] * 3 + ["A ring"]), np.random.default_rng(0), cfg, tokenizer)
     np.testing.assert_allclose(row["weights"], [0.6, 0.3, 0.1])
-    # strings as they were given
-    assert [tokenizer.decode(ids[1:]) for ids in row["answer_ids"]] == ["a ring", "star", "a ring"]
+    assert [tokenizer.decode(ids[1:]) for ids in row["answer_ids"]] == [
+        "a ring",
+        "star",
+        "a ring",
+    ]  # strings as they were given
     assert row["answer_mask"].shape == (3, 6) and row["ids"].shape == (12,) and row["notes"] == []
     np.testing.assert_array_equal(row["ids"], tokenizer.encode(["the ring, left"], 12)[0][0])
     one = vqa.example(asked(["ring"], "vg"), np.random.default_rng(0), cfg, tokenizer)
@@ -192,8 +198,9 @@ QUESTIONS = {1: "What is it?", 2: "Is it a ring?", 3: "Which color is it?", 4: "
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same four questions about two pictures in BLIP's layout and the official one, two of Visual Genome, and
-    a list of answers."""
+    """The same four questions about two pictures in BLIP's layout and the official one, two of Visual Genome, and a
+    list of answers.
+    """
     folder = tmp_path_factory.mktemp("vqa")
     name = lambda number: f"train2014/COCO_train2014_{number % 2:012d}.jpg"
     for path in [name(0), name(1), "image/5.jpg"]:

@@ -253,10 +253,11 @@ IGNORED = {  # family -> regexes of torch keys that are rightly left unread
     "augreg": (r"(head|pre_logits)/(kernel|bias)$",),  # likewise
     "bert": (
         _POSITION_IDS,
+        # MED has none of these
         r"bert\.embeddings\.token_type_embeddings\.weight$",
         r"bert\.pooler\.dense\.(weight|bias)$",
         r"cls\.seq_relationship\.(weight|bias)$",
-    ),  # MED has none of them
+    ),
 }
 _MOMENTUM_COPIES = ("the momentum encoder", r"\w+_m\..*")
 # family -> (what it is, regex of torch keys): complete, or not there at all, as in re-releases for inference

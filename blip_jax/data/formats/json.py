@@ -160,6 +160,7 @@ def _array_rows(f, path: str, bar) -> Iterator[int]:
 
     What is between two rows and no separator becomes a row too, so that it is reported and not lost.
     """
+    # buf: what has been read and not yet passed, which begins at offset `base` of the file; pos: how far it is read
     base, buf, pos, more = f.tell(), b"", 0, True
     while True:
         if more and len(buf) - pos < _BLOCK:
@@ -167,10 +168,13 @@ def _array_rows(f, path: str, bar) -> Iterator[int]:
             more = bool(block)
             base, buf, pos = base + pos, buf[pos:] + block, 0
             bar.update(len(block))
+
         if m := _NEXT_ROW.match(buf, pos):
             yield base + m.start(1)
             pos = m.end()
             continue
+
+        # no row begins here: the end of the array, or something that is no separator
         pos = _BETWEEN.match(buf, pos).end()
         if more and len(buf) - pos < _BLOCK:
             continue

@@ -86,7 +86,8 @@ def _content(name: str, path: str) -> tuple[list[Example | None], bool]:
     official = any(isinstance(row, dict) and "identifier" in row for row in rows)
     if not official and not any(isinstance(row, dict) and "images" in row for row in rows):
         raise ValueError(
-            f"data source {name!r}: {path} holds neither NLVR2's official rows (with `identifier`) nor BLIP's (with `images`)"
+            f"data source {name!r}: {path} holds neither NLVR2's official rows (with `identifier`) nor BLIP's "
+            "(with `images`)"
         )
     return [(_official if official else _of_blip)(row) for row in rows], official
 

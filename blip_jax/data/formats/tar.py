@@ -103,9 +103,12 @@ def _index(path: str) -> tuple[bytes, np.ndarray, np.ndarray]:
         while (member := _next(tar)) is not None:
             folder, base = posixpath.split(member.name)
             stem, _, ext = base.partition(".")
-            slot = "image" if ext.lower() in PICTURES else ext.lower() if ext.lower() in ("txt", "json") else None
-            if not (member.isreg() and stem and slot):
+            ext = ext.lower()
+            if not member.isreg() or not stem or ext not in (*PICTURES, "txt", "json"):
                 continue
+            slot = "image" if ext in PICTURES else ext
+
+            # a member that the newest sample of its name has already begins another sample of that name
             sample = posixpath.join(folder, stem)
             if sample not in latest or slot in latest[sample]:
                 seen[sample] += 1
@@ -114,6 +117,7 @@ def _index(path: str) -> tuple[bytes, np.ndarray, np.ndarray]:
                 rows.append(latest[sample])
             latest[sample][slot] = (member.offset_data, min(member.size, 2**32 - 1))
             latest[sample]["cut"] |= member.offset_data + member.size > size
+
         if read_at(path, tar.offset, BLOCK) != bytes(BLOCK):  # a tar ends with blocks of zeros
             log.warning("%s is cut or broken after %d samples: those before are used", path, len(rows))
             if rows and not ("image" in rows[-1] and ("txt" in rows[-1] or "json" in rows[-1])):

@@ -63,7 +63,8 @@ class Questions(Source):
             )
         if answered:
             raise ValueError(
-                f"data source {name!r}: {len(answered)} annotations are of questions that {', '.join(files)} do not ask, such as "
+                f"data source {name!r}: {len(answered)} annotations are of questions that {', '.join(files)} do "
+                "not ask, such as "
                 f"question {next(iter(answered))}: let path name the file of questions, too"
             )
 
@@ -96,7 +97,8 @@ class Questions(Source):
 
 def open(name: str, cfg) -> Questions:
     """Opens the files of a config.source. ValueError: they are neither BLIP's nor official, or do not belong
-    together."""
+    together.
+    """
     return Questions(name, cfg)
 
 
@@ -111,7 +113,8 @@ def _content(name: str, path: str):
     )
     if not official and not isinstance(content, list):
         raise ValueError(
-            f"data source {name!r}: {path} holds neither a list of questions in BLIP's form nor VQA's official questions or "
+            f"data source {name!r}: {path} holds neither a list of questions in BLIP's form nor VQA's official "
+            "questions or "
             "annotations"
         )
     return content

@@ -131,17 +131,16 @@ def _require_special(vocab: dict[str, int], path: pathlib.Path) -> None:
 def train_vocab(captions: Iterable[str], size: int, path: str | pathlib.Path) -> None:
     """Writes a vocab.txt of exactly `size` lines learnt from `captions`: BERT's WordPiece, uncased.
 
-    The same captions give the same file.
-
-    Of the characters, the ALPHABET most frequent ones count. Lines that the captions do not fill are [unused0],
-    [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the tokenizer then has size + 2 ids. ValueError: the
-    characters alone need more lines than `size`, or there is no text.
+    The same captions give the same file. Of the characters, the ALPHABET most frequent ones count. Lines that the
+    captions do not fill are [unused0], [unused1], ..., as in BERT's own file. With [DEC] and [ENC] the tokenizer then
+    has size + 2 ids. ValueError: the characters alone need more lines than `size`, or there is no text.
     """
     tok = _bert()
     words: collections.Counter = collections.Counter()
     for caption in captions:
         normal = tok.normalizer.normalize_str(plain_text(caption)[0])
         words.update(word for word, _ in tok.pre_tokenizer.pre_tokenize_str(normal))
+
     letters: collections.Counter = collections.Counter()
     for word, n in words.items():
         letters.update({c: n * word.count(c) for c in set(word)})
@@ -149,6 +148,7 @@ def train_vocab(captions: Iterable[str], size: int, path: str | pathlib.Path) ->
         raise ValueError("captions hold no text: nothing to learn a vocabulary from")
     kept = set(sorted(letters, key=lambda c: (-letters[c], c))[:ALPHABET])
     words = {w: n for w, n in words.items() if kept.issuperset(w)}
+
     # the trainer numbers pieces that continue a word in hash order, and breaks ties by number: number them beforehand
     pieces = sorted(kept) + sorted({f"##{c}" for w in words for c in w[1:]})
     least = len(SPECIAL) + len(pieces)

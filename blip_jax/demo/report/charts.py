@@ -187,12 +187,14 @@ def histogram(
             f"noise.hist: {len(edges)} edges for {len(true)} counts of true and {len(false)} of false texts; "
             "it needs one edge more than counts, and as many counts of either"
         )
+
     height = 320
     up, down = ([n / (sum(counts) or 1) for n in counts] for counts in (true, false))
     top = max([*up, *down, 1e-3]) * 1.12
     plot = Plot((edges[0], edges[-1]) if len(edges) > 1 else (0.0, 1.0), (-top, top), height)
     digits = 0 if top > 0.1 else 1
     body = [plot.frame("matching probability", "share of the texts", lambda v: f"{abs(v):.{digits}%}")]
+
     for kind, shares, sign in (("true", up, 1), ("false", down, -1)):
         for (a, b), share in zip(itertools.pairwise(edges), shares):
             if share:

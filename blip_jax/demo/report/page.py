@@ -8,8 +8,8 @@ import re
 from blip_jax.demo.report import sections, style
 from blip_jax.demo.report.markup import escape
 
-# what each part may hold, and what each of its rows must; a part that is not named here is plain text or (name, value)
-# pairs
+# what each part may hold, and what each of its rows must; a part that is not named here is plain text or pairs
+# (name, value)
 NOISE = {
     "before",
     "after",

@@ -6,7 +6,8 @@ A stack is a tree of arrays [L,...] (parameters, keys and values), or, as `apart
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
