@@ -21,8 +21,7 @@ from blip_jax.config import base, source  # noqa: E402
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
 
-
-# The files that take longest, the longest first: launch/test.sh gives a file to whichever worker is free, in this order.
+# The files that take longest, the longest first: a file goes to whichever worker is free, in this order.
 LONGEST = ("test_processes", "test_kill", "test_demo", "test_steps", "test_transformers", "test_capfilt_kill")
 LONGEST += ("test_train", "test_golden_blip", "test_capfilt", "test_pretrained", "test_plan", "test_caption_step")
 
