@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+import transformers  # whose classes take seconds to import, when they are first asked for
 
 from blip_jax.convert.apply import to_torch
 from blip_jax.convert.hf import to_hf
@@ -15,10 +15,10 @@ from blip_jax.convert.hf_config import model_json
 from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 
 
-def peer_config(model, *, eos: int, pad: int) -> BlipConfig:
+def peer_config(model, *, eos: int, pad: int) -> transformers.BlipConfig:
     """The sizes of our `cfg.model`, with the constants of the original where transformers' defaults differ (heads,
     eps)."""
-    return BlipConfig.from_dict(model_json("caption", model, sep=eos, pad=pad))
+    return transformers.BlipConfig.from_dict(model_json("caption", model, sep=eos, pad=pad))
 
 
 class Peer:
@@ -32,7 +32,7 @@ class Peer:
 
     def __init__(self, model, params: Mapping, dtype: str, *, eos: int, pad: int):
         tensors = to_torch("caption", {"params": params}, vocab_size=model.med.vocab_size)
-        self.net = BlipForConditionalGeneration(peer_config(model, eos=eos, pad=pad)).eval()
+        self.net = transformers.BlipForConditionalGeneration(peer_config(model, eos=eos, pad=pad)).eval()
         self.net.load_state_dict({to_hf(k): torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
         self.net = self.net.to(getattr(torch, dtype))
         self.eos, self.pad = eos, pad
@@ -91,7 +91,9 @@ class Matcher:
             torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         tensors = to_torch("itm", {"params": params}, vocab_size=model.med.vocab_size)
-        self.net = BlipForImageTextRetrieval(BlipConfig.from_dict(model_json("itm", model, sep=0, pad=0))).eval()
+        self.net = transformers.BlipForImageTextRetrieval(
+            transformers.BlipConfig.from_dict(model_json("itm", model, sep=0, pad=0))
+        ).eval()
         self.net.load_state_dict({to_hf(k): torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
         self.net, self.enc_id = self.net.to(self.device, getattr(torch, dtype)), model.med.vocab_size - 1
 

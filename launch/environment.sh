@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes .venv beside the project's files and installs the project into it, once per version
 # of setup.py. `install_project test` adds the extra "test"; what follows are further requirements of pip. Leaves $python, the
-# interpreter to use.
+# interpreter to use. `run_tests` ends the script with pytest: two processes share the work, file by file, the longest first.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 
@@ -36,4 +36,11 @@ install_project() {
     echo "== installing the project${extra:+ with [$extra]} and its dependencies into $root/.venv (about 1 GB, some minutes)"
     (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" "$@")
     echo "$wanted" > "$stamp"
+}
+
+run_tests() {
+    cd "$root" || exit
+    local command=(pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder "$@")
+    echo "== ${command[*]}"
+    exec "$python" -m "${command[@]}"
 }

@@ -21,6 +21,10 @@ from blip_jax.config import base, source  # noqa: E402
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
 
+# The files that take longest, the longest first: a file goes to whichever worker is free, in this order.
+LONGEST = ("test_processes", "test_kill", "test_demo", "test_steps", "test_transformers", "test_capfilt_kill")
+LONGEST += ("test_train", "test_golden_blip", "test_capfilt", "test_pretrained", "test_plan", "test_caption_step")
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -32,6 +36,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "released: expected numbers of the released checkpoints; needs --blip-checkpoints DIR"
     )
+    config.addinivalue_line("markers", "lab: scripts of benchmarks/; .ci/run has them, launch/test.sh leaves them out")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -42,6 +47,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("released"):
                 item.add_marker(left_out)
+    for item in items:
+        if item.path.parent.name == "lab":
+            item.add_marker("lab")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)

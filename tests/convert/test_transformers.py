@@ -27,15 +27,9 @@ from blip_jax.tasks import build
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[peers]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[peers]'")
-from transformers import (  # noqa: E402
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-)
-
 ATOL = 1e-4  # float32
-CLASSES = {"caption": BlipForConditionalGeneration, "itm": BlipForImageTextRetrieval, "vqa": BlipForQuestionAnswering}
+# by name: transformers imports a class, which takes seconds, when it is first asked for, here not before a test runs
+CLASSES = {"caption": "ConditionalGeneration", "itm": "ImageTextRetrieval", "vqa": "QuestionAnswering"}
 DEC, ENC, CLS, SEP, PAD = 118, 119, 2, 3, 0  # of the tiny vocabulary
 TEXT = dict(
     vocab_size=120,
@@ -61,10 +55,14 @@ VISION = dict(
 PROMPT = [DEC, 11, 12, 13]
 
 
+def class_of(family):
+    return getattr(transformers, f"BlipFor{CLASSES[family]}")
+
+
 def net(family, text=TEXT, vision=VISION, gain=1.5):
     """A class of transformers with weights that make texts of various lengths."""
-    model = CLASSES[family](
-        BlipConfig(text_config=dict(text), vision_config=dict(vision), image_text_hidden_size=16)
+    model = class_of(family)(
+        transformers.BlipConfig(text_config=dict(text), vision_config=dict(vision), image_text_hidden_size=16)
     ).eval()
     g = torch.Generator().manual_seed(2)
     for name, p in model.named_parameters():
@@ -293,7 +291,7 @@ def outputs(model, family, pixels):
 def test_transformers_loads_what_we_write_and_gives_the_same(saved, family, tmp_path):
     theirs, folder, ours = saved(family)
     hf.write(tmp_path / "back", ours.source)
-    back, info = CLASSES[family].from_pretrained(tmp_path / "back", output_loading_info=True)
+    back, info = class_of(family).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()), info
     _, _, pixels = pictures(3, ours.size)
     for a, b in zip(outputs(theirs, family, pixels), outputs(back.eval(), family, pixels)):
@@ -379,7 +377,7 @@ def test_text_heads_that_config_json_does_not_say_are_twelve(tmp_path, tiny_voca
         lambda c: c["text_config"].update(num_attention_heads=8),
     ):
         rewrite(folder, change)
-        wrong = BlipForConditionalGeneration.from_pretrained(folder).eval()
+        wrong = transformers.BlipForConditionalGeneration.from_pretrained(folder).eval()
         assert (
             wrong.config.text_config.num_attention_heads == 8 and (logits_of(wrong, pixels) - want).abs().max() > 0.01
         )
@@ -387,7 +385,7 @@ def test_text_heads_that_config_json_does_not_say_are_twelve(tmp_path, tiny_voca
         close(our_logits(ours, mine), want)
         assert "num_attention_heads is missing or 8, transformers' default: 12 taken" in " ".join(ours.source.notes)
     hf.write(tmp_path / "out", ours.source)
-    right = BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    right = transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     assert right.config.text_config.num_attention_heads == 12
     close(logits_of(right, pixels), want)
 
@@ -416,7 +414,7 @@ def test_vision_eps_is_the_one_of_training(saved, tmp_path, tiny_vocab):
     _, mine, pixels = pictures(2, VISION["image_size"])
     want = logits_of(trained, pixels)
     rewrite(folder, lambda c: c["vision_config"].pop("layer_norm_eps"))
-    default = BlipForConditionalGeneration.from_pretrained(folder).eval()
+    default = transformers.BlipForConditionalGeneration.from_pretrained(folder).eval()
     assert (
         default.config.vision_config.layer_norm_eps == 1e-5 and (logits_of(default, pixels) - want).abs().max() > 0.01
     )
@@ -424,13 +422,13 @@ def test_vision_eps_is_the_one_of_training(saved, tmp_path, tiny_vocab):
     close(our_logits(ours, mine), want)
     assert "vision_config.layer_norm_eps is 1e-05, transformers' default: 1e-06 taken" in " ".join(ours.source.notes)
     hf.write(tmp_path / "out", ours.source)
-    written = BlipConfig.from_pretrained(tmp_path / "out")
+    written = transformers.BlipConfig.from_pretrained(tmp_path / "out")
     assert (written.vision_config.layer_norm_eps, written.text_config.layer_norm_eps) == (1e-6, 1e-12)
-    close(logits_of(BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval(), pixels), want)
+    close(logits_of(transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval(), pixels), want)
 
 
 def test_defaults_of_missing_keys_are_transformers_own():
-    settings = BlipConfig()
+    settings = transformers.BlipConfig()
     for part, defaults in hf_config.DEFAULTS.items():
         theirs = getattr(settings, part) if part else settings
         assert {key: getattr(theirs, key) for key in defaults} == defaults
@@ -470,7 +468,8 @@ def test_two_lines_on_either_side_say_the_same(saved, tmp_path):
         hf.write(tmp_path / family, saved(family)[2].source)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "itm")
     theirs, ours = (
-        load(tmp_path / "itm") for load in (BlipForImageTextRetrieval.from_pretrained, blip_jax.from_pretrained)
+        load(tmp_path / "itm")
+        for load in (transformers.BlipForImageTextRetrieval.from_pretrained, blip_jax.from_pretrained)
     )
     given = processor(images=picture, text=said, return_tensors="pt")
     with torch.inference_mode():
@@ -479,7 +478,8 @@ def test_two_lines_on_either_side_say_the_same(saved, tmp_path):
     close([got["probability"], got["cosine"]], [float(itm.softmax(1)[0, 1]), float(itc[0, 0])])
 
     theirs, ours = (
-        load(tmp_path / "caption") for load in (BlipForConditionalGeneration.from_pretrained, blip_jax.from_pretrained)
+        load(tmp_path / "caption")
+        for load in (transformers.BlipForConditionalGeneration.from_pretrained, blip_jax.from_pretrained)
     )
     ids = theirs.generate(given["pixel_values"], num_beams=3, max_length=12, length_penalty=0.0, do_sample=False)
     got = ours.caption(picture, prompt="", min_length=0, max_length=12, length_penalty=0.0)[0]["caption"]
@@ -510,7 +510,7 @@ def full():
     (transformers' three classes, which share them; the same as ours).
     """
     with torch.device("meta"):
-        nets = {family: cls(BlipConfig(**BASE)).eval() for family, cls in CLASSES.items()}
+        nets = {family: class_of(family)(transformers.BlipConfig(**BASE)).eval() for family in CLASSES}
     g, tensors = torch.Generator().manual_seed(0), {}
     shapes = {name: p.shape for model in nets.values() for name, p in model.named_parameters()}
     for name, shape in shapes.items():

@@ -40,10 +40,8 @@ def test_parameter_counts_of_the_published_models(size, objective, trainable, to
     assert counts[0] == trainable and total in (None, counts[1])
 
 
-@pytest.mark.parametrize(
-    "size, objective",
-    [("base", "pretrain"), ("large", "pretrain"), ("base", "retrieval"), ("base", "caption"), ("large", "caption")],
-)
+# every objective, and both sizes of the ViT, which every objective counts by the same function
+@pytest.mark.parametrize("size, objective", [("base", "pretrain"), ("base", "retrieval"), ("large", "caption")])
 def test_traced_step_agrees_with_the_formula(size, objective):
     cfg, shapes, step = shapes_and_step(size, objective)
     batch = fullsize.random_batch(cfg, 0)

@@ -22,6 +22,7 @@ echo "$PWD: $*" >> "{log}"
 if [ "$2" = venv ]; then mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; fi
 if [ "$1" = --version ]; then echo "Python 3.11.0"; fi
 """
+PYTEST = "-m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder"
 
 
 @pytest.fixture
@@ -64,9 +65,7 @@ def test_installs_once_per_version_and_extra(project):
     assert installs(calls) == [] and "setup.py has not changed" in out and "venv" not in " ".join(calls)
 
     _, calls = launch(project, "launch/test.sh", "-k", "a and b")
-    assert (
-        installs(calls) == [".[test]"] and calls[-1] == f"{project}: -m pytest -q -rs -n 2 --dist worksteal -k a and b"
-    )
+    assert installs(calls) == [".[test]"] and calls[-1] == f"{project}: {PYTEST} -m not lab -k a and b"
     assert installs(launch(project, "launch/test.sh")[1]) == []
 
     (project / "setup.py").write_text("# two")
@@ -75,8 +74,8 @@ def test_installs_once_per_version_and_extra(project):
 
 def test_the_whole_check_installs_torch_and_transformers_and_the_users_tests_do_not(project):
     _, calls = launch(project, ".ci/run", "-x")
-    assert installs(calls) == [".[test,peers,tpu] torch==2.13.0 transformers==5.23.0", ".[test]"]
-    assert calls[-1] == f"{project}: -m pytest -q -rs -n 2 --dist worksteal -x"
+    assert installs(calls) == [".[test,peers,tpu] torch==2.13.0 transformers==5.23.0"]
+    assert calls[-1] == f"{project}: {PYTEST} -x"
     assert installs(launch(project, ".ci/run")[1]) == []
     script = project / ".ci" / "run"
     script.write_text(script.read_text().replace("torch==2.13.0", "torch==2.14.0"))  # another pin is another install

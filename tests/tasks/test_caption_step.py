@@ -1,15 +1,14 @@
 """Captioner fine-tuning: the loss word by word, what it trains, and runs that start from a pre-training checkpoint."""
 
 import functools
-import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from world.runs import begun, rows
 
 from blip_jax import checkpoint, config, tasks, trees
-from blip_jax.console import plain
 from blip_jax.tasks import caption
 from blip_jax.tasks.step import Keys
 from blip_jax.train import loop, start
@@ -126,14 +125,16 @@ def test_gradients_reach_the_vit_and_the_decoder_alone():
 # --- runs
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pretrained")
+
+
 @pytest.fixture
-def pretrained(tiny_cfg, tmp_path):
-    """Workdir with the first checkpoint of a pre-training run."""
+def pretrained(tiny_cfg, folder):
+    """Workdir with the first checkpoint of a pre-training run, made by the first test that needs it."""
     tiny_cfg.train.steps = 2
-    run = loop.prepare(tiny_cfg, tmp_path / "pretrained")
-    with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
-        checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, plain(run.cfg))
-    return run.workdir
+    return folder / "run" if (folder / "run").exists() else begun(tiny_cfg, folder / "run")
 
 
 def fine_tuning(tiny_cfg, objective, pretrained):
@@ -142,11 +143,6 @@ def fine_tuning(tiny_cfg, objective, pretrained):
     if objective == "caption":
         tiny_cfg.text.prompt, tiny_cfg.text.max_len = "a picture of ", 14
     return tiny_cfg
-
-
-def rows(workdir):
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.endswith(("examples_per_s", "waiting"))} for row in lines]
 
 
 def test_a_captioner_starts_from_pretraining_trains_and_resumes(tiny_cfg, pretrained, tmp_path, capsys):

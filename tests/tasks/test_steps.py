@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,12 +46,25 @@ def shaped(batch, accumulate):
     return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]) if accumulate > 1 else x, batch)
 
 
-def run(cfg, mesh_shape=(1, 1, 1)):
+STATES = {}  # config -> the state that one device makes of it
+
+
+def created(cfg):
+    """The state that one device makes of a config; several runs start from it, so it is made once."""
+    key = cfg.to_json()
+    if key not in STATES:
+        create = functools.partial(train_state.create, cfg, tasks.build(cfg), optim.make(cfg, 5)[0])
+        STATES[key] = jax.jit(create)(jax.random.key(0))
+    return jax.tree.map(jnp.copy, STATES[key])  # a step takes its buffers
+
+
+def run(cfg, mesh_shape=(1, 1, 1), see_negatives=False):
     """One step's metrics, drawn negatives, state after it and gradients (from Adam's first moment), all gathered.
 
-    It starts from a state that one device made.
+    It starts from a state that one device made. A step whose negatives are seen calls Python, so it is not kept in the
+    compile cache.
     """
-    devices = jax.devices()[: int(np.prod(mesh_shape))]
+    devices, state = jax.devices()[: int(np.prod(mesh_shape))], created(cfg)
     with cfg.unlocked():
         cfg.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape)))
     mesh, model = sharding.make_mesh(cfg.mesh, devices), tasks.build(cfg)
@@ -61,15 +75,15 @@ def run(cfg, mesh_shape=(1, 1, 1)):
         jax.debug.callback(lambda r: drawn.append(np.asarray(r)), rows)
         return rows
 
-    drawn, create = [], functools.partial(train_state.create, cfg, model, tx)
-    state = jax.jit(create)(jax.random.key(0))
+    drawn = []
     with jax.set_mesh(mesh):
-        where = sharding.shardings_for(jax.eval_shape(create, jax.random.key(0)), mesh)
+        where = sharding.shardings_for(jax.eval_shape(lambda: state), mesh)
         state = jax.device_put(state, where)
         batch = jax.device_put(
             shaped(make_batch(), cfg.optim.accumulate), sharding.batch_sharding(mesh, cfg.optim.accumulate)
         )
-        step = jax.jit(make_step(cfg, model, tx, 5, draw=draw), donate_argnums=0, out_shardings=(where, None))
+        drawing = {"draw": draw} if see_negatives else {}
+        step = jax.jit(make_step(cfg, model, tx, 5, **drawing), donate_argnums=0, out_shardings=(where, None))
         state, metrics = step(state, batch)
         jax.effects_barrier()
     grads = jax.tree.map(lambda m: np.asarray(m) / (1 - cfg.optim.b1), state.opt[0].mu)
@@ -91,14 +105,15 @@ def assert_same(a, b, tol=1e-5):
 @pytest.fixture(scope="module")
 def alone():
     """One device, with and without momentum and queue."""
-    return {True: run(tiny()), False: run(tiny(**{"loss.momentum": False, "loss.queue": 0}))}
+    without = {"loss.momentum": False, "loss.queue": 0}
+    return {True: run(tiny(), see_negatives=True), False: run(tiny(**without), see_negatives=True)}
 
 
-@pytest.mark.parametrize("queue", [True, False])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+# each axis and all three together, with and without the queue, but not every pair of them: a step compiles for seconds
+@pytest.mark.parametrize("shape, queue", [((8, 1, 1), True), ((1, 8, 1), False), ((2, 2, 2), True)])
 def test_mesh_changes_nothing_dropout_on(alone, shape, queue):
     cfg = tiny() if queue else tiny(**{"loss.momentum": False, "loss.queue": 0})
-    other = run(cfg, shape)
+    other = run(cfg, shape, see_negatives=True)
     assert alone[queue][1] == other[1] and len(other[1]) == 2  # the same negative images and texts
     assert_same(alone[queue], other)
 
@@ -107,7 +122,7 @@ def test_a_mesh_makes_the_state_that_one_device_makes():
     cfg = tiny(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     create = functools.partial(train_state.create, cfg, tasks.build(cfg), optim.make(cfg, 5)[0])
     where = sharding.shardings_for(jax.eval_shape(create, jax.random.key(0)), sharding.make_mesh(cfg.mesh))
-    alone, split = (jax.jit(create, out_shardings=out)(jax.random.key(0)) for out in (None, where))
+    alone, split = created(tiny()), jax.jit(create, out_shardings=where)(jax.random.key(0))
     for (path, a), b in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(split), strict=True):
         a, b = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=str(path))
@@ -137,7 +152,7 @@ CAPTION = {"objective": "caption"}
 
 
 def test_caption_step_on_a_mesh():
-    alone = run(tiny(**CAPTION))
+    alone = run(tiny(**CAPTION), see_negatives=True)
     assert set(alone[0]) == {"loss", "loss_lm", "grad_norm"} and not alone[1]
     assert_same(alone, run(tiny(**CAPTION), (2, 2, 2)))
 
@@ -158,9 +173,7 @@ def test_bfloat16_compute_keeps_float32_state_and_nearly_the_same_losses(alone):
 
 def test_frozen_parts_stay_and_have_no_optimiser_state(alone):
     cfg = tiny(**{"optim.freeze": ("vit/.*", "temp")})
-    start = jax.jit(lambda key: train_state.create(cfg, tasks.build(cfg), optim.make(cfg, 5)[0], key))(
-        jax.random.key(0)
-    )
+    start = created(cfg)
     metrics, _, state, grads = run(cfg)
     assert "vit" not in state.params and "vit" not in grads and set(state.frozen) == {"vit", "temp"}
     for a, b in zip(jax.tree.leaves(start.frozen), jax.tree.leaves(state.frozen)):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from world.pictures import encode, noise
+from world.runs import begun, leaves, rows
 
 from blip_jax import checkpoint, config, tasks, trees
 from blip_jax.convert.apply import from_torch, to_torch
@@ -23,7 +24,7 @@ from blip_jax.data.source import BadRecord
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.tasks import vqa
 from blip_jax.tasks.step import Keys, accumulated
-from blip_jax.train import loop, start
+from blip_jax.train import loop
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip" / "vqa"
 SLOTS = 5  # rows of answers for a question, more than any golden question has
@@ -283,21 +284,7 @@ def test_files_that_do_not_belong(files, tmp_path):
 def pretrained(tiny_cfg, tmp_path):
     """Workdir with the first checkpoint of a pre-training run, of a narrow ViT as wide as the texts."""
     tiny_cfg.model.vit.update(width=32, mlp=64)
-    run = loop.prepare(tiny_cfg, tmp_path / "pretrained")
-    with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
-        checkpoint.save(
-            manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, json.loads(tiny_cfg.to_json())
-        )
-    return run.workdir
-
-
-def leaves_of(workdir):
-    return {path: x.tobytes() for path, x in trees.paths(checkpoint.load_params(workdir))}
-
-
-def rows_of(workdir):
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.endswith(("examples_per_s", "waiting"))} for row in rows]
+    return begun(tiny_cfg, tmp_path / "pretrained")
 
 
 def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(pretrained, tiny_cfg, files, tmp_path, capsys):
@@ -337,9 +324,7 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(pretrained, tiny
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
-    assert leaves_of(tmp_path / "cut") == leaves_of(tmp_path / "run") and rows_of(tmp_path / "cut") == rows_of(
-        tmp_path / "run"
-    )
+    assert leaves(tmp_path / "cut") == leaves(tmp_path / "run") and rows(tmp_path / "cut") == rows(tmp_path / "run")
 
     ranked = loop.evaluate(cfg, tmp_path / "run")
     assert {k: v for k, v in ranked.items() if k != "predictions"} == out["eval"]

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 
-from world.runs import rows, write_config
+from world.runs import leaves, rows, write_config
 
-from blip_jax import checkpoint, trees
+from blip_jax import checkpoint
 
 # imports once, then forks one training process per line of standard input: "<workdir> <log file>"; answers with its id
 SERVER = """
@@ -81,10 +81,6 @@ class Trainer:
     def close(self):
         self.server.stdin.close()
         assert self.server.wait(60) == 0
-
-
-def leaves(workdir) -> dict[str, bytes]:
-    return {path: x.tobytes() for path, x in trees.paths(checkpoint.load_params(workdir))}
 
 
 def test_kill_at_20_moments_and_sigterm(tiny_cfg, tmp_path):

@@ -1,9 +1,15 @@
-"""Runs in folders, for the tests that start them as commands: their config files and their logs."""
+"""Runs in folders: how one begins, its config file, its log and its parameters."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+
+import jax
+
+from blip_jax import checkpoint, trees
+from blip_jax.console import plain
+from blip_jax.train import loop, start
 
 CONFIG = """
 import json
@@ -26,3 +32,16 @@ def rows(workdir) -> list[dict]:
     """Rows of metrics.jsonl without timings."""
     found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in row.items() if not k.endswith(("examples_per_s", "waiting"))} for row in found]
+
+
+def leaves(workdir) -> dict[str, bytes]:
+    """The bytes of every parameter of the newest checkpoint."""
+    return {path: x.tobytes() for path, x in trees.paths(checkpoint.load_params(workdir))}
+
+
+def begun(cfg, workdir: pathlib.Path) -> pathlib.Path:
+    """`workdir` with the first checkpoint of a run of `cfg` whose parameters are still the random ones."""
+    run = loop.prepare(cfg, workdir)
+    with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
+        checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, plain(run.cfg))
+    return run.workdir
