@@ -1,15 +1,16 @@
-"""What is trained and how it is scored: one module per task, named by `config.objective`, of plain functions with fixed
-names.
+"""What is trained and how it is scored: one module per task, named by `config.objective`, of plain functions.
+
+Every task has
 
   check(cfg, tokenizer=None)            problems of the config, each with its remedy; tokenizer: once it is read
   build(cfg)                            the model
-  example(record, rng, cfg, tokenizer)  one row of a batch, numpy: arrays, pictures as bytes, which the pipeline decodes
-                                        and augments under the same name, and "notes", what is irregular about the
-                                        record though it is used. BadRecord: it cannot be used
+  example(record, rng, cfg, tokenizer)  one row of a batch, numpy: pictures as bytes, which the pipeline decodes and
+                                        augments under the same name, arrays, and "notes", what is irregular about the
+                                        record though it is used. BadRecord where the record cannot be used
   shapes(cfg)                           {name: (shape, dtype)} of a global batch
   loss(model, cfg, params, extra, batch, keys)
-                                        of one micro-batch: f32[], (metrics, found); pictures arrive normalised;
-                                        keys: `step.Keys`
+                                        of one micro-batch: f32[], (metrics, found); pictures arrive normalised; keys:
+                                        `step.Keys`
   flops(cfg, T=None)                    {part: FLOPs of one example, ..., "step": of the training step}; T: text
                                         positions
 
@@ -21,12 +22,11 @@ one with settings of its own
 
   leaves()                              them, with their defaults: a config of this objective has c.task = leaves()
 
-one that carries more than parameters from step to step has these three (`step.make_step` says when each is called)
+one that carries more than parameters from step to step (`step.make_step` says when each is called)
 
   extra(cfg, params, key)               what it carries at the start: a tree of arrays, or None
   before(cfg, state, epoch_steps)       (trained parameters, extra) that the losses of this step see, of a TrainState
-  after(cfg, extra, found)              what it carries on; found: what the losses returned, of all micro-batches in
-                                        one
+  after(cfg, extra, found)              what it carries on; found: what the losses returned, of all micro-batches in one
 
 one that can be evaluated
 

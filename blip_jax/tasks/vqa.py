@@ -34,13 +34,11 @@ START = Start(lambda path: path.replace("med_dec/", "med/"), misfit="med_dec/.*/
 def leaves() -> ConfigDict:
     """c.task of this objective."""
     c = ConfigDict()
-    c.answers = (
-        10  # rows of the decoder for each question; of more different answers the rarest are left out, and noted
-    )
+    # rows of the decoder for each question; of more different answers the rarest are left out, and noted
+    c.answers = 10
     c.answer_len = 16  # positions of an answer with [DEC] and [SEP]; longer ones are cut, and noted
-    c.vg_weight = (
-        0.2  # of the one answer of a question from Visual Genome; the ten people's answers of VQA weigh 1 together
-    )
+    # of the one answer of a question from Visual Genome; the ten people's answers of VQA weigh 1 together
+    c.vg_weight = 0.2
     c.method = "rank"  # how evaluation answers: rank (the best of a list) | generate (beam search)
     c.answer_list = ""  # rank: JSON list of the candidates
     c.k = 128  # rank: candidates with the likeliest first token, which are scored in full
@@ -166,12 +164,9 @@ def flops(cfg, T: int | None = None) -> dict[str, float]:
     """FLOPs of a training step per question with its rows of answers; those that only fill count, as they are
     computed.
     """
-    model, T, (A, Ta) = (
-        cfg.model,
-        T or cfg.text.max_len,
-        (cfg.task.answers, cfg.task.answer_len - 1),
-    )  # the last position predicts nothing
-    med = model.med
+    model, med = cfg.model, cfg.model.med
+    T, A = T or cfg.text.max_len, cfg.task.answers
+    Ta = cfg.task.answer_len - 1  # the last position predicts nothing
     return counts.trained(
         cfg,
         {
