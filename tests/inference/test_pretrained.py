@@ -130,8 +130,8 @@ def test_generated_answers_are_the_model_s_own_whatever_the_padding(models):
                 return model.model.apply({"params": model.params}, tokens_, at, cache, kv, method="extend")
 
             start = jnp.full((1, 1), model.tokenizer.dec, jnp.int32)
-            logits, cache = extend(start, 0, model.model.empty_cache(1, 6))
-            cache = jax.tree.map(lambda x: x.repeat(3, axis=0), cache)
+            logits, cache = extend(start, jnp.int32(0), model.model.empty_cache(1, 6))
+            cache = jax.tree.map(lambda x: x.repeat(3, axis=1), cache)
             return beam.search(extend, logits, cache, start, how, 1, eos=model.tokenizer.sep, pad=model.tokenizer.pad)
 
         ids, log_prob, _ = jax.jit(search)(kv)
