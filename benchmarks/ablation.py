@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 
+from blip_jax import config
 from blip_jax.bench import throughput, train
 from blip_jax.parallel import sharding
 
@@ -53,7 +54,7 @@ AGAIN = Row("the step", "the same program, measured again")
 def rows(settings: Settings) -> list[Row]:
     """The base, then every lever."""
     other = "bfloat16" if settings.dtype == "float32" else "float32"
-    padded = train.TEXT["pretrain"]
+    padded = config.base().text.max_len
     return [
         BASE,
         AGAIN,

@@ -176,7 +176,7 @@ def encode_image(model) -> float:
 
 
 def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
-    """FLOPs of n captions of one image (blip_jax/capfilt/caption.py), each of `tokens` tokens after `prompt` positions.
+    """FLOPs of n captions of one image (`inference.programs.captioner`), each of `tokens` tokens after `prompt` positions.
 
     The ViT, keys and values and the prompt are one pass for all n (beams count as texts); the prompt gives the first
     token, and every further one reads a cache as long as the whole text.
@@ -187,7 +187,7 @@ def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
 
 
 def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = False) -> float:
-    """FLOPs of scoring `texts` texts of T positions against one image (blip_jax/capfilt/filter.py): matching and
+    """FLOPs of scoring `texts` texts of T positions against one image (`inference.programs.score`): matching and
     cosine.
 
     itc False: matching alone; original: matching as the published code, with every position of the last layer.
@@ -199,7 +199,7 @@ def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = F
 
 
 def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
-    """FLOPs of a retrieval evaluation (blip_jax/eval/retrieval.py): {"encode", "rerank", "total"}.
+    """FLOPs of a retrieval evaluation (blip_jax/tasks/two_stage.py): {"encode", "rerank", "total"}.
 
     Each image re-ranks its eval.k texts and each text its eval.k images; counted as if no pair were in both shortlists
     (at most), in passes of eval.rerank_texts texts an image, all full, each with its own keys and values.

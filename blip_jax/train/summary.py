@@ -18,7 +18,7 @@ from blip_jax.parallel import compiler, sharding
 
 
 def describe(run, newest: int | None) -> None:
-    """Says all of it about a `train.Run`, new (`newest` None) or at checkpoint `newest`, and saves the config."""
+    """Says all of it about a `loop.Run`, new (`newest` None) or at checkpoint `newest`, and saves the config."""
     cfg, devices = run.cfg, jax.devices()
     say(
         f"blip_jax {__version__}, revision {revision()}, python {sys.version.split()[0]}, jax {jax.__version__}, "

@@ -1,4 +1,4 @@
-"""Expected numbers of the released checkpoints, for whoever has them: pytest tests/test_released.py -m released
+"""Expected numbers of the released checkpoints, for whoever has them: pytest tests/models/test_released.py -m released
 --blip-checkpoints DIR
 
 DIR holds, each optional, else its tests are skipped and say so:

@@ -29,7 +29,7 @@ def _layer(kind, *args, embed: int = 0, **kwargs):
 
 def _product(x, kernel, dimension_numbers, precision=None, *, embed: int):
     """`dot_general` with a kernel of which fsdp may split dimension `embed`; then both are made matrices (see
-    `sharding.summed_in_parts`)."""
+    `collectives.summed_in_parts`)."""
     if not sharding.splits("embed"):
         return dot_general(x, kernel, dimension_numbers, precision)
     (taken, of_kernel), _ = dimension_numbers
