@@ -19,13 +19,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
-from blip_jax import trees
-
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 SLICE = 2**14  # bytes from which a part of an array is written by a device of its own, of those that have copies
 WRITERS = 64  # devices that share the writing of one array, at most
-UNSTACKED = re.compile(r"'med(_dec)?', 'layer_\d\d'")  # in the tree of a state that orbax keeps beside it
+# in the tree of a state that orbax keeps beside it: text layers that are no stack, frozen parameters
+OLD = re.compile(r"'med(_dec)?', 'layer_\d\d'|'frozen', '")
 
 
 def vocabulary(workdir, like="") -> pathlib.Path | None:
@@ -88,7 +87,7 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
     if newest is not None and lost[newest]:
         raise ValueError(_incomplete(found[newest], lost[newest], newest_complete(workdir)))
     if newest is not None:
-        _refuse_unstacked(found[newest])
+        _refuse_old(found[newest])
     notes = [
         f"warning: {found[step]} is incomplete and of no use: {_named(names)} missing"
         for step, names in lost.items()
@@ -238,9 +237,12 @@ def saved_config(manager: ocp.CheckpointManager, step: int) -> dict:
     return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
 
-def check_same(manager: ocp.CheckpointManager, step: int, shapes) -> None:
-    """ValueError listing the leaves in which checkpoint `step` differs from the state that `shapes` describes."""
-    found = _leaf_shapes(manager.item_metadata(step)["state"].tree)
+def check_same(manager: ocp.CheckpointManager, step: int, shapes, elsewhere: dict[str, tuple] | None = None) -> None:
+    """ValueError listing the leaves in which checkpoint `step` differs from the state that `shapes` describes.
+
+    elsewhere: path -> shape of leaves of the state that the checkpoint does not hold but refers to.
+    """
+    found = _leaf_shapes(manager.item_metadata(step)["state"].tree) | (elsewhere or {})
     expected = _leaf_shapes(jax.tree.map(_storage_shape, shapes))
     lines = []
     for path in sorted(found.keys() | expected.keys(), key=lambda p: (not p.startswith("params"), p)):
@@ -265,12 +267,13 @@ def check_same(manager: ocp.CheckpointManager, step: int, shapes) -> None:
 
 
 def load_params(path) -> dict:
-    """Parameters, trained and frozen together, as a nested dict of numpy arrays, whatever mesh wrote them.
+    """Parameters that a checkpoint holds, as a nested dict of numpy arrays, whatever mesh wrote them.
+
+    Frozen ones are not among them: `convert.read.read` gives all.
 
     `path`: a workdir (its newest checkpoint), or one checkpoint folder. ValueError: no complete checkpoint there.
     """
-    got = _load(path, "params", "frozen")
-    return trees.merge(got["params"] or {}, got["frozen"] or {})
+    return _load(path, "params")["params"] or {}
 
 
 def load_extra(path) -> dict | None:
@@ -305,7 +308,8 @@ def load_config(path) -> dict:
 
 
 def load_data(path) -> dict:
-    """What a checkpoint holds beside state and settings; one that was converted says so under "converted"."""
+    """What a checkpoint holds beside state and settings; one that was converted says so under "converted", one that has
+    frozen parameters refers to them under "frozen"."""
     return _load_json(path, "data")
 
 
@@ -318,7 +322,7 @@ def newest(path) -> pathlib.Path:
     """The newest complete checkpoint folder of a workdir, or `path` itself if it is one. ValueError: there is none."""
     path = pathlib.Path(path).absolute()
     if (path / "state").is_dir():
-        return _refuse_unstacked(path)
+        return _refuse_old(path)
     for folder in (path / SUBDIR, path):
         steps = sorted(
             (p for p in folder.glob("*") if p.name.isdigit() and any((p / name).is_dir() for name in ITEMS)),
@@ -329,26 +333,26 @@ def newest(path) -> pathlib.Path:
                 raise ValueError(
                     _incomplete(steps[-1], lost, newest_complete(folder.parent) if folder.name == SUBDIR else None)
                 )
-            return _refuse_unstacked(steps[-1])
+            return _refuse_old(steps[-1])
     raise ValueError(
         f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
         f"folders in its {SUBDIR}/"
     )
 
 
-def _refuse_unstacked(folder: pathlib.Path) -> pathlib.Path:
+def _refuse_old(folder: pathlib.Path) -> pathlib.Path:
     """The folder of a checkpoint.
 
-    ValueError: its text layers are med/layer_00, med/layer_01, ..., as they were before they were stacked.
+    ValueError: its text layers are med/layer_00, med/layer_01, ..., as they were before they were stacked, or it holds
+    frozen parameters, as before they were referred to.
     """
     tree = folder / "state" / "_METADATA"
-    if tree.is_file() and UNSTACKED.search(tree.read_text(encoding="utf-8")):
+    if tree.is_file() and OLD.search(tree.read_text(encoding="utf-8")):
         raise ValueError(
-            f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked: let that "
-            f"version "
-            f"write it as a PyTorch file (`blip-jax convert {folder} OUT.pth --to=official`) and give OUT.pth to this "
-            f"one's "
-            "`blip-jax convert`, or start anew in another workdir"
+            f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked and whose "
+            "frozen parameters were in the checkpoint: let that version write it as a PyTorch file (`blip-jax convert "
+            f"{folder} OUT.pth --to=official`) and give OUT.pth to this one's `blip-jax convert`, or start anew in "
+            "another workdir"
         )
     return folder
 

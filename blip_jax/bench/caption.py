@@ -22,7 +22,6 @@ from blip_jax.inference import programs
 from blip_jax.inference.programs import encode_pixels
 from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded
-from blip_jax.train import state as train_state
 
 EOS, PAD = 3, 0  # where a vocabulary of this project has them; EOS is never drawn
 
@@ -57,7 +56,7 @@ class Ours:
         self.config, self.model = cfg.model, tasks.build(cfg)
         # as long as "[DEC] a picture of"; the weights are random, so any ids do
         self.prompt = [self.model.dec_id, 5, 6, 7]
-        params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
+        params = jax.jit(lambda: initial.init_params(cfg, self.model, jax.random.key(0)))()
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
         self.params = initial.magnified(params, gain)
         self.weights = rounded(self.params, dtype)

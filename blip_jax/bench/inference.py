@@ -18,7 +18,6 @@ from blip_jax.inference import programs
 from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded
 from blip_jax.parallel import sharding
-from blip_jax.train import state as train_state
 
 
 class Settings(NamedTuple):
@@ -47,7 +46,7 @@ class Ours:
         cfg.objective = "retrieval"
         cfg.model.update(img_size=img_size, dtype=dtype)
         self.settings, self.config, self.model = settings, cfg.model, tasks.build(cfg)
-        params = jax.jit(lambda: train_state.init_params(cfg, self.model, jax.random.key(0)))()
+        params = jax.jit(lambda: initial.init_params(cfg, self.model, jax.random.key(0)))()
         gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
         self.params = initial.magnified(params, gain)
         self.weights = rounded(self.params, dtype)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from blip_jax import checkpoint, config, trees
-from blip_jax.convert import apply, hub, torch_io
+from blip_jax.convert import apply, hub, origins, torch_io
 from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
@@ -82,11 +83,64 @@ def read(
       other tokens.
     """
     path = locate(path)
-    heads = {"vit_heads": vit_heads, "med_heads": med_heads}
+    source = _open(path, family, {"vit_heads": vit_heads, "med_heads": med_heads}, momentum)
+    if img_size and "vit" in source.state["params"]:
+        _resize(source, img_size)
+    return source._replace(vocab=_vocabulary(source, vocab, str(path)))
+
+
+def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> dict:
+    """The frozen parameters of a checkpoint folder of ours, nested NumPy f32, from their origin; {} where it has none.
+
+    Args:
+      moved: where the origins lie now, if not where the checkpoint says.
+      via: checkpoint folders whose frozen parameters led here.
+    ValueError: an origin is missing, cannot be read, or holds other numbers than it did; checkpoints that refer to each
+      other in a circle.
+    """
+    reference = checkpoint.load_data(folder).get("frozen")
+    if not reference:
+        return {}
+    if folder in via:
+        raise ValueError(
+            "checkpoints refer to each other for their frozen parameters in a circle: "
+            + " -> ".join(map(str, (*via[via.index(folder) :], folder)))
+        )
+    cfg, leaves = _settings(folder), reference["leaves"]
+    places = list(moved) or [origins.place(origin, folder.parent.parent) for origin in reference["origins"]]
+    names = " + ".join(places) or f"the random numbers of seed {reference['random']['seed']}"
+    try:
+        sources = [(place, _open_origin(place, cfg, (*via, folder))) for place in places]
+        params = origins.restored(reference, cfg, sources, names)
+    except ValueError as e:
+        raise ValueError(
+            f"checkpoint {folder}: its frozen parameters ({origins.summary(leaves)}) cannot be restored from {names}: "
+            f"{e}; {origins.REMEDY}"
+        ) from None
+    found = origins.described(params, leaves)
+    if lines := origins.differences(leaves, found):
+        raise ValueError(
+            f"checkpoint {folder}: its frozen parameters came from {names}, which holds others now: expected "
+            f"{origins.summary(leaves)}, found {origins.summary(found)}; they differ in\n  "
+            + "\n  ".join(lines)
+            + f"\n{origins.REMEDY}"
+        )
+    return params
+
+
+def _open_origin(place: str, cfg, via: tuple) -> Source:
+    path, heads = locate(place), {"vit_heads": 0, "med_heads": 0}
+    if path.is_file():
+        heads = {"vit_heads": cfg.model.vit.heads, "med_heads": cfg.model.med.heads}
+    return _open(path, "", heads, False, via)
+
+
+def _open(path: pathlib.Path, family: str, heads: Mapping, momentum: bool, via: tuple = ()) -> Source:
+    """What `locate` found, its vocabulary not looked at. The other arguments are those of `read` and `frozen`."""
     if family and family not in FAMILIES:
         raise ValueError(f"family is {family!r}: choose one of {', '.join(FAMILIES)}")
     if _is_ours(path):
-        source = _read_ours(path, heads, momentum)
+        source = _read_ours(path, heads, momentum, via)
     elif path.is_dir():
         source = _read_folder(path, heads)
     else:
@@ -94,9 +148,7 @@ def read(
     found, source = source.family, narrow(source, family or source.family, str(path))
     if not _is_ours(path) or source.family != found:
         _settle(source)
-    if img_size and "vit" in source.state["params"]:
-        _resize(source, img_size)
-    return source._replace(vocab=_vocabulary(source, vocab, str(path)))
+    return source
 
 
 def find_family(names) -> str:
@@ -134,30 +186,36 @@ def _is_ours(path: pathlib.Path) -> bool:
     return any((path / name).is_dir() for name in (checkpoint.SUBDIR, "state")) or any(path.glob("[0-9]*/state"))
 
 
-def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool) -> Source:
+def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: tuple) -> Source:
     if any(heads.values()):
         raise ValueError(
             f"{folder} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and --med_heads"
         )
-    saved, converted = checkpoint.load_config(folder), checkpoint.load_data(folder).get("converted", {})
+    cfg, converted = _settings(folder), checkpoint.load_data(folder).get("converted", {})
+    params = frozen(folder, via=via)  # first: an origin that is missing is found before anything large is read
     state, momentum = (
-        {"params": checkpoint.load_params(folder)},
+        {"params": trees.merge(checkpoint.load_params(folder), params)},
         checkpoint.load_extra(folder) if with_momentum else None,
     )
     if momentum:
         state["momentum"] = {name: part for name, part in momentum.items() if part}
-    c = config.base()
-    with c.unlocked():
-        c.objective = saved["objective"]
-        c.update({"model": saved["model"], "text": saved["text"]})
     return Source(
-        converted.get("family", saved["objective"]),
+        converted.get("family", cfg.objective),
         state,
-        c,
+        cfg,
         checkpoint.vocabulary(folder.parent.parent),
         [],
         tuple(converted.get("absent", ())),
     )
+
+
+def _settings(folder: pathlib.Path) -> ConfigDict:
+    """`config.base()` with objective, model and texts of a checkpoint of ours."""
+    saved, c = checkpoint.load_config(folder), config.base()
+    with c.unlocked():
+        c.objective = saved["objective"]
+        c.update({"model": saved["model"], "text": saved["text"]})
+    return c
 
 
 def _read_folder(path: pathlib.Path, heads: Mapping) -> Source:

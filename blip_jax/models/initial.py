@@ -63,6 +63,19 @@ def parameters(shapes: dict, key, *, std: float, pos_std: float) -> dict:
     return trees.nest((path, out[path]) for path in flat)
 
 
+def init_params(cfg, model, key) -> dict:
+    """Random parameters of `model` as nested dict; pure (use under jax.jit with out_shardings, or jax.eval_shape)."""
+    size, T = cfg.model.img_size, min(8, cfg.text.max_len)
+    img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)  # only their shapes count
+    shapes = jax.eval_shape(lambda: model.init(key, img, ids, jnp.ones((1, T), bool))["params"])
+    return parameters(shapes, key, std=cfg.model.init_std, pos_std=cfg.model.vit.pos_std)
+
+
+def of_run(cfg, model, key) -> dict:
+    """The random parameters of the run whose root key is jax.random.key(cfg.seed); pure, as `init_params`."""
+    return init_params(cfg, model, jax.random.split(key, 3)[0])
+
+
 def _draws(keys, shape: tuple, uniform: bool, dims: tuple):
     """f32[G,*shape]: numbers from U(-1, 1) or N(0, 1), each of G keys' its own; the first n of a key's are the
     same for every length."""

@@ -19,7 +19,7 @@ from blip_jax import config, tasks, trees
 from blip_jax.capfilt import settings
 from blip_jax.inference import programs
 from blip_jax.inference.batching import alone
-from blip_jax.models import flops
+from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
@@ -147,7 +147,7 @@ def evaluate(cfg, mesh) -> list[Program]:
         )
     B = -(-cfg.eval.batch // rows) * rows
     G, T = cfg.eval.rerank_texts, cfg.text.max_len
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
     params, place = _placed(shapes, sharding.shardings_for(shapes, mesh)), sharding.batch_sharding(mesh)
 
     def array(dtype, *shape):
@@ -277,7 +277,7 @@ def _rounded(cfg, mesh, dtype: str):
     Matrices are in the dtype of the computation.
     """
     model = _model(cfg, dtype)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
     places = dict(trees.paths(sharding.shardings_for(shapes, mesh)))
     return trees.nest(
         (path, jax.ShapeDtypeStruct(x.shape, model.dtype if rounds(path) else x.dtype, sharding=places[path]))

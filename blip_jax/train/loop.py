@@ -29,6 +29,7 @@ from blip_jax.data.batches import TrainData
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
 from blip_jax.inference.load import Loaded, read_for
+from blip_jax.models import initial
 from blip_jax.parallel import processes, sharding
 from blip_jax.parallel.interrupt import Interrupt
 from blip_jax.tasks import step as steps
@@ -71,6 +72,7 @@ class At(NamedTuple):
     crc: int  # this process's part of the checksum of the examples seen
     sums: dict | None  # running sums of the log interval; None: empty
     evaluated: frozenset[int]  # steps with an evaluation row
+    frozen: dict | None  # how checkpoints refer to the frozen parameters, which they do not hold
 
 
 def fit(cfg, workdir) -> dict:
@@ -88,13 +90,21 @@ def fit(cfg, workdir) -> dict:
         stack.enter_context(jax.set_mesh(run.mesh))
         newest = _newest(run.workdir)
         manager = stack.enter_context(checkpoint.open_dir(run.workdir, cfg.train.keep))
-        loaded = start.load(run) if newest is None else check_resume(manager, newest, run)
+        if newest is None:
+            found = start.located(run)
+            loaded = start.load(run, found)
+        else:
+            check_resume(manager, newest, run)
+            frozen = start.load_frozen(run, newest)
         describe(run, newest)
         if newest is None:
-            state, at = start.create(run, loaded), At(0, 0, None, frozenset())
+            state = start.create(run, loaded)
+            at = At(0, 0, None, frozenset(), start.reference(run, state, found))
         else:
-            state, saved = checkpoint.restore(manager, newest, run.shapes, run.shardings)
-            at = At(newest, saved["crc"] if jax.process_index() == 0 else 0, saved["sums"], frozenset())
+            state, saved = checkpoint.restore(manager, newest, run.shapes.stored, run.shardings.stored)
+            state = state.replace(frozen=start.placed(frozen.params, run.shardings.frozen))
+            crc = saved["crc"] if jax.process_index() == 0 else 0
+            at = At(newest, crc, saved["sums"], frozenset(), frozen.reference)
         evaluated = []
         if jax.process_index() == 0:
             rows = metrics.drop_after(run.workdir / "metrics.jsonl", at.step)
@@ -133,7 +143,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
                     writer.row(step, "eval", out["eval"])
             if step > at.step and (step >= last or step % every.save_every == 0 or stopping):
                 with clock.paused():
-                    _save(run, manager, step, state, sums, crc)
+                    _save(run, manager, step, state, sums, crc, at.frozen)
             if step >= last or stopping:
                 break
             asked = time.perf_counter()
@@ -246,7 +256,7 @@ def evaluate(cfg, workdir, path="") -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
     model = task.build(cfg)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(cfg.seed)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(cfg.seed)))
     data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{_suffix()}.jsonl")
     processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
     params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
@@ -280,7 +290,9 @@ def check_resume(manager, step: int, run: Run) -> None:
         if before.get(name) != now.get(name)
     ]
     try:
-        checkpoint.check_same(manager, step, run.shapes)
+        reference = checkpoint.load_data(checkpoint.folders(run.workdir)[step]).get("frozen") or {"leaves": {}}
+        elsewhere = {f"frozen/{path}": tuple(leaf["shape"]) for path, leaf in reference["leaves"].items()}
+        checkpoint.check_same(manager, step, run.shapes, elsewhere)
     except ValueError as e:
         listing = "\n  ".join(changed) or "none"
         raise ValueError(f"{e}\nsettings that changed since it was written:\n  {listing}") from None
@@ -349,13 +361,14 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
     return row
 
 
-def _save(run: Run, manager, step: int, state, sums: dict | None, crc: int) -> None:
+def _save(run: Run, manager, step: int, state, sums: dict | None, crc: int, frozen: dict | None) -> None:
     numbers = _finite(run, step, sums)
+    data = {"step": step, "crc": _total(crc), "sums": numbers, "revision": revision()}
     checkpoint.save(
         manager,
         step,
-        state,
-        {"step": step, "crc": _total(crc), "sums": numbers, "revision": revision()},
+        state.stored,
+        data | ({"frozen": frozen} if frozen else {}),
         plain(run.cfg),
     )
     say(f"step {step}: saving checkpoint")

@@ -3,15 +3,19 @@ ones bring."""
 
 from __future__ import annotations
 
+import pathlib
+from typing import NamedTuple
+
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blip_jax import checkpoint, trees
 from blip_jax.console import say
-from blip_jax.convert import read
+from blip_jax.convert import origins, read
 from blip_jax.convert.apply import folded
-from blip_jax.convert.rules.blip import INITIAL
 from blip_jax.inference.load import read_for
+from blip_jax.models import initial
 from blip_jax.models.build import Start, fit
 from blip_jax.parallel import sharding
 from blip_jax.train import state as train_state
@@ -43,41 +47,89 @@ def fit_params(loaded: dict, shapes: dict, origin: str, partial: bool = False, s
 
 
 def placed(params: dict, shardings: dict) -> dict:
-    """Numpy arrays that every process holds whole, on the devices."""
-    return jax.tree.map(
-        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), params, shardings
-    )
+    """NumPy arrays that every process holds whole, on the devices; takes them out of `params` one by one."""
+    arrays, places, out = dict(trees.paths(params)), dict(trees.paths(shardings)), {}
+    params.clear()  # each array is let go as soon as the devices have it
+    for path in list(arrays):
+        x = arrays.pop(path)
+        out[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
+    return trees.nest(out.items())
 
 
-def load(run) -> dict | None:
-    """Parameters of `train.init_from` fitted to this model, or None for a random start. ValueError: another
-    vocabulary's.
+def located(run) -> list[tuple[str, pathlib.Path]]:
+    """The origins that train.init_from names, each with what is there now, the newest checkpoint of a workdir, say."""
+    return [(name, read.locate(name)) for name in origins.names(run.cfg.train.init_from)]
 
-    Several origins, separated by commas, add up; of a parameter that two of them have, the later one's counts.
+
+def load(run, found: list | None = None) -> dict | None:
+    """Parameters of `train.init_from` fitted to this model, in the dtypes of its state, or None for a random start.
+    ValueError: another vocabulary's.
+
+    found: of `located`. Several origins, separated by commas, add up; of a parameter that two of them have, the later
+    one's counts.
     """
-    origins, loaded, partial, kinds = _origins(run), {}, True, set()
-    if not origins:
+    found = located(run) if found is None else found
+    if not found:
         return None
-    for origin in origins:
-        found = read_for(run.cfg, origin)
-        partial = partial and found.family in INITIAL
-        kinds.add(found.cfg.objective)
-        new = dict(trees.paths(found.state["params"]))
-        if both := sorted(new.keys() & loaded.keys()):
-            say(
-                f"{origin}: its {len(both)} parameters take the place of the earlier origins': "
-                f"{', '.join(folded(both))}"
-            )
-        loaded |= new
-    # a checkpoint of this very task fits as it is; else the task may say what its parameters start from
-    own = kinds == {run.cfg.objective}
-    begin = Start() if own else getattr(run.task, "START", Start())
+    given = origins.together(run.cfg, [(origin, read_for(run.cfg, path)) for origin, path in found])
+    for origin, both in given.replaced.items():
+        say(f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}")
     shapes = trees.merge(run.shapes.params, run.shapes.frozen)
-    return fit_params(trees.nest(loaded.items()), shapes, " + ".join(origins), partial, begin)
+    return fit_params(given.params, shapes, " + ".join(origin for origin, _ in found), given.partial, given.start)
 
 
-def _origins(run) -> list[str]:
-    return [origin.strip() for origin in run.cfg.train.init_from.split(",") if origin.strip()]
+class Frozen(NamedTuple):
+    """Frozen parameters of a run that goes on: NumPy arrays as the state has them, and the reference to write from now
+    on."""
+
+    params: dict
+    reference: dict | None
+
+
+def load_frozen(run, newest: int) -> Frozen:
+    """The frozen parameters of checkpoint `newest`, from their origin, which train.init_from may name anew if it moved.
+
+    ValueError: `read.frozen`; an origin in the workdir itself, whose checkpoints come and go.
+    """
+    folder = checkpoint.folders(run.workdir)[newest]
+    reference = checkpoint.load_data(folder).get("frozen")
+    if not reference:
+        return Frozen({}, None)
+    named = origins.names(run.cfg.train.init_from)
+    moved = named if named != [origin["given"] for origin in reference["origins"]] else []
+    found = located(run) if moved else []
+    if inside := [name for name, path in found if path.is_relative_to(run.workdir)]:
+        raise ValueError(
+            f"train.init_from is {inside[0]}, a checkpoint of this run itself, and frozen parameters are not in its "
+            "checkpoints: name the origin they came from, or leave train.init_from as it was"
+        )
+    if moved:
+        reference = reference | {"origins": [origins.origin(name, path, run.workdir) for name, path in found]}
+    params = dict(trees.paths(read.frozen(folder, moved)))
+    names = " + ".join(origin["at"] for origin in reference["origins"]) or "their seed"
+    say(f"frozen parameters restored from {names}: {origins.summary(reference['leaves'])}")
+    used = {path: np.asarray(params.pop(path), x.dtype) for path, x in trees.paths(run.shapes.frozen)}
+    if any(str(x.dtype) != reference["leaves"][path]["dtype"] for path, x in used.items()):  # model.dtype changed
+        reference = reference | {"leaves": {path: origins.leaf(x) for path, x in used.items()}}
+    return Frozen(trees.nest(used.items()), reference)
+
+
+def reference(run, state, found: list) -> dict | None:
+    """How the checkpoints of a new run refer to the frozen parameters of its state, which came from what `located`
+    found; None where there are none.
+    """
+    if not state.frozen:
+        return None
+
+    def whole(x):
+        everywhere = NamedSharding(run.mesh, PartitionSpec())
+        return np.asarray(x if x.is_fully_addressable else jax.jit(lambda x: x, out_shardings=everywhere)(x))
+
+    return {
+        "origins": [origins.origin(name, path, run.workdir) for name, path in found],
+        "random": origins.random_settings(run.cfg),
+        "leaves": {path: origins.leaf(whole(x)) for path, x in trees.paths(state.frozen)},
+    }
 
 
 def _momentum_of(run, origin: str) -> dict:
@@ -90,7 +142,7 @@ def _momentum_of(run, origin: str) -> dict:
 
 
 def create(run, loaded: dict | None):
-    """A new state on the mesh; with `loaded`, parameters and momentum copies start from it."""
+    """A new state on the mesh; with `loaded`, which is emptied, parameters and momentum copies start from it."""
     key = jax.random.key(run.cfg.seed)
     if loaded is None:
         return jax.jit(lambda key: train_state.create(run.cfg, run.model, run.tx, key), out_shardings=run.shardings)(
@@ -103,11 +155,12 @@ def create(run, loaded: dict | None):
 
     def fitted(key, params):
         if lacking:
-            fresh = dict(trees.paths(train_state.init_params(run.cfg, run.model, jax.random.split(key, 3)[0])))
+            fresh = dict(trees.paths(initial.of_run(run.cfg, run.model, key)))
             params = trees.merge(params, trees.nest((path, fresh[path]) for path in lacking))
         return train_state.create(run.cfg, run.model, run.tx, key, params)
 
-    make = jax.jit(fitted, out_shardings=run.shardings)
+    # donated: the state takes over the arrays, and no parameter is on the devices twice
+    make = jax.jit(fitted, out_shardings=run.shardings, donate_argnums=1)
     state = make(key, placed(loaded, sharding.shardings_for(loaded, run.mesh)))
     momentum = _init_momentum(run)
     if momentum:
@@ -122,8 +175,8 @@ def _init_momentum(run) -> dict | None:
 
     What a run of ours left continues by resuming that run; a converted checkpoint can only be begun from.
     """
-    want = run.shapes.extra
-    found = [(origin, momentum) for origin in _origins(run) if (momentum := _momentum_of(run, origin))] if want else []
+    want, named = run.shapes.extra, origins.names(run.cfg.train.init_from)
+    found = [(origin, momentum) for origin in named if (momentum := _momentum_of(run, origin))] if want else []
     if not found:
         return None
     out, (origin, momentum) = {}, found[-1]

@@ -10,11 +10,16 @@ import jax.numpy as jnp
 
 from blip_jax import tasks, trees
 from blip_jax.models import initial
+from blip_jax.models.initial import init_params as init_params  # known by this name, too
+from blip_jax.models.layers.dense import rounds
 
 
 @flax.struct.dataclass
 class TrainState:
     """step i32[]; params trained, frozen (nested dicts, disjoint leaves); opt of optax; rng root key.
+
+    Trained parameters are float32. Of the frozen ones those that `dense.rounds` are in the dtype of the computation,
+    unless they have momentum copies, which are averages in float32.
 
     extra: what the task carries besides parameters, or None; of the contrastive tasks {"params": momentum copies,
     "queue": {"img", "txt": f32[K,E], "ptr": i32[], ...} or None for K = 0}.
@@ -32,21 +37,24 @@ class TrainState:
         """Trained and frozen parameters in one nested dict."""
         return trees.merge(self.params, self.frozen)
 
-
-def init_params(cfg, model, key):
-    """Random parameters of `model` as nested dict; pure (use under jax.jit with out_shardings, or jax.eval_shape)."""
-    size, T = cfg.model.img_size, min(8, cfg.text.max_len)
-    img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)  # only their shapes count
-    shapes = jax.eval_shape(lambda: model.init(key, img, ids, jnp.ones((1, T), bool))["params"])
-    return initial.parameters(shapes, key, std=cfg.model.init_std, pos_std=cfg.model.vit.pos_std)
+    @property
+    def stored(self) -> TrainState:
+        """What a checkpoint holds: everything but the frozen parameters, which it refers to (`convert.origins`)."""
+        return self.replace(frozen={})
 
 
 def create(cfg, model, tx, key, params=None) -> TrainState:
     """Fresh state. `params`: start from these instead of random ones; what the task carries besides starts from
     the parameters."""
-    params_key, extra_key, rng = jax.random.split(key, 3)
-    params = init_params(cfg, model, params_key) if params is None else params
+    _, extra_key, rng = jax.random.split(key, 3)  # the first is that of the parameters
+    params = initial.of_run(cfg, model, key) if params is None else params
     trained, frozen = trees.split(params, cfg.optim.freeze)
     task = tasks.of(cfg)
     extra = task.extra(cfg, params, extra_key) if hasattr(task, "extra") else None
+
+    copied = dict(trees.paths(extra["params"])) if extra else {}
+    frozen = trees.nest(
+        (path, x.astype(cfg.model.dtype) if rounds(path) and path not in copied else x)
+        for path, x in trees.paths(frozen)
+    )
     return TrainState(jnp.zeros((), jnp.int32), trained, frozen, tx.init(trained), extra, rng)

@@ -63,15 +63,17 @@ def rounded_once(params: dict, dtype) -> dict:
     """Parameters with med's that `rounds` in `dtype`, each where it lies: for training, where several passes use them.
 
     Their gradients then meet in `dtype`, before they are summed over the devices: once a step, not once for every pass.
+    On CPUs the ViT's stacked kernels that are in bfloat16 already, which are frozen, are as `as_bits` has them.
     """
 
     def keep(path, x):
         x = sharding.constrain(x.astype(dtype), *sharding.logical_dims(path, x.ndim))
         return words_summed_in_parts(x) if path.endswith("word/embedding") and sharding.splits("embed") else x
 
-    return trees.nest(
+    out = trees.nest(
         (path, keep(path, x) if rounds(path) and path.startswith("med") else x) for path, x in trees.paths(params)
     )
+    return stacked_as_bits(out) if platform() == "cpu" else out
 
 
 def stacked_as_bits(params: dict) -> dict:
