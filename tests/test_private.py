@@ -67,7 +67,7 @@ def test_references_of_a_node(node, expected):
 
 def test_a_thread_that_aborts_leaves_time_to_choose_the_exit_status():
     program = (
-        "import ctypes, os, threading, time\nfrom blip_jax import lifeline\nlifeline.hold_aborts()\n"
+        "import ctypes, os, threading, time\nfrom blip_jax.parallel import peers\npeers.hold_aborts()\n"
         "begun = threading.Event()\n"
         "def abort():\n    begun.set()\n    ctypes.CDLL(None).abort()\n"
         "threading.Thread(target=abort, daemon=True).start()\nbegun.wait()\ntime.sleep(0.5)\n"

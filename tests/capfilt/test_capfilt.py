@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict
 from world.capfilt import save_model, save_models, settings, tree, web_records
 from world.pictures import encode, noise
 
@@ -132,7 +133,7 @@ def test_scores_and_captions_are_those_of_the_models_one_by_one(cfg, models, fin
     """Each text against its image alone, without cache, sharing or batch."""
     tokenizer = Tokenizer(models["filter"] / "vocab.txt")
     made, judge = (
-        (build(config.ConfigDict(checkpoint.load_config(models[n]))), checkpoint.load_params(models[n]))
+        (build(ConfigDict(checkpoint.load_config(models[n]))), checkpoint.load_params(models[n]))
         for n in ("captioner", "filter")
     )
     captioner = jax.jit(programs.captioner(made[0], tokenizer, cfg.text.prompt, run_settings.method_of(cfg)))
@@ -187,7 +188,7 @@ def test_shards_are_what_the_table_says_and_train(cfg, finished, tiny_cfg, model
             assert record["image"] == original["image"] and record["image_id"] == original["image_id"]
             assert set(record) == set(original)  # also what only this source has: "from", "truth"
     with tiny_cfg.data.unlocked():
-        tiny_cfg.data.train = config.ConfigDict(
+        tiny_cfg.data.train = ConfigDict(
             {s: config.source("array_record", f"{finished}/shards/*/{s}.array_record") for s in ("web", "synthetic")}
         )
     data = TrainData(
@@ -410,9 +411,7 @@ def test_duplicate_keys_name_both_places(where, cfg, world, tmp_path):
     rows[3 if where == "one shard" else 11]["key"] = "k1"
     write_array_record(tmp_path / "rows.array_record", rows)
     with cfg.data.unlocked():
-        cfg.data.sources = config.ConfigDict(
-            {"rows": config.source("array_record", str(tmp_path / "rows.array_record"))}
-        )
+        cfg.data.sources = ConfigDict({"rows": config.source("array_record", str(tmp_path / "rows.array_record"))})
     second = (
         "record 3 of source 'rows' (shard 00000)"
         if where == "one shard"

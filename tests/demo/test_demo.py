@@ -98,7 +98,7 @@ def keeping_most(probe, capfilt=stages.capfilt):
 
 
 def test_a_stopped_stage_ends_the_demo(demo_cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages.train, "fit", lambda cfg, workdir: {"step": 1, "stopped": True})
+    monkeypatch.setattr(stages.loop, "fit", lambda cfg, workdir: {"step": 1, "stopped": True})
     assert stages.run(demo_cfg, tmp_path) == {"stopped": True}
     assert not (tmp_path / "report.html").exists()
     assert jax.config.jax_compilation_cache_dir

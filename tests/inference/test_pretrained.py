@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from world.pictures import encode
 from world.verbs import QUESTIONS, TEXTS, apply, close, folder, models, photos, seen, tokens  # noqa: F401 (fixtures)
 
 import blip_jax
-from blip_jax import config
 from blip_jax.convert import hub
 from blip_jax.data import image
 from blip_jax.data.text.clean import clean_question
@@ -331,7 +331,7 @@ def test_batches_and_their_padding_change_nothing(folder, models):
 
 
 def test_a_mesh_of_eight_devices_gives_the_same(folder, models):
-    mesh = sharding.make_mesh(config.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     imgs = photos(5)
     model, one = blip_jax.from_pretrained(folder / "pretrain", mesh=mesh), models("pretrain")
     kernel = model.params["med"]["blocks"]["self_attn"]["q"]["kernel"]

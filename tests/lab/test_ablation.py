@@ -5,6 +5,7 @@ import json
 import ablation
 import pytest
 
+from blip_jax import tasks
 from blip_jax.models import flops
 
 TINY = ablation.Settings(size="tiny", img_size=16, batch=8, rounds=1)
@@ -36,13 +37,11 @@ def test_rows_are_the_same_step_where_they_say_so_and_cost_what_the_formulas_say
 
 
 def test_every_row_is_a_config_that_the_product_accepts(cfg):
-    from blip_jax import config
-
     for row in ablation.rows(TINY):
         own = cfg.copy_and_resolve_references()
         with own.unlocked():
             own.update_from_flattened_dict(row.leaves)
-        config.validate(own, None, 1, 1)
+        tasks.validate(own, None, 1, 1)
 
 
 def test_a_row_that_is_another_step_stops_the_run():

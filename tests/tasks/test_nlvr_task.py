@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from world.pictures import encode, noise
 from world.runs import begun, leaves
@@ -196,12 +197,8 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(tiny_cfg, files,
     before = dict(trees.paths(checkpoint.load_params(pretrained)))
     cfg.objective, cfg.train.init_from = "nlvr", str(pretrained)
     with cfg.data.unlocked():
-        cfg.data.train = config.ConfigDict(
-            {"nlvr": config.source("nlvr", str(files / "train.json"), images=str(files))}
-        )
-        cfg.data.eval = config.ConfigDict(
-            {"dev": config.source("nlvr", str(files / "nlvr_dev.json"), images=str(files))}
-        )
+        cfg.data.train = ConfigDict({"nlvr": config.source("nlvr", str(files / "train.json"), images=str(files))})
+        cfg.data.eval = ConfigDict({"dev": config.source("nlvr", str(files / "nlvr_dev.json"), images=str(files))})
     cfg.data.epoch_examples = 16
     cfg.train.update(steps=2, log_every=1, save_every=1)
     out = loop.fit(cfg, tmp_path / "run")

@@ -10,6 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from world.pictures import add_to_tar, encode, noise, write_json
 
 from blip_jax import checkpoint, config, tasks
@@ -299,7 +300,7 @@ def test_a_batch_cut_to_its_bucket_gives_the_same_losses_and_gradients(model_and
     }
     cut = padded | {name: padded[name][:, :12] for name in ("ids", "txt_mask", "lm_mask")}
     extra = extra | {"alpha": 0.4} if objective == "pretrain" else None
-    task, keys = tasks.of(config.ConfigDict({"objective": objective})), Keys(jax.random.key(2), jax.random.key(3), 0)
+    task, keys = tasks.of(ConfigDict({"objective": objective})), Keys(jax.random.key(2), jax.random.key(3), 0)
 
     @jax.jit
     def loss(params, batch):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from world.pictures import encode, noise
 from world.runs import begun, leaves, rows
@@ -183,7 +184,7 @@ def test_settings_that_do_not_fit(cfg, leaves, expected):
 
 
 def test_a_config_without_the_leaves_is_told_how_to_get_them(cfg):
-    cfg.task = config.ConfigDict()
+    cfg.task = ConfigDict()
     with pytest.raises(
         ValueError,
         match=r"task holds \[\], but of objective vqa it is .*: set c.task = leaves\(\) of blip_jax.tasks.vqa",
@@ -293,13 +294,13 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(pretrained, tiny
     cfg.objective, cfg.task, cfg.train.init_from, cfg.model.img_size = "vqa", vqa.leaves(), str(pretrained), 32
     cfg.task.update(answers=3, answer_len=6, answer_list=str(files / "answer_list.json"), k=3)
     with cfg.data.unlocked():
-        cfg.data.train = config.ConfigDict(
+        cfg.data.train = ConfigDict(
             {
                 "vqa": config.source("vqa", str(files / "v2_*.json"), images=str(files), weight=4.0),
                 "vg": config.source("vqa", str(files / "vg_qa.json"), images=str(files), weight=2.0),
             }
         )
-        cfg.data.eval = config.ConfigDict({"vqa": config.source("vqa", str(files / "v2_*.json"), images=str(files))})
+        cfg.data.eval = ConfigDict({"vqa": config.source("vqa", str(files / "v2_*.json"), images=str(files))})
     cfg.data.epoch_examples = 16
     cfg.train.update(steps=2, log_every=1, save_every=1)
     out = loop.fit(cfg, tmp_path / "run")

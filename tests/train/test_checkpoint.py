@@ -49,7 +49,7 @@ def test_unstacked_text_layers_are_refused_wherever_a_checkpoint_is_read(tmp_pat
         "resume": lambda: loop.fit(tiny_cfg, tmp_path),
         "init_from": lambda: loop.fit(tiny_cfg, tmp_path / "new"),
         "evaluate": lambda: checkpoint.load_params(tmp_path / "checkpoints" / "0"),
-        "momentum": lambda: checkpoint.load_momentum(tmp_path),
+        "momentum": lambda: checkpoint.load_extra(tmp_path),
         "capfilt": lambda: checkpoint.load_config(tmp_path),
         "from_pretrained": lambda: from_pretrained(tmp_path),
         "convert": lambda: source.read(tmp_path),
