@@ -176,7 +176,7 @@ def encode_image(model) -> float:
 
 
 def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
-    """FLOPs of n captions of one image, each of `tokens` tokens after `prompt` positions (`inference.programs.captioner`).
+    """FLOPs of n captions of one image, each of `tokens` tokens after `prompt` positions (`programs.captioner`).
 
     The ViT, keys and values and the prompt are one pass for all n (beams count as texts); the prompt gives the first
     token, and every further one reads a cache as long as the whole text.
