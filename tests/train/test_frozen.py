@@ -83,6 +83,11 @@ def flat(tree) -> dict:
     return {path: np.asarray(x) for path, x in trees.paths(tree)}
 
 
+def unpadded(params: dict) -> dict:
+    """Parameters without the rows behind the 120 entries of the vocabulary."""
+    return params | {path: params[path][:120] for path in ("med/embed/word/embedding", "med/lm_head/bias")}
+
+
 def same(a: dict, b: dict) -> None:
     assert a.keys() == b.keys() and len(a) > 0
     for path in a:
@@ -324,8 +329,9 @@ def test_every_reader_gets_all_parameters(finished, origin, cfg, tmp_path):
     model = blip_jax.from_pretrained(finished)
     assert len(model.caption([np.zeros((32, 32, 3), np.uint8)], method="beam")) == 1
     heads = {"vit_heads": cfg.model.vit.heads, "med_heads": cfg.model.med.heads, "vocab": cfg.text.vocab}
-    same(flat(read.read(convert(finished, tmp_path), **heads).state["params"]), want)
-    same(flat(read.read(convert(finished, tmp_path, "-hf"), vocab=cfg.text.vocab).state["params"]), want)
+    files = (read.read(convert(finished, tmp_path), **heads), read.read(convert(finished, tmp_path, "-hf")))
+    for found in files:  # their tables are without the padding of the vocabulary
+        same(unpadded(flat(found.state["params"])), unpadded(want))
 
     cfg.optim.freeze, cfg.train.init_from = ("vit/.*",), str(finished)
     run = loop.prepare(cfg, tmp_path / "next")
