@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blip_jax import trees
-from blip_jax.models.layers.dense import rounds
+from blip_jax.models.layers.dense import rounds, text_layers_apart
 from blip_jax.parallel import sharding
 
 
@@ -44,8 +44,8 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
 
     Takes them out of `params` one by one.
 
-    What every use would round to `dtype`, the transformers' matrices, is rounded here, once. ValueError:
-    `sharding.shardings_for`.
+    What every use would round to `dtype`, the transformers' matrices, is rounded here, once; on a single CPU the text
+    layers are cut apart (see `text_layers_apart`). ValueError: `sharding.shardings_for`.
     """
     arrays = dict(trees.paths(params))
     places = dict(trees.paths(sharding.shardings_for(params, mesh)))
@@ -54,7 +54,8 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
     for path in list(arrays):
         x = np.asarray(arrays.pop(path))
         out[path] = _put(x.astype(jax.numpy.dtype(dtype), copy=False) if rounds(path) else x, places[path])
-    return trees.nest(out.items())
+    with jax.set_mesh(mesh):
+        return text_layers_apart(trees.nest(out.items()))
 
 
 def behind(items: Iterable) -> Iterator:

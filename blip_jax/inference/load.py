@@ -40,10 +40,9 @@ class Loaded(NamedTuple):
     def parts(self) -> dict[str, bool]:
         """Which parts there are beside the image encoder."""
         blip = isinstance(self.model, Blip)
-        encoder = any("/self_attn/" in f"/{path}" for path, _ in trees.paths(self.params["med"]))
         return {
             "text decoder": blip and "lm_head" in self.params["med"],
-            "text encoder": blip and encoder,
+            "text encoder": blip and self.model.encoder,
             "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
             "matching head": "itm_head" in self.params,
             "question encoder and answer decoder": "med_dec" in self.params,

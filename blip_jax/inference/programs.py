@@ -23,8 +23,8 @@ from blip_jax.decode import beam, generate
 from blip_jax.decode.rank import rank
 from blip_jax.models.blip import unit
 from blip_jax.models.layers.cpu import single_cpu
-from blip_jax.models.layers.dense import stacked_as_bits
-from blip_jax.models.text.med import images_of, stored, text_layers_apart
+from blip_jax.models.layers.dense import stacked_as_bits, text_layers_apart
+from blip_jax.models.text.med import images_of, stored
 from blip_jax.models.vision.vit import normalize_pixels
 
 CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches

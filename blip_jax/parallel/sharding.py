@@ -63,7 +63,7 @@ PARAMS = (  # path ending -> logical dimensions, first match wins
     (r"queue/(img|txt)$", ("queue", "proj")),
     (r"queue/image_id$", ("queue",)),
 )
-STACKED = re.compile(r"(^|/)blocks/")  # leaves with a leading `layers` dimension
+STACKED = re.compile(r"(^|/)blocks/(?!\d)")  # leaves with a leading `layers` dimension; blocks/3/ is a layer cut out
 
 
 def make_mesh(cfg, devices=None) -> Mesh:

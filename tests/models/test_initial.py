@@ -35,6 +35,9 @@ def test_distributions_are_those_of_the_modules(objective):
             np.testing.assert_array_equal(ours[path], x, err_msg=path)
             continue
         assert not np.array_equal(ours[path], x)
+        if x.size < 16:  # of the matching head's two biases the deviation says nothing
+            assert abs(ours[path]).max() <= cfg.model.med.width**-0.5
+            continue
         spread = 6 / np.sqrt(x.size)  # six standard errors, about
         assert (
             abs(np.log(ours[path].std() / x.std())) < spread and abs(ours[path].mean() - x.mean()) < spread * x.std()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from blip_jax import trees
-from blip_jax.models.layers.cpu import as_bits, dot_general, platform
+from blip_jax.models.layers.cpu import as_bits, dot_general, platform, single_cpu
 from blip_jax.parallel import sharding
 from blip_jax.parallel.collectives import summed_in_parts, words_summed_in_parts
 
@@ -54,9 +54,10 @@ def rounds(path: str) -> bool:
 
 
 def rounded(params: dict, dtype) -> dict:
-    """Parameters with all that `rounds` in `dtype`; on CPUs the ViT's stacked kernels as `as_bits` has them."""
+    """Parameters with all that `rounds` in `dtype`; on CPUs the ViT's stacked kernels as `as_bits` has them, the
+    text layers apart."""
     out = trees.nest((path, x.astype(dtype) if rounds(path) else x) for path, x in trees.paths(params))
-    return stacked_as_bits(out) if platform() == "cpu" else out
+    return text_layers_apart(stacked_as_bits(out)) if platform() == "cpu" else out
 
 
 def rounded_once(params: dict, dtype) -> dict:
@@ -79,3 +80,55 @@ def rounded_once(params: dict, dtype) -> dict:
 def stacked_as_bits(params: dict) -> dict:
     """`as_bits` of the kernels that a scan slices."""
     return params | {"vit": params["vit"] | {"blocks": as_bits(params["vit"]["blocks"])}}
+
+
+def text_layers_apart(params: dict) -> dict:
+    """Parameters with the stacks of text layers cut into their layers on a single CPU (see `models.layers.stack`):
+    once, where a program would do it in every call and a loop over tokens for every token."""
+    if not single_cpu():
+        return params
+    return params | {
+        name: part | {"blocks": apart(part["blocks"])} for name, part in params.items() if name.startswith("med")
+    }
+
+
+def apart(stack) -> tuple:
+    """A stack as a tuple of its L layers' trees, cut once, where it is not one already."""
+    if is_apart(stack):
+        return stack
+    leaves, tree = jax.tree.flatten(stack)
+    return tuple(map(tree.unflatten, zip(*map(_cut, leaves), strict=True)))
+
+
+def is_apart(stack) -> bool:
+    """Whether a stack is in the form of `apart`."""
+    return type(stack) is tuple  # a NamedTuple of arrays is a stack
+
+
+def _cut(x) -> tuple:
+    """[L,...] -> L arrays; the gradient is joined at once, where jax would add up L arrays [L,...] of zeros but
+    for a layer."""
+    return _cut_with_gradient(x) if jnp.issubdtype(x.dtype, jnp.floating) else tuple(x[i] for i in range(len(x)))
+
+
+@jax.custom_vjp
+def _cut_with_gradient(x):
+    bits = _as_bits(x)
+    return tuple(_from_bits(bits[i], x.dtype) for i in range(len(x)))
+
+
+_cut_with_gradient.defvjp(lambda x: (_cut_with_gradient(x), None), lambda _, layers: (joined(layers),))
+
+
+def joined(layers):
+    """L arrays -> [L,...]"""
+    return _from_bits(jnp.stack([_as_bits(x) for x in layers]), layers[0].dtype)
+
+
+def _as_bits(x):
+    """bfloat16 as its bits (see `as_bits`)."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x, dtype):
+    return jax.lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x

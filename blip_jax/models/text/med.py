@@ -46,16 +46,6 @@ class StoredKeysAndValues(NamedTuple):
     v: Any
 
 
-def text_layers_apart(params: dict) -> dict:
-    """Parameters with the stack of text layers cut into its layers, where these follow each other: before a loop over
-    tokens, which would cut them for each."""
-    if not stack.unrolled():
-        return params
-    return params | {
-        name: part | {"blocks": stack.apart(part["blocks"])} for name, part in params.items() if name.startswith("med")
-    }
-
-
 def images_of(kv) -> int:
     """How many images (or questions) keys and values belong to, stored or not."""
     return kv.k.shape[1]
