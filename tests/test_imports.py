@@ -118,6 +118,17 @@ def test_rooms_that_stay_free_of_libraries():
     assert not found, sorted(found)
 
 
+def test_losses_and_decoding_know_arrays_alone():
+    """They are handed functions, never models: of ours they import their own room alone."""
+    known, found = modules(), []
+    for room in ("losses", "decode", "tasks.momentum"):
+        for name, tree in known.items():
+            if f"{name}.".startswith(f"{room}."):
+                outside = {to for to, _ in imports(tree, known) if to in known and not f"{to}.".startswith(f"{room}.")}
+                found += [f"{name} -> {to}" for to in outside]
+    assert not found, sorted(found)
+
+
 def test_the_package_has_few_entries():
     entries = [p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"]
     assert len(entries) <= 24, sorted(entries)
