@@ -50,7 +50,11 @@ def parameters(shapes: dict, key, *, std: float, pos_std: float) -> dict:
             path
         )
 
-    out = {path: jnp.full(flat[path].shape, CONSTANTS[kind]) for path, kind in kinds.items() if kind in CONSTANTS}
+    out = {
+        path: jnp.full(flat[path].shape, CONSTANTS[kind], jnp.float32)
+        for path, kind in kinds.items()
+        if kind in CONSTANTS
+    }
     for (uniform, shape, dims), paths in groups.items():
         own = keys[np.array([drawn.index(path) for path in paths])]
         if shape is None:
