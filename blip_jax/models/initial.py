@@ -84,8 +84,15 @@ def _draws(keys, shape: tuple, uniform: bool, dims: tuple):
     """f32[G,*shape]: numbers from U(-1, 1) or N(0, 1), each of G keys' its own; the first n of a key's are the
     same for every length."""
 
-    def draw(key):
+    def numbers(key, shape):
         return jax.random.uniform(key, shape, minval=-1.0) if uniform else jax.random.normal(key, shape)
+
+    def draw(key):
+        if dims[0] != "layers":
+            return numbers(key, shape)
+        # a stack is one loop over its layers, which keeps the random bits of one at a time
+        layers = jax.random.split(key, shape[0])
+        return jax.lax.map(lambda key: sharding.constrain(numbers(key, shape[1:]), *dims[1:]), layers)
 
     together = sharding.constrain(jax.vmap(draw)(keys), None, *dims)
     return jax.lax.optimization_barrier(together)  # else each parameter would draw all of them again for itself

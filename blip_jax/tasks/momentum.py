@@ -25,9 +25,12 @@ def init_queue(key, length: int, dim: int, image_ids: bool):
     -100}.
     """
 
-    def rows(k):
-        x = jax.random.normal(k, (length, dim))
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    def row(key):
+        x = jax.random.normal(key, (dim,))
+        return x / jnp.linalg.norm(x)
+
+    def rows(key):  # some at a time, so that random bits take little memory
+        return jax.lax.map(row, jax.random.split(key, length), batch_size=1024)
 
     img_key, txt_key = jax.random.split(key)
     queue = {"img": rows(img_key), "txt": rows(txt_key), "ptr": jnp.zeros((), jnp.int32)}

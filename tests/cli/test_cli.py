@@ -14,7 +14,7 @@ from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.demo import stages
 from blip_jax.eval import recall
 
-PRETRAIN = pathlib.Path(__file__).parent.parent / "configs" / "pretrain.py"
+PRETRAIN = pathlib.Path(__file__).parents[2] / "configs" / "pretrain.py"
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_answers_by_question_index_equal_answers_one_by_one():
         params
     )
     for a, q in enumerate(of):
-        one = jax.tree.map(lambda x: x[q][None], (kv, mask))
+        one = jax.tree.map(lambda x: x[:, q][:, None], kv), mask[q][None]
         np.testing.assert_allclose(
             logits[a], apply("lm_logits", answers[a][None], answer_mask[a][None], *one)[0], atol=1e-4
         )
@@ -386,7 +386,8 @@ def test_start_from_pretraining(wide):
     assert same(out["med_dec"]["lm_head"], params["med"]["lm_head"])
     assert random == ([f"med_dec/blocks/cross_attn/{p}/kernel" for p in "kv"] if wide else [])
     with pytest.raises(ValueError, match="med/blocks/self_attn_dec/q/kernel is missing"):
-        started(params | {"med": params["med"] | {"blocks": {}}}, fresh)
+        blocks = {name: part for name, part in params["med"]["blocks"].items() if name != "self_attn_dec"}
+        started(params | {"med": params["med"] | {"blocks": blocks}}, fresh)
 
 
 def test_build_names_the_objectives():
