@@ -35,7 +35,8 @@ from blip_jax.train.loop import to_devices
 
 EPOCH_STEPS = 1000  # of the schedules
 WINDOWS = 16  # that the shares of text lengths are taken from
-TEXT = {"retrieval": 35, "caption": 40}  # positions where the originals have another number than pre-training
+# positions of texts, where the originals have another number than pre-training
+TEXT = {"retrieval": 35, "caption": 40, "vqa": 35, "nlvr": 64}
 WARM_UP = 2  # steps after a program is compiled that do not count
 
 # positions -> captions: what 1151 captions of about 240 images of COCO's validation and test splits take in BERT's word
@@ -77,13 +78,17 @@ class Settings(NamedTuple):
 def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buckets: tuple = ()):
     """A config that needs no data: the paper's training of an objective on a model of a size.
 
-    ValueError: as `config.validate`.
+    ValueError: as `tasks.validate`.
     """
     cfg = config.base(size)
     with cfg.unlocked():
         cfg.objective = objective
+        task = tasks.of(cfg)
+        if hasattr(task, "leaves"):
+            cfg.task = task.leaves()
         cfg.model.update(img_size=img_size, dtype=dtype)
-        cfg.text.update(max_len=TEXT.get(objective, cfg.text.max_len), buckets=buckets, vocab="of random ids")
+        positions = min(TEXT.get(objective, cfg.text.max_len), cfg.model.med.positions)
+        cfg.text.update(max_len=positions, buckets=buckets, vocab="of random ids")
         cfg.data.train.random = config.source("scenes", count=1)  # never opened
         cfg.train.update(batch=batch, steps=EPOCH_STEPS)
         cfg.loss.queue -= cfg.loss.queue % batch if batch > 0 else 0
