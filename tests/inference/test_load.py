@@ -51,7 +51,7 @@ def forms(tmp_path_factory, tiny_vocab):
 
 def retrieval_config(tiny_cfg):
     """A config to evaluate the matching model of `forms` with."""
-    tiny_cfg.objective, tiny_cfg.model.decoder = "retrieval", False
+    tiny_cfg.objective = "retrieval"
     tiny_cfg.model.vit.update(width=64, heads=1, mlp=128)
     tiny_cfg.model.med.update(width=64, heads=1, mlp=128)
     with tiny_cfg.data.unlocked():
