@@ -152,7 +152,7 @@ def test_a_start_from_a_file_is_the_start_from_the_workdir_it_is_converted_into(
         with jax.set_mesh(run.mesh):
             states.append(jax.device_get(start.create(run, start.load(run)).replace(rng=None)))
     jax.tree.map(np.testing.assert_array_equal, *states)
-    np.testing.assert_array_equal(states[0].momentum["queue"]["img"], arrays["image_queue"].T)
+    np.testing.assert_array_equal(states[0].extra["queue"]["img"], arrays["image_queue"].T)
 
 
 def test_loaded_on_the_host_or_on_a_mesh(forms):
