@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -24,143 +23,13 @@ from blip_jax.capfilt import settings
 from blip_jax.console import plain, say
 from blip_jax.parallel import sharding
 from blip_jax.plan import aot, chips, hlo, programs
+from blip_jax.plan.reasons import reason
 
 BIG = 2**20  # bytes a step from which a collective is listed by itself
 LIMIT = 0.02  # share by which traced and analytic FLOPs may differ
 CAVEAT = (
     "compiled at -O0, which is several times faster: temporaries may be some 15 % low, memory traffic is high, as "
     "less is fused; --exact compiles as a run does"
-)
-REASONS = (  # kind, part of the name in our code, axis -> what moves, why; first match wins
-    (
-        r"all-gather|collective-permute",
-        r"^$",
-        "data, between slices",
-        "features and texts",
-        "the queue takes those of the whole batch",
-    ),
-    (
-        r"all-reduce|reduce-scatter",
-        r"^$",
-        "data, between slices",
-        "gradients",
-        "summed over slices, each device its part",
-    ),
-    (
-        r".*",
-        r"^$",
-        r"data in parts of \d+",
-        "gradients of image keys and values",
-        "hard negatives were drawn across these devices; the compiler left no name",
-    ),
-    (
-        r"reduce-scatter",
-        r"^$",
-        "data.*",
-        "gradients",
-        "a sum over slices begins within each, of which a device gets its part",
-    ),
-    (
-        r"all-gather",
-        r"^$",
-        "data.*",
-        "gradients and features",
-        "the parts of a sum over slices are put together again, and the queue takes the whole batch's features",
-    ),
-    (
-        r".*",
-        r"^$",
-        "data.*",
-        "gradients and features",
-        "sums that do not divide among the devices, and others that the compiler makes along all links of a slice "
-        "instead of along one ring in parts",
-    ),
-    (
-        r"all-gather|all-to-all|collective-permute",
-        r"word_table",
-        ".*",
-        "gradients of the word table",
-        "summed in parts by rows, then cut anew along its width",
-    ),
-    (
-        r".*",
-        r"transpose\(jvp",
-        "tensor",
-        "activations and their gradients",
-        "products whose kernel is split over tensor are partial sums",
-    ),
-    (
-        r"reduce-scatter",
-        r"cross_attention.*shard_map",
-        ".*",
-        "gradients of image keys and values",
-        "hard negatives are drawn across devices, each gets its own rows'",
-    ),
-    (
-        r"all-reduce|reduce-scatter",
-        r"transpose\(jvp",
-        ".*",
-        "gradients",
-        "each device has its own rows' share of every gradient",
-    ),
-    (
-        r"all-gather|all-to-all|collective-permute",
-        r"enqueue|dynamic_update_slice",
-        ".*",
-        "momentum features",
-        "the queue is whole on every device and takes the whole batch's features",
-    ),
-    (
-        r"all-gather|all-to-all|collective-permute",
-        r"cross_attention.*gather$",
-        ".*",
-        "image keys and values",
-        "hard negatives are drawn across devices",
-    ),
-    (
-        r"all-gather|all-to-all|collective-permute",
-        r"embed/scatter-add",
-        ".*",
-        "gradients of word states and their ids",
-        "each device adds up those of its part of the word table",
-    ),
-    (
-        r"all-gather|all-to-all|collective-permute",
-        r"gather$|take",
-        ".*",
-        "ids and masks of texts",
-        "hard negatives are drawn across devices",
-    ),
-    (
-        r"all-gather",
-        r"jit\((view|embed|rerank)\)",
-        "data.*",
-        "features and scores",
-        "every process of an evaluation keeps those of all images and texts",
-    ),
-    (
-        r"all-gather",
-        r"",
-        ".*fsdp.*",
-        "parameters",
-        "a kernel that fsdp splits is gathered whole where it is used, and dropped",
-    ),
-    (
-        r"all-reduce",
-        r"jvp|dot_general",
-        "tensor",
-        "activations",
-        "products whose kernel is split over tensor are partial sums",
-    ),
-    (
-        r"reduce-scatter|all-reduce",
-        r"",
-        ".*fsdp.*",
-        "gradients",
-        "each device has its own rows' share of every gradient",
-    ),
-    (r".*", r"reduce_sum|reduce_max|norm", ".*", "sums for losses and metrics", "means over the global batch"),
-    (r".*", r"similarity|jvp", ".*", "features and similarities", "contrastive columns come from the whole group"),
 )
 
 
@@ -359,14 +228,6 @@ def _grouped(collectives: list[dict]) -> list[dict]:
         for name in ("count", "ici", "dcn", "seconds"):
             row[name] = row.get(name, 0) + c[name]
     return sorted(out.values(), key=lambda c: -c["seconds"])
-
-
-def reason(kind: str, op: str, axis: str) -> tuple[str, str]:
-    """(what a collective moves, why it has to) by the table REASONS."""
-    for kinds, name, axes, what, why in REASONS:
-        if re.fullmatch(kinds, kind) and re.search(name, op) and re.fullmatch(axes, axis):
-            return what, why
-    return "other", f"made by the compiler ({op or 'no name'})"
 
 
 def finished(out: dict, request: Request) -> dict:

@@ -34,8 +34,7 @@ def check(cfg) -> list[str]:
     if cfg.text.prompt:
         out.append(
             f"text.prompt is {cfg.text.prompt!r} but objective is {cfg.objective}: only a captioner is trained "
-            "with a prompt; "
-            "set text.prompt to the empty string"
+            "with a prompt; set text.prompt to the empty string"
         )
     return out
 
@@ -175,9 +174,8 @@ def matching(apply, batch: dict, kv, neg_img, neg_txt, group_size: int, stream: 
     """
     ids, txt_mask = batch["ids"], batch["txt_mask"]
     B = len(ids)
-    neg_img_of, neg_txt_of = (
-        losses.grouped(i, group_size) % (group_size or B) for i in (neg_img, neg_txt)
-    )  # -1: any, not counted
+    # of a row without a negative any other's is taken; it is not counted
+    neg_img_of, neg_txt_of = (losses.grouped(i, group_size) % (group_size or B) for i in (neg_img, neg_txt))
 
     def stack(x):
         return jnp.stack([x, within_cells(x, neg_txt_of), x], axis=1).reshape(3 * B, -1)

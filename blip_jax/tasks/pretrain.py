@@ -11,11 +11,11 @@ from blip_jax import losses
 from blip_jax.data import pairs
 from blip_jax.models import flops as counts
 from blip_jax.models.blip import Blip
-from blip_jax.tasks import contrast, step
-from blip_jax.tasks.contrast import after, before  # noqa: F401
-from blip_jax.tasks.retrieval import eval_data, evaluate, table  # noqa: F401
+from blip_jax.tasks import contrast, retrieval, step
 
 text = pairs.text
+before, after = contrast.before, contrast.after
+eval_data, evaluate, table = retrieval.eval_data, retrieval.evaluate, retrieval.table
 
 
 def check(cfg, tokenizer=None) -> list[str]:

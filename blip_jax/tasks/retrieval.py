@@ -15,9 +15,9 @@ from blip_jax.eval import recall
 from blip_jax.models import flops as counts
 from blip_jax.models.blip import Blip
 from blip_jax.tasks import contrast, step, two_stage
-from blip_jax.tasks.contrast import after, before  # noqa: F401
 
 text, table = pairs.text, recall.table
+before, after = contrast.before, contrast.after
 
 
 def check(cfg, tokenizer=None) -> list[str]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from blip_jax import tasks, trees
 from blip_jax.models import initial
-from blip_jax.models.initial import init_params as init_params  # known by this name, too
 from blip_jax.models.layers.dense import rounds
 
 

@@ -21,9 +21,9 @@ from blip_jax.convert import apply, torch_io
 from blip_jax.convert import read as reading
 from blip_jax.convert import write as writing
 from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.models import initial
 from blip_jax.models.vision.vit import resize_pos_embed
 from blip_jax.tasks import build
-from blip_jax.train import state as train_state
 
 MODELS = ("pretrain", "retrieval", "itm", "features", "caption", "vqa", "nlvr")
 HEADS = official.TINY_HEADS
@@ -87,7 +87,7 @@ def test_what_is_read_has_the_shapes_of_the_model(family, tmp_path, vocab):
     """Shapes and names of from_torch against the model built from the settings that the same tensors gave."""
     got = reading.read(store(tmp_path, family, tiny(family)), vocab=vocab, **HEADS)
     assert got.family == family and got.cfg.model.img_size == 32
-    shapes = jax.eval_shape(lambda: train_state.init_params(got.cfg, build(got.cfg), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(got.cfg, build(got.cfg), jax.random.key(0)))
     want = {path: x.shape for path, x in trees.paths(shapes)}
     have = {path: x.shape for path, x in trees.paths(got.state["params"])}
     if family == "features":  # it has no projections

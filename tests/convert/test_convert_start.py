@@ -12,6 +12,7 @@ from world.convert import converted, same_bits, store, vocab  # noqa: F401 (fixt
 from blip_jax import checkpoint, config, trees
 from blip_jax.capfilt.run import models
 from blip_jax.convert import apply, read, torch_io, write
+from blip_jax.models import initial
 from blip_jax.models.vision.vit import resize_pos_embed
 from blip_jax.tasks import build
 from blip_jax.train import loop, start
@@ -53,7 +54,7 @@ def test_augreg(tmp_path):
         (vit["cls"][None, None], "cls"),
     ):
         np.testing.assert_array_equal(ours, arrays[theirs], err_msg=theirs)
-    shapes = jax.eval_shape(lambda: train_state.init_params(got.cfg, build(got.cfg), jax.random.key(0)))["vit"]
+    shapes = jax.eval_shape(lambda: initial.init_params(got.cfg, build(got.cfg), jax.random.key(0)))["vit"]
     assert {p: x.shape for p, x in trees.paths(vit)} == {p: x.shape for p, x in trees.paths(shapes)}
 
 

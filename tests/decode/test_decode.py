@@ -19,7 +19,6 @@ from blip_jax.inference import programs
 from blip_jax.models import initial
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import build
-from blip_jax.train import state as train_state
 
 EOS, PAD = 3, 0
 
@@ -31,7 +30,7 @@ def captioner(tiny_vocab):
     cfg.objective = "caption"
     cfg.model.update(img_size=16, dtype="float32")
     model, tokenizer = build(cfg), Tokenizer(tiny_vocab)
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     params = initial.magnified(params, 6)  # else all images get much the same text
     return model, params, tokenizer
 

@@ -77,7 +77,7 @@ def test_a_peer_whose_loss_differs_is_refused(monkeypatch):
     with cfg.unlocked():
         cfg.loss.queue = 8
     program = train.Program(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:1]))
-    state = jax.tree.map(np.asarray, {"params": program.state.params, "momentum": program.state.momentum})
+    state = jax.tree.map(np.asarray, {"params": program.state.params, "momentum": program.state.extra})
     peer = torch_step.Step(cfg, to_torch("pretrain", state, vocab_size=cfg.model.med.vocab_size))
     batch = train.random_batch(cfg, 30)
     losses = peer.evaluate(peer.batch(batch["img"], batch["ids"], batch["txt_mask"]), cfg.loss.alpha)

@@ -11,10 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from blip_jax import trees
 from blip_jax.config import base
 from blip_jax.inference import programs
+from blip_jax.models import initial
 from blip_jax.models.blip import Blip
 from blip_jax.models.layers.cpu import dot_general, rows
 from blip_jax.models.layers.dense import rounded, rounded_once
-from blip_jax.train import state as train_state
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -63,7 +63,7 @@ def test_one_cpu_encodes_few_images_at_a_time_with_the_same_result(monkeypatch):
     cfg = base("tiny")
     cfg.model.img_size = 16
     model, size = Blip.from_config(cfg.model), cfg.model.img_size
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     img = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), np.uint8)
     P = 1 + (size // cfg.model.vit.patch) ** 2
 
@@ -97,7 +97,7 @@ def test_parameters_rounded_once_give_the_same_bits():
     cfg = base("tiny")
     cfg.model.update(dtype="bfloat16")
     model = Blip.from_config(cfg.model)
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     once = rounded(params, "bfloat16")
     kept = {trees.path_name(p) for p, x in jax.tree.leaves_with_path(once) if x.dtype == jnp.float32}
     assert all(re.search(r"/(scale|bias)$|_proj/|itm_head/|^temp$|vit/(cls|pos_embed)", p) for p in kept), kept
@@ -113,7 +113,7 @@ def test_what_several_passes_use_rounded_once_gives_the_same_loss_and_gradients(
     cfg = base("tiny")
     cfg.model.update(dtype="bfloat16", dropout=0.0)
     model = Blip.from_config(cfg.model)
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     rng = np.random.default_rng(0)
     img = jnp.asarray(rng.normal(size=(2, cfg.model.img_size, cfg.model.img_size, 3)), jnp.float32)
     ids, seen = jnp.asarray(rng.integers(5, 100, (2, 7)), jnp.int32), jnp.ones((2, 7), bool)

@@ -9,7 +9,6 @@ from blip_jax import config, trees
 from blip_jax.models import initial
 from blip_jax.parallel import sharding
 from blip_jax.tasks import build
-from blip_jax.train import state as train_state
 
 
 def made(objective="pretrain", key=0, **model):
@@ -20,7 +19,7 @@ def made(objective="pretrain", key=0, **model):
     return (
         cfg,
         build(cfg),
-        dict(trees.paths(jax.jit(lambda: train_state.init_params(cfg, build(cfg), jax.random.key(key)))())),
+        dict(trees.paths(jax.jit(lambda: initial.init_params(cfg, build(cfg), jax.random.key(key)))())),
     )
 
 
@@ -67,7 +66,7 @@ def test_a_parameter_does_not_depend_on_the_others():
 def test_a_mesh_changes_nothing():
     cfg, model, alone = made()
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    create = lambda key: train_state.init_params(cfg, model, key)
+    create = lambda key: initial.init_params(cfg, model, key)
     with jax.set_mesh(mesh):
         where = sharding.shardings_for(jax.eval_shape(create, jax.random.key(0)), mesh)
         split = jax.jit(create, out_shardings=where)(jax.random.key(0))

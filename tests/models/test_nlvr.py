@@ -18,7 +18,6 @@ from blip_jax.models.nlvr import FIRST_MERGE, BlipNlvr, TwinLayer
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.parallel import sharding
 from blip_jax.tasks import build, nlvr
-from blip_jax.train import state as train_state
 
 B, T, V = 4, 6, 120
 
@@ -37,7 +36,7 @@ def world():
     """(model, lively params, inputs of `classified`)"""
     cfg = nlvr_config()
     model = build(cfg)
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     params = initial.magnified(params, 5)
     rng = np.random.default_rng(0)
     left, right = jnp.asarray(rng.normal(size=(2, B, 16, 16, 3)), jnp.float32)
@@ -63,13 +62,13 @@ def logits(*inputs, first_id=None):
 def random_params(cfg, model, seed):
     """Numbers in the shapes of the parameters, without compiling anything."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
 def test_parameter_count_of_the_published_model():
     cfg = nlvr_config("base", 384, 12)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, build(cfg), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, build(cfg), jax.random.key(0)))
     assert sum(x.size for x in jax.tree.leaves(shapes)) - (padded_vocab(30524) - 30524) * 768 == 259_372_034
     assert {len(x) for x in jax.tree.leaves(shapes["med"]["blocks"])} == {12}
     assert {len(x) for x in jax.tree.leaves(shapes["med"]["merge"]["blocks"])} == {12 - FIRST_MERGE}
@@ -161,7 +160,7 @@ def test_dropout_and_stochastic_depth_act_in_training_only():
     with cfg.unlocked():
         cfg.model.drop_path = 0.5
     model, (_, _, inputs) = build(cfg), world()
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     apply = lambda key, method, *args: model.apply(
         {"params": params}, *args, method=method, deterministic=False, rngs={"dropout": key}
     )

@@ -21,7 +21,6 @@ from blip_jax.models.text.med import padded_vocab
 from blip_jax.models.vqa import BlipVqa
 from blip_jax.parallel import sharding
 from blip_jax.tasks import build, vqa
-from blip_jax.train import state as train_state
 
 B, S, V, SEP = 4, 7, 120, 2
 LENGTHS = jnp.array([7, 3, 5, 4])
@@ -40,7 +39,7 @@ def world():
     """(model, params with lively logits, jitted model.apply with these params, questions)"""
     cfg = vqa_config()
     model = build(cfg)
-    params = jax.jit(lambda: train_state.init_params(cfg, model, jax.random.key(0)))()
+    params = jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))()
     params = initial.magnified(params, 5)
     compiled = functools.cache(
         lambda method, how: jax.jit(lambda p, a: model.apply({"params": p}, *a, method=method, **dict(how)))
@@ -67,7 +66,7 @@ def questions():
 def random_params(cfg, model, seed):
     """Numbers in the shapes of the parameters, without compiling anything."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
@@ -84,7 +83,7 @@ def candidates(rng, count=9, width=6):
 
 def test_parameter_count_of_the_published_model():
     cfg = vqa_config("base", 480)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, build(cfg), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, build(cfg), jax.random.key(0)))
     pad = padded_vocab(30524) - 30524
     # two word embeddings, one bias of the head
     count = sum(x.size for x in jax.tree.leaves(shapes)) - pad * (2 * 768 + 1)
@@ -94,7 +93,7 @@ def test_parameter_count_of_the_published_model():
 
 def test_answer_decoder_reads_states_of_the_text_width_and_shares_nothing():
     cfg = vqa_config("large", 32)
-    shapes = jax.eval_shape(lambda: train_state.init_params(cfg, build(cfg), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, build(cfg), jax.random.key(0)))
     of = lambda part, block: shapes[part]["blocks"][block]["k"]["kernel"].shape[1:]
     assert (of("med", "cross_attn"), of("med_dec", "cross_attn")) == ((1024, 12, 64), (768, 12, 64))
     assert "self_attn_dec" not in shapes["med"]["blocks"] and "self_attn" not in shapes["med_dec"]["blocks"]

@@ -12,7 +12,7 @@ import pytest
 
 from blip_jax import config
 from blip_jax.cli import main
-from blip_jax.plan import aot, chips, plan, programs, search
+from blip_jax.plan import aot, chips, plan, programs, reasons, search
 
 CONFIG = """
 from blip_jax.config import base, capfilt, source
@@ -273,7 +273,7 @@ def test_chips_and_their_links():
     ],
 )
 def test_every_big_collective_has_a_reason(kind, op, axis, moves):
-    assert plan.reason(kind, op, axis)[0] == moves
+    assert reasons.reason(kind, op, axis)[0] == moves
 
 
 def test_search_tries_the_promising_first_and_drops_what_needs_more(files, monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 from world.runs import begun, rows
 
 from blip_jax import checkpoint, config, tasks, trees
+from blip_jax.models import initial
 from blip_jax.tasks import caption
 from blip_jax.tasks.step import Keys
 from blip_jax.train import loop, start
-from blip_jax.train import state as train_state
 
 B, T, SIZE, VOCAB, PROMPT = 6, 9, 16, 60, 4
 
@@ -73,7 +73,7 @@ def captioner():
     """
     cfg = settings()
     model = tasks.build(cfg)
-    params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(1))
+    params = jax.jit(lambda key: initial.init_params(cfg, model, key))(jax.random.key(1))
     losses = {over: loss_of(settings(**{"loss.smoothing_over": over}), model) for over in ("valid", "all")}
     return model, jax.tree.map(lambda x: 3 * x, params), losses
 
@@ -114,7 +114,7 @@ def test_gradients_reach_the_vit_and_the_decoder_alone():
     """Of a pre-training model, whose text encoder, projections, matching head and temperature play no part."""
     cfg = settings(objective="pretrain")
     model = tasks.build(cfg)
-    params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(1))
+    params = jax.jit(lambda key: initial.init_params(cfg, model, key))(jax.random.key(1))
     grads = dict(trees.paths(jax.jit(jax.grad(loss_of(cfg, model), has_aux=True))(params, make_batch())[0]))
     still = {path for path, g in grads.items() if not np.any(g)}
     heads = ("vision_proj", "text_proj", "itm_head", "temp")

@@ -22,11 +22,11 @@ from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.data.formats import open_source
 from blip_jax.data.source import BadRecord
 from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.models import initial
 from blip_jax.models.build import fit
 from blip_jax.tasks import nlvr
 from blip_jax.tasks.step import Keys
 from blip_jax.train import loop
-from blip_jax.train import state as train_state
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip"
 
@@ -84,7 +84,7 @@ def test_golden_initial_weights_come_from_where_the_original_takes_them():
     origin = json.loads((GOLDEN / "nlvr_init" / "origin.json").read_text())
     s, fresh = origin["config"], "initialised"
     before, after = sized(s, "pretrain", s["nl_tl"]), sized(s, "nlvr", s["nl_tl"])
-    shapes = lambda cfg: jax.eval_shape(lambda: train_state.init_params(cfg, tasks.build(cfg), jax.random.key(0)))
+    shapes = lambda cfg: jax.eval_shape(lambda: initial.init_params(cfg, tasks.build(cfg), jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes(before))
     fitted = fit(params, shapes(after), "here", nlvr.START)

@@ -16,9 +16,9 @@ import pytest
 from blip_jax import checkpoint, tasks, trees
 from blip_jax.config import source
 from blip_jax.console import plain
+from blip_jax.models import initial
 from blip_jax.parallel import sharding
 from blip_jax.train import loop, metrics, start
-from blip_jax.train import state as train_state
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_parameters_of_another_image_size_are_resized_and_of_another_width_refus
 
     def shapes():
         model = tasks.build(cfg)
-        return jax.eval_shape(lambda: train_state.init_params(cfg, model, jax.random.key(0)))
+        return jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
 
     fitted = start.fit_params(params, shapes(), "here")
     assert fitted["vit"]["pos_embed"].shape == (17, 48)

@@ -9,6 +9,7 @@ import optax
 
 from blip_jax import checkpoint, config, trees
 from blip_jax.data.formats.array_record import write_array_record
+from blip_jax.models import initial
 from blip_jax.tasks import build
 from blip_jax.train import state as train_state
 from world.pictures import encode, noise
@@ -20,7 +21,7 @@ def save_model(cfg, workdir, seed: int, strength: float = 1.0) -> pathlib.Path:
     strength: multiplies all kernels; the larger it is, the more scores differ.
     """
     model = build(cfg)
-    params = jax.jit(lambda key: train_state.init_params(cfg, model, key))(jax.random.key(seed))
+    params = jax.jit(lambda key: initial.init_params(cfg, model, key))(jax.random.key(seed))
     params = trees.nest(
         (path, leaf * strength if path.endswith("kernel") else leaf) for path, leaf in trees.paths(params)
     )

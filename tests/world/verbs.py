@@ -17,6 +17,7 @@ from PIL import Image
 import blip_jax
 from blip_jax import checkpoint, config, trees
 from blip_jax.data import image
+from blip_jax.models import initial
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import build
 from blip_jax.train import state as train_state
@@ -38,7 +39,7 @@ def folder(tiny_vocab, tmp_path_factory):
         c.text.update(vocab=str(tiny_vocab), max_len=14, prompt="a small " if objective == "caption" else "")
         c.loss.momentum = False
         model = build(c)
-        shapes = jax.eval_shape(functools.partial(train_state.init_params, c, model), jax.random.key(0))
+        shapes = jax.eval_shape(functools.partial(initial.init_params, c, model), jax.random.key(0))
         params = lively(shapes, np.random.default_rng(seed))
         with checkpoint.open_dir(root / objective, 1) as manager:
             state = train_state.create(c, model, optax.set_to_zero(), jax.random.key(0), params)

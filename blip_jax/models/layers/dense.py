@@ -105,6 +105,11 @@ def is_apart(stack) -> bool:
     return type(stack) is tuple  # a NamedTuple of arrays is a stack
 
 
+def joined(layers: tuple):
+    """L arrays -> [L,...]"""
+    return _joined(layers) if jnp.issubdtype(layers[0].dtype, jnp.floating) else jnp.stack(layers)
+
+
 def _cut(x) -> tuple:
     """[L,...] -> L arrays; the gradient is joined at once, where jax would add up L arrays [L,...] of zeros but
     for a layer."""
@@ -117,12 +122,14 @@ def _cut_with_gradient(x):
     return tuple(_from_bits(bits[i], x.dtype) for i in range(len(x)))
 
 
-_cut_with_gradient.defvjp(lambda x: (_cut_with_gradient(x), None), lambda _, layers: (joined(layers),))
-
-
-def joined(layers):
-    """L arrays -> [L,...]"""
+@jax.custom_vjp
+def _joined(layers):
     return _from_bits(jnp.stack([_as_bits(x) for x in layers]), layers[0].dtype)
+
+
+# Bits have no gradient, so each of the two is given the other.
+_cut_with_gradient.defvjp(lambda x: (_cut_with_gradient(x), None), lambda _, layers: (_joined(layers),))
+_joined.defvjp(lambda layers: (_joined(layers), None), lambda _, stack: (_cut_with_gradient(stack),))
 
 
 def _as_bits(x):
