@@ -13,7 +13,7 @@ from blip_jax.config import base
 from blip_jax.inference import programs
 from blip_jax.models import initial
 from blip_jax.models.blip import Blip
-from blip_jax.models.layers.cpu import dot_general, rows
+from blip_jax.models.layers.cpu import dot_general, einsum, rows
 from blip_jax.models.layers.dense import rounded, rounded_once
 
 DIMS = (((1,), (0,)), ((), ()))
@@ -141,3 +141,18 @@ def test_rows_of_a_bfloat16_table_are_those_of_plain_indexing_and_so_is_the_grad
     np.testing.assert_array_equal(jax.jit(rows)(table, ids), table[ids])
     loss = lambda f: jax.grad(lambda t: jnp.sum(f(t, ids).astype(jnp.float32) ** 2))(table)
     np.testing.assert_array_equal(loss(rows), loss(lambda t, i: t[i]))
+
+
+@pytest.mark.parametrize(
+    "equation, x, y",
+    [
+        ("B T N H, B S N H -> B N T S", (2, 3, 4, 5), (2, 6, 4, 5)),
+        ("B N T S, B S N H -> B T N H", (2, 4, 3, 6), (2, 6, 4, 5)),
+        ("T D, D F -> F T", (3, 5), (5, 7)),
+    ],
+)
+def test_einsum_is_numpys(equation, x, y):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=x).astype(np.float32), rng.normal(size=y).astype(np.float32)
+    ours = einsum(equation, jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_allclose(ours, np.einsum(equation.replace(" ", ""), x, y), rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.layers.cpu import dot_general, summed
+from blip_jax.models.layers.cpu import einsum, summed
 from blip_jax.models.layers.dense import Dense, DenseGeneral
 from blip_jax.models.layers.norm import gelu, softmax
 from blip_jax.parallel.collectives import within_cells
@@ -25,12 +25,12 @@ def attention(q, k, v, mask=None, drop: Callable | None = None):
       drop: applied to the probabilities [B,N,T,S]; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
     """
-    s = summed(q * q.shape[-1] ** -0.5, k, (((3,), (3,)), ((0, 2), (0, 2))))  # B N T S
+    s = einsum("B T N H, B S N H -> B N T S", q * q.shape[-1] ** -0.5, k, summed)
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
     p = softmax(s, v.dtype)
     p = p if drop is None else drop(p)
-    return jnp.moveaxis(dot_general(p, v, (((3,), (1,)), ((0, 1), (0, 2)))), 1, 2)  # B N T H -> B T N H
+    return einsum("B N T S, B S N H -> B T N H", p, v)
 
 
 def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None):

@@ -26,6 +26,21 @@ def dot_general(x, y, dimension_numbers, precision=None, preferred_element_type=
     )
 
 
+def einsum(equation: str, x, y, product=dot_general):
+    """`jnp.einsum` of two arrays by `product`, which takes what `jax.lax.dot_general` takes: here `dot_general`, or
+    `summed` for a float32 result.
+
+    equation: letters apart, as "B T N H, B S N H -> B N T S"; a letter of both sides that is in the result is a batch.
+    """
+    (of_x, of_y), out = (side.split() for side in equation.split("->")[0].split(",")), equation.split("->")[1].split()
+    shared = [d for d in of_x if d in of_y]
+    batch, sums = [d for d in shared if d in out], [d for d in shared if d not in out]
+    dims = lambda names, letters: tuple(names.index(d) for d in letters)
+    numbers = ((dims(of_x, sums), dims(of_y, sums)), (dims(of_x, batch), dims(of_y, batch)))
+    made = batch + [d for d in (*of_x, *of_y) if d not in shared]
+    return jnp.transpose(product(x, y, numbers), dims(made, out))
+
+
 def as_bits(params: dict) -> dict:
     """Parameters with every bfloat16 kernel as its bits in uint16, which the dense layers read as well; without
     gradient.
