@@ -118,9 +118,9 @@ class Blip(nn.Module):
         with jax.default_matmul_precision("highest"):
             return img_emb @ txt_emb.T
 
-    def image_kv(self, img_tok):
-        """img_tok [B,P,D] -> keys and values of all MED layers, each [L,B,P,N,H]"""
-        return self.med.image_kv(img_tok)
+    def image_kv(self, img_tok, ended: bool = False):
+        """img_tok [B,P,D] -> keys and values of all MED layers, each [L,B,P,N,H] (see `Med.image_kv`)"""
+        return self.med.image_kv(img_tok, ended)
 
     def match(
         self,

@@ -13,7 +13,7 @@ from flax.core import FrozenDict
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
 from blip_jax.models.layers.dense import Dense
-from blip_jax.models.layers.norm import LayerNorm
+from blip_jax.models.layers.norm import Dropout, LayerNorm
 from blip_jax.models.text.med import EPS, Embed, PostNormAttention
 from blip_jax.models.vision.vit import Vit, torch_uniform
 
@@ -39,7 +39,7 @@ class TwinLayer(nn.Module):
         self.cross_attn0, self.cross_attn1 = cross(), cross()
         self.cross_ln, self.mlp_ln = LayerNorm(EPS, self.dtype), LayerNorm(EPS, self.dtype)
         self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def __call__(self, x, mask, img_tok0, img_tok1, merge=None, deterministic: bool = True, first_only: bool = False):
         """x [B,T,D], mask bool[B,1,1,T], img_tok0/1 [B,P,D'], merge: [B,T,2D] -> [B,T,D] or None -> [B,T,D], or

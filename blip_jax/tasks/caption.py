@@ -56,7 +56,7 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     apply = functools.partial(model.apply, {"params": params})
     streams, ids = step.dropout_streams(keys.dropout, ("vit", "decoder")), batch["ids"]
     img_tok = apply(batch["img"], method="encode_image", deterministic=False, rngs=streams["vit"])
-    kv = apply(img_tok, method="image_kv")
+    kv = apply(img_tok, ended=True, method="image_kv")
     logits = apply(ids, batch["txt_mask"], kv, method="lm_logits", deterministic=False, rngs=streams["decoder"])
     lm = losses.lm(
         logits,

@@ -54,7 +54,7 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     itc = contrast.itc(model, cfg, params, extra, batch, encoded, same, streams)
     neg_img, neg_txt = contrast.negatives(itc.own, same, 1e-4, keys)
 
-    kv = apply(encoded.img_tok, method="image_kv")  # once, for the three matching groups and the decoder
+    kv = apply(encoded.img_tok, ended=True, method="image_kv")  # once, for the three matching groups and the decoder
     itm, itm_acc = contrast.matching(apply, batch, kv, neg_img, neg_txt, cfg.loss.group_size, streams["match"])
     logits = apply(ids, txt_mask, kv, method="lm_logits", deterministic=False, rngs=streams["decoder"])
     lm = losses.lm(

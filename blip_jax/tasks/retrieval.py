@@ -60,7 +60,7 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     img, txt = losses.grouped(encoded.img_emb, group), losses.grouped(encoded.txt_emb, group)
     online = {"i2t": losses.similarity(img, txt, params["temp"]), "t2i": losses.similarity(txt, img, params["temp"])}
     neg_img, neg_txt = contrast.negatives(online, same, 0.0, keys)
-    kv = apply(encoded.img_tok, method="image_kv")
+    kv = apply(encoded.img_tok, ended=True, method="image_kv")
     itm, itm_acc = contrast.matching(apply, batch, kv, neg_img, neg_txt, group, streams["match"])
 
     total = itc.loss + itm

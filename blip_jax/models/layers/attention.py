@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from blip_jax.models.layers.cpu import einsum, summed
 from blip_jax.models.layers.dense import Dense, DenseGeneral
-from blip_jax.models.layers.norm import gelu, softmax
+from blip_jax.models.layers.norm import gelu, kept, softmax
 from blip_jax.parallel.collectives import within_cells
 from blip_jax.parallel.sharding import constrain
 
@@ -30,7 +30,7 @@ def attention(q, k, v, mask=None, drop: Callable | None = None):
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
     p = softmax(s, v.dtype)
     p = p if drop is None else drop(p)
-    return einsum("B N T S, B S N H -> B T N H", p, v)
+    return kept(einsum("B N T S, B S N H -> B T N H", p, v))
 
 
 def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None):
@@ -58,9 +58,9 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
         if img_idx[g] is not None:
             of = lambda x: within_cells(x, img_idx[g], None, "act_heads", None)
             with jax.named_scope("keys"):  # told apart in a compiler's list of collectives
-                keys = of(k)
+                keys = kept(of(k))
             with jax.named_scope("values"):
-                values = of(v)
+                values = kept(of(v))
             outs[g] = attention(q[:, g], keys, values, None if mask is None else within_cells(mask, img_idx[g]), drop)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
 

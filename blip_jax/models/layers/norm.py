@@ -1,4 +1,5 @@
-"""GELU, LayerNorm and softmax whose gradients keep little: what jax's own derivatives store is several times larger.
+"""GELU, LayerNorm and softmax whose gradients keep little: what jax's own derivatives store is several times larger;
+and dropout.
 
 All compute in float32 and return the dtype of their input (or the one asked for). In units of the input's size the
 backward pass keeps: GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), softmax its result, which the product
@@ -14,6 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"
+
+
+def kept(x):
+    """x, marked as what a stack of layers keeps for its gradient (see `models.layers.stack`)."""
+    return checkpoint_name(x, KEPT)
 
 
 @jax.custom_vjp
@@ -42,7 +51,7 @@ def softmax(s, dtype):
 
 
 def _softmax_forward(s, dtype):
-    p = softmax(s, dtype)
+    p = kept(softmax(s, dtype))
     return p, p
 
 
@@ -52,6 +61,20 @@ def _softmax_back(dtype, p, dp):
 
 
 softmax.defvjp(_softmax_forward, _softmax_back)
+
+
+class Dropout(nn.Module):
+    """Zeros for a share `rate` of the numbers, the others divided by 1 - rate."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, deterministic: bool):
+        """[...] -> [...]; not deterministic, it needs rngs={"dropout": key}"""
+        if deterministic or not self.rate:
+            return x
+        mask = kept(jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape))
+        return jnp.where(mask, x / (1.0 - self.rate), jnp.zeros_like(x))
 
 
 class LayerNorm(nn.Module):

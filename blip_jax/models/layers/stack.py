@@ -7,12 +7,20 @@ A stack is a tree of arrays [L,...] (parameters, keys and values), or, as `apart
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import apart, is_apart, joined
+from blip_jax.models.layers.norm import KEPT
+
+# What a loop's backward pass finds, [L,...] of each: results of dense layers and what is marked. The rest, as LayerNorm
+# and GELU, is made of these again, as the compiler itself does where layers are not in a loop.
+KEEP = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(KEPT),
+)
 
 
 def parameters(module, layer, length: int, *example):
@@ -39,13 +47,30 @@ def unrolled() -> bool:
     return single_cpu()
 
 
+class Ended(NamedTuple):
+    """A stack without its last layer, and that layer's tree."""
+
+    stack: Any
+    last: Any
+
+
+def ended(stack) -> Ended:
+    """A stack as `Ended`, if it is not: cut, its arrays are copied. None has None of both."""
+    if isinstance(stack, Ended):
+        return stack
+    if stack is not None and unrolled():
+        stack = apart(stack)
+    return Ended(part(stack, 0, -1), last(stack))
+
+
 def through(body: Callable, x, *stacks) -> tuple[Any, Any]:
     """x through all layers: body(x, *parts) -> (x, out), with a layer's part of each of `stacks`, None of None.
 
     Returns x and the outs, a tree of arrays [L,...].
     """
     if not unrolled() and not any(map(is_apart, stacks)):
-        return jax.lax.scan(lambda x, parts: body(x, *parts), x, stacks)
+        layer = jax.checkpoint(lambda x, parts: body(x, *parts), policy=KEEP, prevent_cse=False)
+        return jax.lax.scan(layer, x, stacks)
     outs, cut = [], [apart(stack) for stack in stacks if stack is not None]
     for parts in zip(*cut, strict=True):
         given = iter(parts)

@@ -17,7 +17,7 @@ from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
 from blip_jax.models.layers.cpu import rows, single_cpu, summed
 from blip_jax.models.layers.dense import Dense
-from blip_jax.models.layers.norm import LayerNorm, gelu
+from blip_jax.models.layers.norm import Dropout, LayerNorm, gelu
 from blip_jax.parallel.collectives import gathered
 from blip_jax.parallel.sharding import constrain
 
@@ -48,7 +48,7 @@ class StoredKeysAndValues(NamedTuple):
 
 def images_of(kv) -> int:
     """How many images (or questions) keys and values belong to, stored or not."""
-    return kv.k.shape[1]
+    return (kv.last.k[None] if isinstance(kv, stack.Ended) else kv.k).shape[1]
 
 
 def stored(kv: KeysAndValues) -> StoredKeysAndValues:
@@ -90,7 +90,7 @@ class PostNormAttention(HeadedAttention):
     def setup(self):
         super().setup()
         self.ln = LayerNorm(EPS, self.dtype)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def self_attention(self, x, mask, deterministic, first_only=False):
         """x [B,T,D], mask bool[B,1,1|T,T] -> [B,T,D], or [B,1,D], the first position alone"""
@@ -140,7 +140,7 @@ class MedLayer(nn.Module):
             self.self_attn_dec = block()
         self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
         self.mlp_ln = LayerNorm(EPS, self.dtype)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def __call__(self, x, seen):
         """Runs every part once, so that `init` creates every parameter: x [1,1,D], seen [1,1,D']."""
@@ -180,7 +180,7 @@ class Embed(nn.Module):
         )
         self.word, self.pos = embed(padded_vocab(self.vocab_size)), embed(self.positions)
         self.ln = LayerNorm(EPS, self.dtype)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def __call__(self, ids, deterministic, start=0):
         x = rows(self._words(), ids) + self.pos(start + jnp.arange(ids.shape[1]))
@@ -292,12 +292,12 @@ class Med(nn.Module):
             )
             return x, None
 
-        x, stacks = self.embed(ids, deterministic), (self.blocks, kv, keys)
+        # The last layer is apart in every pass, for one cut of the parameters to serve all of them.
+        stacks, lasts = zip(*map(stack.ended, (self.blocks, kv, keys)))
+        x = self.embed(ids, deterministic)
         with jax.named_scope("blocks"):
-            if not first_only:
-                return stack.through(attend, x, *stacks)[0]
-            x, _ = stack.through(attend, x, *(stack.part(s, 0, self.layers - 1) for s in stacks))
-            return attend(x, *map(stack.last, stacks), first_only=True)[0]
+            x, _ = stack.through(attend, x, *stacks)
+            return attend(x, *lasts, first_only=first_only)[0]
 
     def extend(self, ids, start, cache, kv, img_idx: tuple, kv_mask=None):
         """The decoder on t more tokens, without dropout: (token states [R,t,D], cache), R = B * len(img_idx).
@@ -316,10 +316,11 @@ class Med(nn.Module):
                 extend, (self.embed(ids, True, start), cache), self.blocks, kv, jnp.arange(self.layers)
             )[0]
 
-    def image_kv(self, img_tok) -> KeysAndValues:
-        """img_tok [B,P,D'] -> keys and values [L,B,P,N,H]: computed once, used by every text pass over these images.
+    def image_kv(self, img_tok, ended: bool = False):
+        """img_tok [B,P,D'] -> `KeysAndValues` [L,B,P,N,H]: computed once, used by every text pass over these images.
 
-        What is attended to need not be an image: D' is `kv_width`.
+        What is attended to need not be an image: D' is `kv_width`. ended: as `stack.Ended`, which passes over whole
+        texts take without a copy.
         """
         layer = self._layer()
 
@@ -327,7 +328,10 @@ class Med(nn.Module):
             return None, KeysAndValues(*layer.apply({"params": params}, img_tok, method="image_kv"))
 
         with jax.named_scope("blocks"):
-            return stack.through(project, None, self.blocks)[1]
+            if not ended:
+                return stack.through(project, None, self.blocks)[1]
+            blocks, last = stack.ended(self.blocks)
+            return stack.Ended(stack.through(project, None, blocks)[1], project(None, last)[1])
 
     def lm_logits(self, txt_tok):
         """txt_tok [B,T,D] -> f32[B,T,Vp]; columns from vocab_size on (padding of the stored vocabulary) are
