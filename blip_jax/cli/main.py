@@ -163,10 +163,13 @@ def convert(argv: list[str]) -> int:
     )
     for name, text in (
         ("img_size", "pixels, resizes the position table"),
-        ("vit_heads", "heads of the ViT; default: width / 64"),
-        ("med_heads", "heads of the MED; default: width / 64"),
+        ("vit_heads", "heads of the ViT; default: what config.json says, else width / 64"),
+        ("med_heads", "heads of the MED; default: what config.json says, else width / 64"),
     ):
         flags.DEFINE_integer(name, 0, text, lower_bound=0, flag_values=values)
+    flags.DEFINE_bool(
+        "drop_token_types", False, "of BERT, drop its token-type row as the original BLIP does", flag_values=values
+    )
     flags.DEFINE_bool("verify", False, "compare what was written, and run both models", flag_values=values)
     paths = _parse(values, argv, required=(), positional=2)
     if len(paths) < 2:
@@ -183,6 +186,7 @@ def convert(argv: list[str]) -> int:
         img_size=values.img_size,
         vit_heads=values.vit_heads,
         med_heads=values.med_heads,
+        drop_token_types=values.drop_token_types,
         verify=values.verify,
     )
     return 0

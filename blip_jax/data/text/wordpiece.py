@@ -231,7 +231,9 @@ def _from_json(path: pathlib.Path) -> tuple[_Tokenizer, Case]:
         raise ValueError(f"{where} is not a tokenizer.json ({str(e)[:200]}): give one, or a vocab.txt") from None
     _require_special(vocab, path)
     if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"{where}: the ids of its {len(vocab)} tokens are not 0 to {len(vocab) - 1}: give the vocab.txt")
+        raise ValueError(
+            f"{where}: the ids of its {len(vocab)} tokens are not 0 to {len(vocab) - 1}: give the vocab.txt"
+        )
     return tok, _case_in(content.get("normalizer"))
 
 
