@@ -168,8 +168,8 @@ def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Ten
     stored, claimed = sum(storages.values()), sum(x.numel() * x.element_size() for x in content.values())
     if claimed > BLOW_UP * stored:
         raise ValueError(
-            f"{path}: its {len(content)} tensors share {stored} bytes but claim {claimed}, {claimed / stored:.0f} times "
-            "as many: these are no weights"
+            f"{path}: its {len(content)} tensors share {stored} bytes but claim {claimed}, "
+            f"{claimed / stored:.0f} times as many: these are no weights"
         )
     if records:
         beyond = collections.Counter(storages.values()) - collections.Counter(records)

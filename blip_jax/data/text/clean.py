@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-# what the original's library, transformers 4.15, takes spaces out of in decoded text (`clean_up_tokenization`), in order
+# where transformers 4.15, with which the original decodes, takes spaces out (`clean_up_tokenization`), in its order
 JOINED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 

@@ -217,8 +217,8 @@ def _from_json(path: pathlib.Path) -> tuple[_Tokenizer, Case]:
         raise ValueError(f"{where} is not a tokenizer.json, which has a model: give one, or a vocab.txt")
     if foreign := _foreign(content):
         raise ValueError(
-            f"{where} has {'; '.join(foreign[:3])}: texts are BERT's WordPiece here; give a vocab.txt or tokenizer.json "
-            "of that kind"
+            f"{where} has {'; '.join(foreign[:3])}: texts are BERT's WordPiece here; give a vocab.txt or "
+            "tokenizer.json of that kind"
         )
     # only what was checked reaches the library
     names = ("version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
