@@ -131,17 +131,22 @@ def _refilter(argv: list[str]) -> int:
 def vocab(argv: list[str]) -> int:
     """blip-jax vocab."""
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("captions", [], "text, a caption a line, or JSON rows with `caption`", flag_values=values)
+    flags.DEFINE_multi_string("captions", [], "text, a caption a line; rows with `caption`; or tar", flag_values=values)
     flags.DEFINE_integer("scenes", 0, "captions of this many built-in scenes", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
     _parse(values, argv, required=("out",))
     from blip_jax.data.scenes.world import vocab_captions
+    from blip_jax.data.text.captions import read
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 
     if not values.captions and not values.scenes:
-        raise ValueError("give captions: --captions=FILE (.txt or .json, may be repeated) or --scenes=N")
-    captions = _captions(values.captions) + (list(vocab_captions(values.scenes)) if values.scenes else [])
+        raise ValueError(
+            "give captions: --captions=FILE (.txt, .json, .csv, .tsv, .parquet or .tar, may be repeated) or --scenes=N"
+        )
+    captions = [c for name in values.captions for c in read(name)] + (
+        list(vocab_captions(values.scenes)) if values.scenes else []
+    )
     pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
     print(
@@ -286,22 +291,6 @@ def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...],
     if missing:
         raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
     return rest[1:]
-
-
-def _captions(files: list[str]) -> list[str]:
-    """Captions of .txt files, one a line, and of .json files in BLIP's layout: rows with `caption`, one or a list."""
-    out = []
-    for name in files:
-        content = pathlib.Path(name).read_text(encoding="utf-8")
-        if not name.endswith(".json"):
-            out += content.splitlines()
-            continue
-        try:
-            found = [row["caption"] for row in json.loads(content)]
-        except (json.JSONDecodeError, TypeError, KeyError) as e:
-            raise ValueError(f"{name} is no list of rows with a `caption` ({e!r}): give BLIP's JSON, or a .txt") from e
-        out += [c for caption in found for c in (caption if isinstance(caption, list) else [caption])]
-    return out
 
 
 def _config_path(argv: list[str]) -> str:
