@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import pathlib
 import re
@@ -141,12 +140,9 @@ def vocab(argv: list[str]) -> int:
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 
     if not values.captions and not values.scenes:
-        raise ValueError(
-            "give captions: --captions=FILE (.txt, .json, .csv, .tsv, .parquet or .tar, may be repeated) or --scenes=N"
-        )
-    captions = [c for name in values.captions for c in read(name)] + (
-        list(vocab_captions(values.scenes)) if values.scenes else []
-    )
+        raise ValueError("give captions: --captions=FILE (.txt, .json, .csv, .parquet, .tar; repeat it) or --scenes=N")
+    captions = [c for name in values.captions for c in read(name)]
+    captions += vocab_captions(values.scenes) if values.scenes else []
     pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
     print(
