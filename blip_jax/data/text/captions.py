@@ -29,18 +29,13 @@ def read(path: str) -> list[str]:
         raise ValueError(f"{path} does not exist: give a file of captions")
     try:
         if kind == ".tar":
-            found = _of_shard(path)
-        elif kind == ".parquet":
-            found = _of_parquet(path)
-        else:
-            with open(path, encoding="utf-8-sig", newline="" if kind in TABLES else None) as f:
-                if kind in ROWS:
-                    found = _of_rows(f.read(), lines=kind != ".json")
-                elif kind in TABLES:
-                    found = _of_table(csv.DictReader(f, delimiter=TABLES[kind]))
-                else:
-                    found = f.read().splitlines()
-        return [*found]
+            return [*_of_shard(path)]
+        if kind == ".parquet":
+            return [*_of_parquet(path)]
+        with open(path, encoding="utf-8-sig", newline="" if kind in TABLES else None) as f:
+            if kind in TABLES:
+                return [*_of_table(csv.DictReader(f, delimiter=TABLES[kind]))]
+            return [*_of_rows(f.read(), lines=kind != ".json")] if kind in ROWS else f.read().splitlines()
     except UnicodeDecodeError as e:
         raise ValueError(
             f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): give a .txt, {', '.join((*ROWS, *TABLES))}, "

@@ -30,7 +30,7 @@ MAX_BYTES = 1 << 26  # of a vocabulary file; that of BERT for 104 languages has 
 NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Strip", "StripAccents")
 SPLITTERS = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits")
 FRAMES = ("TemplateProcessing", "BertProcessing")
-PARTS = 16  # of a sequence of these, and of a frame
+PARTS = 16  # of a sequence of these
 MAX_WORD = 200  # characters, the most of max_input_chars_per_word, with whose square the time goes; BERT's has 100
 UNREACHABLE = 0.01  # share of entries that a text never gives, above which a vocabulary is of another case
 UNKNOWN = 0.1  # share of [UNK] above which it is said
@@ -82,7 +82,7 @@ class Tokenizer:
         self.vocab_size = tok.get_vocab_size(with_added_tokens=True)
         self.pad, self.unk, self.cls, self.sep = (tok.token_to_id(t) for t in SPECIAL[:4])
         self.dec, self.enc = (tok.token_to_id(t) for t in EXTRA)
-        if any(tok.encode(t).ids != [self.cls, *tok.encode(t, add_special_tokens=False).ids, self.sep] for t in " a"):
+        if tok.encode("").ids != [self.cls, self.sep]:
             raise ValueError(
                 f"text.vocab={str(path)!r} does not frame a text as [CLS] ... [SEP]: give the vocab.txt instead"
             )
@@ -264,8 +264,10 @@ def _foreign(content: dict) -> list[str]:
         parts = _parts(content.get(name), inner)
         other = [p for p in parts if not isinstance(p, dict) or p.get("type") not in known]
         out += [f"a {name} of type {str(p.get('type') if isinstance(p, dict) else p)[:40]!r}" for p in other[:1]]
-        many = [len(parts), *(len(p.get("single") or ()) for p in parts if isinstance(p, dict))]
-        out += [f"a {name} of {max(many)} parts, more than {PARTS}"] * (max(many) > PARTS)
+        out += [f"a {name} of {len(parts)} parts, more than {PARTS}"] * (len(parts) > PARTS)
+        for frame in (p["single"] for p in parts if isinstance(p, dict) and isinstance(p.get("single"), list)):
+            if sum(isinstance(piece, dict) and "Sequence" in piece for piece in frame) != 1:
+                out.append(f"a {name} of {len(frame)} pieces that does not have the text once")
     return out
 
 
