@@ -150,7 +150,7 @@ def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Ten
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # whatever a damaged or hostile pickle makes torch raise
-        raise ValueError(f"{path}: {_refusal(str(e) or type(e).__name__)}") from None
+        raise ValueError(f"{path}: {refusal(e)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no dict of tensors")
     try:
@@ -180,8 +180,9 @@ def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Ten
     return Tensors({name: _array(torch, x) for name, x in content.items()}, notes)
 
 
-def _refusal(message: str) -> str:
+def refusal(error: Exception) -> str:
     """What torch says about a file that it does not read, in a line."""
+    message = str(error).strip() or type(error).__name__
     if opcode := re.search(r"[Uu]nsupported operand (\d+)", message):
         return (
             f"a pickle with the instruction {opcode[1]}, which torch's safe reader does not have (newer protocols than "
@@ -195,7 +196,7 @@ def _refusal(message: str) -> str:
         )
     if "legacy .tar" in message or "TorchScript" in message:
         return "TorchScript and torch's oldest .tar format cannot be read safely: save its state dict with torch.save"
-    first = message.strip().split("\n")[0]
+    first = message.split("\n")[0]
     return f"truncated, damaged, or no checkpoint (torch: {first[:200]}): fetch it again"
 
 
