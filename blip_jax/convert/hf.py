@@ -64,10 +64,10 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
     weights contradict (listed together); weights that are not complete. No file outside the folder is read.
     """
     folder = pathlib.Path(folder)
-    config, weights = settings(folder, "config.json"), open_weights(folder)
+    config, opened = settings(folder, "config.json"), open_weights(folder)
     try:
-        family = hf_config.family_of(config, weights)
-        weights, notes = unwrap(weights, lambda names: any(name.startswith("vision_model.") for name in names))
+        weights, notes = unwrap(opened, lambda names: any(name.startswith("vision_model.") for name in names))
+        family, notes = hf_config.family_of(config, weights), [*opened.notes, *notes]
         tensors, parts = _under_original_names(family, weights), hf_config.parts_of(config)
         sizes, layers = infer(rows(family, tensors), tensors), layer_counts(family, tensors)
     except ValueError as e:
@@ -95,7 +95,7 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
 
 
 def open_weights(folder) -> Mapping:
-    """The tensors of a folder under transformers' names, read when asked for.
+    """The tensors of a folder under transformers' names, read when asked for; `notes` of them as of `torch_io.Tensors`.
 
     ValueError: there are none, or shards that do not fit.
     """
@@ -110,10 +110,10 @@ def open_weights(folder) -> Mapping:
 
 
 class _Named(Mapping):
-    """Tensors of several opened files: name -> (file, name in it)."""
+    """Tensors of several opened files: name -> (file, name in it); notes: those of the files."""
 
-    def __init__(self, places: dict):
-        self._places = places
+    def __init__(self, places: dict, notes: list[str] = ()):
+        self._places, self.notes = places, list(notes)
 
     def __getitem__(self, name):
         file, inner = self._places[name]
@@ -167,7 +167,8 @@ def _shards(folder: pathlib.Path, index: str) -> Mapping:
         ]
     if problems:
         raise ValueError(f"{folder / index} does not fit:\n  " + "\n  ".join(shown(problems)))
-    return _Named({key: (opened[name], key) for key, name in where.items()})
+    notes = dict.fromkeys(note for tensors in opened.values() for note in tensors.notes)
+    return _Named({key: (opened[name], key) for key, name in where.items()}, notes)
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:

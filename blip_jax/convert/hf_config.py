@@ -255,7 +255,7 @@ def model_json(family: str, model: ConfigDict, *, sep: int, pad: int) -> dict:
 
 
 def tokenizer_json(positions: int, tokenizer: Tokenizer) -> dict:
-    """tokenizer_config.json: BERT's uncased WordPiece with [DEC] and [ENC] as the last two entries."""
+    """tokenizer_config.json: BERT's WordPiece with [DEC] and [ENC] as the last two entries."""
     added = {
         str(i): {
             "content": token,
@@ -267,11 +267,13 @@ def tokenizer_json(positions: int, tokenizer: Tokenizer) -> dict:
         }
         for token, i in zip(EXTRA, (tokenizer.dec, tokenizer.enc))
     }
+    case = tokenizer.case
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
     return {
         "tokenizer_class": "BertTokenizer",
         "processor_class": "BlipProcessor",
-        "do_lower_case": True,
+        "do_lower_case": case.lowercase,
+        **({} if case.strip_accents == case.lowercase else {"strip_accents": case.strip_accents}),
         **names,
         "additional_special_tokens": list(EXTRA),
         "added_tokens_decoder": added,

@@ -247,8 +247,8 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
         family = "deit"
     else:
         return hf.read(path, **heads)
-    weights = hf.open_weights(path)
-    tensors, notes = plain_names(weights)
+    opened = hf.open_weights(path)
+    tensors, notes = plain_names(opened, str(path))
     if find_family(tensors) != family:
         raise ValueError(
             f"{path}: config.json is of {'BERT' if family == 'bert' else 'timm'}, but the weights are not: they hold "
@@ -266,7 +266,7 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
         return foreign.bert(config, sizes, layers, bert.token_types(tensors), tokenizer and tokenizer.pad)
 
     source = _of_tensors(tensors, str(path), family, heads, said, drop_token_types)
-    return source._replace(vocab=vocab, notes=[*notes, *source.notes])
+    return source._replace(vocab=vocab, notes=[*opened.notes, *notes, *source.notes])
 
 
 def _read_file(path: pathlib.Path, family: str, heads: Mapping, drop_token_types: bool) -> Source:
@@ -295,7 +295,7 @@ def _read_file(path: pathlib.Path, family: str, heads: Mapping, drop_token_types
     return source._replace(notes=[*opened.notes, *notes, *source.notes])
 
 
-def plain_names(tensors: Mapping, origin: str = "") -> tuple[Mapping, list[str]]:
+def plain_names(tensors: Mapping, origin: str) -> tuple[Mapping, list[str]]:
     """Tensors under the originals' names, and notes: without the names of wrappers, those of BERT in one form."""
     try:
         tensors, notes = unwrap(tensors, lambda names: bool(find_family(bert.names(dict.fromkeys(names)))))
