@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip_jax.config import base
+from blip_jax.data import pairs
 from blip_jax.data.text import captions, wordpiece
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer, train_vocab
@@ -382,6 +384,18 @@ def test_few_unknown_words_are_not_said_and_a_verb_says_those_of_one_text(vocab,
     tok.encode(["。。。", ""], 10)
     tok.say_unknown()
     assert "3 of the first 3 tokens are [UNK]" in caplog.text
+
+
+def test_training_says_unknown_words(tmp_path, caplog):
+    train_vocab(["a small dog runs over the green field"] * 5, 60, tmp_path / "v.txt")
+    cfg = base("tiny").unlock()
+    cfg.text.vocab, cfg.text.max_words, cfg.text.max_len = str(tmp_path / "v.txt"), 30, 12
+    tok = Tokenizer(tmp_path / "v.txt")
+    for i, caption in enumerate(["一只猫坐在桌子上", "两个孩子踢足球"] * 10):
+        record = {"key": f"{i}", "image": b"", "captions": [caption], "image_id": "", "source": "web"}
+        pairs.example(record, np.random.default_rng(i), cfg, tok)
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert "tokens are [UNK]" in told and "v.txt lacks" in told
 
 
 # --- a tokenizer.json that would take time, memory or the process
