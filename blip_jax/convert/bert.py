@@ -28,7 +28,8 @@ def names(tensors: Mapping) -> Mapping:
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
         return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
 
-    return Renamed(tensors, {rename(name): name for name in tensors})
+    back = {rename(name): name for name in tensors}
+    return Renamed(tensors, back) if len(back) == len(tensors) else tensors  # two of one name: left as they are
 
 
 def token_types(tensors: Mapping) -> int | None:
