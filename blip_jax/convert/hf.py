@@ -270,7 +270,9 @@ def write(folder, source: Source) -> None:
     for copy, _ in TIED[family]:  # transformers leaves them out, too
         del tensors[copy]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({to_hf(name): x for name, x in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    with torch_io.writing(path):
+        save_file({to_hf(name): x for name, x in tensors.items()}, path, metadata={"format": "pt"})
 
     settings = {
         "config.json": hf_config.model_json(family, model, sep=tokenizer.sep, pad=tokenizer.pad),

@@ -8,9 +8,11 @@ PyTorch's files (.pth, .bin) need torch, the extra "convert"; .safetensors and .
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import pathlib
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 
@@ -228,7 +230,21 @@ def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
     """
     torch = _torch()
     shared = {id(x): torch.from_numpy(x if x.flags.writeable else x.copy()) for x in tensors.values()}
-    torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
+    with writing(path):
+        torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
+
+
+@contextlib.contextmanager
+def writing(path) -> Iterator[None]:
+    """Around a library that writes `path`. OSError: what it says in its own ways where, say, the disk is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as e:
+        free = shutil.disk_usage(pathlib.Path(path).parent).free
+        raise OSError(
+            f"{path} cannot be written ({str(e).strip().splitlines()[0][:200]}): {free / 1e9:.2f} GB are free there; "
+            "make room, or give another OUT"
+        ) from None
 
 
 # --- without torch ----------------------------------------------------------------------------------------------------

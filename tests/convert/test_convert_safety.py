@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import resource
+import signal
 import struct
 import zipfile
 
@@ -402,3 +404,21 @@ def test_a_refusal_always_has_a_reason():
 def test_what_is_no_name_of_a_checkpoint(name):
     with pytest.raises(ValueError, match="names no checkpoint: give a workdir"):
         read.read(name)
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("to, name", [("official", "out.pth"), ("hf", "out")])
+def test_a_full_disk_is_one_line_and_nothing_stays(good, tmp_path, monkeypatch, capsys, to, name):
+    vocab = official.vocabulary(tmp_path / "v.txt")
+    before, (soft, hard) = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file may not grow: as on a full disk, writing fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        flags = [f"--vocab={vocab}", "--vit_heads=4", "--med_heads=4", f"--to={to}"]
+        status = main.main(["convert", str(good), str(tmp_path / name), *flags])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    (last,) = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and last.startswith("error: ") and "cannot be written" in last and "GB are free there" in last
+    assert sorted(tmp_path.iterdir()) == before
