@@ -161,7 +161,7 @@ def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Ten
         raise ValueError(f"{path}: {e}") from None
     _not_too_many(path, content)
     notes = [f"the state dict lies under {' > '.join(way)}"] * (way not in ([], ["model"]))
-    notes += [f"left out what stands beside the weights: {listed(sorted(beside))}"] * bool(beside)
+    notes += [f"left out what stands beside the weights: {listed(sorted(set(beside)))}"] * bool(beside)
     problems = [line for name, x in content.items() if (line := _no_tensor(torch, name, x))]
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []

@@ -99,9 +99,7 @@ def test_all_of_it_at_once(folder):
 def test_what_is_neither_used_nor_checked_is_named(folder):
     got = read.read(folder(hidden_dropout_prob=0.1, use_cache=False, zebra=[1], layer_norm_eps=1e-5))
     assert "config.json: ignored hidden_dropout_prob, use_cache, zebra" in got.notes
-    assert "layer_norm_eps is 1e-05: 1e-12 taken, as all models here; hardly a difference" in "\n".join(got.notes) or (
-        "layer_norm_eps is 1e-05" in "\n".join(got.notes)
-    )
+    assert any(note.startswith("layer_norm_eps is 1e-05: 1e-12 taken") for note in got.notes)
     many = {f"field{i}": i for i in range(10**4)} | {name: 1 for name in foreign.GENERIC}
     (note,) = [note for note in read.read(folder(**many)).notes if "ignored" in note]
     assert len(note) < 3000 and "more" in note and "fields of generation and bookkeeping" in note
@@ -111,7 +109,7 @@ def test_another_model_under_the_name_of_bert(folder):
     shutil.move(
         store(folder(), "other", official.tensors("deit", official.TINY, img_size=32)), folder() / "model.safetensors"
     )
-    with pytest.raises(ValueError, match="config.json is of BERT, but the weights are not: they hold cls_token"):
+    with pytest.raises(ValueError, match="config.json is of BERT, but the weights are not: they hold"):
         read.read(folder())
 
 
@@ -311,14 +309,14 @@ def test_real_weights_give_what_transformers_gives(started, real):
     med = got.state["params"]["med"]
     row = load_file(real / "model.safetensors")["embeddings.token_type_embeddings.weight"][0]
     without = trees.merge(med, {"embed": {"pos": {"embedding": med["embed"]["pos"]["embedding"] - row}}})
-    assert np.abs(states(without, got.cfg.model.med, ids, mask) - want)[mask].max() > 0.5
+    assert np.abs(states(without, got.cfg.model.med, ids, mask) - want)[mask].max() > 0.05
 
 
 def test_real_words_are_those_of_transformers(real):
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed; pip install -e '.[peers]'"
     )
-    theirs, ours = transformers.BertTokenizerFast.from_pretrained(real), Tokenizer(real / "vocab.txt")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(real), Tokenizer(real / "vocab.txt")
     assert ours.crc == Tokenizer(real / "tokenizer.json").crc
     for text in TEXTS:
         ids, mask = ours.encode([text], 64)

@@ -35,12 +35,8 @@ NAMES = {
 
 def is_the_captioner(got):
     assert got.family == "caption"
-    same_bits(CAPTION, apply.to_torch("caption", got.state, vocab_size=120) | positions(got))
-
-
-def positions(got):
-    """The buffers that the file had."""
-    return {name: x for name, x in CAPTION.items() if name.endswith("position_ids")}
+    buffers = {name: x for name, x in CAPTION.items() if name.endswith("position_ids")}
+    same_bits(CAPTION, apply.to_torch("caption", got.state, vocab_size=120) | buffers)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -86,8 +82,8 @@ def test_a_dict_that_holds_itself_ends():
 
 
 def test_convert_says_it_and_verifies_against_the_file(tmp_path, vocab, capsys):
-    path = tmp_path / "x.safetensors"
-    save_file({name: np.ascontiguousarray(x) for name, x in under("module.").items()}, path)
+    path, arrays = tmp_path / "x.safetensors", official.tensors("features", official.TINY, img_size=32)
+    save_file({name: np.ascontiguousarray(x) for name, x in under("module.", arrays).items()}, path)
     write.convert(path, tmp_path / "ours", vocab=vocab, verify=True, **HEADS)
     said = capsys.readouterr().out
     assert "names are read without module." in said and "the way back to the original's names" in said
