@@ -251,13 +251,14 @@ def writing(path) -> Iterator[None]:
 def _open_safetensors(path: pathlib.Path) -> Tensors:
     try:
         with safe_open(path, framework="np") as file:
-            _not_too_many(path, names := file.keys())
-            slices = {name: file.get_slice(name) for name in names}
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names[: MAX_TENSORS + 1]}
             kinds = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(
             f"{path} is truncated or damaged, no complete .safetensors ({str(e)[:200]}): fetch it again"
         ) from None
+    _not_too_many(path, names)
     odd = [f"{name[:100]} is {dtype}" for name, (_, dtype) in kinds.items() if dtype not in SAFETENSORS_DTYPES]
     if odd:
         raise ValueError(f"{path} holds tensors of kinds that no BLIP has: {', '.join(odd[:5])}")
