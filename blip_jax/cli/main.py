@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import pathlib
 import re
@@ -131,17 +130,19 @@ def _refilter(argv: list[str]) -> int:
 def vocab(argv: list[str]) -> int:
     """blip-jax vocab."""
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("captions", [], "text, a caption a line, or JSON rows with `caption`", flag_values=values)
+    flags.DEFINE_multi_string("captions", [], "text, a caption a line; rows with `caption`; or tar", flag_values=values)
     flags.DEFINE_integer("scenes", 0, "captions of this many built-in scenes", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
     _parse(values, argv, required=("out",))
     from blip_jax.data.scenes.world import vocab_captions
+    from blip_jax.data.text.captions import read
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 
     if not values.captions and not values.scenes:
-        raise ValueError("give captions: --captions=FILE (.txt or .json, may be repeated) or --scenes=N")
-    captions = _captions(values.captions) + (list(vocab_captions(values.scenes)) if values.scenes else [])
+        raise ValueError("give captions: --captions=FILE (.txt, .json, .csv, .parquet, .tar; repeat it) or --scenes=N")
+    captions = [c for name in values.captions for c in read(name)]
+    captions += vocab_captions(values.scenes) if values.scenes else []
     pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
     print(
@@ -163,10 +164,13 @@ def convert(argv: list[str]) -> int:
     )
     for name, text in (
         ("img_size", "pixels, resizes the position table"),
-        ("vit_heads", "heads of the ViT; default: width / 64"),
-        ("med_heads", "heads of the MED; default: width / 64"),
+        ("vit_heads", "heads of the ViT; default: what config.json says, else width / 64"),
+        ("med_heads", "heads of the MED; default: what config.json says, else width / 64"),
     ):
         flags.DEFINE_integer(name, 0, text, lower_bound=0, flag_values=values)
+    flags.DEFINE_bool(
+        "drop_token_types", False, "of BERT, drop its token-type row as the original BLIP does", flag_values=values
+    )
     flags.DEFINE_bool("verify", False, "compare what was written, and run both models", flag_values=values)
     paths = _parse(values, argv, required=(), positional=2)
     if len(paths) < 2:
@@ -183,6 +187,7 @@ def convert(argv: list[str]) -> int:
         img_size=values.img_size,
         vit_heads=values.vit_heads,
         med_heads=values.med_heads,
+        drop_token_types=values.drop_token_types,
         verify=values.verify,
     )
     return 0
@@ -282,22 +287,6 @@ def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...],
     if missing:
         raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
     return rest[1:]
-
-
-def _captions(files: list[str]) -> list[str]:
-    """Captions of .txt files, one a line, and of .json files in BLIP's layout: rows with `caption`, one or a list."""
-    out = []
-    for name in files:
-        content = pathlib.Path(name).read_text(encoding="utf-8")
-        if not name.endswith(".json"):
-            out += content.splitlines()
-            continue
-        try:
-            found = [row["caption"] for row in json.loads(content)]
-        except (json.JSONDecodeError, TypeError, KeyError) as e:
-            raise ValueError(f"{name} is no list of rows with a `caption` ({e!r}): give BLIP's JSON, or a .txt") from e
-        out += [c for caption in found for c in (caption if isinstance(caption, list) else [caption])]
-    return out
 
 
 def _config_path(argv: list[str]) -> str:

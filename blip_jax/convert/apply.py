@@ -15,6 +15,9 @@ from blip_jax.models.text.med import padded_vocab
 
 # endings of the paths that hold integers, 64 bits wide in the originals' files
 COUNTERS = ("queue/ptr", "queue/image_id")
+SHOWN = 20  # names or lines that a message has
+MAX_TENSORS = 20_000  # of a file; the largest of the released models has 1560
+MAX_LAYERS = 1000  # of a tower: a number in a name beyond it is none of a layer
 
 
 class Row(NamedTuple):
@@ -47,7 +50,7 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int
     problems += _check_shapes(table, tensors, sizes, vit_heads, med_heads)
     problems += _check_values(family, tensors, table)
     if problems:
-        raise ValueError("\n  ".join([f"this is not a complete {family!r} state dict:", *problems]))
+        raise ValueError("\n  ".join([f"this is not a complete {family!r} state dict:", *shown(problems)]))
     out: dict = {}
     for row in table:
         heads = vit_heads if "/vit/" in row.path else med_heads
@@ -80,7 +83,10 @@ def tower(path: str) -> str:
 
 
 def layer_counts(family: str, tensors: Iterable[str]) -> dict[str, int]:
-    """tower -> its layers, one more than the highest number in a torch key; 0 where there is none."""
+    """tower -> its layers, one more than the highest number in a torch key; 0 where there is none.
+
+    ValueError: a number from MAX_LAYERS on.
+    """
     counts, parts = dict.fromkeys(TOWERS.values(), 0), {}
     for key, path, *_ in FAMILIES[family]:
         if "{i}" in key:
@@ -88,8 +94,13 @@ def layer_counts(family: str, tensors: Iterable[str]) -> dict[str, int]:
     pattern = re.compile("(" + "|".join(map(re.escape, parts)) + r")(\d+)[./]")
     for name in tensors:
         if parts and (match := pattern.match(name)):
-            name = parts[match[1]]
-            counts[name] = max(counts[name], int(match[2]) + 1)
+            which, number = parts[match[1]], match[2].lstrip("0") or "0"
+            if len(number) > len(str(MAX_LAYERS)) or int(number) >= MAX_LAYERS:
+                raise ValueError(
+                    f"{name[:120]} is of layer {number[:20]}{'...' * (len(number) > 20)}: a model has fewer than "
+                    f"{MAX_LAYERS} layers; the file is damaged, or no checkpoint"
+                )
+            counts[which] = max(counts[which], int(number) + 1)
     return counts
 
 
@@ -133,17 +144,28 @@ def check_keys(family: str, tensors: Iterable[str], table: list[Row]) -> list[st
     if FAMILIES[family] and not any(layer_counts(family, tensors).values()):
         missing.append("all layers")
     return [
-        f"{what}: {', '.join(folded(keys))}"
+        f"{what}: {listed(folded(keys))}"
         for what, keys in (("missing", missing), (f"not in the table of family {family!r}", unknown))
         if keys
     ]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas, not too many and none too long."""
+    return ", ".join(shown([f"{name[:117]}..." if len(name) > 120 else name for name in names]))
+
+
+def shown(lines: list[str]) -> list[str]:
+    """The first lines of many, and how many more there are."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"... and {more} more"] if more > 1 else lines
 
 
 def folded(keys: Iterable[str]) -> list[str]:
     """Names that differ in one number only as one: ["a.0.b", "a.1.b", "a.3.b"] -> ["a.{0-1,3}.b"]"""
     groups: dict[str, list[str]] = {}
     for key in keys:
-        match = re.search(r"(?<=[._])\d+(?=[./])", key)
+        match = re.search(r"(?<=[._])\d{1,9}(?=[./])", key)
         numbers = groups.setdefault(key if match is None else key[: match.start()] + "{}" + key[match.end() :], [])
         numbers += [] if match is None else [match[0]]
     return [name.replace("{}", _ranges(numbers)) if numbers else name for name, numbers in groups.items()]
@@ -186,7 +208,9 @@ def _check_shapes(table, tensors, sizes, vit_heads: int, med_heads: int) -> list
         for key in row.keys:
             if key in tensors and set(re.findall("[A-Za-z]", row.shape)) <= sizes.keys():
                 expected, found = shape_of(row.shape, sizes), tuple(tensors[key].shape)
-                if found != expected:
+                if 0 in found:
+                    out.append(f"misshapen: {key} is {list(found)}, empty")
+                elif found != expected:
                     out.append(f"misshapen: {key} is {list(found)}, the other tensors imply {list(expected)}")
             elif key in tensors:
                 out.append(
@@ -221,8 +245,8 @@ def _check_values(family: str, tensors, table) -> list[str]:
             unequal.append(f"{copy} and {original}")
     return (
         kinds
-        + [f"NaN or infinite: {', '.join(folded(broken))}"] * bool(broken)
-        + [f"tied but unequal: {', '.join(folded(sorted(unequal)))}"] * bool(unequal)
+        + [f"NaN or infinite: {listed(folded(broken))}"] * bool(broken)
+        + [f"tied but unequal: {listed(folded(sorted(unequal)))}"] * bool(unequal)
     )
 
 

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 
 from safetensors.numpy import save_file
 
-from blip_jax.convert import hf_config, torch_io
-from blip_jax.convert.apply import from_torch, infer, layer_counts, rows, to_torch
+from blip_jax.convert import foreign, hf_config, torch_io
+from blip_jax.convert.apply import MAX_TENSORS, from_torch, infer, layer_counts, rows, shown, to_torch
 from blip_jax.convert.rules.blip import HF_NAMES, TIED, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
-from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.convert.wrappers import unwrap
+from blip_jax.data.text.wordpiece import Case, Tokenizer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
@@ -63,21 +64,23 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
     weights contradict (listed together); weights that are not complete. No file outside the folder is read.
     """
     folder = pathlib.Path(folder)
-    config, weights = _json(folder, "config.json"), open_weights(folder)
+    config, opened = settings(folder, "config.json"), open_weights(folder)
     try:
-        family = hf_config.family_of(config, weights)
+        weights, notes = unwrap(opened, lambda names: any(name.startswith("vision_model.") for name in names))
+        family, notes = hf_config.family_of(config, weights), [*opened.notes, *notes]
+        tensors, parts = _under_original_names(family, weights), hf_config.parts_of(config)
+        sizes, layers = infer(rows(family, tensors), tensors), layer_counts(family, tensors)
     except ValueError as e:
-        raise ValueError(f"{folder}: {e}") from None
-    tensors, parts, notes = _under_original_names(family, weights), hf_config.parts_of(config), []
-    sizes, layers = infer(rows(family, tensors), tensors), layer_counts(family, tensors)
-    vocab, tokenizer = _vocabulary(folder, parts["text_config"]["vocab_size"])
-    problems = hf_config.check_values(parts, notes)
+        raise ValueError(f"{folder}: {to_hf(str(e))}") from None
+    vocab, tokenizer, more = vocabulary(folder, parts["text_config"]["vocab_size"])
+    notes += more
+    problems = hf_config.check_values(config, parts, notes)
     if not problems:
         problems = hf_config.check_sizes(parts, sizes, layers) + (
             hf_config.check_ids(parts, tokenizer) if family != "itm" else []
         )
     if problems:
-        raise ValueError("\n  ".join([f"{folder / 'config.json'} does not fit:", *problems]))
+        raise ValueError("\n  ".join([f"{folder / 'config.json'} does not fit:", *shown(problems)]))
     heads = {
         "vit_heads": vit_heads or parts["vision_config"]["num_attention_heads"],
         "med_heads": med_heads or hf_config.text_heads(parts, notes),
@@ -86,18 +89,20 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
         state = from_torch(family, tensors, **heads)
     except ValueError as e:
         raise ValueError(f"{folder}: {to_hf(str(e))}") from None
-    return Source(family, state, make_config(family, sizes, layers, **heads), vocab, [*notes, *dtype_notes(tensors)])
+    c = make_config(family, sizes, layers, **heads)
+    notes += hf_config.ignored(config, family, c.model, tokenizer) + dtype_notes(tensors)
+    return Source(family, state, c, vocab, notes)
 
 
 def open_weights(folder) -> Mapping:
-    """The tensors of a folder under transformers' names, read when asked for.
+    """The tensors of a folder under transformers' names, read when asked for; `notes` of them as of `torch_io.Tensors`.
 
     ValueError: there are none, or shards that do not fit.
     """
     folder = pathlib.Path(folder)
     for name in WEIGHTS:
         if os.path.lexists(folder / name):
-            return _shards(folder, name) if name.endswith(".json") else torch_io.open_tensors(_inside(folder, name))
+            return _shards(folder, name) if name.endswith(".json") else torch_io.open_tensors(inside(folder, name))
     raise ValueError(
         f"{folder} holds no weights, none of {', '.join(WEIGHTS)}: weights of another framework have to be saved with "
         "transformers' save_pretrained first"
@@ -105,10 +110,10 @@ def open_weights(folder) -> Mapping:
 
 
 class _Named(Mapping):
-    """Tensors of several opened files: name -> (file, name in it)."""
+    """Tensors of several opened files: name -> (file, name in it); notes: those of the files."""
 
-    def __init__(self, places: dict):
-        self._places = places
+    def __init__(self, places: dict, notes: list[str] = ()):
+        self._places, self.notes = places, list(notes)
 
     def __getitem__(self, name):
         file, inner = self._places[name]
@@ -135,17 +140,19 @@ def _shards(folder: pathlib.Path, index: str) -> Mapping:
 
     ValueError lists all that is wrong with names, files and keys.
     """
-    where = _json(folder, index).get("weight_map")
+    where = settings(folder, index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(x, str) for x in where.values()):
         raise ValueError(f"{folder / index} has no weight_map of names and shards")
+    if len(where) > MAX_TENSORS:
+        raise ValueError(f"{folder / index} names {len(where)} tensors: models here have at most {MAX_TENSORS}")
     files = sorted(set(where.values()))
     problems = [
         f"{name!r} is no plain file name ending in .safetensors or .bin"
         for name in files
         if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name, re.ASCII)
     ]
-    problems += [] if problems else [f"{name} is missing" for name in files if not (folder / name).is_file()]
-    opened = {} if problems else {name: torch_io.open_tensors(_inside(folder, name)) for name in files}
+    problems += [] if problems else [f"{name} is missing" for name in files if not _is_file(folder / name)]
+    opened = {} if problems else {name: torch_io.open_tensors(inside(folder, name)) for name in files}
     found: dict[str, list[str]] = {}
     for name, tensors in opened.items():
         for key in tensors:
@@ -159,11 +166,12 @@ def _shards(folder: pathlib.Path, index: str) -> Mapping:
             f"{key} should be in {name}, but is not" for key, name in where.items() if name not in found.get(key, ())
         ]
     if problems:
-        raise ValueError(f"{folder / index} does not fit:\n  " + "\n  ".join(problems))
-    return _Named({key: (opened[name], key) for key, name in where.items()})
+        raise ValueError(f"{folder / index} does not fit:\n  " + "\n  ".join(shown(problems)))
+    notes = dict.fromkeys(note for tensors in opened.values() for note in tensors.notes)
+    return _Named({key: (opened[name], key) for key, name in where.items()}, notes)
 
 
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """folder / name. ValueError: it is a link that leads out of the folder (of the model, in the hub's cache)."""
     path, root = (folder / name).resolve(), folder.resolve()
     # of the hub's cache, links to ../../blobs
@@ -174,33 +182,54 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / name
 
 
-def _json(folder: pathlib.Path, name: str) -> dict:
-    path = _inside(folder, name)
+def _is_file(path: pathlib.Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(
-            f"{path} cannot be read ({e}): give a folder that transformers' save_pretrained wrote"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not settings")
-    return content
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
-def _vocabulary(folder: pathlib.Path, size: int) -> tuple[pathlib.Path | None, Tokenizer | None]:
-    """The folder's vocabulary of `size` entries with [DEC] and [ENC], and its tokenizer.
+def settings(folder: pathlib.Path, name: str) -> dict:
+    """The settings in a JSON file of a folder. ValueError: a link out of it, or as `foreign.load`."""
+    return foreign.load(inside(folder, name))
 
-    If none fits, the first file there.
+
+def vocabulary(folder: pathlib.Path, size: int) -> tuple[pathlib.Path | None, Tokenizer | None, list[str]]:
+    """The folder's vocabulary of `size` entries with [DEC] and [ENC], its tokenizer, and notes.
+
+    A tokenizer.json says whether it is cased, so it counts where the two differ. If none fits, the first file there.
     """
-    found = [_inside(folder, name) for name in VOCABULARIES if os.path.lexists(folder / name)]
+    found = [inside(folder, name) for name in VOCABULARIES if os.path.lexists(folder / name)]
+    fitting, notes = [], []
     for path in found:
         try:
             tokenizer = Tokenizer(path)
-        except ValueError:
+        except ValueError as e:
+            notes.append(str(e))
             continue
         if tokenizer.vocab_size == size:
-            return path, tokenizer
-    return next(iter(found), None), None
+            fitting.append((path, tokenizer))
+    if not fitting:
+        return next(iter(found), None), None, notes
+    path, tokenizer = fitting[0] if len({t.crc for _, t in fitting}) == 1 else fitting[-1]
+    return path, tokenizer, notes + _case_notes(folder, path, tokenizer)
+
+
+def _case_notes(folder: pathlib.Path, path: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
+    """Where tokenizer_config.json says another case than a vocab.txt shows."""
+    name = "tokenizer_config.json"
+    if path.suffix == ".json" or not os.path.lexists(folder / name):
+        return []
+    said = settings(folder, name)
+    lowercase, strips = said.get("do_lower_case"), said.get("strip_accents")
+    case = Case(*(have if not isinstance(x, bool) else x for have, x in zip(tokenizer.case, (lowercase, strips))))
+    if case == tokenizer.case:
+        return []
+    return [
+        f"{name} says do_lower_case {lowercase} and strip_accents {strips}, but {path.name} is read with "
+        f"{tokenizer.case.lowercase} and {tokenizer.case.strip_accents}, as its entries are: a tokenizer.json beside "
+        "it would count"
+    ]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -241,7 +270,9 @@ def write(folder, source: Source) -> None:
     for copy, _ in TIED[family]:  # transformers leaves them out, too
         del tensors[copy]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({to_hf(name): x for name, x in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    with torch_io.writing(path):
+        save_file({to_hf(name): x for name, x in tensors.items()}, path, metadata={"format": "pt"})
 
     settings = {
         "config.json": hf_config.model_json(family, model, sep=tokenizer.sep, pad=tokenizer.pad),

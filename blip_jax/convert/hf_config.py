@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from blip_jax.convert import foreign
 from blip_jax.data.text.wordpiece import EXTRA, SPECIAL, Tokenizer
 from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 
@@ -64,16 +65,24 @@ def family_of(config: dict, names: Mapping) -> str:
     ValueError: another architecture.
     """
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"config.json: {foreign.told('architectures', architectures)}: it must be a list of names, such as "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     known = [name for name in architectures if name in ARCHITECTURES]
     if known:
         return ARCHITECTURES[known[0]]
     if architectures or config.get("model_type") != "blip":
         what = (
-            f"architecture {', '.join(map(str, architectures))}"
+            f"architecture {', '.join(name[:60] for name in architectures[:5])}"
             if architectures
-            else f"model_type {config.get('model_type')!r}"
+            else f"model_type {foreign.short(config.get('model_type'))}"
         )
-        raise ValueError(f"config.json has {what}: known are {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"config.json has {what}: known are {', '.join(ARCHITECTURES)}, and as initial weights BERT (model_type "
+            "bert) and timm's plain ViTs (architecture vit_*, deit_*)"
+        )
     decoder, encoder = (any(name.startswith(part) for name in names) for part in ("text_decoder.", "text_encoder."))
     if decoder:
         return "vqa" if encoder else "caption"
@@ -94,11 +103,17 @@ def parts_of(config: dict) -> dict[str, dict]:
     return parts
 
 
-def check_values(parts: dict, notes: list[str]) -> list[str]:
+def check_values(config: dict, parts: dict, notes: list[str]) -> list[str]:
     """What our models cannot take. An eps that is not ours goes into `notes` if it is transformers' default."""
     problems = []
     for part, values in parts.items():
-        told = {key: f"{part}.{key} is {value!r}".lstrip(".") for key, value in values.items()}
+        given = config.get(part, {}) if part else config
+        if given is not None and not isinstance(given, dict):
+            problems.append(f"{foreign.told(part, given)}: it must be settings")
+            continue
+        dot = f"{part}." if part else ""
+        problems += [line for line in foreign.fixed(given or {}, dot) if not line.startswith(f"{dot}hidden_act")]
+        told = {key: foreign.told(f"{dot}{key}", value) for key, value in values.items()}
         problems += [
             f"{told[key]}: it must be a whole number above 0"
             for key, default in DEFAULTS[part].items()
@@ -106,7 +121,7 @@ def check_values(parts: dict, notes: list[str]) -> list[str]:
         ]
         if not part:
             continue
-        if values["hidden_act"] != "gelu":
+        if values["hidden_act"] not in foreign.FIXED["hidden_act"]:
             problems.append(f"{told['hidden_act']}: the models here have the exact GELU, 'gelu'")
         if values["layer_norm_eps"] == EPS[part]:
             continue
@@ -171,6 +186,21 @@ def text_heads(parts: dict, notes: list[str]) -> int:
     return BERT_BASE["heads"]
 
 
+def ignored(config: dict, family: str, model: ConfigDict, tokenizer: Tokenizer | None) -> list[str]:
+    """The note on fields that are neither read nor checked, nor what our own export of this model would say."""
+    sep, pad = (tokenizer.sep, tokenizer.pad) if tokenizer else (None, None)
+    ours = model_json(family, model, sep=sep, pad=pad)
+    out = []
+    for part, defaults in DEFAULTS.items():
+        given = config.get(part) if part else {key: x for key, x in config.items() if key not in DEFAULTS}
+        mine = ours[part] if part else ours
+        used = {*defaults, *foreign.FIXED, "architectures", "model_type"}
+        for key, value in (given or {}).items():
+            if key not in used and value is not None and not (key in mine and mine[key] == value):
+                out.append(f"{part}.{key}".lstrip("."))
+    return foreign.ignored(out)
+
+
 # --- written ----------------------------------------------------------------------------------------------------------
 def model_json(family: str, model: ConfigDict, *, sep: int, pad: int) -> dict:
     """config.json of our `cfg.model`.
@@ -225,7 +255,7 @@ def model_json(family: str, model: ConfigDict, *, sep: int, pad: int) -> dict:
 
 
 def tokenizer_json(positions: int, tokenizer: Tokenizer) -> dict:
-    """tokenizer_config.json: BERT's uncased WordPiece with [DEC] and [ENC] as the last two entries."""
+    """tokenizer_config.json: BERT's WordPiece with [DEC] and [ENC] as the last two entries."""
     added = {
         str(i): {
             "content": token,
@@ -237,11 +267,13 @@ def tokenizer_json(positions: int, tokenizer: Tokenizer) -> dict:
         }
         for token, i in zip(EXTRA, (tokenizer.dec, tokenizer.enc))
     }
+    case = tokenizer.case
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
     return {
         "tokenizer_class": "BertTokenizer",
         "processor_class": "BlipProcessor",
-        "do_lower_case": True,
+        "do_lower_case": case.lowercase,
+        **({} if case.strip_accents == case.lowercase else {"strip_accents": case.strip_accents}),
         **names,
         "additional_special_tokens": list(EXTRA),
         "added_tokens_decoder": added,

@@ -5,23 +5,24 @@ What comes of each: its family, parameters, settings and vocabulary.
 
 from __future__ import annotations
 
-import json
+import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax import checkpoint, config, trees
-from blip_jax.convert import apply, hub, origins, torch_io
+from blip_jax.convert import apply, bert, foreign, hf, hub, origins, torch_io
 from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
+from blip_jax.convert.wrappers import unwrap
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
-from blip_jax.models.text.med import padded_vocab
 from blip_jax.models.vision.vit import resize_pos_embed
 
 HEAD_DIM = 64  # of every released model
+RELEASED = (768, 1024)  # their widths
 BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30524)  # repository, file, entries with [DEC] and [ENC]
 TASKS = {  # family -> objective, tokens of a text, what captions continue
     "pretrain": ("pretrain", 30, ""),
@@ -52,8 +53,13 @@ def locate(path) -> pathlib.Path:
 
     A folder named on the hub is fetched where need be.
 
-    ValueError: no such file or folder, nor a name on the hub; no complete checkpoint in the workdir.
+    ValueError: no such file or folder, nor a name on the hub; no complete checkpoint in the workdir; no name at all.
     """
+    if not isinstance(path, (str, os.PathLike)) or not str(path).strip():
+        raise ValueError(
+            f"{path!r} names no checkpoint: give a workdir, a file, a Hugging Face folder or a name on its hub; '.' is "
+            "the current folder"
+        )
     found = pathlib.Path(path).absolute() if pathlib.Path(path).exists() else hub.folder(str(path))
     return checkpoint.newest(found) if _is_ours(found) else found
 
@@ -67,6 +73,7 @@ def read(
     med_heads: int = 0,
     vocab: str = "",
     momentum: bool = True,
+    drop_token_types: bool = False,
 ) -> Source:
     """A checkpoint of any kind, as one `Source`.
 
@@ -75,15 +82,18 @@ def read(
     Args:
       family: "" = as found; else it must be that, or a part of it (`rules.blip.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
-      vit_heads, med_heads: numbers of heads where the file does not say; default: width / 64.
+      vit_heads, med_heads: numbers of heads where neither the file nor a config.json beside it says; default: width /
+        64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
         else BERT's from the Hugging Face hub's cache.
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
+      drop_token_types: of BERT, leaves out the row that it adds to every token of a single text, as the original BLIP
+        does; False: it goes into the position table, so that the encoder starts as BERT.
     Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, one of another size or of
-      other tokens.
+      other tokens; settings beside the weights that contradict them or our models.
     """
     path = locate(path)
-    source = _open(path, family, {"vit_heads": vit_heads, "med_heads": med_heads}, momentum)
+    source = _open(path, family, {"vit_heads": vit_heads, "med_heads": med_heads}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
     return source._replace(vocab=_vocabulary(source, vocab, str(path)))
@@ -135,16 +145,22 @@ def _open_origin(place: str, cfg, via: tuple) -> Source:
     return _open(path, "", heads, False, via)
 
 
-def _open(path: pathlib.Path, family: str, heads: Mapping, momentum: bool, via: tuple = ()) -> Source:
+def _open(
+    path: pathlib.Path, family: str, heads: Mapping, momentum: bool, via: tuple = (), drop_token_types: bool = False
+) -> Source:
     """What `locate` found, its vocabulary not looked at. The other arguments are those of `read` and `frozen`."""
     if family and family not in FAMILIES:
         raise ValueError(f"family is {family!r}: choose one of {', '.join(FAMILIES)}")
     if _is_ours(path):
         source = _read_ours(path, heads, momentum, via)
     elif path.is_dir():
-        source = _read_folder(path, heads)
+        source = _read_folder(path, heads, drop_token_types)
     else:
-        source = _read_file(path, family, heads)
+        source = _read_file(path, family, heads, drop_token_types)
+    if drop_token_types and (source.family != "bert" or _is_ours(path)):
+        raise ValueError(
+            f"{path} holds {WORDS[source.family][0]}, which has no token types to drop: leave the flag out"
+        )
     found, source = source.family, narrow(source, family or source.family, str(path))
     if not _is_ours(path) or source.family != found:
         _settle(source)
@@ -218,39 +234,88 @@ def _settings(folder: pathlib.Path) -> ConfigDict:
     return c
 
 
-def _read_folder(path: pathlib.Path, heads: Mapping) -> Source:
-    """A Hugging Face folder, of BLIP or of BERT."""
-    settings = path / "config.json"
-    if not settings.is_file():
+def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> Source:
+    """A Hugging Face folder, of BLIP, of BERT or of a ViT of timm."""
+    if not os.path.lexists(path / "config.json"):
         raise ValueError(
             f"{path} holds neither checkpoints of ours ({checkpoint.SUBDIR}/) nor a Hugging Face model (config.json)"
         )
-    try:
-        kind = json.loads(settings.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        kind = None
-    from blip_jax.convert import hf
-
-    if kind != "bert":
+    config = hf.settings(path, "config.json")
+    if config.get("model_type") == "bert":
+        family = "bert"
+    elif "architecture" in config and "model_type" not in config:
+        family = "deit"
+    else:
         return hf.read(path, **heads)
-    source = _of_tensors(hf.open_weights(path), str(path), "bert", heads)
-    vocab = path / "vocab.txt"
-    return source._replace(vocab=vocab if vocab.is_file() else None)
+    opened = hf.open_weights(path)
+    tensors, notes = plain_names(opened, str(path))
+    if find_family(tensors) != family:
+        raise ValueError(
+            f"{path}: config.json is of {'BERT' if family == 'bert' else 'timm'}, but the weights are not: they hold "
+            f"{apply.listed(apply.folded(tensors)[:6]) or 'nothing'}"
+        )
+    vocab, tokenizer = None, None
+    if family == "bert":
+        size = tensors[bert.WORDS].shape[0] if bert.WORDS in tensors else 0
+        vocab, tokenizer, more = hf.vocabulary(path, size + len(EXTRA))
+        notes += more
+
+    def said(sizes, layers) -> foreign.Said:
+        if family == "deit":
+            return foreign.timm(config, sizes, layers)
+        return foreign.bert(config, sizes, layers, bert.token_types(tensors), tokenizer and tokenizer.pad)
+
+    source = _of_tensors(tensors, str(path), family, heads, said, drop_token_types)
+    return source._replace(vocab=vocab, notes=[*opened.notes, *notes, *source.notes])
 
 
-def _read_file(path: pathlib.Path, family: str, heads: Mapping) -> Source:
+def _read_file(path: pathlib.Path, family: str, heads: Mapping, drop_token_types: bool) -> Source:
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a checkpoint file, a Hugging Face folder, or a workdir")
-    tensors = torch_io.open_tensors(path)
-    source = _of_tensors(tensors, str(path), family, heads)
-    if tensors.left_out:
-        source.notes.append(f"left out what stands beside the weights: {', '.join(sorted(tensors.left_out))}")
-    return source
+    opened = torch_io.open_tensors(path)
+    tensors, notes = plain_names(opened, str(path))
+    beside = [path.with_name(name) for name in foreign.BESIDE if path.with_name(name).is_file()]
+
+    def said(sizes, layers) -> foreign.Said:
+        """Of the settings beside the file, those that are its own."""
+        for place in beside:
+            try:
+                config = foreign.load(place)
+            except ValueError as e:
+                notes.append(f"beside it: {e}")
+                continue
+            if "architecture" in config and "model_type" not in config and "W" not in sizes:
+                return foreign.timm(config, sizes, layers)
+            if foreign.describes(config, sizes, layers):
+                return foreign.bert(config, sizes, layers, bert.token_types(tensors), None)
+            notes.append(f"{place.name} beside it is of another model: not read")
+        return foreign.Said({}, [], [])
+
+    source = _of_tensors(tensors, str(path), family, heads, said, drop_token_types)
+    return source._replace(notes=[*opened.notes, *notes, *source.notes])
 
 
-def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> Source:
-    """State dict under the originals' names -> Source without vocabulary."""
-    tensors = _bert_names(tensors)
+def plain_names(tensors: Mapping, origin: str) -> tuple[Mapping, list[str]]:
+    """Tensors under the originals' names, and notes: without the names of wrappers, those of BERT in one form."""
+    try:
+        tensors, notes = unwrap(tensors, lambda names: bool(find_family(bert.names(dict.fromkeys(names)))))
+    except ValueError as e:
+        raise ValueError(f"{origin}: {e}") from None
+    return bert.names(tensors), notes
+
+
+def _of_tensors(
+    tensors: Mapping,
+    origin: str,
+    family: str,
+    heads: Mapping,
+    said: Callable[[Mapping, Mapping], foreign.Said],
+    drop_token_types: bool,
+) -> Source:
+    """State dict under the originals' names -> Source without vocabulary.
+
+    said: of (sizes, layers), what settings that lie beside the weights say.
+    """
     found = find_family(tensors)
     if not found and any(name.startswith("vision_model.") for name in tensors):
         raise ValueError(
@@ -258,28 +323,37 @@ def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> S
         )
     if not (found or family):
         raise ValueError(
-            f"{origin} holds {', '.join(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP and no "
+            f"{origin} holds {apply.listed(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP and no "
             f"initial weights; families are {', '.join(FAMILIES)}"
         )
 
     found = found or family
-    table = apply.rows(found, tensors)
-    sizes, layers = apply.infer(table, tensors), apply.layer_counts(found, tensors)
+    try:
+        table = apply.rows(found, tensors)
+        sizes, layers = apply.infer(table, tensors), apply.layer_counts(found, tensors)
+    except ValueError as e:
+        raise ValueError(f"{origin}: {e}") from None
+    beside = said(sizes, layers)
+    if beside.problems:
+        raise ValueError("\n  ".join([f"{origin}: the config.json does not fit:", *apply.shown(beside.problems)]))
+    notes = [*beside.notes]
     heads = {
-        "vit_heads": sizes["N"] if "N" in sizes else _heads(origin, "vit_heads", heads, sizes.get("D")),
-        "med_heads": _heads(origin, "med_heads", heads, sizes.get("W")),
+        "vit_heads": sizes["N"] if "N" in sizes else _heads(origin, "vit_heads", heads, sizes.get("D"), beside, notes),
+        "med_heads": _heads(origin, "med_heads", heads, sizes.get("W"), beside, notes),
     }
     try:
         state = apply.from_torch(found, tensors, **heads)
+        if found == "bert":
+            bert.settle_token_types(state["params"]["med"], tensors, drop_token_types, notes)
     except ValueError as e:
         hint = ""
         if family not in ("", found):
             hint = f"\nand it holds {WORDS[found][0]}, not {WORDS[family][0]} (--family={family})"
         raise ValueError(f"{origin}: {e}{hint}") from None
 
-    notes = dtype_notes(tensors) + [f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors)]
+    notes += dtype_notes(tensors) + [f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors)]
     if found == "bert":
-        sizes["V"] = _add_tokens(state["params"]["med"], sizes["V"], notes)
+        sizes["V"] = bert.add_tokens(state["params"]["med"], sizes["V"], notes)
 
     copies = [copy for copy, _ in apply.copies(found, table)]
     optional = copies + list(apply.buffers([*copies, *(key for row in table for key in row.keys)]))
@@ -293,48 +367,28 @@ def _of_tensors(tensors: Mapping, origin: str, family: str, heads: Mapping) -> S
     )
 
 
-def _bert_names(tensors: Mapping) -> Mapping:
-    """BERT's tensors under one set of names.
-
-    Its files come with and without `bert.` before the names, and with TensorFlow's names of LayerNorm's parameters.
-    """
-    if not any(name.removeprefix("bert.").startswith("embeddings.word_embeddings") for name in tensors):
-        return tensors
-
-    def rename(name):
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-        return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
-
-    return {rename(name): x for name, x in tensors.items()}
-
-
-def _heads(origin: str, name: str, given: Mapping, width: int | None) -> int:
-    if given[name] or width is None:
+def _heads(origin: str, name: str, given: Mapping, width: int | None, beside: foreign.Said, notes: list[str]) -> int:
+    said = beside.heads.get(name)
+    if width is None:
         return given[name] or 1
+    if said and given[name] and said != given[name]:
+        raise ValueError(
+            f"{origin}: its config.json says {said} heads, not {given[name]}: leave out --{name}, or of a run set "
+            f"model.{name.split('_')[0]}.heads={said}"
+        )
+    if said or given[name]:
+        return said or given[name]
     if width % HEAD_DIM:
         raise ValueError(
             f"{origin}: a width of {width} is no multiple of {HEAD_DIM}, the head dim of the released models: give the "
             f"number of heads with --{name}"
         )
+    if width not in RELEASED:
+        notes.append(
+            f"the number of heads is not said anywhere: {width // HEAD_DIM} taken, width / {HEAD_DIM} as in the "
+            f"released models; --{name} if it is another"
+        )
     return width // HEAD_DIM
-
-
-def _add_tokens(med: dict, size: int, notes: list[str]) -> int:
-    """Appends the rows of [DEC] and [ENC] to BERT's word table and to the head's bias; returns the new size.
-
-    The rows of the table are N(0, 0.02), those of the bias zeros.
-    """
-    grown, table = size + len(EXTRA), med["embed"]["word"]["embedding"]
-    rows = np.zeros((padded_vocab(grown), table.shape[1]), np.float32)
-    rows[:size] = table[:size]
-    rows[size:grown] = np.random.default_rng(0).normal(0.0, 0.02, (len(EXTRA), table.shape[1]))
-    med["embed"]["word"]["embedding"] = rows
-    if "lm_head" in med:
-        bias = np.zeros(padded_vocab(grown), np.float32)
-        bias[:size] = med["lm_head"]["bias"][:size]
-        med["lm_head"]["bias"] = bias
-    notes.append(f"the word table grew from {size} to {grown} rows: {' and '.join(EXTRA)}, random with deviation 0.02")
-    return grown
 
 
 # --- what all have in common ------------------------------------------------------------------------------------------

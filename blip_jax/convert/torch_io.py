@@ -8,15 +8,20 @@ PyTorch's files (.pth, .bin) need torch, the extra "convert"; .safetensors and .
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import pathlib
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from blip_jax.convert.apply import MAX_TENSORS, listed
+from blip_jax.convert.wrappers import unpack
 
 # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
 BLOW_UP = 4
@@ -46,10 +51,11 @@ class Lazy:
 
 
 class Tensors(Mapping):
-    """name -> array, or what numpy.asarray reads and has shape and dtype; left_out: what else the file held."""
+    """name -> array, or what numpy.asarray reads and has shape and dtype; notes: how it lay in the file, and what
+    else that held."""
 
-    def __init__(self, arrays: dict, left_out: list[str] = ()):
-        self._arrays, self.left_out = arrays, list(left_out)
+    def __init__(self, arrays: dict, notes: list[str] = ()):
+        self._arrays, self.notes = arrays, list(notes)
 
     def __getitem__(self, name: str):
         return self._arrays[name]
@@ -64,7 +70,7 @@ class Tensors(Mapping):
 def open_tensors(path) -> Tensors:
     """The tensors of a .pth or .bin (torch.save), .safetensors or .npz, whatever it is called; read when they are used.
 
-    A dict under "model", as the originals save it, is unpacked; what stands beside it is in `left_out`.
+    Dicts that a state dict is saved in (`wrappers.PACKED`) are unpacked; what stands beside it is in `notes`.
     ValueError: no such file, none of these kinds, truncated, or it holds more than plain tensors.
     """
     path = pathlib.Path(path)
@@ -111,6 +117,7 @@ def _open_zip(path: pathlib.Path) -> Tensors:
             )
         return _open_pickle(path, mmap=True, records=[m.file_size for m in members])
     if names and all(n.endswith(".npy") for n in names):
+        _not_too_many(path, names)
         if total > BLOW_UP * size:
             raise ValueError(
                 f"{path} would unpack to {total} bytes, {total / size:.0f} times its size: these are no weights"
@@ -120,6 +127,11 @@ def _open_zip(path: pathlib.Path) -> Tensors:
         f"{path} is a zip but no checkpoint: it holds {', '.join(names[:5])}{', ...' * (len(names) > 5)}, neither the "
         "data.pkl of torch.save nor arrays of numpy"
     )
+
+
+def _not_too_many(path: pathlib.Path, names) -> None:
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"{path} holds {len(names)} tensors: models here have at most {MAX_TENSORS}")
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -140,30 +152,45 @@ def _open_pickle(path: pathlib.Path, mmap: bool, records: list[int] = ()) -> Ten
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # whatever a damaged or hostile pickle makes torch raise
-        raise ValueError(f"{path}: {_refusal(str(e))}") from None
+        raise ValueError(f"{path}: {refusal(e)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no dict of tensors")
-    left_out = []
-    if isinstance(content.get("model"), Mapping):
-        left_out = [str(name) for name in content if name != "model"]
-        content = content["model"]
+    try:
+        content, way, beside = unpack(content)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    _not_too_many(path, content)
+    notes = [f"the state dict lies under {' > '.join(way)}"] * (way not in ([], ["model"]))
+    notes += [f"left out what stands beside the weights: {listed(sorted(set(beside)))}"] * bool(beside)
     problems = [line for name, x in content.items() if (line := _no_tensor(torch, name, x))]
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ValueError("\n  ".join([f"{path} holds more than tensors:", *problems[:10], *more]))
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in content.values()}
+    stored, claimed = sum(storages.values()), sum(x.numel() * x.element_size() for x in content.values())
+    if claimed > BLOW_UP * stored:
+        raise ValueError(
+            f"{path}: its {len(content)} tensors share {stored} bytes but claim {claimed}, "
+            f"{claimed / stored:.0f} times as many: these are no weights"
+        )
     if records:
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in content.values()}
         beyond = collections.Counter(storages.values()) - collections.Counter(records)
         if beyond - collections.Counter({0: len(content)}):
             raise ValueError(
                 f"{path} is damaged: it declares storages of {sorted(beyond)} bytes that its zip does not hold"
             )
-    return Tensors({name: _array(torch, x) for name, x in content.items()}, left_out)
+    return Tensors({name: _array(torch, x) for name, x in content.items()}, notes)
 
 
-def _refusal(message: str) -> str:
+def refusal(error: Exception) -> str:
     """What torch says about a file that it does not read, in a line."""
-    names = re.findall(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", message)
+    message = str(error).strip() or type(error).__name__
+    if opcode := re.search(r"[Uu]nsupported operand (\d+)", message):
+        return (
+            f"a pickle with the instruction {opcode[1]}, which torch's safe reader does not have (newer protocols than "
+            "torch.save's do): save it again with torch.save as it is by default, or as .safetensors"
+        )
+    names = re.findall(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[: ]+(?:GLOBAL )?([\w.]+)", message)
     if names:
         return (
             f"it asks for {next(filter(None, names[0]))}, which is code, not a tensor; nothing of it was run. Ask "
@@ -171,20 +198,22 @@ def _refusal(message: str) -> str:
         )
     if "legacy .tar" in message or "TorchScript" in message:
         return "TorchScript and torch's oldest .tar format cannot be read safely: save its state dict with torch.save"
-    first = message.strip().split("\n")[0]
+    first = message.split("\n")[0]
     return f"truncated, damaged, or no checkpoint (torch: {first[:200]}): fetch it again"
 
 
 def _no_tensor(torch, name, x) -> str:
     """What is wrong with an entry of a state dict, or ""."""
     if not isinstance(name, str):
-        return f"{name!r} is the name of an entry: names are strings"
+        return f"{name!r:.100} is the name of an entry: names are strings"
     if not isinstance(x, torch.Tensor):
-        return f"{name} is a {type(x).__name__}"
+        return f"{name[:100]} is a {type(x).__name__}"
     if x.layout != torch.strided or x.is_quantized or x.is_meta:
-        return f"{name} is no dense tensor"
+        return f"{name[:100]} is no dense tensor"
     if x.numel() * x.element_size() > x.untyped_storage().nbytes():
-        return f"{name} claims {list(x.shape)}, more than the {x.untyped_storage().nbytes()} bytes that are stored"
+        return (
+            f"{name[:100]} claims {list(x.shape)}, more than the {x.untyped_storage().nbytes()} bytes that are stored"
+        )
     return ""
 
 
@@ -201,18 +230,36 @@ def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
     """
     torch = _torch()
     shared = {id(x): torch.from_numpy(x if x.flags.writeable else x.copy()) for x in tensors.values()}
-    torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
+    with writing(path):
+        torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
+
+
+@contextlib.contextmanager
+def writing(path) -> Iterator[None]:
+    """Around a library that writes `path`. OSError: what it says in its own ways where, say, the disk is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as e:
+        free = shutil.disk_usage(pathlib.Path(path).parent).free
+        raise OSError(
+            f"{path} cannot be written ({str(e).strip().splitlines()[0][:200]}): {free / 1e9:.2f} GB are free there; "
+            "make room, or give another OUT"
+        ) from None
 
 
 # --- without torch ----------------------------------------------------------------------------------------------------
 def _open_safetensors(path: pathlib.Path) -> Tensors:
     try:
         with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names[: MAX_TENSORS + 1]}
             kinds = {name: (s.get_shape(), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path} is truncated or damaged, no complete .safetensors ({e}): fetch it again") from None
-    odd = [f"{name} is {dtype}" for name, (_, dtype) in kinds.items() if dtype not in SAFETENSORS_DTYPES]
+        raise ValueError(
+            f"{path} is truncated or damaged, no complete .safetensors ({str(e)[:200]}): fetch it again"
+        ) from None
+    _not_too_many(path, names)
+    odd = [f"{name[:100]} is {dtype}" for name, (_, dtype) in kinds.items() if dtype not in SAFETENSORS_DTYPES]
     if odd:
         raise ValueError(f"{path} holds tensors of kinds that no BLIP has: {', '.join(odd[:5])}")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from blip_jax import trees
 from blip_jax.convert import apply, hf, hf_config, torch_io
-from blip_jax.convert.read import find_family, narrow, read
+from blip_jax.convert.read import find_family, narrow, plain_names, read
 from blip_jax.convert.rules.blip import INITIAL
 from blip_jax.convert.source import Source, official
 from blip_jax.tasks import build
@@ -79,7 +79,7 @@ def _against_file(source: Source, again: Source, origin: pathlib.Path) -> None:
     """The way back to the originals' names against the file itself, where it is one of theirs and was taken whole."""
     if not origin.is_file() or source.family in INITIAL:
         return
-    tensors = torch_io.open_tensors(origin)
+    tensors, _ = plain_names(torch_io.open_tensors(origin), str(origin))
     if find_family(tensors) != source.family or again.family != source.family:
         return
     back = official(again._replace(absent=source.absent))

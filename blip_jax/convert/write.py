@@ -33,6 +33,7 @@ def convert(
     img_size: int = 0,
     vit_heads: int = 0,
     med_heads: int = 0,
+    drop_token_types: bool = False,
     verify: bool = False,
 ) -> None:
     """Converts the checkpoint `path` into `out`, which must not exist, and says what it does.
@@ -50,7 +51,15 @@ def convert(
         raise ValueError(f"--to={to}: choose one of {', '.join(FORMATS)}")
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already: give another OUT, or remove it first")
-    source = read(path, family=family, img_size=img_size, vit_heads=vit_heads, med_heads=med_heads, vocab=vocab)
+    source = read(
+        path,
+        family=family,
+        img_size=img_size,
+        vit_heads=vit_heads,
+        med_heads=med_heads,
+        vocab=vocab,
+        drop_token_types=drop_token_types,
+    )
     print(f"{path}: {describe(source)}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")

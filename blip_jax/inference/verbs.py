@@ -390,6 +390,7 @@ class Pretrained:
         """
         most = most or self.cfg.text.max_len
         ids, txt_mask = self.tokenizer.encode(texts, most)
+        self.tokenizer.say_unknown()
         T = min(at_least(int(txt_mask.sum(1).max()), LEAST_TOKENS), most)
         return ids[:, :T], txt_mask[:, :T]
 

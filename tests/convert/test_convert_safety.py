@@ -2,8 +2,11 @@
 
 import builtins
 import io
+import json
 import os
 import pickle
+import resource
+import signal
 import struct
 import zipfile
 
@@ -13,7 +16,7 @@ from safetensors.numpy import save_file
 from world import official
 
 from blip_jax.cli import main
-from blip_jax.convert import read, torch_io
+from blip_jax.convert import hf, read, torch_io
 
 HEADS = official.TINY_HEADS
 
@@ -277,3 +280,145 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, header, expected):
     refused(tmp_path / "x.safetensors", expected)
     (tmp_path / "y.safetensors").write_bytes(struct.pack("<Q", 2**62) + header + b"\0" * 8)
     refused(tmp_path / "y.safetensors", "truncated or damaged")
+
+
+# --- numbers and names that size what is done -------------------------------------------------------------------------
+@pytest.mark.parametrize("number", ["99999999", "1000", "9" * 5000, "0" * 40 + "300000"])
+@pytest.mark.parametrize("kind", ["file", "folder", "bert"])
+def test_a_layer_number_is_not_believed(tmp_path, number, kind):
+    name = {
+        "file": f"visual_encoder.blocks.{number}.norm1.weight",
+        "folder": f"vision_model.encoder.layers.{number}.layer_norm1.weight",
+        "bert": f"bert.encoder.layer.{number}.output.dense.weight",
+    }[kind]
+    path = tmp_path / kind
+    path.mkdir()
+    arrays = official.bert() if kind == "bert" else official.tensors("caption", official.TINY, img_size=32)
+    if kind == "folder":
+        arrays = {hf.to_hf(key): x for key, x in arrays.items()}
+        (path / "config.json").write_text('{"architectures": ["BlipForConditionalGeneration"], "model_type": "blip"}')
+    arrays[name] = np.zeros(48, np.float32)
+    save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, path / "model.safetensors")
+    with pytest.raises(ValueError, match="a model has fewer than 1000 layers") as e:
+        read.read(path if kind == "folder" else path / "model.safetensors", **HEADS)
+    assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_numbers_of_any_length_in_names_that_no_table_has(tmp_path):
+    names = [f"qformer.{'7' * 5000}{i}.weight" for i in range(9)] + [f"x.{i}.y" for i in range(50)]
+    arrays = official.tensors("caption", official.TINY, img_size=32) | {n: np.zeros(1, np.float32) for n in names}
+    save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, tmp_path / "x.safetensors")
+    said = refused(tmp_path / "x.safetensors", "x.{0-49}.y")
+    assert len(said) < 3000
+
+
+def test_a_message_names_few_of_many_wrong_names(tmp_path):
+    names = [f"{chr(97 + i % 26)}{i:x}" for i in range(5000)]
+    arrays = official.tensors("caption", official.TINY, img_size=32) | {n: np.zeros(1, np.float32) for n in names}
+    save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, tmp_path / "x.safetensors")
+    assert len(refused(tmp_path / "x.safetensors", "... and 4980 more")) < 3000
+
+
+def test_too_many_tensors_are_refused_unread(tmp_path):
+    save_file({f"t{i}": np.zeros(0, np.float32) for i in range(20_001)}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "holds 20001 tensors: models here have at most 20000")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "blip"}')
+    index = {"weight_map": {f"t{i}": "../x.safetensors" for i in range(20_001)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names 20001 tensors"):
+        read.read(folder)
+    index = {"weight_map": {f"t{i}": f"../{i}.safetensors" for i in range(300)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="and 280 more"):
+        read.read(folder)
+
+
+def test_an_empty_tensor_sizes_nothing(tmp_path):
+    arrays = official.tensors("caption", official.TINY, img_size=32)
+    arrays["text_decoder.bert.embeddings.position_embeddings.weight"] = np.zeros((10**12, 0), np.float32)
+    save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "is [1000000000000, 0], empty")
+
+
+def test_tensors_that_share_a_storage_claim_no_more_than_tied_ones_do(torch, tmp_path):
+    arrays = official.tensors("caption", official.TINY | {"layers": 40}, img_size=32)
+    seen = torch.zeros(max(x.size for x in arrays.values()))
+    views = {k: seen[: x.size].view(x.shape) if x.dtype == np.float32 else torch.tensor(x) for k, x in arrays.items()}
+    torch.save({"model": views}, tmp_path / "x.pth")
+    said = refused(tmp_path / "x.pth", "tensors share", "times as many: these are no weights")
+    assert "\n" not in said
+    tied = official.tensors("pretrain", official.TINY, img_size=32)  # its decoder's copies share the encoder's
+    official.save(tmp_path / "tied.pth", tied)
+    assert len(torch_io.open_tensors(tmp_path / "tied.pth")) == len(tied)
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("[" * 200_000, "config.json cannot be read"),
+        ('{"a":' * 200_000, "config.json cannot be read"),
+        ('{"architectures": [{"a": 1}]}', r"architectures is \[\{'a': 1\}\]: it must be a list of names"),
+        ('{"architectures": 7}', "architectures is 7: it must be a list of names"),
+        ('{"architectures": "BlipModel"}', "architectures is 'BlipModel': it must be a list of names"),
+        ('{"model_type": [[[[[[[[[[7]]]]]]]]]]}', r"model_type \[\[\[\["),
+        ('{"model_type": "blip", "text_config": 7}', "text_config is 7: it must be settings"),
+        ('{"model_type": "blip", "text_config": {"hidden_act": {"a": 1}}}', "text_config.hidden_act is {'a': 1}"),
+        ('{"model_type": "blip", "vision_config": {"qkv_bias": false}}', "vision_config.qkv_bias is False"),
+        ('{"model_type": "blip", "text_config": {"position_embedding_type": "x"}}', "position_embedding_type is 'x'"),
+    ],
+)
+def test_settings_that_are_too_deep_or_of_other_kinds(tmp_path, content, told, capsys):
+    arrays = official.tensors("caption", official.TINY, img_size=32)
+    save_file({hf.to_hf(k): np.ascontiguousarray(x) for k, x in arrays.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=told) as e:
+        read.read(tmp_path, **HEADS)
+    assert len(str(e.value)) < 800
+    assert main.main(["convert", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_settings_file_without_end_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(ValueError, match="it has 1099511627776 bytes, of at most"):
+        read.read(tmp_path)
+
+
+# --- pickles of other protocols, and no name --------------------------------------------------------------------------
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_pickle_of_a_newer_protocol_is_called_that(torch, tmp_path, protocol):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"model": {"a": [1, 2]}}, protocol=protocol))
+    said = refused(tmp_path / "x.pth", "a pickle with the instruction", "save it again with torch.save")
+    assert "which is code" not in said and "\n" not in said
+
+
+def test_a_refusal_always_has_a_reason():
+    assert "(torch: MemoryError)" in torch_io.refusal(MemoryError())
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, 7, b"x"])
+def test_what_is_no_name_of_a_checkpoint(name):
+    with pytest.raises(ValueError, match="names no checkpoint: give a workdir"):
+        read.read(name)
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("to, name", [("official", "out.pth"), ("hf", "out")])
+def test_a_full_disk_is_one_line_and_nothing_stays(good, tmp_path, monkeypatch, capsys, to, name):
+    vocab = official.vocabulary(tmp_path / "v.txt")
+    before, (soft, hard) = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file may not grow: as on a full disk, writing fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        flags = [f"--vocab={vocab}", "--vit_heads=4", "--med_heads=4", f"--to={to}"]
+        status = main.main(["convert", str(good), str(tmp_path / name), *flags])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    (last,) = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and last.startswith("error: ") and "cannot be written" in last and "GB are free there" in last
+    assert sorted(tmp_path.iterdir()) == before

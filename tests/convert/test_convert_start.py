@@ -116,9 +116,10 @@ def test_pretraining_starts_from_initial_weights_of_two_origins(tiny_cfg, tmp_pa
         and "vit/" not in said.split("start random: ")[1].split("\n")[0]
     )
     np.testing.assert_array_equal(state.params["vit"]["cls"], deit["cls_token"][0, 0])
+    bert = official.bert(TRAIN)
     np.testing.assert_array_equal(
         state.params["med"]["embed"]["pos"]["embedding"],
-        official.bert(TRAIN)["bert.embeddings.position_embeddings.weight"],
+        bert["bert.embeddings.position_embeddings.weight"] + bert["bert.embeddings.token_type_embeddings.weight"][0],
     )
     assert 0.01 < state.params["med"]["blocks"]["cross_attn"]["q"]["kernel"].std() < 0.03
     assert state.params["temp"] == np.float32(0.07)

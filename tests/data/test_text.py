@@ -1,7 +1,9 @@
+import io
 import json
 import pathlib
 import subprocess
 import sys
+import tarfile
 import unicodedata
 
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip_jax.config import base
+from blip_jax.data import pairs
+from blip_jax.data.text import captions, wordpiece
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer, train_vocab
 
@@ -236,6 +241,269 @@ def test_train_vocab_errors(tmp_path):
     with pytest.raises(ValueError, match="no text"):
         train_vocab(["", "\0"], 100, tmp_path / "v")
     assert not (tmp_path / "v").exists()
+
+
+# --- captions for it
+
+
+@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "tsv", "parquet", "tar"])
+def test_captions_of_every_kind_of_file(tmp_path, kind):
+    path, said, mark = tmp_path / f"some [1].{kind}", ["a dog, runs", "ein Hund läuft"], "\ufeff"
+    if kind == "txt":
+        path.write_text(mark + "\r\n".join(said))
+    elif kind == "json":
+        path.write_text(mark + json.dumps([{"image": "img_1.jpg", "caption": said[:1]}, {"caption": said[1]}]))
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"url": "img_1.jpg", "TEXT": c}) for c in said))
+    elif kind in ("csv", "tsv"):
+        cells = '{0}{1}{0},"{2}"\n' if kind == "csv" else "{1}\t{2}\n"
+        rows = [cells.format("", f"img_{i}.jpg", c) for i, c in enumerate(said)]
+        path.write_text(mark + ("image,caption\n" if kind == "csv" else "image\tCaption\n") + "".join(rows))
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"url": ["img_1.jpg"] * 3, "TEXT": [*said, None]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    else:
+        with tarfile.open(path, "w") as tar:
+            for i, c in enumerate(said):
+                for name, data in ((f"{i}.jpg", b"x"), (f"{i}.txt", c.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    assert captions.read(str(path)) == said
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("x.bin", b"\xff\xfe\x00", "x.bin is not UTF-8 text"),
+        ("x.json", b"[" * 100_000, "x.json is nested too deeply"),
+        ("x.json", b"a dog", "x.json is not JSON"),
+        ("x.csv", b"image,alt\na.jpg,dog\n", r"x.csv has the fields \['alt', 'image'\], none of caption"),
+        ("x.parquet", b"PAR1", "x.parquet is no Parquet file"),
+        ("absent.txt", None, "absent.txt does not exist"),
+    ],
+)
+def test_files_without_captions(tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told) as e:
+        captions.read(str(tmp_path / name))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+# --- what decoded text looks like
+
+
+@pytest.mark.parametrize(
+    "pieces, text",
+    [
+        ("a man ' s dog", "a man's dog"),
+        ("it isn ' t here , is it ? no .", "it isn't here, is it? no."),
+        ("the dogs ' tails", "the dogs'tails"),  # as there
+        ("we ' ve two - they ' re 3 ! ( x )", "we've two - they're 3! ( x )"),
+        ("un ##aff ##able", "unaffable"),
+        ("a n't b 'm c 's d 've e 're", "an't b'm c's d've e're"),
+    ],
+)
+def test_decoded_text_is_tidied_as_by_transformers_4_15(tmp_path, pieces, text):
+    tok = Tokenizer(write(tmp_path / "v.txt", [*SPECIAL, *dict.fromkeys(pieces.split())]))
+    ids = [tok._tok.token_to_id(piece) for piece in pieces.split()]
+    assert tok.decode([tok.dec, tok.cls, *ids, tok.unk, tok.sep, tok.pad]) == text
+
+
+# --- capitals and accents
+
+LOWER = "abcdefghijklmnopqrstuvwxyz"
+
+
+def case_of(tmp_path, *words):
+    tok = Tokenizer(write(tmp_path / "v.txt", [*SPECIAL, "[unused0]", *words]))
+    return tok, [tok._tok.id_to_token(i) for i in real(tok, " ".join(w for w in words if w[:2] != "##"), 200)[1:-1]]
+
+
+@pytest.mark.parametrize(
+    "words, case",
+    [
+        (["hund", "uber", "ein", "##s"], (True, True)),
+        (["hund", "über", "ein", "##é"], (True, False)),
+        (["Hund", "über", "ein", "Straße"], (False, False)),
+        (["कुत्ता", "एक"], (True, False)),  # vowel signs, which stripping accents would take
+        (["漢", "字", "dog"], (True, True)),
+    ],
+)
+def test_the_case_of_a_vocabulary_is_seen_in_its_entries(tmp_path, words, case):
+    tok, found = case_of(tmp_path, *words)
+    assert tok.case == case and found == [w for w in words if w[:2] != "##"]
+
+
+def test_a_few_entries_that_no_text_gives_do_not_make_a_vocabulary_cased(tmp_path):
+    words = [f"w{a}{b}" for a in LOWER for b in LOWER]
+    assert case_of(tmp_path, *words, "Dog", "ÉA")[0].case == (True, True)
+
+
+def test_a_cased_vocabulary_is_said_and_is_another_one(tmp_path, caplog):
+    cased = Tokenizer(write(tmp_path / "cased.txt", [*SPECIAL, "Hund", "ein"]))
+    assert "cased.txt' holds entries with capitals" in caplog.text
+    cased._tok.save(str(tmp_path / "cased.json"))
+    assert Tokenizer(tmp_path / "cased.json").crc == cased.crc
+    same = json.loads(cased._tok.to_str())
+    same["normalizer"] |= {"lowercase": True, "strip_accents": None}
+    (tmp_path / "uncased.json").write_text(json.dumps(same))
+    assert Tokenizer(tmp_path / "uncased.json").crc != cased.crc
+
+
+def test_one_vocabulary_in_three_files(tmp_path, vocab, tok):
+    (tmp_path / "crlf.txt").write_bytes(b"\xef\xbb\xbf" + vocab.read_bytes().replace(b"\n", b"\r\n"))
+    tok._tok.save(str(tmp_path / "tokenizer.json"))
+    assert tok.crc == Tokenizer(tmp_path / "crlf.txt").crc == Tokenizer(tmp_path / "tokenizer.json").crc
+
+
+# --- words that a vocabulary lacks
+
+
+def test_a_share_of_unknown_words_is_said_once_with_examples(vocab, caplog):
+    tok = Tokenizer(vocab)
+    tok.encode(["a dog"] * 40, 10)  # 80 tokens
+    tok.encode(["一只猫"] * 3, 10)  # 9 more, all unknown: too few to tell
+    assert not caplog.records
+    tok.encode(["a 一只猫"] * 4, 10)
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert "21 of the first 105 tokens are [UNK]" in told and "'一', '只', '猫'" in told and "blip-jax vocab" in told
+    tok.encode(["一只猫"] * 300, 10)
+    tok.say_unknown()
+    assert len(caplog.records) == 1
+
+
+def test_few_unknown_words_are_not_said_and_a_verb_says_those_of_one_text(vocab, caplog):
+    tok = Tokenizer(vocab)
+    tok.encode(["a dog a dog a dog a dog a dog"] * 20 + ["一"] * 20, 20)
+    tok.say_unknown()
+    assert not caplog.records
+    tok = Tokenizer(vocab)
+    tok.encode(["。。。", ""], 10)
+    tok.say_unknown()
+    assert "3 of the first 3 tokens are [UNK]" in caplog.text
+
+
+def test_training_says_unknown_words(tmp_path, caplog):
+    train_vocab(["a small dog runs over the green field"] * 5, 60, tmp_path / "v.txt")
+    cfg = base("tiny").unlock()
+    cfg.text.vocab, cfg.text.max_words, cfg.text.max_len = str(tmp_path / "v.txt"), 30, 12
+    tok = Tokenizer(tmp_path / "v.txt")
+    for i, caption in enumerate(["一只猫坐在桌子上", "两个孩子踢足球"] * 10):
+        record = {"key": f"{i}", "image": b"", "captions": [caption], "image_id": "", "source": "web"}
+        pairs.example(record, np.random.default_rng(i), cfg, tok)
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert "tokens are [UNK]" in told and "v.txt lacks" in told
+
+
+# --- a tokenizer.json that would take time, memory or the process
+
+REGEX = {"Regex": "(?:" * 40 + "a" + ")*" * 40}
+SPLIT = {"type": "Split", "pattern": REGEX, "behavior": "Removed", "invert": False}
+TEMPLATE = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    "part, value, told",
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}, "type 'Replace'"),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "Prepend", "prepend": "a"}]},
+            "type 'Prepend'",
+        ),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 1000}, "1000 parts, more than 16"),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Sequence"}]}, "type 'Sequence'"),
+        ("normalizer", "Lowercase", "type 'Lowercase'"),
+        ("pre_tokenizer", SPLIT, "type 'Split'"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [SPLIT]}, "type 'Split'"),
+        ("post_processor", {"type": "RobertaProcessing"}, "type 'RobertaProcessing'"),
+        (
+            "post_processor",
+            {"type": "TemplateProcessing", "single": [TEMPLATE[1]] * 999},
+            "does not have the text once",
+        ),
+        ("model", {"type": "BPE"}, "a model of type 'BPE'"),
+        ("max", 10**12, "max_input_chars_per_word 1000000000000, not from 1 to 200"),
+        ("max", "100", "max_input_chars_per_word 100, not from 1 to 200"),
+        ("max", -1, "max_input_chars_per_word -1"),
+        ("prefix", "", "continuing_subword_prefix '' where BERT has '##'"),
+        ("ids", 4_000_000_000, r"ids of its \d+ tokens are not 0 to"),
+        ("added", {"id": 7, "content": "x" * 9, "special": "yes"}, "not a tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_json_with_parts_that_bert_lacks_is_refused(tmp_path, tok, part, value, told):
+    content = json.loads(tok._tok.to_str())
+    if part in ("max", "prefix"):
+        content["model"]["max_input_chars_per_word" if part == "max" else "continuing_subword_prefix"] = value
+    elif part == "ids":
+        content["model"]["vocab"]["dog"] = value
+    elif part == "added":
+        content["added_tokens"].append(value)
+    else:
+        content[part] = value
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=told) as e:
+        Tokenizer(tmp_path / "t.json")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_a_frame_that_repeats_the_text_is_refused(tmp_path, tok):
+    content = json.loads(tok._tok.to_str())
+    end = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
+    ids = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("[CLS]", tok.cls), ("[SEP]", tok.sep))}
+    frame = {"type": "TemplateProcessing", "pair": [], "special_tokens": ids}
+    content["post_processor"] = {**frame, "single": [*TEMPLATE, end]}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    assert real(Tokenizer(tmp_path / "t.json"), "a dog") == real(tok, "a dog")
+    content["post_processor"] = {**frame, "single": [*TEMPLATE, TEMPLATE[1], end]}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="a post_processor of 4 pieces that does not have the text once"):
+        Tokenizer(tmp_path / "t.json")
+
+
+def test_a_decoder_and_a_panic_do_not_reach_the_caller(tmp_path, tok, monkeypatch):
+    """The decoder of the file is not used; what the library panics on is one line like every other mistake."""
+    content = json.loads(tok._tok.to_str()) | {"decoder": {"type": "Replace", "pattern": REGEX, "content": "x"}}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    assert Tokenizer(tmp_path / "t.json").decode([5, 6]) == "a pic"
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(wordpiece._Tokenizer, "from_str", panic, raising=True)
+    with pytest.raises(ValueError, match="index out of bounds"):
+        Tokenizer(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("name", ["deep.json", "large.txt"])
+def test_files_that_are_too_deep_or_too_large(tmp_path, name):
+    if name == "deep.json":
+        (tmp_path / name).write_text("[" * 200_000)
+    else:
+        with (tmp_path / name).open("wb") as f:
+            f.truncate(1 << 40)
+    with pytest.raises(ValueError, match="not a tokenizer.json|more than the 67108864 that a vocabulary may have"):
+        Tokenizer(tmp_path / name)
+
+
+def test_other_parts_of_one_meaning_are_read(tmp_path, tok):
+    """As people build a WordPiece from the library's parts."""
+    content = json.loads(tok._tok.to_str())
+    content["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFD"}, {"type": "Lowercase"}, {"type": "StripAccents"}],
+    }
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    other = Tokenizer(tmp_path / "t.json")
+    assert other.case == (True, True) and other.crc == tok.crc
+    assert real(other, "A Café pictures") == real(tok, "A Café pictures")
 
 
 if SHARED.exists():  # BERT's own vocabulary, beside the checkout of some developers

@@ -1,10 +1,12 @@
-"""The original's cleaning of captions and questions."""
+"""The original's cleaning of captions and questions, and of decoded text."""
 
 from __future__ import annotations
 
 import re
 
 PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+# where transformers 4.15, with which the original decodes, takes spaces out (`clean_up_tokenization`), in its order
+JOINED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def plain_text(s: str) -> tuple[str, list[str]]:
@@ -27,3 +29,10 @@ def clean_caption(s: str, max_words: int) -> str:
 def clean_question(s: str, max_words: int = 50) -> str:
     """The original's question cleaning: lower case, the same characters deleted, end trimmed, cut to `max_words`."""
     return " ".join(PUNCTUATION.sub("", s.lower()).rstrip(" ").split(" ")[:max_words])
+
+
+def tidy(s: str) -> str:
+    """Decoded text as the original gives it: without the spaces that pieces left before marks and in contractions."""
+    for spaced in JOINED:
+        s = s.replace(spaced, spaced.strip())
+    return s
