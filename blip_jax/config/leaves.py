@@ -78,6 +78,7 @@ def base(size: str = "base") -> ConfigDict:
     c.data.randaugment = True  # the original's RandAugment(2, 5)
     c.data.flip = True  # horizontal flip with probability 0.5
     c.data.max_pixels = 89_478_485  # larger pictures are skipped as decompression bombs
+    c.data.upright = False  # pictures turned as their EXIF orientation says; False: as stored, as the original had them
     c.data.max_bad_share = 0.05  # more unusable records than this share of those read (100 at least): stop
     c.data.threads = 4  # decoding threads per process
     c.data.prefetch = 4  # batches decoded ahead
@@ -174,6 +175,8 @@ def capfilt() -> ConfigDict:
     c.data = ConfigDict()
     c.data.sources = ConfigDict()  # name -> source(...); all records of each, weights do not count
     c.data.max_pixels = 89_478_485  # larger pictures are listed as unreadable
+    # pictures turned as their EXIF orientation says; False: as stored, which is how training sees them unless told
+    c.data.upright = False
     c.data.max_bad_share = 0.05  # more unreadable records than this share of those read (100 at least): stop
     c.data.threads = 4  # decoding threads per process
     c.data.prefetch = 4  # batches decoded ahead
