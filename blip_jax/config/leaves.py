@@ -153,15 +153,15 @@ def capfilt() -> ConfigDict:
 
     c.method = ConfigDict()  # how captions are made; lengths are tokens and count the prompt
     c.method.kind = "nucleus"  # nucleus | beam
-    c.method.n = 1  # captions per picture; at most method.beams with beam
+    c.method.n = 1  # captions per picture; at most 256, with beam at most method.beams
     c.method.top_p = 0.9  # nucleus: probability that the drawn tokens come from
     c.method.top_k = 50  # nucleus: most probable tokens that are drawn from, the original's hidden default; 0: all
     c.method.temperature = 1.0  # nucleus
     c.method.repetition_penalty = 1.1  # the original: 1.1 with nucleus, 1.0 with beam
     c.method.min_length = 5
     c.method.max_length = 20
-    c.method.beams = 3  # beam: width
-    c.method.length_penalty = 1.0  # beam: exponent of the length that divides a score
+    c.method.beams = 3  # beam: width, at most 64
+    c.method.length_penalty = 1.0  # beam: exponent, -10 to 10, of the length that divides a score
 
     c.mesh = ConfigDict()  # devices that share one copy of the parameters: 1 where a device holds them whole
     c.mesh.fsdp = 1  # over which parameters and pictures are split; scores may differ in the last bit between numbers

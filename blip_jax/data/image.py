@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from blip_jax.data.encoded import READS_OF_PIXELS, ROOM, BadImage, Reads, check_scans, essential, named
+from blip_jax.data.encoded import READS, READS_OF_PIXELS, ROOM, BadImage, Reads, check_scans, essential, named
 
 try:
     from PIL import AvifImagePlugin
@@ -42,6 +42,7 @@ TURNS = {  # value of the orientation tag -> what makes the picture upright
 # Pillow's names for the way colours of 16 bits are stored, of which it keeps the upper bytes -> for the lower bytes
 LOWER = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA") for a, b in (("B", "L"), ("L", "B"))}
 LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in ("RGB", "RGBA")}
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
 DEPTHS = (8, 10, 12, 14, 16)  # bits of the sensors whose values 16-bit and integer pictures hold
 FILL = 128  # grey of the places that a warp uncovers
 SHEAR, TRANSLATE, ROTATE = 0.15, 5, 15.0  # RandAugment at magnitude 5 of 10: slope, pixels, degrees
@@ -74,10 +75,10 @@ def decoded(
     """
     with _refusing():
         opened = [_opened(data, max_pixels) for data in encoded]
-    with ROOM.hold(sum(map(_cost, opened))):
+    with ROOM.hold(sum(_cost(im) for im, _ in opened)):
         with _refusing():
             opened.reverse()  # each is let go when it is converted
-            found = [_rgb(opened.pop(), upright, data) for data in encoded]
+            found = [_rgb(*opened.pop(), upright) for _ in encoded]
         yield found
         del found
 
@@ -89,7 +90,7 @@ def converted(im: Image.Image) -> Iterator[tuple[Image.Image, list[str]]]:
         raise BadImage(f"broken picture: {im.width}x{im.height}")
     with ROOM.hold(_cost(im)):
         with _refusing():
-            found = _rgb(im, upright=True)
+            found = _rgb(im, None, upright=True)
         yield found
 
 
@@ -109,17 +110,20 @@ def _refusing() -> Iterator[None]:
         raise BadImage(f"{'truncated' if cut else 'broken'} picture: {type(e).__name__}: {e}") from None
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    """The picture with its header read and found to be affordable."""
+def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Reads]:
+    """The picture with its header read and found to be affordable, and the file that the rest is read from."""
     if not data:
         raise BadImage("empty image file")
     if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
         Image.MAX_IMAGE_PIXELS = max_pixels
     file = Reads(essential(data))
-    im = _open(file, data)
-    (w, h), (decoder, *_) = im.size, im.tile[0] if im.tile else ("",)
-    if w * h > max_pixels:
-        raise BadImage(f"decompression bomb: {w}x{h} is more than data.max_pixels={max_pixels}")
+    im = _open(file)
+    decoder = im.tile[0][0] if im.tile else ""
+    tags = getattr(im, "tag_v2", {})  # of a TIFF, whose tiles may be larger than it is
+    for w, h in (im.size, (tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0))):
+        if w * h > max_pixels:
+            raise BadImage(f"decompression bomb: {w}x{h} is more than data.max_pixels={max_pixels}")
+    w, h = im.size
     if not w * h:
         raise BadImage(f"broken picture: {w}x{h}")
     if decoder in IN_PYTHON and w * h > IN_PYTHON_PIXELS:
@@ -128,20 +132,22 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         )
     if im.format in ("JPEG", "MPO"):
         check_scans(data, w * h, max_pixels)
-    file.left = READS_OF_PIXELS
-    return im
+    return im, file
 
 
-def _open(file: Reads, data: bytes) -> Image.Image:
-    what = named(data)
+def _open(file: Reads) -> Image.Image:
+    """A file with its header read; what remains may be read in more pieces."""
+    what = named(file.getvalue())
     try:
-        return Image.open(file, formats=heif() if what == "HEIC" else FORMATS)
+        im = Image.open(file, formats=heif() if what == "HEIC" else FORMATS)
     except Image.UnidentifiedImageError:
         if what == "AVIF" and not AVIF:
             raise BadImage("AVIF picture: this Pillow cannot read it; pip install -U 'pillow>=11.3'") from None
         if what:
             raise BadImage(f"broken picture: the header of this {what} cannot be read") from None
         raise
+    file.left = READS_OF_PIXELS
+    return im
 
 
 @functools.cache
@@ -174,22 +180,22 @@ def _stored(im: Image.Image) -> str:
     return (args if isinstance(args, str) else args[0]) if args else ""
 
 
-def _rgb(im: Image.Image, upright: bool, data: bytes = b"") -> tuple[Image.Image, list[str]]:
-    """What `decode` gives of an opened picture; data: the file that it is the first frame of, if it is from one."""
+def _rgb(im: Image.Image, file: Reads | None, upright: bool) -> tuple[Image.Image, list[str]]:
+    """What `decode` gives of an opened picture; file: what it is the first frame of, if it is from one."""
     size, stored, notes = im.size, _stored(im), []
     im.load()
     turn = TURNS.get(_orientation(im)) if upright else None
     if im.mode == "F" or im.mode.startswith("I"):
         rgb, note = _to_8_bits(im)
         notes.append(note)
-    elif data and stored in LOWER:
-        rgb, note = _colours_to_8_bits(im, data)
+    elif file and stored in LOWER:
+        rgb, note = _colours_to_8_bits(im, file)
         notes.append(note)
     elif im.mode == "RGB" and im.format in ("JPEG", "PNG", "BMP", "PPM"):
         rgb = im  # as it is: looking for further frames below does not change these
     else:
         rgb = im.convert("RGB")
-    if data and im.format != "MPO" and _animated(im):
+    if file and im.format != "MPO" and _animated(im, file):
         notes.append("animated picture, first frame used")
     del im
     rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
@@ -212,13 +218,12 @@ def _to_8_bits(im: Image.Image) -> tuple[Image.Image, str]:
     return _scaled(im, lambda box: np.asarray(im.crop(box)), (im.height, im.width))
 
 
-def _colours_to_8_bits(im: Image.Image, data: bytes) -> tuple[Image.Image, str]:
+def _colours_to_8_bits(im: Image.Image, file: Reads) -> tuple[Image.Image, str]:
     """Colours of 16 bits, of whose file Pillow gives the upper bytes, to 8, and a note."""
     upper = im.convert("RGB")
     if max(most for _, most in upper.getextrema()) >= 1 << DEPTHS[-2] - 8:
         return upper, "16-bit picture, scaled to 8 bits"
-    lower = _open(Reads(essential(data)), data)
-    lower.fp.left = READS_OF_PIXELS
+    lower = _open(Reads(file.getvalue()))
     for i, (decoder, box, at, args) in enumerate(lower.tile):
         own = LOWER[_stored(lower)]
         lower.tile[i] = type(lower.tile[i])(decoder, box, at, own if isinstance(args, str) else (own, *args[1:]))
@@ -244,8 +249,9 @@ def _scaled(im: Image.Image, lines: Callable, shape: tuple) -> tuple[Image.Image
     return Image.fromarray(out), f"{note}, scaled to 8 bits"
 
 
-def _animated(im: Image.Image) -> bool:
-    try:  # asking looks for the second frame, which may be broken
+def _animated(im: Image.Image, file: Reads) -> bool:
+    file.left = READS
+    try:  # asking looks for the second frame, which may be broken, and in a TIFF for all of them
         return bool(getattr(im, "is_animated", False))
     except Exception:
         return True

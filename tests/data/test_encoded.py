@@ -121,7 +121,7 @@ def test_headers_without_end_are_refused():
     many = b"!\xfe" + (b"\xff" + b"a" * 255) * 6000 + b"\0"
     for data in (
         b"P6\n#" + b"a" * 1_000_000 + b"\n10 10\n255\n" + b"\0" * 300,
-        jpeg[:2] + b"\0" * 1_000_000 + jpeg[2:],
+        jpeg[:20] + b"\0" * 1_000_000 + jpeg[20:],
         jpeg[:2] + b"\xff\xfe\0\2" * 100_000 + jpeg[2:],
         gif[:table] + many + gif[table:],
     ):
