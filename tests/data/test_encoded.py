@@ -139,6 +139,19 @@ def test_what_is_decoded_pixel_by_pixel_is_small():
     image.decode(b"P6\n2049 2049\n255\n" + b"\0" * (3 * side**2), 10**7)
 
 
+def test_tiles_count_as_pixels():
+    """A TIFF of 10 x 10 pixels in one tile that is much larger."""
+
+    def tiff(tile: int) -> bytes:
+        data = zlib.compress(b"\0" * (3 * tile**2))
+        tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 2, 277: 3, 322: tile, 323: tile, 324: 8, 325: len(data)}
+        rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + rows + b"\0" * 4
+
+    assert image.decode(tiff(64), LIMIT)[0].size == (10, 10)
+    assert reason(tiff(1008)) == "decompression bomb: 1008x1008 is more than data.max_pixels=1000000"
+
+
 # --- memory
 
 
