@@ -98,7 +98,7 @@ def essential(data: bytes) -> bytes:
         sound = zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(view[end - 4 : end])
         side = bool(kind[0] & 0x20)  # a small first letter
         if not sound and not side:
-            raise BadImage(f"broken picture: checksum of chunk {kind.decode('ascii', 'backslashreplace')}")
+            raise BadImage(f"broken picture: checksum of chunk {kind.decode() if kind.isalpha() else kind}")
         if not side or sound and kind in SIDE and (kind != b"eXIf" or end - at < EXIF_BYTES):
             kept.append(view[at:end])
         at = end

@@ -28,8 +28,8 @@ except ImportError:  # before Pillow 11.3
 
 # no format whose decoder starts another program
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM") + ("AVIF",) * AVIF
-IN_PYTHON = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's decoders that take pixel after pixel, 1 us each
-IN_PYTHON_PIXELS = 1 << 22  # most that these are given
+IN_PYTHON = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's decoders that take value after value, 1 to 2 us each
+IN_PYTHON_VALUES = 1 << 22  # most that these are given
 TURNS = {  # value of the orientation tag -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -126,9 +126,11 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Reads]:
     w, h = im.size
     if not w * h:
         raise BadImage(f"broken picture: {w}x{h}")
-    if decoder in IN_PYTHON and w * h > IN_PYTHON_PIXELS:
+    values = w * h * len(im.getbands())
+    if decoder in IN_PYTHON and values > IN_PYTHON_VALUES:
         raise BadImage(
-            f"decompression bomb: {w}x{h} of a {im.format} that is decoded pixel by pixel, {IN_PYTHON_PIXELS} at most"
+            f"decompression bomb: {values} values of a {im.format} of {w}x{h} that is decoded one by one, "
+            f"{IN_PYTHON_VALUES} at most"
         )
     if im.format in ("JPEG", "MPO"):
         check_scans(data, w * h, max_pixels)
