@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from blip_jax.data import image
 from blip_jax.data.source import MAX_BYTES, read_at
@@ -75,7 +76,7 @@ def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
 
 def _told(picture: Picture, notes: list[str], seen: np.ndarray) -> np.ndarray:
     for note in notes:
-        print(f"note: {picture.name}: {note}", file=sys.stderr)
+        tqdm.write(f"note: {picture.name}: {note}", file=sys.stderr)  # above a bar of progress, if there is one
     return seen
 
 
