@@ -106,36 +106,24 @@ def test_whole_numbers_of_numpy_are_the_same_numbers(models):
 def test_prompts_of_one_length_share_a_program_and_few_programs_are_kept(folder, monkeypatch):
     model, img = blip_jax.from_pretrained(folder / "caption"), photos(1)[0]
     how = dict(max_length=7, beams=1)
-    own = {}
-    for prompt in ("a red ", "a blue ", "the large "):
-        own[prompt] = model.caption(img, prompt=prompt, **how)[0]
-        start = programs.prompt_ids(model.tokenizer, prompt)
-        make = programs.captioner(
-            model.model,
-            model.tokenizer,
-            prompt,
-            programs.Method("beam", 1, beams=1, max_length=7, repetition_penalty=1.0),
-        )
-        got = jax.jit(make)(
-            model.params, image.eval_transform(Image.fromarray(img), 16)[None], np.zeros((1, 2), np.uint32)
-        )
-        assert own[prompt]["caption"] == programs.text_of(model.tokenizer, got["ids"][0, 0], len(start))
-        close(own[prompt]["log_prob"], got["log_prob"][0, 0])
+    prompts = ("a small ", "a large ", "the small ")
+    own = {prompt: model.caption(img, prompt=prompt, **how)[0] for prompt in prompts}
+    assert len({row["log_prob"] for row in own.values()}) == 3
     (program,) = model._programs.values()
     assert program._cache_size() == 1
 
     # the one that was not used for longest goes, with what was compiled for it
     monkeypatch.setattr(verbs, "PROGRAMS", 2)
     model.features(img)
-    model.caption(img, prompt="a red ", **how)
+    model.caption(img, prompt="a small ", **how)
     first = list(model._programs)
-    model.caption(img, prompt="a small red ", **how)
-    assert list(model._programs) == [first[1], ("caption", first[1][1], 4)] and first[0] == ("image features",)
-    assert model.caption(img, prompt="a red ", **how)[0] == own["a red "] and program._cache_size() == 1
+    model.caption(img, prompt="the ", **how)
+    assert list(model._programs) == [first[1], ("caption", first[1][1], 2)] and first[0] == ("image features",)
+    assert model.caption(img, prompt="a small ", **how)[0] == own["a small "] and program._cache_size() == 1
     model.features(img)
-    model.caption(img, prompt="a small red ", **how)
+    model.caption(img, prompt="the ", **how)
     assert program._cache_size() == 0
-    assert model.caption(img, prompt="a red ", **how)[0] == own["a red "]
+    assert model.caption(img, prompt="a large ", **how)[0] == own["a large "]  # compiled anew, from the disk
 
 
 def test_many_texts_of_an_image_are_made_in_smaller_passes(models):
