@@ -47,6 +47,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2"],
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
         "convert": ["torch>=2.4,<3"],
+        "heic": ["pillow-heif>=1,<2"],  # photographs of phones in HEIC
         "hub": ["huggingface_hub>=0.30,<3"],
         "peers": ["torch>=2.4,<3", "transformers>=4.50,<6"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -9,7 +9,7 @@ import grain
 
 from blip_jax.capfilt.shards import Plan, storable
 from blip_jax.data import image, pairs
-from blip_jax.data.batches import decode, threads
+from blip_jax.data.batches import decoded, threads
 from blip_jax.data.source import BadRecord
 from blip_jax.data.text.clean import plain_text
 
@@ -60,14 +60,15 @@ class Records:
         try:
             fields = storable(self.sources[dataset][number])
             known |= {"key": fields["key"], "texts": [self._cleaned(caption, notes) for caption in fields["captions"]]}
-            picture, irregular = decode(fields, fields["image"], self.cfg.data.max_pixels)
+            with decoded(fields, [fields["image"]], self.cfg) as [(picture, irregular)]:
+                img = {size: image.eval_transform(picture, size) for size in self.img_sizes}
         except BadRecord as e:
             key = plain_text(e.key)[0]
             return {**known, "key": key, "reason": e.reason, "events": [(dataset, key, e.reason, False)]}
         return {
             **known,
             "fields": fields,
-            "img": {size: image.eval_transform(picture, size) for size in self.img_sizes},
+            "img": img,
             "events": [(dataset, fields["key"], note, True) for note in dict.fromkeys(irregular + notes)],
         }
 

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from blip_jax import __version__
 from blip_jax.capfilt import shards
+from blip_jax.config import capfilt
 from blip_jax.console import plain, revision
-from blip_jax.inference.programs import Method
+from blip_jax.inference.programs import MOST_BEAMS, MOST_SAMPLED, Method
 from blip_jax.trees import flat
 
 FILE = "capfilt.json"
@@ -28,8 +29,6 @@ RANGES = {  # leaf -> (least, most, what that is)
         (
             "device_batch",
             "shard_examples",
-            "method.n",
-            "method.beams",
             "text.max_words",
             "data.max_pixels",
             "data.threads",
@@ -39,6 +38,9 @@ RANGES = {  # leaf -> (least, most, what that is)
         ),
         (1, float("inf"), "at least 1"),
     ),
+    "method.n": (1, MOST_SAMPLED, f"between 1 and {MOST_SAMPLED}"),
+    "method.beams": (1, MOST_BEAMS, f"between 1 and {MOST_BEAMS}"),
+    "method.length_penalty": (-10, 10, "between -10 and 10"),
     **dict.fromkeys(("seed", "method.top_k", "method.min_length"), (0, float("inf"), "not negative")),
     **dict.fromkeys(("method.temperature", "method.repetition_penalty"), (1e-6, float("inf"), "positive")),
 }
@@ -112,7 +114,9 @@ def settle(out: pathlib.Path, record: dict) -> None:
     if not (out / FILE).exists():
         # one process makes it, the others compare
         shards.put(out, FILE, json.dumps(record, indent=1) + "\n", keep=True)
-    before, now = flat(read(out)), flat(record)
+    # a leaf that there was none of when it was begun had what is its default now
+    before = {f"settings.{leaf}": value for leaf, value in flat(plain(capfilt())).items()} | flat(read(out))
+    now = flat(record)
     changed = [
         f"  {name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} here"
         for name in sorted(before.keys() | now.keys())

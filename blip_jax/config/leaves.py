@@ -78,6 +78,7 @@ def base(size: str = "base") -> ConfigDict:
     c.data.randaugment = True  # the original's RandAugment(2, 5)
     c.data.flip = True  # horizontal flip with probability 0.5
     c.data.max_pixels = 89_478_485  # larger pictures are skipped as decompression bombs
+    c.data.upright = False  # pictures turned as their EXIF orientation says; False: as stored, as the original had them
     c.data.max_bad_share = 0.05  # more unusable records than this share of those read (100 at least): stop
     c.data.threads = 4  # decoding threads per process
     c.data.prefetch = 4  # batches decoded ahead
@@ -152,15 +153,15 @@ def capfilt() -> ConfigDict:
 
     c.method = ConfigDict()  # how captions are made; lengths are tokens and count the prompt
     c.method.kind = "nucleus"  # nucleus | beam
-    c.method.n = 1  # captions per picture; at most method.beams with beam
+    c.method.n = 1  # captions per picture; at most 256, with beam at most method.beams
     c.method.top_p = 0.9  # nucleus: probability that the drawn tokens come from
     c.method.top_k = 50  # nucleus: most probable tokens that are drawn from, the original's hidden default; 0: all
     c.method.temperature = 1.0  # nucleus
     c.method.repetition_penalty = 1.1  # the original: 1.1 with nucleus, 1.0 with beam
     c.method.min_length = 5
     c.method.max_length = 20
-    c.method.beams = 3  # beam: width
-    c.method.length_penalty = 1.0  # beam: exponent of the length that divides a score
+    c.method.beams = 3  # beam: width, at most 64
+    c.method.length_penalty = 1.0  # beam: exponent, -10 to 10, of the length that divides a score
 
     c.mesh = ConfigDict()  # devices that share one copy of the parameters: 1 where a device holds them whole
     c.mesh.fsdp = 1  # over which parameters and pictures are split; scores may differ in the last bit between numbers
@@ -174,6 +175,8 @@ def capfilt() -> ConfigDict:
     c.data = ConfigDict()
     c.data.sources = ConfigDict()  # name -> source(...); all records of each, weights do not count
     c.data.max_pixels = 89_478_485  # larger pictures are listed as unreadable
+    # pictures turned as their EXIF orientation says; False: as stored, which is how training sees them unless told
+    c.data.upright = False
     c.data.max_bad_share = 0.05  # more unreadable records than this share of those read (100 at least): stop
     c.data.threads = 4  # decoding threads per process
     c.data.prefetch = 4  # batches decoded ahead

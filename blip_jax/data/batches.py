@@ -18,10 +18,11 @@ cut, and noted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -48,12 +49,15 @@ def open_all(sources) -> dict[str, Source]:
     return {name: open_source(name, s) if isinstance(s, ConfigDict) else s for name, s in sorted(sources.items())}
 
 
-def decode(record: dict, encoded: bytes, max_pixels: int):
-    """A picture of a record, and notes. BadRecord: it is none."""
-    try:
-        return image.decode(encoded, max_pixels)
-    except image.BadImage as e:
-        raise BadRecord(record["key"], str(e)) from None
+@contextlib.contextmanager
+def decoded(record: dict, encoded: Sequence[bytes], cfg) -> Iterator[list]:
+    """(picture, notes) of pictures of a record, as `image.decoded`. BadRecord: one of them is none."""
+    with contextlib.ExitStack() as room:
+        try:
+            found = room.enter_context(image.decoded(encoded, cfg.data.max_pixels, cfg.data.upright))
+        except image.BadImage as e:
+            raise BadRecord(record["key"], str(e)) from None
+        yield found
 
 
 def threads(ds, cfg, ahead: int):
@@ -210,20 +214,18 @@ class TrainData:
         notes = row.pop("notes")
 
         # all are decoded before one is augmented: a picture that cannot be used draws no random numbers
-        pictures, found = {}, []
-        for name, value in row.items():
-            if isinstance(value, bytes):
-                pictures[name], irregular = decode(record, value, data.max_pixels)
+        names, found = [name for name, value in row.items() if isinstance(value, bytes)], []
+        with decoded(record, [row[name] for name in names], self.cfg) as pictures:
+            for name, (picture, irregular) in zip(names, pictures):
                 found += irregular
-        for name, picture in pictures.items():
-            row[name] = image.train_transform(
-                picture,
-                self.cfg.model.img_size,
-                rng,
-                scale=data.crop_scale,
-                flip=data.flip,
-                randaugment=data.randaugment,
-            )
+                row[name] = image.train_transform(
+                    picture,
+                    self.cfg.model.img_size,
+                    rng,
+                    scale=data.crop_scale,
+                    flip=data.flip,
+                    randaugment=data.randaugment,
+                )
         return row, [*found, *notes]
 
 
@@ -375,13 +377,12 @@ class EvalData:
         name, r = self._where[i]
         try:
             record = self.sources[name][r]
-            picture, notes = decode(record, record["image"], self.cfg.data.max_pixels)
+            with decoded(record, [record["image"]], self.cfg) as [(picture, notes)]:
+                img = image.eval_transform(picture, self.cfg.model.img_size)
         except BadRecord as e:
             log.warning("evaluation: image %d (%s) of %s: %s", i, e.key, name, e.reason)
             return None, [(name, e.key, e.reason, False)]
-        return image.eval_transform(picture, self.cfg.model.img_size), [
-            (name, record["key"], note, True) for note in notes
-        ]
+        return img, [(name, record["key"], note, True) for note in notes]
 
 
 class EvalRows:
@@ -436,10 +437,11 @@ class EvalRows:
             record = {**self.sources[name][r], "source": name}
             row = self._example(record, self.cfg, self.tokenizer)
             notes = row.pop("notes")
-            for field in [field for field, value in row.items() if isinstance(value, bytes)]:
-                picture, found = decode(record, row[field], self.cfg.data.max_pixels)
-                row[field] = image.eval_transform(picture, self.cfg.model.img_size)
-                notes = found + notes
+            fields = [field for field, value in row.items() if isinstance(value, bytes)]
+            with decoded(record, [row[field] for field in fields], self.cfg) as pictures:
+                for field, (picture, found) in zip(fields, pictures):
+                    row[field] = image.eval_transform(picture, self.cfg.model.img_size)
+                    notes = found + notes
         except BadRecord as e:
             log.warning("evaluation: record %d (%s) of %s: %s", i, e.key, name, e.reason)
             return {}, None, [(name, e.key, e.reason, False)]

@@ -2,39 +2,103 @@
 
 Everything works on 8-bit RGB and stays 8-bit: pixels are normalised on the device. Resizing is PIL's bicubic filter,
 and the warps of RandAugment use 5-bit fixed-point bilinear sampling between pixel centres, which is what OpenCV's
-warpAffine computes in the published runs. Orientation tags are left alone, as they were there.
+warpAffine computes in the published runs. Orientation tags are left alone, as they were there, unless `upright` is
+asked for.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
+import functools
 import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format whose decoder starts another program
+from blip_jax.data.encoded import READS, READS_OF_PIXELS, ROOM, BadImage, Reads, check_scans, essential, named
+
+try:
+    from PIL import AvifImagePlugin
+
+    AVIF = AvifImagePlugin.SUPPORTED
+except ImportError:  # before Pillow 11.3
+    AVIF = False
+
+# no format whose decoder starts another program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM") + ("AVIF",) * AVIF
+IN_PYTHON = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's decoders that take value after value, 1 to 2 us each
+IN_PYTHON_VALUES = 1 << 22  # most that these are given
+TURNS = {  # value of the orientation tag -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow's names for the way colours of 16 bits are stored, of which it keeps the upper bytes -> for the lower bytes
+LOWER = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA") for a, b in (("B", "L"), ("L", "B"))}
+LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in ("RGB", "RGBA")}
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
+DEPTHS = (8, 10, 12, 14, 16)  # bits of the sensors whose values 16-bit and integer pictures hold
 FILL = 128  # grey of the places that a warp uncovers
 SHEAR, TRANSLATE, ROTATE = 0.15, 5, 15.0  # RandAugment at magnitude 5 of 10: slope, pixels, degrees
 TINY, STRETCHED = 8, 20  # pictures with both sides below so many pixels, or an aspect ratio above so much, are noted
 
 
-class BadImage(Exception):
-    """A picture that cannot be used; the message is the reason, "category" or "category: detail"."""
-
-
-def decode(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
+def decode(data: bytes, max_pixels: int, upright: bool = False) -> tuple[Image.Image, list[str]]:
     """The first frame of an encoded picture as PIL RGB, and notes on what is irregular but usable.
 
-    The size is compared with `max_pixels` on the header, before any pixel is decoded. Greyscale, CMYK, palette and
-    alpha (which is dropped) are ordinary and not noted; 16-bit greyscale is scaled to 8 bits and noted, as are
-    animations, pictures below 8x8 and aspect ratios above 20. Raises BadImage: empty file, not a picture, decompression
-    bomb, truncated, broken.
+    The size is compared with `max_pixels` on the header, before any pixel is decoded; Pillow's own limit is raised to
+    `max_pixels` where it is lower. upright: turned as its EXIF orientation says.
+
+    Greyscale, CMYK, palette and alpha (which is dropped) are ordinary and not noted. What has 16 bits, and integers,
+    are scaled by what they hold and noted: the least of 8, 10, 12, 14, 16 bits in which the largest value fits, so
+    4095 is white where nothing is above it, and 65535 where something is above 16383. Noted are also animations,
+    pictures below 8x8 and aspect ratios above 20. Raises BadImage: empty file, not a picture, decompression bomb,
+    truncated, broken.
     """
-    if not data:
-        raise BadImage("empty image file")
+    with decoded([data], max_pixels, upright) as [found]:
+        return found
+
+
+@contextlib.contextmanager
+def decoded(
+    encoded: Sequence[bytes], max_pixels: int, upright: bool = False
+) -> Iterator[list[tuple[Image.Image, list[str]]]]:
+    """`decode` of several pictures at once, which are to be let go at the end of the `with` block.
+
+    Waits until there is room for all of them beside those of other threads (encoded.ROOM). Do not nest.
+    """
+    with _refusing():
+        opened = [_opened(data, max_pixels) for data in encoded]
+    with ROOM.hold(sum(_cost(im) for im, _ in opened)):
+        with _refusing():
+            opened.reverse()  # each is let go when it is converted
+            found = [_rgb(opened.pop(), upright) for _ in encoded]
+        yield found
+        del found
+
+
+@contextlib.contextmanager
+def converted(im: Image.Image) -> Iterator[tuple[Image.Image, list[str]]]:
+    """What `decoded` gives, upright, of a picture that is a PIL image, decoded or not. BadImage: as there."""
+    if 0 in im.size:
+        raise BadImage(f"broken picture: {im.width}x{im.height}")
+    with ROOM.hold(_cost(im)):
+        with _refusing():
+            found = _rgb((im, None), upright=True)
+        yield found
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What Pillow raises becomes BadImage."""
     try:
-        return _decode(data, max_pixels)
+        yield
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -46,46 +110,152 @@ def decode(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
         raise BadImage(f"{'truncated' if cut else 'broken'} picture: {type(e).__name__}: {e}") from None
 
 
-def _decode(data: bytes, max_pixels: int) -> tuple[Image.Image, list[str]]:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as im:
-        w, h = im.size
-        if w * h > max_pixels:
+def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Reads]:
+    """The picture with its header read and found to be affordable, and the file that the rest is read from."""
+    if not data:
+        raise BadImage("empty image file")
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    file = Reads(essential(data))
+    im = _open(file)
+    decoder = im.tile[0][0] if im.tile else ""
+    tags = getattr(im, "tag_v2", {})  # of a TIFF, whose tiles may be larger than it is
+    for w, h in (im.size, (tags.get(TILE_WIDTH), tags.get(TILE_HEIGHT))):
+        if isinstance(w, int) and isinstance(h, int) and w * h > max_pixels:
             raise BadImage(f"decompression bomb: {w}x{h} is more than data.max_pixels={max_pixels}")
-        if not w * h:
-            raise BadImage(f"broken picture: {w}x{h}")
-        im.load()
-        notes = []
-        rgb = to_rgb(im)
-        if _deep(im):
-            notes.append("16-bit picture, scaled to 8 bits")
-        if im.format != "MPO" and _animated(im):
-            notes.append("animated picture, first frame used")
-    if max(w, h) < TINY:
+    w, h = im.size
+    if not w * h:
+        raise BadImage(f"broken picture: {w}x{h}")
+    values = w * h * len(im.getbands())
+    if decoder in IN_PYTHON and values > IN_PYTHON_VALUES:
+        raise BadImage(
+            f"decompression bomb: {values} values of a {im.format} of {w}x{h} that is decoded one by one, "
+            f"{IN_PYTHON_VALUES} at most"
+        )
+    if im.format in ("JPEG", "MPO"):
+        check_scans(data, w * h, max_pixels)
+    return im, file
+
+
+def _open(file: Reads) -> Image.Image:
+    """A file with its header read; what remains may be read in more pieces."""
+    what = named(file.getvalue())
+    try:
+        im = Image.open(file, formats=heif() if what == "HEIC" else FORMATS)
+    except Image.UnidentifiedImageError:
+        if what == "AVIF" and not AVIF:
+            raise BadImage("AVIF picture: this Pillow cannot read it; pip install -U 'pillow>=11.3'") from None
+        if what:
+            raise BadImage(f"broken picture: the header of this {what} cannot be read") from None
+        raise
+    file.left = READS_OF_PIXELS
+    return im
+
+
+@functools.cache
+def heif() -> tuple[str, ...]:
+    """The format of HEIC for Pillow, which reads it with another package. BadImage: it is not there."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise BadImage(
+            "HEIC picture: the package pillow-heif reads it; pip install pillow-heif, or save it as JPEG"
+        ) from None
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
+
+
+def _cost(im: Image.Image) -> int:
+    """Bytes that decoding takes at most, about: RGB is 4 a pixel, beside it stand what it was made from or its crop."""
+    if im.format in ("WEBP", "AVIF", "HEIF"):
+        a_pixel = 20  # frames and planes of the decoder, and its copy of the result
+    elif "progressive" in im.info or _stored(im) in LOWER:
+        a_pixel = 12  # coefficients of all channels, 2 bytes each, until the last scan; lower bytes
+    else:
+        a_pixel = 8
+    return im.width * im.height * a_pixel
+
+
+def _stored(im: Image.Image) -> str:
+    """Pillow's name for the way the pixels of an opened file are stored, "" where they are decoded already."""
+    args = getattr(im, "tile", None) and im.tile[0][3]
+    return (args if isinstance(args, str) else args[0]) if args else ""
+
+
+def _rgb(opened: tuple[Image.Image, Reads | None], upright: bool) -> tuple[Image.Image, list[str]]:
+    """What `decode` gives of an opened picture and of the file that it is the first frame of, if it is from one."""
+    im, file = opened
+    del opened
+    size, stored, notes = im.size, _stored(im), []
+    im.load()
+    turn = TURNS.get(_orientation(im)) if upright else None
+    if im.mode == "F" or im.mode.startswith("I"):
+        rgb, note = _to_8_bits(im)
+        notes.append(note)
+    elif file and stored in LOWER:
+        rgb, note = _colours_to_8_bits(im, file)
+        notes.append(note)
+    elif im.mode == "RGB" and im.format in ("JPEG", "PNG", "BMP", "PPM"):
+        rgb = im  # as it is: looking for further frames below does not change these
+    else:
+        rgb = im.convert("RGB")
+    if file and im.format != "MPO" and _animated(im, file):
+        notes.append("animated picture, first frame used")
+    del im  # a third of what a deep picture takes
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+    if max(size) < TINY:
         notes.append("tiny picture")
-    if max(w, h) > STRETCHED * min(w, h):
+    if max(size) > STRETCHED * min(size):
         notes.append("extreme aspect ratio")
-    return rgb, notes
+    return rgb if turn is None else rgb.transpose(turn), notes
 
 
-def to_rgb(im: Image.Image) -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB; alpha is dropped. Raises BadImage for values that are no 8 or 16 bits."""
-    return _to_8_bits(im) if _deep(im) else im.convert("RGB")
+def _orientation(im: Image.Image) -> int:
+    try:
+        return im.getexif().get(0x0112, 1)
+    except Exception:  # a broken tag turns nothing
+        return 1
 
 
-def _deep(im: Image.Image) -> bool:
-    return im.mode == "F" or im.mode.startswith("I")
+def _to_8_bits(im: Image.Image) -> tuple[Image.Image, str]:
+    """Greyscale of more than 8 bits to 8, and a note (PIL's own conversion clips everything above 255)."""
+    return _scaled(im, lambda box: np.asarray(im.crop(box)), (im.height, im.width))
 
 
-def _to_8_bits(im: Image.Image) -> Image.Image:
-    """Greyscale of more than 8 bits to RGB: 65535 becomes 255 (PIL's own conversion clips everything above 255)."""
-    value = np.asarray(im)
-    if im.mode == "F" or value.min() < 0 or value.max() > 65535:
-        raise BadImage(f"unsupported pixels: mode {im.mode}, {value.min()} to {value.max()}; 8 or 16 bits are read")
-    return Image.fromarray(((value.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+def _colours_to_8_bits(im: Image.Image, file: Reads) -> tuple[Image.Image, str]:
+    """Colours of 16 bits, of whose file Pillow gives the upper bytes, to 8, and a note."""
+    upper = im.convert("RGB")
+    if max(most for _, most in upper.getextrema()) >= 1 << DEPTHS[-2] - 8:
+        return upper, "16-bit picture, scaled to 8 bits"
+    lower = _open(Reads(file.getvalue()))
+    for i, (decoder, box, at, args) in enumerate(lower.tile):
+        own = LOWER[_stored(lower)]
+        lower.tile[i] = type(lower.tile[i])(decoder, box, at, own if isinstance(args, str) else (own, *args[1:]))
+    lower = lower.convert("RGB")
+    lines = lambda box: np.asarray(upper.crop(box)).astype(np.uint16) << 8 | np.asarray(lower.crop(box))
+    return _scaled(im, lines, (im.height, im.width, 3))
 
 
-def _animated(im: Image.Image) -> bool:
-    try:  # asking looks for the second frame, which may be broken
+def _scaled(im: Image.Image, lines: Callable, shape: tuple) -> tuple[Image.Image, str]:
+    """The values that `lines` gives of a box, scaled by what they hold and rounded, as u8[shape], and a note."""
+    h, w = shape[:2]
+    at_once = max(1, (1 << 20) // w)  # lines, so that no second copy of the picture is made
+    boxes = [(0, top, w, min(top + at_once, h)) for top in range(0, h, at_once)]
+    extremes = [(x.min(), x.max()) for x in map(lines, boxes)]
+    least, most = min(low for low, _ in extremes), max(high for _, high in extremes)
+    if im.mode == "F" or least < 0 or most > 65535:
+        raise BadImage(f"unsupported pixels: mode {im.mode}, {least} to {most}; whole numbers of 8 to 16 bits are read")
+    bits = next(bits for bits in DEPTHS if most < 1 << bits)
+    white, out = (1 << bits) - 1, np.empty(shape, np.uint8)
+    for box in boxes:
+        out[box[1] : box[3]] = (lines(box).astype(np.uint32) * 255 + white // 2) // white
+    note = "16-bit picture" if bits == 16 else f"picture of 16 bits or more that holds {bits}"
+    return Image.fromarray(out), f"{note}, scaled to 8 bits"
+
+
+def _animated(im: Image.Image, file: Reads) -> bool:
+    file.left = READS
+    try:  # asking looks for the second frame, which may be broken, and in a TIFF for all of them
         return bool(getattr(im, "is_animated", False))
     except Exception:
         return True

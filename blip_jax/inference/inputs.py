@@ -1,19 +1,24 @@
-"""Pictures and texts as callers give them: one or many, as path, bytes, PIL image or array.
+"""Pictures, texts and numbers as callers give them: one or many, as path, bytes, PIL image or array.
 
 What is wrong is named by its place.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from blip_jax.data import image
+from blip_jax.data.source import MAX_BYTES, read_at
 from blip_jax.data.text.clean import plain_text
 
 KINDS = "a path, bytes, a PIL image, or an array u8[H,W,3] (grey u8[H,W] and RGBA u8[H,W,4] too)"
@@ -45,25 +50,34 @@ def pictures(images) -> tuple[list[Picture], bool]:
 
 
 def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
-    """u8[size,size,3] as evaluation sees it (data/image.py).
+    """u8[size,size,3] as evaluation sees it (data/image.py), upright by its EXIF orientation.
 
+    What is irregular about it, such as values of 16 bits, is said on standard error.
     ValueError: the picture's name and why it cannot be used.
     """
     given = picture.given
     try:
         if isinstance(given, (str, os.PathLike)):
-            given = pathlib.Path(given).read_bytes()
+            given = read_at(os.fspath(given), 0, MAX_BYTES + 1)
         if isinstance(given, (bytes, bytearray, memoryview)):
-            found = image.decode(bytes(given), max_pixels)[0]
-        elif isinstance(given, Image.Image):
-            found = image.to_rgb(given)
-        else:
-            found = _from_array(np.asarray(given))
+            if memoryview(given).nbytes > MAX_BYTES:
+                raise image.BadImage(f"too large: more than {MAX_BYTES} bytes, which no picture needs")
+            with image.decoded([bytes(given)], max_pixels, upright=True) as [(found, notes)]:
+                return _told(picture, notes, image.eval_transform(found, size))
+        if isinstance(given, Image.Image):
+            with image.converted(given) as (found, notes):
+                return _told(picture, notes, image.eval_transform(found, size))
+        return image.eval_transform(_from_array(np.asarray(given)), size)
     except OSError as e:
         raise ValueError(f"{picture.name}: {(e.strerror or str(e)).lower()}") from None
     except image.BadImage as e:
         raise ValueError(f"{picture.name}: {e}") from None
-    return image.eval_transform(found, size)
+
+
+def _told(picture: Picture, notes: list[str], seen: np.ndarray) -> np.ndarray:
+    for note in notes:
+        tqdm.write(f"note: {picture.name}: {note}", file=sys.stderr)  # above a bar of progress, if there is one
+    return seen
 
 
 def texts(given, name: str, clean: Callable[[str], str]) -> tuple[list[str], bool]:
@@ -104,6 +118,35 @@ def pairs(images: int, texts: int, name: str) -> tuple[list[int], list[int]]:
     return (first if images == 1 else each), (first if texts == 1 else each)
 
 
+def whole(value, name: str) -> int:
+    """The argument `name` as int. ValueError: it is no whole number, such as 1.5, "2" or True."""
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {shown(value)}: give a whole number")
+
+
+def number(value, name: str) -> float:
+    """The argument `name` as int or float. ValueError: it is no number, or not finite."""
+    try:
+        if not isinstance(value, (bool, np.bool_, str, bytes)) and math.isfinite(value):
+            return value if isinstance(value, (int, float)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} is {shown(value)}: give a finite number")
+
+
+def shown(value) -> str:
+    """A value in an error, in one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _single(x) -> bool:
     if isinstance(x, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         return True
@@ -120,7 +163,9 @@ def _problem(picture: Picture) -> str:
         if path.is_file():
             return ""
         return f"{picture.name}: " + ("it is a folder" if path.is_dir() else "no such file")
-    if isinstance(given, (bytes, bytearray, memoryview, Image.Image)):
+    if isinstance(given, Image.Image):
+        return f"{picture.name} is a PIL image of {given.width}x{given.height}: it has no pixels" * (0 in given.size)
+    if isinstance(given, (bytes, bytearray, memoryview)):
         return ""
     if not hasattr(given, "__array__"):
         return f"{picture.name} is {_kind(given)}: give {KINDS}"

@@ -135,6 +135,9 @@ def score(model) -> Callable:
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
+MOST_SAMPLED, MOST_BEAMS = 256, 64  # texts of an image that are made at once: each takes memory and time to compile
+
+
 class Method(NamedTuple):
     """How captions are made: nucleus sampling or beam search, n of them per image.
 
@@ -142,14 +145,14 @@ class Method(NamedTuple):
     """
 
     kind: str = "nucleus"  # nucleus | beam
-    n: int = 1
+    n: int = 1  # at most MOST_SAMPLED, with beams no more than these
     top_p: float = 0.9  # nucleus
     top_k: int = 50  # nucleus; 0: off
     temperature: float = 1.0  # nucleus
     repetition_penalty: float = 1.1  # the original: 1.1 with nucleus, 1.0 with beams
     min_length: int = 5
     max_length: int = 20
-    beams: int = 3  # beam
+    beams: int = 3  # beam; at most MOST_BEAMS
     length_penalty: float = 1.0  # beam
 
 
@@ -165,29 +168,43 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return [tokenizer.dec, *ids[0, 1 : int(mask.sum()) - 1].tolist()]
 
 
-def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
-    """A function (params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, for jax.jit.
+def captioning(model, tokenizer, method: Method) -> Callable:
+    """What continues any prompt, for jax.jit, which compiles it once for each length of the prompt.
+
+    (params, img u8[B,S,S,3], keys u32[B,2], prompt i32[t] of `prompt_ids`) -> {"ids": i32[B,n,L], "log_prob":
+    f32[B,n]}.
 
     Caption i of an image is drawn with fold_in(its key, i): it depends on nothing else in the batch. ids: [DEC],
     prompt, caption, [SEP] if it ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed
     over caption and [SEP].
     """
-    start = prompt_ids(tokenizer, prompt)
-    decode = decoder(model, start, method, eos=tokenizer.sep, pad=tokenizer.pad)
+    decode = _decoding(model, method, eos=tokenizer.sep, pad=tokenizer.pad)
 
-    def caption(params, img, keys):
-        return decode(params, view(model, "kv")(params, img)["kv"], keys)
+    def caption(params, img, keys, prompt):
+        return decode(params, view(model, "kv")(params, img)["kv"], keys, prompt)
 
     return caption
 
 
+def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
+    """`captioning` of one prompt: (params, img u8[B,S,S,3], keys u32[B,2]) -> the same result."""
+    caption, start = captioning(model, tokenizer, method), np.array(prompt_ids(tokenizer, prompt), np.int32)
+    return lambda params, img, keys: caption(params, img, keys, start)
+
+
 def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> Callable:
     """The token loop of `captioner`: (params, image keys and values of B images, keys u32[B,2]) -> the same result."""
+    decode, start = _decoding(model, method, eos=eos, pad=pad), np.array(prompt, np.int32)
+    return lambda params, kv, keys: decode(params, kv, keys, start)
+
+
+def _decoding(model, method: Method, *, eos: int, pad: int) -> Callable:
+    """The token loop: (params, image keys and values of B images, keys u32[B,2], prompt i32[t]) -> captions."""
     if method.kind not in ("nucleus", "beam"):
         raise ValueError(f"method {method.kind!r} is unknown: choose nucleus or beam")
     rows_per_image = method.n if method.kind == "nucleus" else method.beams
 
-    def decode(params, kv, keys):
+    def decode(params, kv, keys, prompt):
         B, n = images_of(kv), rows_per_image
         kv, params = stored(kv), text_layers_apart(params)
 
@@ -195,7 +212,7 @@ def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> 
             return model.apply({"params": params}, ids, at, cache, kv, method="extend")
 
         # the prompt is the same for all texts of an image: one pass over it, whose result they share
-        start = jnp.tile(jnp.array(prompt, jnp.int32), (B, 1))
+        start = jnp.tile(jnp.asarray(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
         cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
 

@@ -1,9 +1,9 @@
 """A model in two lines: `from_pretrained(path)` gives one that captions, matches, answers and describes in features.
 
 Pictures are given as a path, bytes, a PIL image or an array u8[H,W,3], one or many; they are decoded as in training
-(first frame, alpha dropped, orientation tags left alone) and resized to the model's size. Texts are cleaned as in
-training. Work is cut into batches, padded to a power of two of rows and of tokens, so that each verb compiles once per
-such shape; padding changes no result.
+(first frame, alpha dropped), turned upright where an orientation tag says so, as photographs of phones need it, and
+resized to the model's size. Texts are cleaned as in training. Work is cut into batches, padded to a power of two of
+rows and of tokens, so that each verb compiles once per such shape; padding changes no result.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from blip_jax.data.text.clean import clean_caption, clean_question
+from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.decode import beam
 from blip_jax.inference import inputs, programs
 from blip_jax.inference.batching import Runner, at_least, at_most, padded
@@ -28,6 +29,9 @@ from blip_jax.parallel import sharding
 
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
+PROGRAMS = 16  # compiled for a model and kept; the one that was not used for longest makes room for a new one
+MOST_PENALTY = 10  # of either sign, of length_penalty: the power of a length that still is a float32
+LEAST_TEMPERATURE = 1e-6  # below it scores are no float32 any more
 LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with
 MODES = {  # of features -> whether it takes images, texts
     "image": (True, False),
@@ -49,13 +53,20 @@ def from_pretrained(
       vocab: vocab.txt or tokenizer.json; "": the one that came with the checkpoint.
       batch: most images per pass, rounded down to a power of two; 0: 2 on CPUs, 64 elsewhere.
     Compiled programs are kept in $XDG_CACHE_HOME/blip_jax (~/.cache/blip_jax), unless jax_compilation_cache_dir is set.
-    ValueError: what is wrong with the checkpoint, its vocabulary or the mesh.
+    ValueError: what is wrong with the checkpoint, its vocabulary, the mesh or another argument.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
+        raise ValueError(f"name_or_path is {inputs.shown(name_or_path)}: give a file, a folder or a name on the hub")
+    vocab = "" if vocab is None else vocab
+    if not isinstance(vocab, (str, os.PathLike)):
+        raise ValueError(f"vocab is {inputs.shown(vocab)}: give the path of a vocab.txt or tokenizer.json")
     mesh = _mesh(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    dtype = dtype or ("float32" if on_cpu else "bfloat16")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype is {dtype!r}: choose float32 or bfloat16, or None")
+    if dtype is None or isinstance(dtype, str) and not dtype:
+        dtype = "float32" if on_cpu else "bfloat16"
+    if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {inputs.shown(dtype)}: choose float32 or bfloat16, or None")
+    batch = inputs.whole(batch, "batch")
     if batch < 0:
         raise ValueError(f"batch is {batch}: it must be positive, or 0 for 2 on CPUs and 64 elsewhere")
     _keep_compiled()
@@ -74,7 +85,7 @@ class Pretrained:
         self._loaded = loaded._replace(origin=name)
         self.model, self.params, self.cfg, self.tokenizer, _ = loaded
         self.mesh, self.origin = mesh, name
-        self._run, self._programs = Runner(mesh), {}
+        self._run, self._programs, self._lock = Runner(mesh), {}, threading.Lock()
         self.batch = at_most(batch, self._run.unit)
 
     def __repr__(self):
@@ -106,25 +117,35 @@ class Pretrained:
         For several images a list of these lists.
 
         Args:
-          method: "beam" (beams, length_penalty) | "nucleus" (top_p, top_k with 0 for none, temperature).
+          n: at most 256, with beams as many as these.
+          method: "beam" (beams, at most 64; length_penalty) | "nucleus" (top_p, top_k with 0 for none, temperature).
           prompt: what each caption continues, and is not part of it; None: as the captioner was trained, else "a
             picture of ".
           min_length, max_length: tokens, the prompt's counted.
           repetition_penalty: None: the original's, 1.0 with beams, 1.1 with nucleus.
-          seed: of nucleus sampling. A caption depends on it and on the pixels alone: the same picture has the same
-            captions wherever it stands, another seed other ones.
+          seed: of nucleus sampling, a whole number. A caption depends on it and on the pixels alone: the same picture
+            has the same captions wherever it stands, another seed other ones.
         log_prob is the model's own, summed over the caption's tokens and its end.
         """
         self._loaded.require("caption")
         if prompt is None:
             prompt = self.cfg.text.prompt if self.cfg.objective == "caption" else "a picture of "
-        penalty = repetition_penalty
-        if penalty is None:
-            penalty = 1.1 if method == "nucleus" else 1.0
+        sampled = method == "nucleus"
+        if repetition_penalty is None:
+            repetition_penalty = 1.1 if sampled else 1.0
         how = programs.Method(
-            method, n, top_p, top_k, temperature, penalty, min_length, max_length, beams, length_penalty
+            method,
+            inputs.whole(n, "n"),
+            inputs.number(top_p, "top_p"),
+            inputs.whole(top_k, "top_k"),
+            inputs.number(temperature, "temperature"),
+            inputs.number(repetition_penalty, "repetition_penalty"),
+            inputs.whole(min_length, "min_length"),
+            inputs.whole(max_length, "max_length"),
+            inputs.whole(beams, "beams"),
+            inputs.number(length_penalty, "length_penalty"),
         )
-        start = self._check(how, prompt)
+        start, seed = self._check(how, prompt), _seed(seed)
         pictures, one = inputs.pictures(images)
 
         def rows(at: slice):
@@ -133,12 +154,14 @@ class Pretrained:
             return img, np.stack(keys)
 
         def make():
-            return programs.captioner(self.model, self.tokenizer, prompt, how)
+            return programs.captioning(self.model, self.tokenizer, how)
 
-        found = self._map(self._program(("caption", how, prompt), make), len(pictures), rows)
+        program = self._program(("caption", how, len(start)), make)
+        limit = self._images_of(how.n if sampled else how.beams)
+        found = self._map(program, len(pictures), rows, limit, (np.array(start, np.int32),))
         told = []
         for ids, log_prob in zip(found["ids"], found["log_prob"]):
-            texts = [programs.text_of(self.tokenizer, row, start) for row in ids]
+            texts = [programs.text_of(self.tokenizer, row, len(start)) for row in ids]
             told.append([{"caption": text, "log_prob": float(p)} for text, p in zip(texts, log_prob)])
         return told[0] if one else told
 
@@ -153,7 +176,9 @@ class Pretrained:
         """
         self._loaded.require("match")
         if first not in ("[ENC]", "[CLS]"):
-            raise ValueError(f"first is {first!r}: choose [ENC] or [CLS]")
+            raise ValueError(f"first is {inputs.shown(first)}: choose [ENC] or [CLS]")
+        if not isinstance(every_pair, (bool, np.bool_)):
+            raise ValueError(f"every_pair is {inputs.shown(every_pair)}: give True or False")
         pictures, one_image = inputs.pictures(images)
         texts, one_text = self._texts(texts, "texts")
         in_pairs = not every_pair and 1 not in (len(pictures), len(texts))
@@ -207,7 +232,7 @@ class Pretrained:
             def make():
                 return programs.answering(self.model, how, 1, eos=self.tokenizer.sep, pad=self.tokenizer.pad)
 
-            found = self._map(self._program(("answer", how), make), len(t), rows)
+            found = self._map(self._program(("answer", how), make), len(t), rows, self._images_of(how.beams))
             told = [
                 {"answer": programs.text_of(self.tokenizer, row[0], 1), "log_prob": float(p[0])}
                 for row, p in zip(found["ids"], found["log_prob"])
@@ -215,7 +240,7 @@ class Pretrained:
         elif method == "rank":
             told = self._rank(answers, k, len(t), rows)
         else:
-            raise ValueError(f"method is {method!r}: choose generate, or rank with answers=")
+            raise ValueError(f"method is {inputs.shown(method)}: choose generate, or rank with answers=")
         return told[0] if one and one_image else told
 
     def features(self, images=None, texts=None, mode: str = "") -> dict[str, np.ndarray]:
@@ -229,14 +254,13 @@ class Pretrained:
         Token 0 stands for the whole. The projected ones have unit norm, and their products at token 0 are the cosines
         of `match`; a captioner has none.
         """
-        if not mode and texts is None:
-            mode = "image"
-        elif not mode:
-            mode = "text" if images is None else "multimodal"
-        if mode not in MODES or (images is not None, texts is not None) != MODES[mode]:
+        if mode in ("", None):
+            mode = "image" if texts is None else "text" if images is None else "multimodal"
+        if not isinstance(mode, str) or mode not in MODES or (images is not None, texts is not None) != MODES[mode]:
             came = " and ".join(f"{'no ' * (x is None)}{name}" for name, x in (("images", images), ("texts", texts)))
             raise ValueError(
-                f"mode is {mode!r} with {came}: image takes images alone, text takes texts alone, multimodal takes both"
+                f"mode is {inputs.shown(mode)} with {came}: image takes images alone, text takes texts alone, "
+                "multimodal takes both"
             )
         if mode == "image":
             found, one = self._image_features(images)
@@ -275,37 +299,55 @@ class Pretrained:
         return _without_padding(self._map(program, len(t), rows), txt_mask[t]), one_text and one_image
 
     def _program(self, key: tuple, make: Callable[[], Callable]) -> Callable:
-        """make() under jax.jit; made once for each `key`."""
-        if key not in self._programs:
-            self._programs[key] = jax.jit(make())
-        return self._programs[key]
+        """make() under jax.jit, made once for each `key` that is among the last PROGRAMS asked for."""
+        with self._lock:
+            program = self._programs.pop(key, None) or jax.jit(make())
+            self._programs[key] = program  # behind the others
+            while len(self._programs) > PROGRAMS:
+                self._programs.pop(next(iter(self._programs))).clear_cache()
+        return program
+
+    def _images_of(self, rows: int) -> int:
+        """Images of a pass in which each has so many rows of the text decoder."""
+        return min(self.batch, max(1, TEXTS * self.batch // rows))
 
     def _map(self, program: Callable, n: int, rows: Callable[[slice], tuple], limit: int = 0, whole: tuple = ()) -> Any:
         """`Runner.map` of at most about `limit` rows a pass, 0: of `batch`."""
         return self._run.map(program, self.params, n, rows, size=self._run.size(n, limit or self.batch), whole=whole)
 
-    def _check(self, how: programs.Method, prompt: str) -> int:
-        """Tokens of the prompt with [DEC]. ValueError: everything that is wrong with the arguments of `caption`."""
+    def _check(self, how: programs.Method, prompt: str) -> list[int]:
+        """The prompt's tokens with [DEC]. ValueError: everything that is wrong with the arguments of `caption`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
-        start, room, wrong = len(programs.prompt_ids(self.tokenizer, prompt)), self.cfg.model.med.positions, []
+        start, room = programs.prompt_ids(self.tokenizer, plain_text(prompt)[0]), self.cfg.model.med.positions
+        most, wrong = programs.MOST_SAMPLED, []
 
         def expect(right: bool, name: str, what: str, value=None):
             if not right:
-                wrong.append(f"{name} is {getattr(how, name) if value is None else value}: {what}")
+                wrong.append(f"{name} is {inputs.shown(getattr(how, name) if value is None else value)}: {what}")
 
-        expect(how.kind in ("beam", "nucleus"), "method", "choose beam or nucleus", how.kind)
+        if how.kind not in ("beam", "nucleus"):
+            wrong.append(f"method is {how.kind}: choose beam or nucleus")
         expect(how.n >= 1, "n", "it must be at least 1")
-        expect(how.kind != "beam" or how.n <= how.beams, "n", f"{how.beams} beams give at most so many; raise beams")
+        expect(how.n <= most, "n", f"at most {most} texts of an image are made at once; another seed gives others")
+        if how.kind == "beam":
+            expect(how.n <= how.beams, "n", f"{how.beams} beams give at most so many; raise beams")
         expect(how.beams >= 1, "beams", "it must be at least 1")
+        expect(how.beams <= programs.MOST_BEAMS, "beams", f"at most {programs.MOST_BEAMS} are searched")
         expect(0 < how.top_p <= 1, "top_p", "it must lie between 0 and 1")
         expect(how.top_k >= 0, "top_k", "it must not be negative; 0 is none")
         expect(how.temperature > 0, "temperature", "it must be positive")
+        expect(not 0 < how.temperature < LEAST_TEMPERATURE, "temperature", f"give {LEAST_TEMPERATURE} or more")
         expect(how.repetition_penalty > 0, "repetition_penalty", "it must be positive")
         expect(
-            start < how.max_length <= room,
+            abs(how.length_penalty) <= MOST_PENALTY,
+            "length_penalty",
+            f"it must lie between -{MOST_PENALTY} and {MOST_PENALTY}",
+        )
+        expect(
+            len(start) < how.max_length <= room,
             "max_length",
-            f"it must be more than the {start} tokens of the prompt with [DEC], and at most the model's {room} "
+            f"it must be more than the {len(start)} tokens of the prompt with [DEC], and at most the model's {room} "
             "positions",
         )
         expect(
@@ -320,9 +362,16 @@ class Pretrained:
     def _search(self, answers, beams: int, min_length: int, max_length: int) -> beam.Beam:
         if answers is not None:
             raise ValueError("answers are given but method is 'generate': set method='rank', or leave them out")
+        beams, min_length, max_length = (
+            inputs.whole(value, name)
+            for name, value in (("beams", beams), ("min_length", min_length), ("max_length", max_length))
+        )
+        if beams > programs.MOST_BEAMS:
+            raise ValueError(f"beams is {inputs.shown(beams)}: at most {programs.MOST_BEAMS} are searched")
         if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= self.cfg.model.med.positions:
             raise ValueError(
-                f"beams, min_length, max_length are {beams}, {min_length}, {max_length}: give at least 1 beam and "
+                f"beams, min_length, max_length are {', '.join(map(inputs.shown, (beams, min_length, max_length)))}: "
+                "give at least 1 beam and "
                 f"lengths in order, more than 1 token and at most the model's {self.cfg.model.med.positions} positions"
             )
         return beam.Beam(beams, min_length=min_length, max_length=max_length)
@@ -330,12 +379,13 @@ class Pretrained:
     def _rank(self, answers, k: int, n: int, rows: Callable) -> list[dict]:
         if answers is None:
             raise ValueError("method is 'rank' without answers=: give the texts to choose from")
+        k = inputs.whole(k, "k")
         if k < 1:
-            raise ValueError(f"k is {k}: it must be at least 1")
+            raise ValueError(f"k is {inputs.shown(k)}: it must be at least 1")
         answers, _ = inputs.texts(answers, "answers", str.strip)
         ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
         k = min(k, len(answers))
-        program = self._program(("rank", k), lambda: programs.ranking(self.model, k))
+        program = self._program(("rank", k, ids.shape), lambda: programs.ranking(self.model, k))
         # the logits of k answers to each question of a pass are there at once
         per_pass = min(self.batch, max(1, TEXTS * self.batch // k))
         found = self._map(program, n, rows, per_pass, (ids, ans_mask))
@@ -408,12 +458,21 @@ def _mesh(mesh: Mesh | None) -> Mesh:
     """
     if mesh is None:
         return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh is {inputs.shown(mesh)}: give one of blip_jax.parallel.sharding.make_mesh, or None")
     if mesh.axis_names != sharding.MESH:
         raise ValueError(
             f"mesh has the axes {mesh.axis_names}: make it with "
             "blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
         )
     return mesh
+
+
+def _seed(seed) -> int:
+    seed = inputs.whole(seed, "seed")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed is {inputs.shown(seed)}: give one of at most 64 bits")
+    return seed
 
 
 def _keep_compiled() -> None:

@@ -351,6 +351,15 @@ def test_all_problems_of_a_config_at_once(tmp_path):
     ):
         assert part in str(e.value)
     assert not (tmp_path / "out").exists()
+    c.method.n, c.method.beams, c.method.length_penalty = 10**9, 2000, float("nan")
+    with pytest.raises(ValueError) as e:
+        run(c, tmp_path / "out")
+    for part in (
+        "method.n is 1000000000: it must be between 1 and 256",
+        "method.beams is 2000: it must be between 1 and 64",
+        "method.length_penalty is nan: it must be between -10 and 10",
+    ):
+        assert part in str(e.value)
 
 
 def test_models_that_do_not_fit(cfg, models, tiny_cfg, tmp_path):
@@ -393,6 +402,12 @@ def test_output_of_a_run_with_other_settings(cfg, models, finished, tmp_path):
     other["captioner"]["crc32"] += 1
     with pytest.raises(ValueError, match="other settings:\n  captioner.crc32: "):
         run_settings.settle(finished, other)
+    earlier = tmp_path / "earlier"  # begun before there was a leaf
+    earlier.mkdir()
+    other = run_settings.read(finished)
+    del other["settings"]["data"]["upright"]
+    (earlier / "capfilt.json").write_text(json.dumps(other))
+    run_settings.settle(earlier, run_settings.read(finished))
     cfg.threshold, cfg.seed, cfg.data.sources.world.noise = 0.6, 1, 0.0
     with pytest.raises(ValueError) as e:
         run(cfg, finished)

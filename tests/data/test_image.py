@@ -1,11 +1,15 @@
 import io
+import struct
+import sys
+import types
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 from world.pictures import encode, noise, png_header
 
 from blip_jax.data import image
@@ -78,6 +82,50 @@ def test_16_bit_is_scaled_and_noted():
     assert notes == ["16-bit picture, scaled to 8 bits", "tiny picture"]
     float_pixels = Image.fromarray(np.array([[0.5]], np.float32))
     assert reason(encode(float_pixels, "TIFF")).startswith("unsupported pixels")
+    below = Image.fromarray(np.array([[-1, 5]], np.int32))
+    assert reason(encode(below, "TIFF")).startswith("unsupported pixels: mode I, -1 to 5")
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("dtype, kind", [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF")])
+def test_deep_pictures_are_scaled_by_what_they_hold(bits, dtype, kind):
+    white = (1 << bits) - 1
+    value = np.linspace(0, white, 30 * 40).round().astype(dtype).reshape(30, 40)
+    got, notes = image.decode(encode(Image.fromarray(value), kind), LIMIT)
+    want = np.floor(value / white * 255 + 0.5)
+    np.testing.assert_array_equal(np.asarray(got), np.repeat(want[..., None], 3, axis=-1))
+    assert notes == [
+        f"{'16-bit picture' if bits == 16 else f'picture of 16 bits or more that holds {bits}'}, scaled to 8 bits"
+    ]
+
+
+def test_deep_pictures_are_scaled_alike_in_strips_and_whole():
+    """Lines are taken a million pixels at a time: the largest value counts wherever it stands."""
+    value = np.zeros((300, 10_000), np.uint16)
+    value[299, 9_999], value[0, 0] = 4095, 2048
+    got = np.asarray(image.decode(encode(Image.fromarray(value), "PNG"), 10**7)[0])
+    assert got[299, 9_999, 0] == 255 and got[0, 0, 0] == 128 and got[150].max() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_colours_are_scaled_by_what_they_hold(mode, bits):
+    value = np.random.default_rng(bits).integers(0, 1 << bits, (30, 40, len(mode)), np.uint16)
+    value[0, 0, :3] = (1 << bits) - 1
+    got, notes = image.decode(png_16(value), LIMIT)
+    value = value[..., :3]
+    want = value >> 8 if bits == 16 else np.floor(value / ((1 << bits) - 1) * 255 + 0.5)  # of 16: the upper byte
+    np.testing.assert_array_equal(np.asarray(got), want)
+    assert len(notes) == 1 and "scaled to 8 bits" in notes[0]
+
+
+def png_16(value: np.ndarray) -> bytes:
+    """PNG of u16[h,w,3] or [h,w,4]."""
+    h, w, channels = value.shape
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", w, h, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in value)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -96,10 +144,87 @@ def test_odd_sizes_are_noted():
     assert image.decode(encode(noise(0, 200, 10), "PNG"), LIMIT)[1] == []
 
 
-def test_orientation_tag_is_left_alone():
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_left_alone_unless_it_is_asked_for(kind):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    for tag in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        stored = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
+        stored.paste((255, 0, 0), (0, 0, 16, 16))
+        data = encode(stored, kind, exif=exif, **options)
+        plain, turned = image.decode(data, LIMIT)[0], image.decode(data, LIMIT, upright=True)[0]
+        assert plain.size == (48, 32)
+        want = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(turned), np.asarray(want))
+
+
+@pytest.mark.parametrize("broken", [b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\xff", b""])
+def test_a_broken_orientation_turns_nothing(broken):
+    data = encode(noise(0))
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(broken)) + broken + data[2:]
+    assert image.decode(data, LIMIT, upright=True)[0].size == (40, 30)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert image.decode(encode(noise(0, 40, 30), exif=exif), LIMIT)[0].size == (40, 30)
+    exif[0x0112] = 77
+    assert image.decode(encode(noise(0), exif=exif), LIMIT, upright=True)[0].size == (40, 30)
+
+
+def box(brand: bytes, *others: bytes) -> bytes:
+    """The beginning of a file of the AVIF and HEIC kind."""
+    brands = brand + b"\0\0\0\0" + b"".join(others)
+    return struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + b"\0" * 64
+
+
+def test_avif_and_heic(monkeypatch):
+    if image.AVIF:
+        im = Image.new("RGB", (40, 30), (10, 200, 30))
+        got, notes = image.decode(encode(im, "AVIF"), LIMIT)
+        assert np.abs(np.asarray(got).astype(int) - np.asarray(im)).max() < 12 and notes == []
+        assert reason(encode(im, "AVIF"), 1000).startswith("decompression bomb: 40x30")
+        assert reason(encode(noise(1), "AVIF")[:-30]).split()[0] in ("broken", "truncated")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    image.heif.cache_clear()
+    for data in (box(b"heic"), box(b"mif1", b"mif1", b"heic"), box(b"heix", b"mif1")):
+        assert reason(data).startswith("HEIC picture: the package pillow-heif reads it; pip install pillow-heif")
+    assert reason(box(b"isom", b"mp42")).startswith("not a picture")  # a film
+    monkeypatch.setattr(image, "AVIF", False)
+    monkeypatch.setattr(image, "FORMATS", ("JPEG", "PNG"))
+    assert reason(box(b"avif", b"mif1")).startswith("AVIF picture: this Pillow cannot read it; pip install")
+
+
+def test_heic_is_read_where_the_package_is(monkeypatch):
+    opened = []
+    fake = types.SimpleNamespace(register_heif_opener=lambda: opened.append(1) or Image.register_open("HEIF", Heif))
+
+    class Heif(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            self._size, self._mode = (40, 30), "RGB"
+            self.im = Image.new("RGB", (40, 30), "blue").im
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", fake)
+    image.heif.cache_clear()
+    try:
+        for _ in range(2):
+            assert np.asarray(image.decode(box(b"heic"), LIMIT)[0])[0, 0].tolist() == [0, 0, 255]
+    finally:
+        image.heif.cache_clear()
+        Image.OPEN.pop("HEIF")
+        Image.ID.remove("HEIF")
+    assert opened == [1]
+
+
+def test_max_pixels_lifts_pillow_s_own_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = encode(noise(0, 100, 50), "PNG")
+    assert reason(data, 999).startswith("decompression bomb")
+    got = image.decode(data, 5000)[0]
+    assert got.size == (100, 50) and Image.MAX_IMAGE_PIXELS == 5000
+    image.train_transform(got, 8, np.random.default_rng(0), scale=(1, 1), flip=True, randaugment=False)
+    image.decode(data, 10_000)
+    image.decode(encode(noise(0, 10, 5), "PNG"), 100)
+    assert Image.MAX_IMAGE_PIXELS == 10_000
 
 
 @settings(max_examples=300, deadline=None)

@@ -13,7 +13,7 @@ from blip_jax import config, tasks
 from blip_jax.data import batches as P
 from blip_jax.data import pairs
 from blip_jax.data.formats.array_record import write_array_record
-from blip_jax.data.image import eval_transform, train_transform
+from blip_jax.data.image import decode, eval_transform, train_transform
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer
 
 VOCAB = list(SPECIAL) + ["picture", "number", "noise", "of", "seed", *"0123456789", *(f"##{i}" for i in range(10))]
@@ -114,7 +114,7 @@ def test_every_random_choice_comes_from_the_examples_own_stream(tok, web, tmp_pa
         rng = np.random.Generator(np.random.Philox(key=np.array([cfg.seed, 3 * 8 + position], np.uint64)))
         record = data.sources["web"][int(key.split("#")[1])]
         caption = record["captions"][rng.integers(len(record["captions"]))]
-        im = P.decode(record, record["image"], 10**6)[0]
+        im = decode(record["image"], 10**6)[0]
         img = train_transform(im, 16, rng, scale=cfg.data.crop_scale, flip=True, randaugment=True)
         np.testing.assert_array_equal(img, batch["img"][position])
         np.testing.assert_array_equal(tok.encode([caption], 12)[0][0], batch["ids"][position])
@@ -383,6 +383,27 @@ def test_skipped_file_survives_restarts(tok, tmp_path):
     assert (tmp_path / "skipped.jsonl").read_text() == first + second[:20] + "\n" + second
 
 
+# --- orientation
+
+
+def test_pictures_are_turned_where_it_is_asked_for(tok, tmp_path):
+    """Orientation 6: red at the top of what is stored is red at the right of the picture."""
+    stored, exif = Image.new("RGB", (40, 40)), Image.Exif()
+    stored.paste((255, 0, 0), (0, 0, 40, 10))
+    exif[0x0112] = 6
+    rows = [r | {"image": encode(stored, exif=exif, quality=95)} for r in records(8)]
+    sources = {"web": config.source("json", str(write_json(tmp_path, rows)))}
+    for upright in (False, True):
+        how = {"data.upright": upright, "data.crop_scale": (1.0, 1.0), "data.flip": False, "data.randaugment": False}
+        cfg = settings(sources, **how)
+        for img in (
+            run(make(cfg, tok, tmp_path), 1)[0]["img"][0],
+            next(P.EvalData(cfg, tok, sources, skipped_path=tmp_path / "s.jsonl").image_batches(1))["img"][0],
+        ):
+            red = img[..., 0].astype(int) - img[..., 1]
+            assert (red[:, -2:].mean() > 150) == upright and (red[:2].mean() > 150) != upright
+
+
 # --- evaluation
 
 
@@ -403,7 +424,7 @@ def test_eval_data(tok, tmp_path):
         for b in batches:
             for img, i in zip(b["img"], b["index"]):
                 if i >= 0:
-                    im = P.decode(rows[i], rows[i]["image"], 10**6)[0]
+                    im = decode(rows[i]["image"], 10**6)[0]
                     np.testing.assert_array_equal(img, eval_transform(im, 16))
     assert data.counts() == {"read": 11, "skipped": {}, "noted": {}}
 
@@ -416,7 +437,7 @@ def test_eval_data_limit_and_two_sources(tok, tmp_path):
     assert data.n_images == 5 and data.text_image.max() == 4
     np.testing.assert_array_equal(
         next(data.image_batches(5))["img"][3],
-        eval_transform(P.decode(records(1)[0], records(1)[0]["image"], 10**6)[0], 16),
+        eval_transform(decode(records(1)[0]["image"], 10**6)[0], 16),
     )
 
 

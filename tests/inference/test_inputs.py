@@ -52,10 +52,77 @@ def test_grey_palette_deep_and_tiny_pictures():
     np.testing.assert_array_equal(pixels(np.full((1, 1, 3), 9, np.uint8)), np.full((16, 16, 3), 9))
 
 
+def test_photographs_stand_upright(tmp_path):
+    """Orientation 6, as phones write it: red at the top of the sensor is red at the right of the photograph."""
+    stored = Image.new("RGB", (60, 40))
+    stored.paste((255, 0, 0), (0, 0, 60, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(stored, exif=exif, quality=95)
+    (tmp_path / "photo.jpg").write_bytes(data)
+    want = inputs.pixels(inputs.Picture("photo", data), 32, 10**6)
+    red = want[..., 0].astype(int) - want[..., 1]
+    assert red[:, -6:].mean() > 200 and red[8:, :20].mean() < 20
+    for form in (tmp_path / "photo.jpg", Image.open(io.BytesIO(data))):
+        np.testing.assert_array_equal(inputs.pixels(inputs.Picture("photo", form), 32, 10**6), want)
+
+
+def test_what_is_irregular_is_said(capsys):
+    grey = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (48, 1))
+    want = image.eval_transform(Image.fromarray(grey).convert("RGB"), 32)
+    pixels = lambda x: inputs.pixels(inputs.Picture("x.png", x), 32, 10**6)
+    np.testing.assert_array_equal(pixels(Image.fromarray(grey)), want)
+    assert capsys.readouterr().err == ""
+    of_8 = "note: x.png: picture of 16 bits or more that holds 8, scaled to 8 bits\n"
+    for form in (Image.fromarray(grey).convert("I"), encode(Image.fromarray(grey.astype(np.uint16)), "PNG")):
+        np.testing.assert_array_equal(pixels(form), want)
+        assert capsys.readouterr().err == of_8
+    assert pixels(encode(Image.fromarray(grey.astype(np.uint16) * 16), "PNG")).max() > 250
+    assert "that holds 12, scaled" in capsys.readouterr().err
+    frames = [Image.new("RGB", (30, 20), c) for c in ("red", "blue")]
+    pixels(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert capsys.readouterr().err == "note: x.png: animated picture, first frame used\n"
+
+
+def test_a_file_larger_than_any_picture_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_BYTES", 1000)
+    data = encode(noise(0), "PNG")
+    (tmp_path / "large.png").write_bytes(data)
+    for form in (tmp_path / "large.png", data, memoryview(data)):
+        with pytest.raises(ValueError, match="^x: too large: more than 1000 bytes"):
+            inputs.pixels(inputs.Picture("x", form), 16, 10**6)
+
+
+@pytest.mark.parametrize("value", [1.5, "2", None, True, np.nan, [1], b"1", np.float32(2), 1j])
+def test_what_is_no_whole_number(value):
+    with pytest.raises(ValueError, match="^n is .*: give a whole number$"):
+        inputs.whole(value, "n")
+
+
+@pytest.mark.parametrize("value", ["0.9", None, True, np.nan, np.inf, -np.inf, [0.5], b"1", 1j, 10**400])
+def test_what_is_no_number(value):
+    with pytest.raises(ValueError, match="^top_p is .*: give a finite number$") as e:
+        inputs.number(value, "top_p")
+    assert len(str(e.value)) < 130
+
+
+def test_numbers_of_any_library_are_numbers():
+    assert [inputs.whole(x, "n") for x in (3, np.int64(3), np.array(3), np.uint8(3))] == [3] * 4
+    assert [inputs.number(x, "p") for x in (0.5, np.float64(0.5), np.float32(0.5), np.array(0.5), 1, -2)] == [
+        *[0.5] * 4,
+        1,
+        -2,
+    ]
+
+
 @pytest.mark.parametrize(
     "images, expected",
     [
         ([], "images is empty"),
+        (
+            [Image.new("RGB", (0, 0)), Image.new("L", (3, 0))],
+            r"images\[0\] is a PIL image of 0x0: it has no pixels; images",
+        ),
         (None, "images is None: give a path"),
         (7, "images is of type int"),
         ({"a": 1}, "images is of type dict"),

@@ -18,7 +18,7 @@ from blip_jax.convert import hub
 from blip_jax.data import image
 from blip_jax.data.text.clean import clean_question
 from blip_jax.decode import beam
-from blip_jax.inference import batching, programs
+from blip_jax.inference import batching, programs, verbs
 from blip_jax.parallel import sharding
 
 
@@ -68,6 +68,24 @@ def test_sampled_captions_depend_on_picture_and_seed_alone(models):
             dict(n=0, top_p=0.0, method="nucleus", temperature=-1),
             "n is 0: .*; top_p is 0.0: .*; temperature is -1: it must be positive",
         ),
+        (dict(length_penalty=np.nan), "length_penalty is nan: give a finite number"),
+        (dict(length_penalty=11), "length_penalty is 11: it must lie between -10 and 10"),
+        (dict(n=10**9, method="nucleus"), "n is 1000000000: at most 256 texts of an image"),
+        (dict(beams=10**6), "beams is 1000000: at most 64 are searched"),
+        (dict(beams=2000, n=2000), "n is 2000: at most 256.*; beams is 2000: at most 64"),
+        (dict(n=10**5000), "n is a number of thousands of digits: at most 256"),
+        (dict(n=1.5), "n is 1.5: give a whole number"),
+        (dict(n="2"), "n is '2': give a whole number"),
+        (dict(top_k=1.5), "top_k is 1.5: give a whole"),
+        (dict(top_p="0.9"), "top_p is '0.9': give a finite number"),
+        (dict(temperature=None), "temperature is None: give a finite"),
+        (dict(temperature=1e-30), "temperature is 1e-30: give 1e-06 or more"),
+        (dict(max_length="20"), "max_length is '20'"),
+        (dict(seed=1.5), "seed is 1.5: give a whole number"),
+        (dict(seed="a", method="nucleus"), "seed is 'a'"),
+        (dict(seed=None), "seed is None"),
+        (dict(seed=1 << 64), "seed is 18446744073709551616: give one of at most 64 bits"),
+        (dict(method=["beam"]), r"method is \['beam'\]: choose beam"),
         (dict(max_length=2), r"max_length is 2: it must be more than the \d tokens of the prompt"),
         (dict(max_length=41), "at most the model's 40 positions"),
         (dict(min_length=21), "min_length is 21: it must lie between 0 and max_length = 20"),
@@ -77,6 +95,40 @@ def test_sampled_captions_depend_on_picture_and_seed_alone(models):
 def test_wrong_arguments_of_caption(models, how, expected):
     with pytest.raises(ValueError, match=expected):
         models("caption").caption(photos(1)[0], **how)
+
+
+def test_whole_numbers_of_numpy_are_the_same_numbers(models):
+    model, img = models("caption"), photos(1)[0]
+    plain = model.caption(img, 2, "nucleus", seed=3, top_p=0.5)
+    assert model.caption(img, np.int64(2), "nucleus", seed=np.uint32(3), top_p=np.float64(0.5)) == plain
+
+
+def test_prompts_of_one_length_share_a_program_and_few_programs_are_kept(folder, monkeypatch):
+    model, img = blip_jax.from_pretrained(folder / "caption"), photos(1)[0]
+    how = dict(max_length=7, beams=1)
+    prompts = ("a small ", "a large ", "the small ")
+    own = {prompt: model.caption(img, prompt=prompt, **how)[0] for prompt in prompts}
+    assert len({row["log_prob"] for row in own.values()}) == 3
+    (program,) = model._programs.values()
+    assert program._cache_size() == 1
+
+    # the one that was not used for longest goes, with what was compiled for it
+    monkeypatch.setattr(verbs, "PROGRAMS", 2)
+    model.features(img)
+    model.caption(img, prompt="a small ", **how)
+    first = list(model._programs)
+    model.caption(img, prompt="the ", **how)
+    assert list(model._programs) == [first[1], ("caption", first[1][1], 2)] and first[0] == ("image features",)
+    assert model.caption(img, prompt="a small ", **how)[0] == own["a small "] and program._cache_size() == 1
+    model.features(img)
+    model.caption(img, prompt="the ", **how)
+    assert program._cache_size() == 0
+    assert model.caption(img, prompt="a large ", **how)[0] == own["a large "]  # compiled anew, from the disk
+
+
+def test_many_texts_of_an_image_are_made_in_smaller_passes(models):
+    model = models("caption")
+    assert [model._images_of(rows) for rows in (1, 3, 8, 16, 256)] == [model.batch] * 3 + [max(1, model.batch // 2), 1]
 
 
 def test_match_is_the_model_s_own(models):
@@ -107,6 +159,8 @@ def test_match_is_the_model_s_own(models):
     close(model.match(imgs, many, every_pair=True)["cosine"][:, 3], model.match(imgs, many[3])["cosine"])
     with pytest.raises(ValueError, match="first is 'CLS'"):
         model.match(imgs[0], "a", first="CLS")
+    with pytest.raises(ValueError, match="every_pair is 'no': give True or False"):
+        model.match(imgs[0], "a", every_pair="no")
 
 
 def test_texts_are_cleaned_as_in_training(models):
@@ -174,6 +228,12 @@ def test_ranked_answers_are_the_model_s_own(models):
         ("why", dict(method="rank", answers=["a", " "]), r"answers\[1\] is empty"),
         ("why", dict(method="rank", answers=["a"], k=0), "k is 0"),
         ("why", dict(answers=["a"]), "set method='rank'"),
+        ("why", dict(method="rank", answers=["a"], k=1.5), "k is 1.5: give a whole number"),
+        ("why", dict(method="rank", answers=["a"], k=float("nan")), "k is nan: give a whole number"),
+        ("why", dict(beams=2.5), "beams is 2.5: give a whole number"),
+        ("why", dict(beams=100_000), "beams is 100000: at most 64 are searched"),
+        ("why", dict(max_length="7"), "max_length is '7': give a whole number"),
+        ("why", dict(method=7), "method is 7: choose generate, or rank"),
         ("why", dict(beams=0), "at least 1 beam"),
         ("why", dict(max_length=1), "more than 1 token"),
     ],
@@ -241,6 +301,8 @@ def test_features_are_the_model_s_own(models):
         ((photos(1)[0], "a", "image"), "mode is 'image' with images and texts: image takes images alone"),
         ((photos(1)[0], None, "multimodal"), "multimodal takes both"),
         ((photos(1)[0], None, "audio"), "mode is 'audio'"),
+        ((photos(1)[0], None, ["image"]), r"mode is \['image'\] with images"),
+        ((photos(1)[0], None, 7), "mode is 7 with images"),
     ],
 )
 def test_wrong_modes(models, args, expected):
@@ -378,6 +440,28 @@ def test_bfloat16_rounds_the_matrices_once(folder, models):
 
 
 # --- where a model comes from -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        (dict(name_or_path=None), "name_or_path is None: give a file, a folder or a name on the hub"),
+        (dict(name_or_path=""), "name_or_path is ''"),
+        (dict(name_or_path=7), "name_or_path is 7"),
+        (dict(name_or_path=b"runs"), "name_or_path is b'runs'"),
+        (dict(batch=1.5), "batch is 1.5: give a whole number"),
+        (dict(batch="2"), "batch is '2': give a whole number"),
+        (dict(batch=None), "batch is None"),
+        (dict(batch=-1), "batch is -1: it must be positive"),
+        (dict(dtype=32), "dtype is 32: choose float32 or bfloat16"),
+        (dict(vocab=7), "vocab is 7: give the path"),
+        (dict(mesh=8), "mesh is 8: give one of blip_jax.parallel.sharding.make_mesh"),
+    ],
+)
+def test_wrong_arguments_of_from_pretrained(how, expected):
+    with pytest.raises(ValueError, match=f"^{expected}") as e:
+        blip_jax.from_pretrained(**{"name_or_path": "x", **how})
+    assert "\n" not in str(e.value)
+
+
 def test_a_checkpoint_folder_and_another_vocabulary(folder, tiny_vocab, tmp_path, models):
     img = photos(1)[0]
     assert blip_jax.from_pretrained(str(folder / "caption" / "checkpoints" / "3")).caption(img) == models(
