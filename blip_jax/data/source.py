@@ -14,10 +14,11 @@ opened; a record that cannot be used is a BadRecord when it is read, and the pip
 
 from __future__ import annotations
 
-import glob
 import os
 import stat
 from typing import Protocol
+
+from blip_jax.data import paths
 
 MAX_BYTES = 1 << 28  # of one picture or row; longer is not a record but an accident
 
@@ -48,13 +49,15 @@ class Source(Protocol):
 
 
 def expand(name: str, cfg) -> list[str]:
-    """The sorted files that cfg.path names or matches. ValueError when there are none."""
-    found = sorted(glob.glob(cfg.path)) if glob.has_magic(cfg.path) else [cfg.path]
-    if not found:
-        raise ValueError(f"data source {name!r}: no file matches {cfg.path!r}; paths are relative to {os.getcwd()}")
-    missing = [f for f in found if not os.path.isfile(f)]
-    if missing:
-        raise ValueError(f"data source {name!r}: {missing[0]!r} is not a file; paths are relative to {os.getcwd()}")
+    """The sorted files that cfg.path names (data/paths.py). ValueError: there are none, or one is missing."""
+    try:
+        found = paths.find(cfg.path)
+    except ValueError as e:
+        raise ValueError(f"data source {name!r}: {e}") from None
+    for path in found:
+        if not os.path.isfile(path):
+            hint = f"a folder: name its files, as {path.rstrip('/')}/*" if os.path.isdir(path) else "not a file"
+            raise ValueError(f"data source {name!r}: {path!r} is {hint}; paths are relative to {os.getcwd()}")
     return found
 
 
