@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from blip_jax.data.source import MAX_BYTES, BadRecord, Source, as_captions, expand, read_at
+from blip_jax.data.source import MAX_BYTES, BadRecord, Source, as_captions, expand, image_id, in_keys, read_at
 
 FORMAT = "group_size:1,uncompressed"  # random access; pictures are compressed already
 CAPTIONS = ".captions.jsonl"  # behind the name of the file whose texts it holds
@@ -43,11 +43,13 @@ CODECS = {ord("z"): "zstd", ord("b"): "brotli", ord("s"): "snappy"}
 class ArrayRecords(Source):
     """ArrayRecord files of msgpack maps {key, image, captions, image_id}, as `blip-jax pack` writes them.
 
-    `captions_of` is there where each file has its captions beside it. 24 bytes a record are kept.
+    A record has the key that it was written with. `captions_of` is there where each file has its captions beside it.
+    24 bytes a record are kept.
     """
 
     def __init__(self, name: str, cfg):
-        paths = expand(name, cfg)
+        self.name, paths = name, expand(name, cfg)
+        self._names = in_keys(paths)
         try:
             with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
                 self._files = list(pool.map(RecordFile, paths))
@@ -66,7 +68,7 @@ class ArrayRecords(Source):
         """Number of the file of record `i`, its number there, and what it is called where its key cannot be read."""
         f = bisect.bisect_right(self._ends, i)
         k = i - (self._ends[f - 1] if f else 0)
-        return f, k, f"{os.path.basename(self._files[f].path)}#{k}"
+        return f, k, f"{self.name}:{self._names[f]}#{k}"
 
     def _captions_of(self, i: int) -> list[str]:
         f, k, key = self._place(i)
@@ -85,7 +87,7 @@ class ArrayRecords(Source):
         return {
             **record,
             "captions": as_captions(key, record.get("captions")),
-            "image_id": str(record.get("image_id", key)),
+            "image_id": image_id(record.get("image_id"), key),
         }
 
 
