@@ -89,13 +89,13 @@ def _header(first: str, image_key: str) -> tuple[list[str], str]:
 
 def _rows(file, separator: str, columns: int) -> Iterator[int]:
     """Where each row begins, and the end of the last; `file` stands behind the first line."""
-    at, ahead = file.tell(), collections.deque()
-    file.seek(0, 2)
-    with tqdm(total=file.tell() - at, desc=f"index {file.name}", unit="B", unit_scale=True, delay=5) as bar:
+    begun = at = file.tell()
+    ahead: collections.deque = collections.deque()
+    with tqdm(total=file.seek(0, 2) - at, desc=f"index {file.name}", unit="B", unit_scale=True, delay=5) as bar:
         file.seek(at)
         while line := ahead.popleft() if ahead else file.readline(QUOTED):
             size = len(line)
-            if b'"' in line and line.endswith(b"\n"):
+            if line.count(b'"') % 2 and line.endswith(b"\n"):
                 size = _quoted(line, file, ahead, separator, columns)
             elif not ahead:
                 while not line.endswith(b"\n") and (line := file.readline(QUOTED)):  # longer than any row may be
@@ -103,7 +103,8 @@ def _rows(file, separator: str, columns: int) -> Iterator[int]:
             if size > len(line) or line.strip(b"\r\n"):
                 yield at
             at += size
-            bar.update(size)
+            if at - begun - bar.n > QUOTED:
+                bar.update(at - begun - bar.n)
     yield at
 
 
