@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import pathlib
 import re
@@ -33,8 +32,9 @@ USAGE = """usage: blip-jax <command> [flags]
   capfilt   --config=configs/x.py --out=DIR          caption and filter data.sources into DIR, or go on with it
             [--process=K --processes=N]              ... as one of N processes that share DIR
   capfilt refilter --run=DIR --threshold=0.7 --out=DIR2   another threshold for a finished run, without a model
-  vocab     --captions=FILE.json|FILE.txt ...        train a WordPiece vocabulary from captions (repeat the flag)
+  vocab     --captions=FILE ...                      train a WordPiece vocabulary from captions (repeat the flag)
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
+  pack      'PATTERN' --out=DIR [--kind= --images=]  any source of data to ArrayRecord shards, or go on with them
   convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out: .pth, Hugging Face folders,
             [--verify --vocab=FILE --family=         initial weights
              --img_size= --vit_heads= --med_heads=]
@@ -131,17 +131,28 @@ def _refilter(argv: list[str]) -> int:
 def vocab(argv: list[str]) -> int:
     """blip-jax vocab."""
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("captions", [], "text, a caption a line, or JSON rows with `caption`", flag_values=values)
+    text = (
+        "file or pattern, repeatable: a caption a line, or what a source reads (JSON, CSV, Parquet, tar, ArrayRecord)"
+    )
+    flags.DEFINE_multi_string("captions", [], text, flag_values=values)
+    flags.DEFINE_string("caption_key", "caption", "field of the captions in these", flag_values=values)
     flags.DEFINE_integer("scenes", 0, "captions of this many built-in scenes", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
     _parse(values, argv, required=("out",))
+    from blip_jax.data import captions as texts
     from blip_jax.data.scenes.world import vocab_captions
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 
     if not values.captions and not values.scenes:
-        raise ValueError("give captions: --captions=FILE (.txt or .json, may be repeated) or --scenes=N")
-    captions = _captions(values.captions) + (list(vocab_captions(values.scenes)) if values.scenes else [])
+        raise ValueError(
+            "give captions: --captions=FILE (text, JSON, CSV, Parquet or tar; may be repeated) or --scenes=N"
+        )
+    captions, left_out = texts.read(values.captions, values.caption_key)
+    captions += list(vocab_captions(values.scenes)) if values.scenes else []
+    if left_out:
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in left_out.items())
+        print(f"left out of what --captions names: {reasons}", file=sys.stderr)
     pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
     print(
@@ -149,6 +160,13 @@ def vocab(argv: list[str]) -> int:
         f"model.med.vocab_size={Tokenizer(values.out).vocab_size}"
     )
     return 0
+
+
+def pack(argv: list[str]) -> int:
+    """blip-jax pack."""
+    from blip_jax.cli.pack import pack
+
+    return pack(argv, _parse, AGAIN)
 
 
 def convert(argv: list[str]) -> int:
@@ -220,6 +238,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "capfilt": capfilt,
     "vocab": vocab,
+    "pack": pack,
     "convert": convert,
     "caption": infer.caption,
     "match": infer.match,
@@ -282,22 +301,6 @@ def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...],
     if missing:
         raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
     return rest[1:]
-
-
-def _captions(files: list[str]) -> list[str]:
-    """Captions of .txt files, one a line, and of .json files in BLIP's layout: rows with `caption`, one or a list."""
-    out = []
-    for name in files:
-        content = pathlib.Path(name).read_text(encoding="utf-8")
-        if not name.endswith(".json"):
-            out += content.splitlines()
-            continue
-        try:
-            found = [row["caption"] for row in json.loads(content)]
-        except (json.JSONDecodeError, TypeError, KeyError) as e:
-            raise ValueError(f"{name} is no list of rows with a `caption` ({e!r}): give BLIP's JSON, or a .txt") from e
-        out += [c for caption in found for c in (caption if isinstance(caption, list) else [caption])]
-    return out
 
 
 def _config_path(argv: list[str]) -> str:

@@ -244,8 +244,9 @@ def _can_bucket(objective: str, task, sources: dict[str, Source]) -> None:
         )
     if unfit := [name for name, source in sources.items() if not hasattr(source, "captions_of")]:
         raise ValueError(
-            "text.buckets needs the captions of all records without their pictures, which array_record and tfds do "
-            f"not give: {', '.join(unfit)}. Give these as json or tar, or set text.buckets=()"
+            "text.buckets needs the captions of all records without their pictures, which tfds and array_record files "
+            f"without captions beside them do not give: {', '.join(unfit)}. Give these as json or tar, or set "
+            "text.buckets=(), or make shards with captions of them with `blip-jax pack`"
         )
 
 
