@@ -61,16 +61,17 @@ def _lines(path: str, _) -> list[str]:
 def _json(path: str, caption_key: str) -> Iterator[Any]:
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").strip()
-        whole = text.startswith("[")
-        rows = json.loads(text) if whole else map(json.loads, filter(str.strip, text.split("\n")))
-        for row in rows:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if not text.startswith("[") and len(lines) < 2:
+            raise ValueError("one object, not a list")
+        for row in json.loads(text) if text.startswith("[") else map(json.loads, lines):
             try:
                 yield field_of(row, caption_key)
             except KeyError:
                 yield BadRecord(path, f"no `{caption_key}`: {str(row)[:80]}")
     except (ValueError, RecursionError) as e:
         raise ValueError(
-            f"{path} is no list of rows with a `{caption_key}`, not JSON ({e}): give BLIP's JSON, or texts"
+            f"{path} is no list of rows with a `{caption_key}`, not JSON or not whole ({e}): give BLIP's JSON, or texts"
         ) from None
 
 

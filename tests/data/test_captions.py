@@ -49,8 +49,9 @@ def test_what_has_no_captions_is_named(files):
     assert read([str(files / "b.json")], "text")[0] == ["y"]
     for name, content, message in (
         ("c.json", b'[{"text": "y"}]', "no list of rows with a `caption` .no `caption`"),
-        ("c.json", b"[1", "is not JSON"),
-        ("c.json", b"[" * 99_999, "is not JSON"),
+        ("c.json", b'{"caption": "x"}', "one object, not a list"),
+        ("c.json", b"[1", ", not JSON"),
+        ("c.json", b"[" * 99_999, ", not JSON"),
         ("c.csv", b"filepath,words\na,b\n", r"its columns are \['filepath', 'words'\]: set --caption_key"),
         ("c.parquet", b"PAR1" + bytes(50), "is not Parquet"),
         ("c.bin", b"\x89PNG\xff\xfe", "is no UTF-8 text"),
