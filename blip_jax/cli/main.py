@@ -43,7 +43,8 @@ USAGE = """usage: blip-jax <command> [flags]
   match     PICTURES --text=...                      texts against pictures
   answer    PICTURES --question=... [--answers=FILE] answers, free or the best of a list
   features  [PICTURES] [--text=...] --out=FILE.npz   states and embeddings
-            all four: --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
+            all four: PICTURES are files, folders or patterns;
+            --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory

@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax.data import image, pairs
-from blip_jax.data.formats import open_source
+from blip_jax.data.formats import open_source, refuse_missing
 from blip_jax.data.ledger import Ledger
 from blip_jax.data.source import BadRecord, Source
 from blip_jax.data.windows import Windows
@@ -45,6 +45,7 @@ def open_all(sources) -> dict[str, Source]:
     """name -> opened source, of configs or open sources."""
     if not len(sources):
         raise ValueError("no data source: add one to the config, such as c.data.train.web = source('json', 'web.json')")
+    refuse_missing({name: s for name, s in sources.items() if isinstance(s, ConfigDict)})
     return {name: open_source(name, s) if isinstance(s, ConfigDict) else s for name, s in sorted(sources.items())}
 
 

@@ -13,6 +13,7 @@ from world.pictures import add_to_tar, encode, noise, records, write_json
 
 from blip_jax import config
 from blip_jax.data import source as R
+from blip_jax.data.batches import open_all
 from blip_jax.data.formats import csv, open_source, parquet
 
 
@@ -247,6 +248,14 @@ def test_a_file_of_another_kind_is_told(tmp_path):
     (tmp_path / "a.csv.gz").write_bytes(b"\x1f\x8b rest")
     with pytest.raises(ValueError, match="is compressed, .* `gunzip`"):
         opened("csv", tmp_path / "a.csv.gz")
+
+
+def test_all_missing_sources_are_named_at_once(tmp_path):
+    names = ("b.json", "*.tar", "c.{0..3}.array_record")
+    sources = {f"s{i}": config.source(n.split(".")[-1], str(tmp_path / n)) for i, n in enumerate(names)}
+    with pytest.raises(ValueError) as e:
+        open_all(sources | {"world": config.source("scenes", count=3)})
+    assert [f"data source 's{i}': " in str(e.value) for i in range(3)] == [True] * 3 and "\n" not in str(e.value)
 
 
 # --- links

@@ -13,7 +13,7 @@ from blip_jax.data.formats.json import JsonRows
 from blip_jax.data.formats.tar import TarShards
 from blip_jax.data.formats.tfds import Tfds
 from blip_jax.data.scenes.world import Scenes
-from blip_jax.data.source import Source, read_at
+from blip_jax.data.source import Source, expand, read_at
 from blip_jax.data.table import IMAGE, URL, pick, to_fetch
 
 
@@ -51,6 +51,19 @@ def open_source(name: str, cfg) -> Source:
             f"data source {name!r}: {cfg.path or cfg.kind} holds no record; remove the source or give another path"
         )
     return src
+
+
+def refuse_missing(cfgs) -> None:
+    """ValueError: files of these (name -> config.source) are missing, all of them at once, before one is opened."""
+    problems = []
+    for name, cfg in sorted(cfgs.items()):
+        if cfg.kind not in ("tfds", "scenes"):
+            try:
+                expand(name, cfg)
+            except ValueError as e:
+                problems.append(str(e))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def kind_of(path: str) -> str:
