@@ -22,8 +22,8 @@ from blip_jax.data.table import CAPTION, pick
 def read(patterns: list[str], caption_key: str = "caption") -> tuple[list[str], dict[str, int]]:
     """The captions of the files that `patterns` name, and why some were left out: {reason: how many}.
 
-    caption_key: their field or column; in tables one of the usual names by default. A file of no known kind is text, a
-    caption a line. ValueError: a file that cannot be read, or has no captions.
+    caption_key: their field or column, by default one of the usual names (data/table.py). A file of no known kind is
+    text, a caption a line. ValueError: a file that cannot be read, or has no captions.
     """
     out, left_out = [], collections.Counter()
     for path in [path for pattern in patterns for path in paths.find(pattern)]:
@@ -65,8 +65,9 @@ def _json(path: str, caption_key: str) -> Iterator[Any]:
         if not text.startswith("[") and len(lines) < 2:
             raise ValueError("one object, not a list")
         for row in json.loads(text) if text.startswith("[") else map(json.loads, lines):
+            field = pick(list(row), caption_key, CAPTION) if isinstance(row, dict) else None
             try:
-                yield field_of(row, caption_key)
+                yield field_of(row, field or caption_key)
             except KeyError:
                 yield BadRecord(path, f"no `{caption_key}`: {str(row)[:80]}")
     except (ValueError, RecursionError) as e:

@@ -44,11 +44,11 @@ def test_captions_of_every_kind(files):
 
 
 def test_what_has_no_captions_is_named(files):
-    (files / "b.json").write_text(json.dumps([{"caption": "x"}, {"text": "y"}, {"caption": 3}, 5]))
-    assert read([str(files / "b.json")]) == (["x"], {"no `caption`": 2, "malformed caption": 1})
-    assert read([str(files / "b.json")], "text")[0] == ["y"]
+    (files / "b.json").write_text(json.dumps([{"caption": "x"}, {"words": "y"}, {"caption": 3}, 5, {"Text": ["z"]}]))
+    assert read([str(files / "b.json")]) == (["x", "z"], {"no `caption`": 2, "malformed caption": 1})
+    assert read([str(files / "b.json")], "words")[0] == ["y"]
     for name, content, message in (
-        ("c.json", b'[{"text": "y"}]', "no list of rows with a `caption` .no `caption`"),
+        ("c.json", b'[{"words": "y"}]', "no list of rows with a `caption` .no `caption`"),
         ("c.json", b'{"caption": "x"}', "one object, not a list"),
         ("c.json", b"[1", ", not JSON"),
         ("c.json", b"[" * 99_999, ", not JSON"),
