@@ -88,7 +88,7 @@ def _csv(path: str, caption_key: str) -> Iterator[Any]:
 
 def _parquet(path: str, caption_key: str) -> Iterator[Any]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(os.path.abspath(path)) as file:
             column = _column(path, file.schema_arrow.names, caption_key)
             for batch in file.iter_batches(batch_size=1000, columns=[column]):
                 yield from batch.column(0).to_pylist()

@@ -1,9 +1,17 @@
 """Which files a path names: itself before any pattern, the shell's braces, wildcards; what is bounded."""
 
 import os
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from world.pictures import add_to_tar, records, write_json
 
+from blip_jax import config
+from blip_jax.data.formats import open_source
+from blip_jax.data.formats.array_record import write_array_record
+from blip_jax.data.pack import pack
 from blip_jax.data.paths import braces, find
 
 ODD = ["run[1]", "what?", "100%", "a#b", "two words", "数据", "{a,b}", "{0..3}", "star*", "[a-c]", "'q\"", "a:b", "%2F"]
@@ -78,3 +86,24 @@ def test_what_is_missing_is_named(tmp_path):
     assert find(f"{tmp_path}/{{0,*}}.tar") == [f"{tmp_path}/{i}.tar" for i in (0, 1, 3)]  # each once
     os.symlink(tmp_path / "nowhere", tmp_path / "4.tar")
     assert find(f"{tmp_path}/4.tar") == [f"{tmp_path}/4.tar"]
+
+
+@pytest.mark.parametrize("folder", [*ODD, "s3:x", "file:", "~", "-x", "$HOME", "a\\b", "a\nb", "[0:1]"])
+def test_every_kind_reads_from_every_folder(tmp_path, monkeypatch, folder):
+    rows, inside = records(2), tmp_path / folder
+    inside.mkdir()
+    images = [f"img/{r['key']}.jpg" for r in rows]
+    write_json(inside, rows, "l.json")
+    (inside / "t.csv").write_text("image,caption\n" + "".join(f"{image},x\n" for image in images))
+    pq.write_table(pa.table({"image": images, "caption": ["x", "y"]}), inside / "t.parquet")
+    with tarfile.open(inside / "s.tar", "w") as tar:
+        for r in rows:
+            add_to_tar(tar, f"{r['key']}.jpg", r["image"])
+            add_to_tar(tar, f"{r['key']}.txt", b"x")
+    write_array_record(inside / "a.array_record", rows)
+    pack("x", config.source("tar", str(inside / "s.tar")), inside / "out")
+    monkeypatch.chdir(tmp_path)
+    for name in ("l.json", "t.csv", "t.parquet", "s.tar", "a.array_record", "out/00000.array_record"):
+        for path in (str(inside / name), f"{folder}/{name}", f"{folder}/{{{name},{name}}}", f"{inside}/?{name[1:]}"):
+            source = open_source("x", config.source(name.split(".")[-1], path))
+            assert [source[i]["image"] for i in range(2)] == [r["image"] for r in rows], path

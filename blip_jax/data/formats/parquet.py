@@ -9,6 +9,7 @@ import bisect
 import collections
 import itertools
 import logging
+import os
 import threading
 
 import pyarrow as pa
@@ -47,7 +48,8 @@ class Groups:
     def __init__(self, path: str, kept: Kept):
         self.path, self._kept = path, kept
         try:
-            with pq.ParquetFile(path) as file:
+            # absolute: of a relative path the library would take s3:x or ~ for more than a name
+            with pq.ParquetFile(os.path.abspath(path)) as file:
                 self._metadata, schema = file.metadata, file.schema_arrow
         except (pa.ArrowException, OSError) as e:
             raise ValueError(f"{path!r} is not Parquet, or damaged ({_line(e)}): fetch it again") from None
@@ -89,7 +91,9 @@ class Groups:
         if (size := self._sizes(g, column)) > GROUP_BYTES or size < 0:
             return f"row group too large: {size} bytes of {column!r} in {self.path!r}; {SMALLER}"
         try:
-            with pq.ParquetFile(self.path, metadata=self._metadata, read_dictionary=self._texts) as file:
+            with pq.ParquetFile(
+                os.path.abspath(self.path), metadata=self._metadata, read_dictionary=self._texts
+            ) as file:
                 values = file.read_row_group(g, columns=[column]).column(column)
         except (pa.ArrowException, OSError, KeyError) as e:
             return f"unreadable file: row group {g} of {self.path!r}: {_line(e)}"
