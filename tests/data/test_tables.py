@@ -149,6 +149,15 @@ def test_parquet_is_bounded(tmp_path, monkeypatch):
     assert path.stat().st_size < 1 << 20
     source = opened("parquet", path)
     assert len(source.captions_of(3999)[0]) == 4 << 20
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 4000], pa.int32()), one)
+    source = opened("parquet", parquet_rows(tmp_path / "lists.parquet", 2, 9, captions=lists))
+    assert len(source.captions_of(0)[0]) == 4 << 20
+    assert bad(source, 1).reason.startswith("malformed row: a list of 167")
+    deep = pa.array([[["x"]], [["y"]]])
+    assert (
+        "is of type list"
+        in bad(opened("parquet", parquet_rows(tmp_path / "deep.parquet", 2, 9, caption=deep)), 0).reason
+    )
     path = parquet_rows(tmp_path / "a.parquet", 90, 10, caption=[f"{i} " + "x" * 400 for i in range(90)])
     monkeypatch.setattr(parquet, "KEPT", 9000)
     source = opened("parquet", path)
@@ -212,6 +221,7 @@ def test_addresses_are_to_be_fetched(tmp_path, kind, name):
         ("a.csv", b"\xff\xd8\xff\xe0 picture", "is not UTF-8 text"),
         ("a.csv", b"image,caption\n", "holds no record"),
         ("a.csv", b"image\0,caption\n", "is no table"),
+        ("a.csv", b"image," * 200_000, "is no table"),
         ("a.parquet", b"PAR1" + bytes(40) + b"PAR1", "is not Parquet, or damaged"),
         ("a.parquet", b"nothing", "is not Parquet, or damaged"),
     ],

@@ -36,7 +36,7 @@ class Lines:
     def __init__(self, path: str, image_key: str = "image"):
         self.path = path
         with pathlib.Path(path).open("rb") as file:
-            head = file.readline(MAX_TEXT)
+            head = file.readline(QUOTED)
             start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
             if head.startswith(UTF_16):
                 raise ValueError(f"{path!r} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
@@ -44,7 +44,7 @@ class Lines:
                 first = head[start:].decode()
             except UnicodeDecodeError as e:
                 raise ValueError(f"{path!r} is not UTF-8 text ({e}): give a CSV or TSV table") from None
-            if not first.strip() or "\0" in first:
+            if not first.strip() or "\0" in first or len(head) == QUOTED:
                 raise ValueError(f"{path!r} is {'no table' if first else 'empty'}: give a CSV or TSV table")
             self.names, self._separator = _header(first, image_key)
             self._starts = np.frombuffer(array.array("q", _rows(file, self._separator, len(self.names))), np.int64)

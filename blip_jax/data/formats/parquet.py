@@ -13,9 +13,10 @@ import os
 import threading
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from blip_jax.data.source import BadRecord
+from blip_jax.data.source import MAX_TEXT, BadRecord
 from blip_jax.data.table import Table
 
 log = logging.getLogger(__name__)
@@ -50,12 +51,13 @@ class Groups:
         try:
             # absolute: of a relative path the library would take s3:x or ~ for more than a name
             with pq.ParquetFile(os.path.abspath(path)) as file:
-                self._metadata, schema = file.metadata, file.schema_arrow
+                self._metadata, schema, leaves = file.metadata, file.schema_arrow, file.schema
         except (pa.ArrowException, OSError) as e:
             raise ValueError(f"{path!r} is not Parquet, or damaged ({_line(e)}): fetch it again") from None
         self.names = list(dict.fromkeys(schema.names))
-        # texts that repeat are kept once, so that a small file cannot become a large one
-        self._texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+        # what repeats is kept once, so that a small file cannot become a large one
+        leaves = [leaves.column(i) for i in range(len(leaves))]
+        self._texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         groups = [self._metadata.row_group(g) for g in range(self._metadata.num_row_groups)]
         for g, group in enumerate(groups):
             if not 0 <= group.num_rows <= GROUP_ROWS:
@@ -83,7 +85,12 @@ class Groups:
             values = self._kept.get((self.path, g, column), lambda column=column: self._read(g, column))
             if isinstance(values, str):
                 raise BadRecord(key, values)
-            row[column] = values[k - first].as_py()
+            value = values[k - first]
+            if (size := _bytes_of_list(value)) > MAX_TEXT:
+                raise BadRecord(
+                    key, f"malformed row: a list of {size} bytes in {column!r}, at most {MAX_TEXT} are read"
+                )
+            row[column] = value.as_py()
         return row
 
     def _read(self, g: int, column: str) -> pa.ChunkedArray | str:
@@ -97,6 +104,8 @@ class Groups:
                 values = file.read_row_group(g, columns=[column]).column(column)
         except (pa.ArrowException, OSError, KeyError) as e:
             return f"unreadable file: row group {g} of {self.path!r}: {_line(e)}"
+        if not _plain(values.type):
+            return f"malformed row: {column!r} of {self.path!r} is of type {str(values.type)[:80]}"
         wanted = self._metadata.row_group(g).num_rows
         return values if len(values) == wanted else f"unreadable file: row group {g} of {self.path!r} is cut"
 
@@ -119,6 +128,25 @@ class Kept:
             while self._bytes > KEPT and len(self._values) > 1:
                 self._bytes -= _bytes(self._values.popitem(last=False)[1])
             return values
+
+
+def _plain(type_: pa.DataType) -> bool:
+    """Whether values are texts, bytes, numbers, a list of such, or a struct of such, as {bytes, path}."""
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return not pa.types.is_nested(type_.value_type)
+    if pa.types.is_struct(type_):
+        return not any(pa.types.is_nested(field.type) for field in type_)
+    return not pa.types.is_nested(type_)
+
+
+def _bytes_of_list(value: pa.Scalar) -> int:
+    """Bytes that the texts of a list take when each is written out; 0 for anything else."""
+    values = getattr(value, "values", None)
+    if not isinstance(values, pa.Array):
+        return 0
+    if not isinstance(values, pa.DictionaryArray):
+        return values.nbytes
+    return len(values) + (pc.sum(pc.take(pc.binary_length(values.dictionary), values.indices)).as_py() or 0)
 
 
 def _bytes(values) -> int:
