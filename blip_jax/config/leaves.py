@@ -70,8 +70,7 @@ def base(size: str = "base") -> ConfigDict:
     c.text.max_len = 30  # T, tokens, padded
     # Lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
     # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
-    # runs padded all to 30. Sources must give captions without pictures: all but tfds, and array_record without captions
-    # beside it.
+    # runs padded all to 30. Sources must give captions without pictures: not tfds, array_record as `pack` writes it.
     c.text.buckets = ()
     # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
     c.text.bucket_window = 32

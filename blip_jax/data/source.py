@@ -2,7 +2,8 @@
 
 json          BLIP's lists of {image, caption, image_id}, as one JSON array or JSON lines, beside a folder of pictures
 tar           webdataset and img2dataset shards (blip_jax/data/formats/tar.py)
-array_record  ArrayRecord files written by `write_array_record`
+csv, tsv, parquet  tables with a column of paths or pictures (blip_jax/data/table.py)
+array_record  ArrayRecord files as `blip-jax pack` and CapFilt write them
 tfds          a prepared TensorFlow Datasets data set, read without TensorFlow
 scenes        the built-in world (blip_jax/data/scenes/world.py)
 

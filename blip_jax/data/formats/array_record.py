@@ -20,7 +20,7 @@ import pathlib
 import resource
 import struct
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgpack
 import numpy as np
@@ -104,14 +104,15 @@ class RecordFile:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, key: str, k: int, reader=lambda path: open_reader(path)) -> bytes:
-        """Record `k`. BadRecord: it is damaged, or larger than MAX_BYTES, which is found before it is unpacked."""
+    def read(self, key: str, k: int, reader: Callable[[str], ArrayRecordReader]) -> bytes:
+        """Record `k`, by the reader of a path. BadRecord: it is damaged, or larger than MAX_BYTES, unpacked or not."""
         chunk = np.searchsorted(self._ends, k, "right")
         try:
             head, _ = _logical(self.path, int(self._offsets[chunk]), CHUNK.size)
-            size = CHUNK.unpack(head)[2]
+            _, kind, size = CHUNK.unpack(head)
             if size > MAX_BYTES:
-                raise BadRecord(key, f"record too large: {size} bytes unpacked, at most {MAX_BYTES} are read")
+                of = f" of {kind >> 8} records that were packed together (group_size)" if kind >> 8 > 1 else ""
+                raise BadRecord(key, f"record too large: {size} bytes unpacked{of}, at most {MAX_BYTES} are read")
             return reader(self.path).read([k])[0]
         except BadRecord:
             raise
