@@ -9,6 +9,7 @@ import bisect
 import itertools
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
@@ -164,9 +165,9 @@ def to_fetch(path: str, url: str, caption: str | None) -> str:
     format_ = {".parquet": "parquet", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl"}
     kind = format_.get(os.path.splitext(path)[1].lower(), "csv")
     return (
-        f"{path!r} has addresses ({url!r}) and no files of pictures; nothing is fetched here. Fetch them once: "
-        f"img2dataset --url_list={path} --input_format={kind} --url_col={url}"
-        f"{f' --caption_col={caption}' if caption else ''} --output_format=webdataset --output_folder=shards; "
+        f"{path!r} has addresses ({url!r}) and no files of pictures (`image_key` names a field of them); nothing is "
+        f"fetched here. Fetch them once: img2dataset --url_list={shlex.quote(path)} --input_format={kind} "
+        f"--url_col={shlex.quote(url)}{f' --caption_col={shlex.quote(caption)}' if caption else ''} --output_format=webdataset --output_folder=shards; "
         "then give source('tar', 'shards/*.tar')"
     )
 
