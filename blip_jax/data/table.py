@@ -150,11 +150,11 @@ def columns(name: str, cfg, path: str, names: list[str]) -> Columns:
     return Columns(image, caption, pick(names, "image_id", ()))
 
 
-def pick(names: list[str], key: str, known: Iterable[str]) -> str | None:
-    """The column `key`, or where that has its default, so that it is one of `known`, the first of `known` there is."""
+def pick(names: list[str], key: str, known: tuple[str, ...]) -> str | None:
+    """The column `key`, or where that is the first of `known` or "", the next of `known` that is there."""
     if key in names:
         return key
-    if key and key not in known:
+    if key and key not in known[:1]:
         return None
     lower = {n.lower(): n for n in reversed(names)}
     return next((lower[n] for n in known if n in lower), None)
@@ -164,11 +164,11 @@ def to_fetch(path: str, url: str, caption: str | None) -> str:
     """What to do with a table of addresses."""
     format_ = {".parquet": "parquet", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl"}
     kind = format_.get(os.path.splitext(path)[1].lower(), "csv")
+    columns = f"--url_col={shlex.quote(url)}" + (f" --caption_col={shlex.quote(caption)}" if caption else "")
     return (
         f"{path!r} has addresses ({url!r}) and no files of pictures (`image_key` names a field of them); nothing is "
         f"fetched here. Fetch them once: img2dataset --url_list={shlex.quote(path)} --input_format={kind} "
-        f"--url_col={shlex.quote(url)}{f' --caption_col={shlex.quote(caption)}' if caption else ''} --output_format=webdataset --output_folder=shards; "
-        "then give source('tar', 'shards/*.tar')"
+        f"{columns} --output_format=webdataset --output_folder=shards; then give source('tar', 'shards/*.tar')"
     )
 
 

@@ -105,6 +105,8 @@ def test_columns_by_any_usual_name_or_by_the_config(tmp_path):
         ValueError, match=r"no column 'other'; its columns are \['image', 'mine', 'caption'\]: set `image"
     ):
         opened("csv", tmp_path / "b.csv", image_key="other")
+    with pytest.raises(ValueError, match="no column 'filepath'"):  # a usual name, but asked for
+        opened("csv", tmp_path / "b.csv", image_key="filepath")
     (tmp_path / "c.csv").write_text("image,words\n0.jpg,x\n")
     source = opened("csv", tmp_path / "c.csv", images=str(tmp_path / "img"))
     assert source[0]["captions"] == [] and "no column of captions" in source.without_texts
