@@ -18,6 +18,8 @@ from blip_jax.data.formats import csv, kind_of, open_source
 from blip_jax.data.source import BadRecord, as_captions, field_of
 from blip_jax.data.table import CAPTION, pick
 
+MISSING = object()  # the value of a field that a row does not have
+
 
 def read(patterns: list[str], caption_key: str = "caption") -> tuple[list[str], dict[str, int]]:
     """The captions of the files that `patterns` name, and why some were left out: {reason: how many}.
@@ -66,10 +68,8 @@ def _json(path: str, caption_key: str) -> Iterator[Any]:
             raise ValueError("one object, not a list")
         for row in json.loads(text) if text.startswith("[") else map(json.loads, lines):
             field = pick(list(row), caption_key, CAPTION) if isinstance(row, dict) else None
-            try:
-                yield field_of(row, field or caption_key)
-            except KeyError:
-                yield BadRecord(path, f"no `{caption_key}`: {str(row)[:80]}")
+            value = field_of(row, field or caption_key, MISSING)
+            yield BadRecord(path, f"no `{caption_key}`: {str(row)[:80]}") if value is MISSING else value
     except (ValueError, RecursionError) as e:
         raise ValueError(
             f"{path} is no list of rows with a `{caption_key}`, not JSON or not whole ({e}): give BLIP's JSON, or texts"

@@ -23,6 +23,7 @@ IMAGE = ("image", "filepath", "file_path", "file_name", "filename", "image_path"
 IMAGE += ("file", "img", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTION = ("caption", "captions", "title", "text", "texts", "sentence", "sentences", "description", "comment", "alt")
 URL = ("url", "image_url", "img_url", "image_link", "link")
+MAX_PATH = 300  # letters of a path that a key shows
 LOOKED_AT = 100  # first rows of a file that are looked at when it is opened
 
 
@@ -63,6 +64,8 @@ class Table(Source):
             self.files.append(file)
             self.columns.append(columns(name, cfg, path, file.names))
         self._folders = [image_folder(name, cfg, path) for path in paths]
+        shared = os.path.commonpath([folder.path for folder in self._folders])
+        self._below = [os.path.relpath(folder.path, shared) for folder in self._folders]  # tells equal paths apart
         self._ends = list(itertools.accumulate(map(len, self.files)))
         for path, file, own, folder in zip(paths, self.files, self.columns, self._folders):
             self._check(path, file, own, folder)
@@ -108,7 +111,7 @@ class Table(Source):
         elif isinstance(image, str):
             path = image
         if path:
-            key = f"{key}:{path}"
+            key = f"{key}:{path[:MAX_PATH]}"
         if isinstance(image, str) and image:
             image = read_image(key, self._folders[f], image)
         if not isinstance(image, bytes):
@@ -121,7 +124,9 @@ class Table(Source):
             "key": key,
             "image": image,
             "captions": as_captions(key, row.get(own.caption)),
-            "image_id": image_id(row.get(own.image_id), path or key),
+            "image_id": image_id(
+                row.get(own.image_id), os.path.normpath(os.path.join(self._below[f], path)) if path else key
+            ),
         }
 
 
