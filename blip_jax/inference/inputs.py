@@ -119,11 +119,7 @@ def _problem(picture: Picture) -> str:
             return f"{picture.name}: addresses are not fetched; give the file or its bytes"
         if path.is_file():
             return ""
-        return f"{picture.name}: " + (
-            "it is a folder: give its files, as sorted(pathlib.Path(folder).glob('*.jpg'))"
-            if path.is_dir()
-            else "no such file"
-        )
+        return f"{picture.name}: " + ("it is a folder" if path.is_dir() else "no such file")
     if isinstance(given, (bytes, bytearray, memoryview, Image.Image)):
         return ""
     if not hasattr(given, "__array__"):
