@@ -13,7 +13,9 @@ Command, with one of the arguments below:
 From the first model's parameters, with a new optimiser, instead of from scratch:
 --config.train.init_from=runs/pretrain_vitb_14m
 Data: COCO 567k and Visual Genome 769k captions as JSON with image folders; CC3M + CC12M + SBU with their web texts as
-ArrayRecord shards; for 129M LAION's 115M pairs as tar shards, of which the paper reads a fifth per epoch, so that an
+ArrayRecord shards, which this makes of what img2dataset fetched (docs/data.md):
+  blip-jax pack '{cc3m,cc12m,sbu}/*.tar' --out=data/ccs
+For 129M LAION's 115M pairs as tar shards, of which the paper reads a fifth per epoch, so that an
 epoch is 14M + 23M pairs. The second rounds read instead of web texts what `blip-jax capfilt` kept: with
 --config=configs/capfilt.py in data/capfilt_14m; with the ViT-L models of CC3M + CC12M + SBU in data/capfilt_14m_l and
 of LAION in data/capfilt_laion_l (commands in capfilt.py). Every pair has the same weight, as in the paper, but LAION's,

@@ -18,8 +18,13 @@ from typing import Any
 
 from absl import flags
 
+from blip_jax.data import paths
+
 LOADED = time.monotonic()  # stands for the start of the process where the system does not tell it
 THREADS = 8  # that read pictures
+# what counts as a picture in a folder
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
+SUFFIXES += (".avif", ".heic", ".heif")
 START = 19  # of the fields of /proc/self/stat behind the program's name: start of the process, in ticks since boot
 
 
@@ -255,11 +260,46 @@ def _flags(**own: tuple[Any, str]) -> tuple[flags.FlagValues, Callable[[], dict]
 
 
 def _parse(values: flags.FlagValues, argv: list[str], *required: str) -> list[str]:
-    """Sets the flags; returns the pictures. ValueError: something of `required`, flags or "images", is not given."""
-    files = values(argv)[1:]
+    """Sets the flags; returns the pictures, those of folders too.
+
+    ValueError: something of `required`, flags or "images", is not given, or a folder holds no picture.
+    """
+    files = pictures(values(argv)[1:])
     missing = [f"--{name}" for name in ("model", *required) if name != "images" and not getattr(values, name)]
     if "images" in required and not files:
         missing.append("pictures")
     if missing:
         raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
     return files
+
+
+def pictures(given: list[str]) -> list[str]:
+    """The files that arguments name: a file itself, of a folder all pictures below it, of a pattern its matches.
+
+    What does not exist stays, to be named with the others that cannot be used. ValueError: a folder without a picture.
+    """
+    out = []
+    for path in given:
+        try:
+            found = paths.find(path)
+        except ValueError:
+            found = [path]
+        for one in found:
+            out += _below(one) if os.path.isdir(one) else [one]
+    return out
+
+
+def _below(folder: str) -> list[str]:
+    """The pictures below a folder, sorted, but for hidden ones; what is left out is said."""
+    out, others = [], 0
+    for at, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(files):
+            if not name.startswith("."):
+                out += [os.path.join(at, name)] * (picture := name.lower().endswith(SUFFIXES))
+                others += not picture
+    if not out:
+        raise ValueError(f"{folder!r} holds no picture ({', '.join(SUFFIXES[:7])}, ...): give another folder, or files")
+    left = f"; {others} other files are left out" if others else ""
+    print(f"{folder}: {len(out)} pictures{left}", file=sys.stderr)
+    return out

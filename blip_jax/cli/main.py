@@ -32,8 +32,9 @@ USAGE = """usage: blip-jax <command> [flags]
   capfilt   --config=configs/x.py --out=DIR          caption and filter data.sources into DIR, or go on with it
             [--process=K --processes=N]              ... as one of N processes that share DIR
   capfilt refilter --run=DIR --threshold=0.7 --out=DIR2   another threshold for a finished run, without a model
-  vocab     --captions=FILE.json|FILE.txt ...        train a WordPiece vocabulary from captions (repeat the flag)
+  vocab     --captions=FILE ...                      train a WordPiece vocabulary from captions (repeat the flag)
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
+  pack      'PATTERN' --out=DIR [--kind= --images=]  any source of data to ArrayRecord shards, or go on with them
   convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out: .pth, Hugging Face folders,
             [--verify --vocab=FILE --family=         initial weights
              --img_size= --vit_heads= --med_heads=]
@@ -42,7 +43,8 @@ USAGE = """usage: blip-jax <command> [flags]
   match     PICTURES --text=...                      texts against pictures
   answer    PICTURES --question=... [--answers=FILE] answers, free or the best of a list
   features  [PICTURES] [--text=...] --out=FILE.npz   states and embeddings
-            all four: --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
+            all four: PICTURES are files, folders or patterns;
+            --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
@@ -130,19 +132,28 @@ def _refilter(argv: list[str]) -> int:
 def vocab(argv: list[str]) -> int:
     """blip-jax vocab."""
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("captions", [], "text, a caption a line; rows with `caption`; or tar", flag_values=values)
+    text = (
+        "file or pattern, repeatable: a caption a line, or what a source reads (JSON, CSV, Parquet, tar, ArrayRecord)"
+    )
+    flags.DEFINE_multi_string("captions", [], text, flag_values=values)
+    flags.DEFINE_string("caption_key", "caption", "field of the captions in these", flag_values=values)
     flags.DEFINE_integer("scenes", 0, "captions of this many built-in scenes", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
     _parse(values, argv, required=("out",))
+    from blip_jax.data import captions as texts
     from blip_jax.data.scenes.world import vocab_captions
-    from blip_jax.data.text.captions import read
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 
     if not values.captions and not values.scenes:
-        raise ValueError("give captions: --captions=FILE (.txt, .json, .csv, .parquet, .tar; repeat it) or --scenes=N")
-    captions = [c for name in values.captions for c in read(name)]
-    captions += vocab_captions(values.scenes) if values.scenes else []
+        raise ValueError(
+            "give captions: --captions=FILE (text, JSON, CSV, Parquet or tar; may be repeated) or --scenes=N"
+        )
+    captions, left_out = texts.read(values.captions, values.caption_key)
+    captions += list(vocab_captions(values.scenes)) if values.scenes else []
+    if left_out:
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in left_out.items())
+        print(f"left out of what --captions names: {reasons}", file=sys.stderr)
     pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
     print(
@@ -150,6 +161,13 @@ def vocab(argv: list[str]) -> int:
         f"model.med.vocab_size={Tokenizer(values.out).vocab_size}"
     )
     return 0
+
+
+def pack(argv: list[str]) -> int:
+    """blip-jax pack."""
+    from blip_jax.cli.pack import pack
+
+    return pack(argv, _parse, AGAIN)
 
 
 def convert(argv: list[str]) -> int:
@@ -225,6 +243,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "capfilt": capfilt,
     "vocab": vocab,
+    "pack": pack,
     "convert": convert,
     "caption": infer.caption,
     "match": infer.match,

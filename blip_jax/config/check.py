@@ -16,7 +16,7 @@ CHOICES = {
     "optim.schedule": ("epoch_decay", "epoch_cosine", "cosine", "constant"),
     "optim.decay_mask": ("all", "kernels"),
 }
-SOURCE_KINDS = ("json", "tar", "array_record", "tfds", "scenes")  # besides the modules of FORMATS
+SOURCE_KINDS = ("scenes", "tsv")  # besides the modules of FORMATS
 FORMATS = "blip_jax.data.formats"
 RANGES = {  # leaf -> (least, most), both allowed
     **dict.fromkeys(

@@ -18,12 +18,17 @@ from blip_jax.config.sizes import MED_SIZES, VIT_SIZES
 def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     """One source of records (blip_jax/data/source.py), with every leaf that any kind reads."""
     c = ConfigDict()
-    c.kind = kind  # json | tar | array_record | tfds | scenes, or a module of blip_jax/data/formats
-    c.path = path  # file, or glob of shards; for tfds the name and split, as "coco_captions/train"
-    c.images = ""  # json: root folder of the image paths, which may not leave it; tfds: data_dir
+    # json | csv | tsv | parquet | tar | array_record | tfds | scenes, or another module of blip_jax/data/formats
+    c.kind = kind
+    # file, or pattern of shards with *, ?, [0-9], {a,b} or {00000..00010}; for tfds the name and split, as
+    # "coco_captions/train"
+    c.path = path
+    c.images = ""  # of lists: root folder of the image paths, which may not leave it; tfds: data_dir
+    c.roots = ()  # of lists: further folders that links below `images` may lead into, as ("/disk/coco",)
     c.weight = 1.0  # share of the mixture, relative to the other sources
-    c.image_key = "image"  # json, tfds: field of the picture
-    c.caption_key = "caption"  # json, tfds: field of the caption or captions ("captions/text" goes into a nested one)
+    # json, tables, tfds: field of the picture; of tables (csv, tsv, parquet) one of data/table.py's names by default
+    c.image_key = "image"
+    c.caption_key = "caption"  # likewise of the caption or captions; tfds: "captions/text" goes into a nested one
     c.count = 0  # scenes: number of records
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square
@@ -34,6 +39,8 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     unknown = sorted(set(leaves) - set(c))
     if unknown:
         raise ValueError(f"source() has no leaf {unknown}: it has {sorted(c)}")
+    if isinstance(leaves.get("roots"), str):
+        leaves["roots"] = (leaves["roots"],)
     c.update(leaves)
     return c
 
@@ -63,7 +70,7 @@ def base(size: str = "base") -> ConfigDict:
     c.text.max_len = 30  # T, tokens, padded
     # Lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
     # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
-    # runs padded all to 30. Sources must give captions without pictures: json, tar, scenes.
+    # runs padded all to 30. Sources must give captions without pictures: not tfds, array_record as `pack` writes it.
     c.text.buckets = ()
     # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
     c.text.bucket_window = 32

@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax.data import image, pairs
-from blip_jax.data.formats import open_source
+from blip_jax.data.formats import open_source, refuse_missing
 from blip_jax.data.ledger import Ledger
 from blip_jax.data.source import BadRecord, Source
 from blip_jax.data.windows import Windows
@@ -46,6 +46,7 @@ def open_all(sources) -> dict[str, Source]:
     """name -> opened source, of configs or open sources."""
     if not len(sources):
         raise ValueError("no data source: add one to the config, such as c.data.train.web = source('json', 'web.json')")
+    refuse_missing({name: s for name, s in sources.items() if isinstance(s, ConfigDict)})
     return {name: open_source(name, s) if isinstance(s, ConfigDict) else s for name, s in sorted(sources.items())}
 
 
@@ -246,8 +247,9 @@ def _can_bucket(objective: str, task, sources: dict[str, Source]) -> None:
         )
     if unfit := [name for name, source in sources.items() if not hasattr(source, "captions_of")]:
         raise ValueError(
-            "text.buckets needs the captions of all records without their pictures, which array_record and tfds do "
-            f"not give: {', '.join(unfit)}. Give these as json or tar, or set text.buckets=()"
+            "text.buckets needs the captions of all records without their pictures, which tfds and array_record files "
+            f"without captions beside them do not give: {', '.join(unfit)}. Give these as json or tar, or set "
+            "text.buckets=(), or make shards with captions of them with `blip-jax pack`"
         )
 
 

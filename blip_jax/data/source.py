@@ -2,7 +2,8 @@
 
 json          BLIP's lists of {image, caption, image_id}, as one JSON array or JSON lines, beside a folder of pictures
 tar           webdataset and img2dataset shards (blip_jax/data/formats/tar.py)
-array_record  ArrayRecord files written by `write_array_record`
+csv, tsv, parquet  tables with a column of paths or pictures (blip_jax/data/table.py)
+array_record  ArrayRecord files as `blip-jax pack` and CapFilt write them
 tfds          a prepared TensorFlow Datasets data set, read without TensorFlow
 scenes        the built-in world (blip_jax/data/scenes/world.py)
 
@@ -10,16 +11,28 @@ Layouts that one task alone reads, whose records hold other things than captions
 
 A source keeps an index in compact arrays, never the records. A wrong file list is a ValueError when the source is
 opened; a record that cannot be used is a BadRecord when it is read, and the pipeline counts it.
+
+The key of a record says where it is, and no two records of a run have the same:
+
+    <source>:<file>/<member>        of a shard, as "web:00000.tar/0001"
+    <source>:<file>#<row>:<image>   of a list, as "coco:train.json#12:img/7.jpg"; ":<image>" where the row names one
+
+<file> is the path below the folder that all files of the source share (`in_keys`), rows count from 0 in each file.
 """
 
 from __future__ import annotations
 
-import glob
+import math
 import os
 import stat
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-MAX_BYTES = 1 << 28  # of one picture or row; longer is not a record but an accident
+from blip_jax.data import paths
+
+MAX_BYTES = 1 << 28  # of one picture; longer is not a record but an accident
+MAX_TEXT = 1 << 23  # bytes of one row of a list, one caption or one .json of a shard; parsing takes many times as much
+NO_ID = ("", "nan", "none", "null")  # what tools write for an image_id that is missing
 
 
 class BadRecord(Exception):
@@ -33,14 +46,17 @@ class BadRecord(Exception):
 class Source(Protocol):
     """Random access by index, safe from several threads. `self[i]` is a record or raises BadRecord:
 
-    {"key": str, unique in the source; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
-    str}
+    {"key": str, unique in the run; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
+    str, the same for all records of one picture}
 
     Where captions can be had without reading the picture (text.buckets needs that), `captions_of(i)` gives those of
     record i, and is a BadRecord for what self[i] is, as far as that shows without it.
+
+    without_texts: "", or why no record has a caption, with the remedy: pictures alone are for CapFilt.
     """
 
     name: str
+    without_texts: str = ""
 
     def __len__(self) -> int: ...
 
@@ -48,14 +64,51 @@ class Source(Protocol):
 
 
 def expand(name: str, cfg) -> list[str]:
-    """The sorted files that cfg.path names or matches. ValueError when there are none."""
-    found = sorted(glob.glob(cfg.path)) if glob.has_magic(cfg.path) else [cfg.path]
-    if not found:
-        raise ValueError(f"data source {name!r}: no file matches {cfg.path!r}; paths are relative to {os.getcwd()}")
-    missing = [f for f in found if not os.path.isfile(f)]
-    if missing:
-        raise ValueError(f"data source {name!r}: {missing[0]!r} is not a file; paths are relative to {os.getcwd()}")
+    """The sorted files that cfg.path names (data/paths.py). ValueError: there are none, or one is missing."""
+    try:
+        found = paths.find(cfg.path)
+    except ValueError as e:
+        raise ValueError(f"data source {name!r}: {e}") from None
+    for path in found:
+        if not os.path.isfile(path):
+            hint = f"a folder: name its files, as {path.rstrip('/')}/*" if os.path.isdir(path) else "not a file"
+            raise ValueError(f"data source {name!r}: {path!r} is {hint}; paths are relative to {os.getcwd()}")
     return found
+
+
+def in_keys(files: Sequence[str]) -> list[str]:
+    """How keys name the files of a source: below the folder that all of them share, so that moving it changes none."""
+    full = [os.path.abspath(f) for f in files]
+    shared = os.path.commonpath([os.path.dirname(f) for f in full])
+    return [os.path.relpath(f, shared).encode(errors="backslashreplace").decode() for f in full]
+
+
+def image_id(value, own: str) -> str:
+    """The image_id of a record whose field holds `value`: a text, or a whole number, of which 7, 7.0 and "7" are one.
+
+    Anything else is no id (absent, null, empty, not a number, true, a list): `own`, which names the picture itself,
+    takes its place, so that such pictures never count as one.
+    """
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64:
+        return str(value)
+    return own if not isinstance(value, str) or value.strip().lower() in NO_ID else value.strip()
+
+
+def field_of(row: Any, name: str, absent: Any = None) -> Any:
+    """The field `name` of a row, or a nested one by its path; `absent`, where there is none.
+
+    "captions/text" also takes the texts of a list of objects.
+    """
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    first, _, rest = name.partition("/")
+    if not rest or not isinstance(row, dict) or first not in row:
+        return absent
+    if not isinstance(inner := row[first], list):
+        return field_of(inner, rest, absent)
+    return [found for one in inner if (found := field_of(one, rest, absent)) is not absent]
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:

@@ -71,7 +71,7 @@ def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
         ({"text.max_len": 41}, ["text.max_len is 41", "model.med.positions = 40"]),
         ({"text.vocab": ""}, ["text.vocab is empty", "blip-jax vocab"]),
         ({"data.train.world.weight": 0.0}, ["data.train.world.weight is 0.0"]),
-        ({"data.train.world.kind": "csv"}, ["data.train.world.kind is 'csv'"]),
+        ({"data.train.world.kind": "xlsx"}, ["data.train.world.kind is 'xlsx'"]),
         ({"data.train.world.kind": "json"}, ["data.train.world.path is empty"]),
         ({"data.train.world.count": 0}, ["data.train.world.count is 0"]),
         ({"data.crop_scale": (0.9, 0.2)}, ["data.crop_scale is (0.9, 0.2)"]),

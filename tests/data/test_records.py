@@ -205,7 +205,7 @@ def test_scenes():
         ("tar", "s.tar", b"\x1f\x8b\x08\x00rest", "gunzip"),
         ("tar", "*.tar", None, "no file matches"),
         ("array_record", "a.ar", b"nothing of the kind" * 9, "is not ArrayRecord"),
-        ("parquet", "a.pq", b"x", "kind 'parquet' is unknown"),
+        ("feather", "a.arrow", b"x", "kind 'feather' is unknown"),
     ],
 )
 def test_wrong_file_list(tmp_path, kind, name, data, message):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from blip_jax.config import base
 from blip_jax.data import pairs
-from blip_jax.data.text import captions, wordpiece
+from blip_jax.data.text import wordpiece
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer, train_vocab
 
@@ -241,55 +241,6 @@ def test_train_vocab_errors(tmp_path):
     with pytest.raises(ValueError, match="no text"):
         train_vocab(["", "\0"], 100, tmp_path / "v")
     assert not (tmp_path / "v").exists()
-
-
-# --- captions for it
-
-
-@pytest.mark.parametrize("kind", ["txt", "json", "jsonl", "csv", "tsv", "parquet", "tar"])
-def test_captions_of_every_kind_of_file(tmp_path, kind):
-    path, said, mark = tmp_path / f"some [1].{kind}", ["a dog, runs", "ein Hund läuft"], "\ufeff"
-    if kind == "txt":
-        path.write_text(mark + "\r\n".join(said))
-    elif kind == "json":
-        path.write_text(mark + json.dumps([{"image": "img_1.jpg", "caption": said[:1]}, {"caption": said[1]}]))
-    elif kind == "jsonl":
-        path.write_text("\n".join(json.dumps({"url": "img_1.jpg", "TEXT": c}) for c in said))
-    elif kind in ("csv", "tsv"):
-        cells = '{0}{1}{0},"{2}"\n' if kind == "csv" else "{1}\t{2}\n"
-        rows = [cells.format("", f"img_{i}.jpg", c) for i, c in enumerate(said)]
-        path.write_text(mark + ("image,caption\n" if kind == "csv" else "image\tCaption\n") + "".join(rows))
-    elif kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        table = pyarrow.table({"url": ["img_1.jpg"] * 3, "TEXT": [*said, None]})
-        pytest.importorskip("pyarrow.parquet").write_table(table, path)
-    else:
-        with tarfile.open(path, "w") as tar:
-            for i, c in enumerate(said):
-                for name, data in ((f"{i}.jpg", b"x"), (f"{i}.txt", c.encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    assert captions.read(str(path)) == said
-
-
-@pytest.mark.parametrize(
-    "name, content, told",
-    [
-        ("x.bin", b"\xff\xfe\x00", "x.bin is not UTF-8 text"),
-        ("x.json", b"[" * 100_000, "x.json is nested too deeply"),
-        ("x.json", b"a dog", "x.json is not JSON"),
-        ("x.csv", b"image,alt\na.jpg,dog\n", r"x.csv has the fields \['alt', 'image'\], none of caption"),
-        ("x.parquet", b"PAR1", "x.parquet is no Parquet file"),
-        ("absent.txt", None, "absent.txt does not exist"),
-    ],
-)
-def test_files_without_captions(tmp_path, name, content, told):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=told) as e:
-        captions.read(str(tmp_path / name))
-    assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
 # --- what decoded text looks like

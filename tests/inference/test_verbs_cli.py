@@ -170,3 +170,11 @@ def test_a_fresh_process_keeps_what_it_compiles_and_needs_no_torch(folder, files
     assert done.stdout.startswith(files[0]) and any((tmp_path / "cache" / "blip_jax").iterdir())
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = blip_jax.nothing
+
+
+def test_a_folder_of_pictures_from_the_shell(folder, models, files, tmp_path, capsys):
+    want = [own[0]["caption"] for own in models("caption").caption(files)]
+    for given in (str(tmp_path), f"{tmp_path}/*.png", f"{tmp_path}/{{0..5}}.png"):
+        assert main.main(["caption", given, f"--model={folder / 'caption'}"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == [f"{file}: {text_}" for file, text_ in zip(files, want)] and "6 images done" in err

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
+from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.source import MAX_BYTES, BadRecord, Source, as_captions, expand, read_at
 
 LOOKED_AT = 100  # first rows of a list that decide at opening whether it is the right kind of file
@@ -28,10 +29,7 @@ class JsonRows(Source):
     def __init__(self, name: str, cfg):
         self._image_key, self._caption_key = cfg.image_key, cfg.caption_key
         self._files = expand(name, cfg)
-        self._roots = [os.path.realpath(cfg.images or os.path.dirname(f) or ".") for f in self._files]
-        for root in self._roots:
-            if not os.path.isdir(root):
-                raise ValueError(f"data source {name!r}: the image folder {root!r} does not exist; set its `images`")
+        self._folders = [image_folder(name, cfg, f) for f in self._files]
         self._starts = [_row_offsets(f) for f in self._files]  # byte offsets of rows, and of the end
         self._ends = np.cumsum([len(s) - 1 for s in self._starts]).tolist()
         self._check(name)
@@ -39,7 +37,7 @@ class JsonRows(Source):
     def _check(self, name: str) -> None:
         """The first rows of each list show whether its fields are what the config says."""
         first = 0
-        for path, end in zip(self._files, self._ends):
+        for path, folder, end in zip(self._files, self._folders, self._ends):
             rows = [r for r in map(self._peek, range(first, min(first + LOOKED_AT, end))) if r is not None]
             if end > first and not rows:
                 raise ValueError(
@@ -52,6 +50,7 @@ class JsonRows(Source):
                         f"data source {name!r}: no row at the start of {path!r} has the field {field!r}; the fields "
                         f"are {sorted(rows[0])[:12]}: set `{leaf}`, or give a list in BLIP's layout"
                     )
+            check_links(name, folder, (r.get(self._image_key) for r in rows))
             first = end
 
     def _peek(self, i: int) -> dict | None:
@@ -96,26 +95,10 @@ class JsonRows(Source):
         key, image = self._key(i, key, row), row[self._image_key]
         return {
             "key": key,
-            "image": read_image(key, self._roots[f], image),
+            "image": read_image(key, self._folders[f], image),
             "captions": as_captions(key, row.get(self._caption_key)),
             "image_id": str(row.get("image_id", image)),
         }
-
-
-def read_image(key: str, root: str, path: str) -> bytes:
-    """The bytes of `path` below `root` (a real path). BadRecord when it leaves the root or cannot be read."""
-    try:
-        real = os.path.realpath(os.path.join(root, path))
-        if os.path.commonpath((root, real)) != root:
-            raise BadRecord(key, f"path leaves the image root: {path!r} is {real!r}, outside {root!r}")
-        size = os.stat(real).st_size
-        if size > MAX_BYTES:
-            raise BadRecord(key, f"file too large: {size} bytes, at most {MAX_BYTES} are read")
-        return read_at(real, 0, size)
-    except FileNotFoundError:
-        raise BadRecord(key, f"missing file: {path!r} is not in {root!r}") from None
-    except (OSError, ValueError) as e:  # ValueError: a path with NUL or broken characters
-        raise BadRecord(key, f"unreadable file: {type(e).__name__}: {e}") from None
 
 
 def _row_offsets(path: str) -> np.ndarray:

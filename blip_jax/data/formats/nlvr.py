@@ -13,7 +13,8 @@ import re
 import sys
 from typing import NamedTuple
 
-from blip_jax.data.formats.json import read_image
+from blip_jax.data.folders import check_links, image_folder, read_image
+from blip_jax.data.formats.json import LOOKED_AT
 from blip_jax.data.source import BadRecord, Source, expand
 
 PAIR = re.compile(r"(?P<split>\w+)-(?P<set>\d+)-(?P<pair>\d+)")  # of pictures, in an identifier and in a file's name
@@ -37,9 +38,7 @@ class Sentences(Source):
 
     def __init__(self, name: str, cfg):
         files = expand(name, cfg)
-        self._root = os.path.realpath(cfg.images or os.path.dirname(files[0]) or ".")
-        if not os.path.isdir(self._root):
-            raise ValueError(f"data source {name!r}: the image folder {self._root!r} does not exist; set its `images`")
+        self._folder = image_folder(name, cfg, files[0])
         self._rows: list[Example | None] = []
         self._keys: list[str] = []
         for path in files:
@@ -48,6 +47,7 @@ class Sentences(Source):
             self._keys += [
                 row.identifier if official and row else f"{os.path.basename(path)}#{i}" for i, row in enumerate(rows)
             ]
+        check_links(name, self._folder, (path for row in self._rows[:LOOKED_AT] if row for path in row.images))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,7 +59,7 @@ class Sentences(Source):
         return {
             "key": key,
             "image_id": row.images[0],
-            "images": [read_image(key, self._root, path) for path in row.images],
+            "images": [read_image(key, self._folder, path) for path in row.images],
             "sentence": row.sentence,
             "label": row.label,
             "identifier": row.identifier,

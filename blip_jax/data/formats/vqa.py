@@ -15,7 +15,8 @@ import pathlib
 import sys
 from typing import NamedTuple
 
-from blip_jax.data.formats.json import read_image
+from blip_jax.data.folders import check_links, image_folder, read_image
+from blip_jax.data.formats.json import LOOKED_AT
 from blip_jax.data.source import BadRecord, Source, expand
 
 
@@ -39,9 +40,7 @@ class Questions(Source):
 
     def __init__(self, name: str, cfg):
         files = expand(name, cfg)
-        self._root = os.path.realpath(cfg.images or os.path.dirname(files[0]) or ".")
-        if not os.path.isdir(self._root):
-            raise ValueError(f"data source {name!r}: the image folder {self._root!r} does not exist; set its `images`")
+        self._folder = image_folder(name, cfg, files[0])
         self._rows: list[Question] = []
         self._keys: list[str] = []
         asked, answered = [], {}
@@ -67,6 +66,7 @@ class Questions(Source):
                 "not ask, such as "
                 f"question {next(iter(answered))}: let path name the file of questions, too"
             )
+        check_links(name, self._folder, (row.image for row in self._rows[:LOOKED_AT] if row))
 
     def _add(self, path: str, rows: list) -> None:
         file = os.path.basename(path)
@@ -84,7 +84,7 @@ class Questions(Source):
             raise BadRecord(key, "malformed row: a question, the path of an image and answers as texts are expected")
         return {
             "key": key,
-            "image": read_image(key, self._root, row.image),
+            "image": read_image(key, self._folder, row.image),
             "image_id": row.image,
             "question_id": row.number,
             "question": row.question,
