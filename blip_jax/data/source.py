@@ -10,16 +10,27 @@ Layouts that one task alone reads, whose records hold other things than captions
 
 A source keeps an index in compact arrays, never the records. A wrong file list is a ValueError when the source is
 opened; a record that cannot be used is a BadRecord when it is read, and the pipeline counts it.
+
+The key of a record says where it is, and no two records of a run have the same:
+
+    <source>:<file>/<member>        of a shard, as "web:00000.tar/0001"
+    <source>:<file>#<row>:<image>   of a list, as "coco:train.json#12:img/7.jpg"; ":<image>" where the row names one
+
+<file> is the path below the folder that all files of the source share (`in_keys`), rows count from 0 in each file.
 """
 
 from __future__ import annotations
 
 import glob
+import math
 import os
 import stat
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-MAX_BYTES = 1 << 28  # of one picture or row; longer is not a record but an accident
+MAX_BYTES = 1 << 28  # of one picture; longer is not a record but an accident
+MAX_TEXT = 1 << 23  # bytes of one row of a list, one caption or one .json of a shard; parsing takes many times as much
+NO_ID = ("", "nan", "none", "null")  # what tools write for an image_id that is missing
 
 
 class BadRecord(Exception):
@@ -33,14 +44,17 @@ class BadRecord(Exception):
 class Source(Protocol):
     """Random access by index, safe from several threads. `self[i]` is a record or raises BadRecord:
 
-    {"key": str, unique in the source; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
-    str}
+    {"key": str, unique in the run; "image": bytes, encoded; "captions": list[str], raw, may be empty; "image_id":
+    str, the same for all records of one picture}
 
     Where captions can be had without reading the picture (text.buckets needs that), `captions_of(i)` gives those of
     record i, and is a BadRecord for what self[i] is, as far as that shows without it.
+
+    without_texts: "", or why no record has a caption, with the remedy: pictures alone are for CapFilt.
     """
 
     name: str
+    without_texts: str = ""
 
     def __len__(self) -> int: ...
 
@@ -56,6 +70,40 @@ def expand(name: str, cfg) -> list[str]:
     if missing:
         raise ValueError(f"data source {name!r}: {missing[0]!r} is not a file; paths are relative to {os.getcwd()}")
     return found
+
+
+def in_keys(files: Sequence[str]) -> list[str]:
+    """How keys name the files of a source: below the folder that all of them share, so that moving it changes none."""
+    full = [os.path.abspath(f) for f in files]
+    shared = os.path.commonpath([os.path.dirname(f) for f in full])
+    return [os.path.relpath(f, shared).encode(errors="backslashreplace").decode() for f in full]
+
+
+def image_id(value, own: str) -> str:
+    """The image_id of a record whose field holds `value`: a text, or a whole number, of which 7, 7.0 and "7" are one.
+
+    Anything else is no id (absent, null, empty, not a number, true, a list): `own`, which names the picture itself,
+    takes its place, so that such pictures never count as one.
+    """
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64:
+        return str(value)
+    return own if not isinstance(value, str) or value.strip().lower() in NO_ID else value.strip()
+
+
+def field_of(row: Any, name: str) -> Any:
+    """The field `name` of a row, or a nested one by its path: "captions/text" also takes the texts of a list of objects.
+
+    KeyError: the row has none.
+    """
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    first, _, rest = name.partition("/")
+    if not rest or not isinstance(row, dict) or first not in row:
+        raise KeyError(name)
+    inner = row[first]
+    return [field_of(one, rest) for one in inner] if isinstance(inner, list) else field_of(inner, rest)
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
