@@ -92,18 +92,19 @@ def image_id(value, own: str) -> str:
     return own if not isinstance(value, str) or value.strip().lower() in NO_ID else value.strip()
 
 
-def field_of(row: Any, name: str) -> Any:
-    """The field `name` of a row, or a nested one by its path: "captions/text" also takes the texts of a list of objects.
+def field_of(row: Any, name: str, absent: Any = None) -> Any:
+    """The field `name` of a row, or a nested one by its path; `absent`, where there is none.
 
-    KeyError: the row has none.
+    "captions/text" also takes the texts of a list of objects.
     """
     if isinstance(row, dict) and name in row:
         return row[name]
     first, _, rest = name.partition("/")
     if not rest or not isinstance(row, dict) or first not in row:
-        raise KeyError(name)
-    inner = row[first]
-    return [field_of(one, rest) for one in inner] if isinstance(inner, list) else field_of(inner, rest)
+        return absent
+    if not isinstance(inner := row[first], list):
+        return field_of(inner, rest, absent)
+    return [found for one in inner if (found := field_of(one, rest, absent)) is not absent]
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:

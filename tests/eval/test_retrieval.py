@@ -256,7 +256,8 @@ def test_evaluate_reports_both_stages_and_a_clipped_k(caplog):
     assert result["itc_img_r1"] == pytest.approx(100 * first_is_own)
     assert result["img_r1"] == pytest.approx(100 * ((cosine + logit).argmax(axis=0) == data.text_image).mean())
     names = [f"{way}_{r}" for way in ("txt", "img") for r in ("r1", "r5", "r10", "r_mean")] + ["r_mean"]
-    assert sorted(result) == sorted(names + [f"itc_{n}" for n in names])
+    assert sorted(result) == sorted([*names, *(f"itc_{n}" for n in names), "images", "texts"])
+    assert (result["images"], result["texts"]) == (N_IMAGES, N_TEXTS)
 
 
 def test_pictures_and_captions_of_a_source(tmp_path):
