@@ -22,8 +22,10 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     c.path = path  # file, or glob of shards; for tfds the name and split, as "coco_captions/train"
     c.images = ""  # json: root folder of the image paths, which may not leave it; tfds: data_dir
     c.weight = 1.0  # share of the mixture, relative to the other sources
-    c.image_key = "image"  # json, tfds: field of the picture
-    c.caption_key = "caption"  # json, tfds: field of the caption or captions ("captions/text" goes into a nested one)
+    c.image_key = "image"  # json, tfds: field of the picture; tar: "image", or the extension that is meant
+    # json, tfds: field of the caption or captions ("captions/text" goes into a nested one); tar: "caption" is the .txt,
+    # else this field of the .json; another name, or "json/caption", is the field of the .json alone, "txt" the .txt
+    c.caption_key = "caption"
     c.count = 0  # scenes: number of records
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square

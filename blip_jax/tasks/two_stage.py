@@ -68,7 +68,8 @@ def evaluate(cfg, model, params, data, tokenizer, mesh) -> dict[str, float]:
     Host memory: n_images * P * D values in the compute dtype, and a few f32 matrices [n_images, n_texts].
 
     Returns "images" and "texts", how many could be read and were ranked, and in percent "txt_r1", "txt_r5", "txt_r10",
-    "txt_r_mean" (image to text: best rank among the image's captions), "img_*" (text to image), "r_mean" of both, and the same with the prefix "itc_" by cosine alone.
+    "txt_r_mean" (image to text: best rank among the image's captions), "img_*" (text to image), "r_mean" of both, and
+    the same with the prefix "itc_" by cosine alone.
     Raises ValueError if no readable image has a caption, a setting is not positive, or features are not finite.
     """
     scores = two_stage_scores(cfg, model, params, data, tokenizer, mesh)

@@ -448,3 +448,62 @@ def test_eval_data_without_images(tok, tmp_path):
             {"v": config.source("json", str(write_json(tmp_path, rows)))},
             skipped_path=tmp_path / "s",
         )
+
+
+@pytest.mark.parametrize("ids", ["given", "absent"])
+@pytest.mark.parametrize("order", ["one after another", "mixed"])
+def test_rows_of_one_picture_are_evaluated_as_a_list_of_captions(tok, tmp_path, ids, order):
+    rows = [{**r, "captions": [*r["captions"], f"seed {i}"]} for i, r in enumerate(records(5))]
+    whole = json.loads(write_json(tmp_path, rows).read_text())
+    split = [(n, {**row, "caption": c}) for row in whole for n, c in enumerate(row["caption"])]
+    split = [row for _, row in (split if order == "one after another" else sorted(split, key=lambda pair: pair[0]))]
+
+    def data(rows):
+        path = tmp_path / f"{len(rows)}.json"
+        path.write_text(json.dumps([{k: v for k, v in r.items() if ids == "given" or k != "image_id"} for r in rows]))
+        sources = {"v": config.source("json", str(path))}
+        return P.EvalData(settings({}), tok, sources, skipped_path=tmp_path / "skipped.jsonl")
+
+    a, b = data(whole), data(split)
+    assert a.n_images == b.n_images == 5 and a.captions == b.captions
+    assert a.text_image.tolist() == b.text_image.tolist()
+    for one, other in zip(a.image_batches(2), b.image_batches(2), strict=True):
+        assert_same(one, other)
+
+
+def test_evaluation_of_one_id_with_several_pictures(tok, tmp_path, caplog):
+    rows = records(4)
+    path = write_json(tmp_path, rows)
+    table = json.loads(path.read_text())
+    for row in table:
+        row["image_id"] = 7
+    path.write_text(json.dumps(table))
+    (tmp_path / "img" / "0000.jpg").write_bytes(b"no picture")  # the next one of the same id counts
+    source = {"v": config.source("json", str(path))}
+    data = P.EvalData(settings({}), tok, source, skipped_path=tmp_path / "skipped.jsonl")
+    assert data.n_images == 1 and data.captions == [c for r in rows for c in r["captions"]]
+    assert "3 records bring another picture" in caplog.text
+    picture = eval_transform(P.decode(rows[1], rows[1]["image"], 10**6)[0], 16)
+    np.testing.assert_array_equal(next(data.image_batches(1))["img"][0], picture)
+    assert data.counts()["skipped"] == {"not a picture": 1}
+    assert data.counts()["noted"] == {"another picture than the first of its image_id, which is used": 3}
+
+
+def test_eval_limit_counts_pictures(tok, tmp_path):
+    rows = [{**r, "image_id": f"id{i // 3}"} for i, r in enumerate(records(9))]
+    source = {"v": config.source("json", str(write_json(tmp_path, rows)))}
+    cfg = settings({}, **{"eval.limit": 2})
+    data = P.EvalData(cfg, tok, source, skipped_path=tmp_path / "skipped.jsonl")
+    assert data.n_images == 2 and data.captions == [c for r in rows[:6] for c in r["captions"]]
+
+
+def test_sources_of_one_name_each_train_together(tok, tmp_path):
+    for crawl in ("a", "b"):
+        with tarfile.open(tmp_path / f"{crawl}.tar", "w") as tar:
+            add_to_tar(tar, "0.jpg", encode(noise(0)))
+            add_to_tar(tar, "0.txt", b"picture")
+        (tmp_path / crawl).mkdir()
+        (tmp_path / f"{crawl}.tar").rename(tmp_path / crawl / "0.tar")
+    sources = {crawl: config.source("tar", str(tmp_path / crawl / "0.tar")) for crawl in ("a", "b")}
+    batch = run(make(settings(sources), tok, tmp_path), 1)[0]
+    assert set(batch["key"]) == {"a:0.tar/0", "b:0.tar/0"} and len(set(batch["image_id"].tolist())) == 2

@@ -420,6 +420,98 @@ def test_rows_of_any_array_are_found(tmp_path, monkeypatch, rows, indent, ascii,
     assert [json.loads(p.decode("utf-8", "surrogatepass")) for p in pieces] == rows
 
 
+def test_rows_however_deep_or_long(tmp_path, monkeypatch):
+    deep = "[" * 400 + "{}" + "]" * 400
+    nested = '{"a":' * 40 + '[{"b": "}, {"}]' + "}" * 40
+    rows = [
+        f'{{"image": "0.jpg", "caption": "a", "m": {nested}}}',
+        f'{{"image": "0.jpg", "m": {deep}, "caption": "b"}}',
+        json.dumps({"image": "0.jpg", "caption": "c", "m": 'y"\\{' * (1 << 19)}),
+        f'{{"image": "0.jpg", "caption": "d", "m": {"[" * 100_000 + "]" * 100_000}}}',
+        json.dumps({"image": "0.jpg", "caption": "e", "m": "y" * (R.MAX_TEXT + 1)}),
+        json.dumps({"image": "0.jpg", "caption": "f"}),
+    ]
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    for name, text in (("a.json", "[" + ", ".join(rows) + "]"), ("b.json", "\n".join(rows))):
+        (tmp_path / name).write_text(text)
+        source = open_source("x", config.source("json", str(tmp_path / name)))
+        assert len(source) == 6
+        assert [source[i]["captions"] for i in (0, 1, 2, 5)] == [["a"], ["b"], ["c"], ["f"]]
+        assert bad(source, 3).startswith("malformed row: nested too deep")
+        assert bad(source, 4).startswith("malformed row: 83") and f"at most {R.MAX_TEXT}" in bad(source, 4)
+
+
+def test_a_broken_row_costs_itself(tmp_path):
+    good = [{"image": "0.jpg", "caption": str(i)} for i in range(3)]
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    for broken in (
+        '{"image": "a, "caption": "b"}',
+        '{"a": [1,, 2]}',
+        "{'a': 1}",
+        '{"a": {"b": [}}',
+        '"lone',
+        "}",
+        "]}",
+    ):
+        rows = [json.dumps(good[0]), broken, *map(json.dumps, good[1:])]
+        (tmp_path / "l.json").write_text("[" + ",\n".join(rows) + "]")
+        source = open_source("x", config.source("json", str(tmp_path / "l.json")))
+        found = []
+        for i in range(len(source)):
+            try:
+                found.append(source[i]["captions"][0])
+            except R.BadRecord:
+                found.append(None)
+        assert found == ["0", None, "1", "2"], broken
+
+
+def test_arrays_one_behind_the_other(tmp_path):
+    rows = json.loads(write_json(tmp_path, records(4)).read_text())
+    (tmp_path / "l.json").write_text(json.dumps(rows[:2]) + "\n" + json.dumps(rows[2:]))
+    assert content(open_source("x", config.source("json", str(tmp_path / "l.json")))) == wanted(records(4))
+
+
+def test_the_same_list_names_of_two_folders(tmp_path):
+    for folder in "ab":
+        path = write_json(tmp_path / folder, records(1))
+        path.write_text(json.dumps([{"image": "img/0000.jpg", "caption": "c"}]))
+    source = open_source("x", config.source("json", str(tmp_path / "*" / "list.json")))
+    assert [source[i]["key"] for i in (0, 1)] == [f"x:{f}/list.json#0:img/0000.jpg" for f in "ab"]
+    assert source[0]["image_id"] != source[1]["image_id"]  # without image_id, pictures of two folders are two
+
+
+@pytest.mark.parametrize(
+    "value", ["absent", None, "", " ", "NaN", float("nan"), float("inf"), [], {"a": 1}, False, 1e300]
+)
+def test_what_is_no_image_id(tmp_path, value):
+    rows = [{"image": f"./img/000{i}.jpg", "caption": "c", "image_id": value} for i in (0, 0, 1)]
+    path = write_json(tmp_path, records(2))
+    path.write_text(json.dumps([{k: v for k, v in row.items() if v != "absent"} for row in rows]))
+    source = open_source("x", config.source("json", str(path)))
+    path_of = lambda i: f"img/000{i}.jpg"
+    assert [source[i]["image_id"] for i in range(3)] == [path_of(0), path_of(0), path_of(1)]
+
+
+def test_nested_fields_of_a_list(tmp_path):
+    table = [{"file": {"path": "img/0000.jpg"}, "sentences": [{"raw": "a"}, {"raw": "b"}]}]
+    path = write_json(tmp_path, records(1))
+    path.write_text(json.dumps(table))
+    leaves = {"image_key": "file/path", "caption_key": "sentences/raw"}
+    source = open_source("x", config.source("json", str(path), **leaves))
+    assert source[0]["captions"] == source.captions_of(0) == ["a", "b"]
+
+
+def test_a_list_of_pictures_alone(tmp_path, caplog):
+    path = write_json(tmp_path, records(2))
+    path.write_text(json.dumps([{"image": "img/0000.jpg"}, {"image": "img/0001.jpg"}]))
+    with pytest.raises(ValueError, match="field 'caption'; the fields are .*caption_key"):
+        open_all({"x": config.source("json", str(path))})
+    source = open_all({"x": config.source("json", str(path))}, texts=False)["x"]
+    assert [source[i]["captions"] for i in (0, 1)] == [[], []] and "taken without texts" in caplog.text
+    with pytest.raises(ValueError, match="no row .* has the field 'TEXT'"):  # it was asked for
+        open_all({"x": config.source("json", str(path), caption_key="TEXT")}, texts=False)
+
+
 def test_index_is_compact(tmp_path):
     n = 20_000
     with open(tmp_path / "l.json", "w") as f:
