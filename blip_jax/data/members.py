@@ -87,6 +87,7 @@ class Walk:
                 begin, last = at, None
                 at = self._data_from(at)
                 if at >= self.size:
+                    self.found = True  # zeros alone are an empty tar
                     return
                 following = at if _header(self._read(at, BLOCK)) else self._header_from(at, self.size)
                 if following is None:

@@ -26,7 +26,9 @@ for _ in range(6):  # an object, with objects inside it to this depth; strings m
 USUAL = re.compile(OBJECT + rb"(?=\s*+[,\]])", re.DOTALL)  # most rows
 TOKEN = re.compile(rb"\s*+(?:(" + STRING + rb"|[\w.+-]++)|([{\[])|([}\]])|([,:]))", re.DOTALL)
 VALUE, OPEN, CLOSE, MARK = 1, 2, 3, 4  # groups of TOKEN: a string or a word; , and : are marks
-NEXT = re.compile(rb"[}\]]\s*+,\s*+(?=\{)")  # where the row after a broken one may begin
+FOLLOWED = re.compile(rb"\s*+[,\]]")
+# where the row after a broken one may begin, for one that is an object or an array, and for anything else
+NEXT = re.compile(rb"[}\]]\s*+,\s*+(?=\{)"), re.compile(rb",\s*+(?=\{)")
 
 
 def build(path: str) -> Index:
@@ -106,13 +108,14 @@ def _end(data: mmap.mmap, at: int) -> int:
             break
         if kind == MARK and depth == 0:
             break
+        if kind == VALUE and depth == 0 and not FOLLOWED.match(data, token.end()):
+            break  # an open quote
         depth += (kind == OPEN) - (kind == CLOSE)
         at, before = token.end(), kind
         if depth == 0:
             return at
-    found = NEXT.search(data, at)
-    if found:
-        return max(found.start() + 1, begin + 1)
+    if found := NEXT[0].search(data, at) if depth else NEXT[1].search(data, begin):
+        return found.start() + 1
     last = len(data)
     while last > at and data[last - 1 : last].isspace():
         last -= 1

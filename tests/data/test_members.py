@@ -193,7 +193,7 @@ def checksum(header: bytearray) -> bytearray:
         (b"-0000001000\0", "malformed member: its size cannot be right"),
         (b"\x80" + (2**80).to_bytes(11, "big"), "malformed member: its size cannot be right"),
         (b"77777777777\0", "malformed member: its size cannot be right"),
-        (b"00000004001\0", "malformed member: its size cannot be right"),  # past the following header
+        (b"00000003001\0", "malformed member: its size cannot be right"),  # past the following header
         (b"no number  \0", "malformed member: its size cannot be right"),
     ],
 )

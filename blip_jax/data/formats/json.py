@@ -90,7 +90,10 @@ class JsonRows(Source):
         if size > MAX_TEXT:
             raise BadRecord(key, f"malformed row: {size} bytes at byte {start}, at most {MAX_TEXT} are read")
         try:
-            row = json.loads(read_at(self._files[f], start, size).strip(b" \t\r\n,"), strict=False)
+            text = read_at(self._files[f], start, size).strip(b" \t\r\n,")
+            if text.endswith(b"["):  # the array ends here and another one begins
+                text = text[:-1].rstrip().removesuffix(b"]")
+            row = json.loads(text, strict=False)
         except ValueError as e:
             raise BadRecord(key, f"malformed row: not JSON at byte {start}: {e}") from None
         except RecursionError:
