@@ -58,7 +58,7 @@ class Records:
         known = {"dataset": dataset, "record": number, "reason": "", "texts": [], "fields": None}
         notes: list[str] = []
         try:
-            fields = storable(self.sources[dataset][number])
+            fields = storable(self.sources[dataset][number], dataset)
             known |= {"key": fields["key"], "texts": [self._cleaned(caption, notes) for caption in fields["captions"]]}
             with decoded(fields, [fields["image"]], self.cfg) as [(picture, irregular)]:
                 img = {size: image.eval_transform(picture, size) for size in self.img_sizes}

@@ -35,7 +35,7 @@ def refilter(run_dir, threshold: float, out) -> dict:
             "until it prints its summary"
         )
 
-    sources = batches.open_all(ConfigDict(record["settings"]["data"]["sources"]))
+    sources = batches.open_all(ConfigDict(record["settings"]["data"]["sources"]), texts=False)
     lengths = {name: len(source) for name, source in sources.items()}
     if lengths != record["records"]:
         raise ValueError(
@@ -68,7 +68,7 @@ def _make(shard: int, run_dir: pathlib.Path, out: pathlib.Path, sources: dict, t
 def _record(source, number: int, rows: list[Row]) -> dict:
     """The record that the rows are about, as the run wrote it. ValueError: the source holds another one."""
     try:
-        fields = shards.storable(source[number])
+        fields = shards.storable(source[number], rows[0].dataset)
     except BadRecord as e:
         raise ValueError(
             f"record {number} of source {source.name!r} could be read in the run and cannot be now: {e}"

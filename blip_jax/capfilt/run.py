@@ -62,7 +62,7 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
 
     captioner, judge = models(cfg)
     mesh = _mesh(cfg)
-    sources = open_all(cfg.data.sources)
+    sources = open_all(cfg.data.sources, texts=False)
     lengths = {name: len(source) for name, source in sources.items()}
 
     # nothing is made for an `out` that holds a run with other settings, or that the processes do not share

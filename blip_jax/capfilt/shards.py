@@ -62,9 +62,17 @@ def finished(out: pathlib.Path, count: int) -> list[int]:
     return [k for k in range(count) if folder(out, k).is_dir()]
 
 
-def storable(fields: dict) -> dict:
-    """A record with a key and an image_id that any file can hold: NUL and broken characters replaced."""
-    return {**fields, **{name: plain_text(fields[name])[0] for name in ("key", "image_id")}}
+def storable(fields: dict, dataset: str) -> dict:
+    """A record of a source with a key and an image_id that any file can hold: NUL and broken characters replaced.
+
+    The image_id begins with the source, as ids of two sources must not meet in the shards.
+    """
+    key, image_id = (plain_text(fields[name])[0] for name in ("key", "image_id"))
+    return {
+        **fields,
+        "key": key,
+        "image_id": image_id if image_id.startswith(f"{dataset}:") else f"{dataset}:{image_id}",
+    }
 
 
 @contextlib.contextmanager

@@ -26,9 +26,13 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     c.images = ""  # of lists: root folder of the image paths, which may not leave it; tfds: data_dir
     c.roots = ()  # of lists: further folders that links below `images` may lead into, as ("/disk/coco",)
     c.weight = 1.0  # share of the mixture, relative to the other sources
-    # json, tables, tfds: field of the picture; of tables (csv, tsv, parquet) one of data/table.py's names by default
+    # json, tables, tfds: field of the picture; of tables (csv, tsv, parquet) one of data/table.py's names by default;
+    # tar: "image", or the extension that is meant
     c.image_key = "image"
-    c.caption_key = "caption"  # likewise of the caption or captions; tfds: "captions/text" goes into a nested one
+    # json, tables, tfds: field of the caption or captions ("captions/text" goes into a nested one); tar: "caption" is
+    # the .txt, else this field of the .json; another name, or "json/caption", the field of the .json alone; "txt" the
+    # .txt alone
+    c.caption_key = "caption"
     c.count = 0  # scenes: number of records
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square

@@ -42,12 +42,18 @@ TRIES = 100  # records tried for one example before its source counts as unusabl
 MISFITS = 20  # replacements too long for the batch, after which one is cut
 
 
-def open_all(sources) -> dict[str, Source]:
-    """name -> opened source, of configs or open sources."""
+def open_all(sources, texts: bool = True) -> dict[str, Source]:
+    """name -> opened source, of configs or open sources. ValueError: one has no texts, though `texts` are needed."""
     if not len(sources):
         raise ValueError("no data source: add one to the config, such as c.data.train.web = source('json', 'web.json')")
     refuse_missing({name: s for name, s in sources.items() if isinstance(s, ConfigDict)})
-    return {name: open_source(name, s) if isinstance(s, ConfigDict) else s for name, s in sorted(sources.items())}
+    opened = {name: open_source(name, s) if isinstance(s, ConfigDict) else s for name, s in sorted(sources.items())}
+    for name, source in opened.items():
+        if (why := getattr(source, "without_texts", "")) and texts:
+            raise ValueError(f"data source {name!r}: {why}")
+        if why:
+            log.warning("data source %r: %s; its pictures are taken without texts", name, why)
+    return opened
 
 
 @contextlib.contextmanager
@@ -313,37 +319,60 @@ class EvalData:
 
     sources: name -> config.source, or an open Source.
 
-    Each record is one image (the first cfg.eval.limit ones, if set) and all its captions count. Attributes: captions,
-    list of cleaned str; text_image i64[n_text], the image of each; n_images. A record without a usable caption or file
-    is left out here; a picture that turns out undecodable later has index -1 in `image_batches`. Both are counted and
-    named as in training, and too many raise ValueError, as does a source that leaves no image at all.
+    The records of one image_id of a source are one picture with all their captions, in the order of first appearance,
+    so that a row for each caption gives the same numbers as a row with a list. Of a picture that several of them bring,
+    the first that can be read counts; that they bring different ones is noted and said. With cfg.eval.limit the first
+    so many pictures count, and reading ends at the first record of another one.
+
+    Attributes: captions, list of cleaned str; text_image i64[n_text], the picture of each, rising; n_images. A record
+    without a usable caption or file is left out here; a picture that turns out undecodable later has index -1 in
+    `image_batches`. Both are counted and named as in training, and too many raise ValueError, as does a source that
+    leaves no picture at all.
     """
 
     def __init__(self, cfg, tokenizer, sources, *, skipped_path):
         self.cfg, self.sources = cfg, open_all(sources)
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
-        self._where: list[tuple[str, int]] = []
-        self.captions: list[str] = []
-        text_image: list[int] = []
+        self._where: list[list[tuple[str, int]]] = []  # records of each picture, of which one is as good as another
+        numbers: dict[tuple[str, str], int] = {}  # of pictures, by source and image_id
+        pictures: list[bytes] = []  # digest of each
+        texts: list[list[str]] = []
         for name, r in ((name, r) for name, source in self.sources.items() for r in range(len(source))):
-            if cfg.eval.limit and self.n_images == cfg.eval.limit:
-                break
             try:
                 record = self.sources[name][r]
                 captions, notes = pairs.captions(record, cfg.text.max_words)
             except BadRecord as e:
                 self._ledger.add(1, [(name, e.key, e.reason, False)])
                 continue
+            n = numbers.setdefault((name, record["image_id"]), self.n_images)
+            digest = hashlib.blake2b(record["image"], digest_size=8).digest()
+            if n == self.n_images:
+                if n == cfg.eval.limit > 0:
+                    break
+                self._where.append([])
+                pictures.append(digest)
+                texts.append([])
+            elif digest != pictures[n]:
+                notes.append(
+                    f"another picture than the first of its image_id, which is used: {record['image_id'][:80]!r}"
+                )
             self._ledger.add(1, [(name, record["key"], note, True) for note in notes])
-            text_image += [self.n_images] * len(captions)
-            self.captions += captions
-            self._where.append((name, r))
+            texts[n] += captions
+            self._where[n].append((name, r))
         if not self._where:
             raise ValueError(
                 f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
                 f"named in {skipped_path}"
             )
-        self.text_image = np.array(text_image, np.int64)
+        if others := sum(n for note, n in self._ledger.noted.items() if note.startswith("another picture than")):
+            log.warning(
+                "evaluation: %d records bring another picture than the first of their image_id, which is used with "
+                "all captions; they are named in %s. Where they are different pictures, give them different ids",
+                others,
+                skipped_path,
+            )
+        self.captions = [caption for own in texts for caption in own]
+        self.text_image = np.repeat(np.arange(self.n_images), [len(own) for own in texts])
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -376,15 +405,20 @@ class EvalData:
             examples.close()
 
     def _picture(self, i: int):
-        name, r = self._where[i]
-        try:
-            record = self.sources[name][r]
-            with decoded(record, [record["image"]], self.cfg) as [(picture, notes)]:
-                img = image.eval_transform(picture, self.cfg.model.img_size)
-        except BadRecord as e:
-            log.warning("evaluation: image %d (%s) of %s: %s", i, e.key, name, e.reason)
-            return None, [(name, e.key, e.reason, False)]
-        return img, [(name, record["key"], note, True) for note in notes]
+        """The first picture of image `i` that can be read, or None, and events of those tried."""
+        events = []
+        for name, r in self._where[i]:
+            try:
+                record = self.sources[name][r]
+                with decoded(record, [record["image"]], self.cfg) as [(picture, notes)]:
+                    img = image.eval_transform(picture, self.cfg.model.img_size)
+            except BadRecord as e:
+                log.warning("evaluation: image %d (%s) of %s: %s", i, e.key, name, e.reason)
+                events.append((name, e.key, e.reason, False))
+                continue
+            events += [(name, record["key"], note, True) for note in notes]
+            return img, events
+        return None, events
 
 
 class EvalRows:

@@ -67,14 +67,19 @@ def evaluate(cfg, model, params, data, tokenizer, mesh) -> dict[str, float]:
     Results do not depend on the batch sizes or the mesh beyond rounding. Every process calls it with the same data.
     Host memory: n_images * P * D values in the compute dtype, and a few f32 matrices [n_images, n_texts].
 
-    Returns percent: "txt_r1", "txt_r5", "txt_r10", "txt_r_mean" (image to text: best rank among the image's captions),
-    "img_*" (text to image), "r_mean" of both, and the same with the prefix "itc_" by cosine alone.
+    Returns "images" and "texts", how many could be read and were ranked, and in percent "txt_r1", "txt_r5", "txt_r10",
+    "txt_r_mean" (image to text: best rank among the image's captions), "img_*" (text to image), "r_mean" of both, and
+    the same with the prefix "itc_" by cosine alone.
     Raises ValueError if no readable image has a caption, a setting is not positive, or features are not finite.
     """
     scores = two_stage_scores(cfg, model, params, data, tokenizer, mesh)
     by_cosine = recall.both_ways(scores.cosine, scores.cosine, scores.text_image)
-    return recall.both_ways(scores.i2t, scores.t2i, scores.text_image) | {
-        f"itc_{name}": v for name, v in by_cosine.items()
+    images, texts = scores.cosine.shape
+    return {
+        "images": images,
+        "texts": texts,
+        **recall.both_ways(scores.i2t, scores.t2i, scores.text_image),
+        **{f"itc_{name}": v for name, v in by_cosine.items()},
     }
 
 

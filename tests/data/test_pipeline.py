@@ -152,7 +152,7 @@ def test_captions_of_a_record_are_all_used(tok, web, tmp_path):
     texts = collections.defaultdict(collections.Counter)
     for b in batches:
         for key, ids in zip(b["key"], b["ids"]):
-            texts[int(key.split("#")[1])][tok.decode(ids)] += 1
+            texts[int(key.split("#")[1].split(":")[0])][tok.decode(ids)] += 1
     assert all(len(texts[i]) == 2 - i % 2 for i in range(40))
     first = sum(n for i in range(0, 40, 2) for t, n in texts[i].items() if t.startswith("picture"))
     assert 70 < first < 130  # of 200
@@ -254,7 +254,7 @@ def write_everything_bad(folder):
     skipped, noted = {}, {}
 
     def add(image, caption, reason=None, note=None):
-        key = f"{image}#{len(rows)}"
+        key = f"web:list.json#{len(rows)}:{image}"
         rows.append({"image": image, "caption": caption})
         skipped.update({key: reason} if reason else {})
         noted.update({key: note} if note else {})
@@ -272,7 +272,7 @@ def write_everything_bad(folder):
     add(good, "pic\0ture\0", None, "NUL characters removed")
     add(good, "picture \ud83d", None, "broken characters replaced")
     listing = json.dumps(rows)
-    skipped[f"list.json#{len(rows)}"] = "malformed row"
+    skipped[f"web:list.json#{len(rows)}"] = "malformed row"
     (folder / "list.json").write_text(f'{listing[:-1]}, {{"image": "{good}", "caption": oops}}]')
     (folder.parent / "outside.jpg").write_bytes(jpg)
     return len(rows) + 1, skipped, noted
@@ -301,7 +301,7 @@ def test_train_goes_through_a_folder_of_everything_bad(tok, tmp_path):
     log = read_log(tmp_path)
     assert {r["key"]: r["reason"].split(":")[0] for r in log if not r["used"]} == {
         **skipped,
-        "cut.tar/0009": "tar cut in the middle",
+        "cut:cut.tar/0009": "tar cut in the middle",
     }
     assert {r["key"]: r["reason"] for r in log if r["used"]} == noted
     assert {r["source"] for r in log} == {"web", "cut"}
@@ -313,7 +313,7 @@ def test_train_goes_through_a_folder_of_everything_bad(tok, tmp_path):
     )
     delivered = {k for b in batches for k in b["key"]}
     assert not delivered & set(skipped) and set(noted) <= delivered
-    assert {"img/cmyk.jpg#45", "img/grey.jpg#46"} <= delivered
+    assert {"web:list.json#45:img/cmyk.jpg", "web:list.json#46:img/grey.jpg"} <= delivered
 
 
 def test_too_many_bad_records_stop_the_run(tok, tmp_path):
@@ -358,9 +358,9 @@ def test_a_bad_record_touches_only_the_examples_that_drew_it(tok, tmp_path):
     for a, b, again in zip(good, *bad):
         assert_same(b, again)
         for i, key in enumerate(a["key"]):
-            if key.startswith("img/0007"):
+            if "img/0007" in key:
                 replaced += 1
-                assert not b["key"][i].startswith("img/0007")
+                assert "img/0007" not in b["key"][i]
             else:
                 assert b["key"][i] == key
                 np.testing.assert_array_equal(a["img"][i], b["img"][i])
@@ -374,7 +374,10 @@ def test_skipped_file_survives_restarts(tok, tmp_path):
     cfg = settings(sources, **{"data.max_bad_share": 0.5})
     run(make(cfg, tok, tmp_path), 5)
     log = (tmp_path / "skipped.jsonl").read_text()
-    assert sorted(r["key"] for r in read_log(tmp_path)) == ["img/0003.jpg#3", "img/0005.jpg#5"]
+    assert sorted(r["key"] for r in read_log(tmp_path)) == [
+        "web:list.json#3:img/0003.jpg",
+        "web:list.json#5:img/0005.jpg",
+    ]
     run(make(cfg, tok, tmp_path), 5)
     assert (tmp_path / "skipped.jsonl").read_text() == log
     first, second = log.splitlines(keepends=True)
@@ -454,7 +457,7 @@ def test_eval_data_with_bad_records(tok, tmp_path):
     for _ in range(2):
         assert [b["index"].tolist() for b in data.image_batches(3)] == [[0, -1, 2], [3, -1, -1]]
     assert data.counts()["skipped"] == {"empty caption": 1, "missing file": 1, "not a picture": 1}
-    assert sorted(r["key"] for r in read_log(tmp_path)) == ["img/0001.jpg#1", "img/0002.jpg#2", "img/0003.jpg#3"]
+    assert sorted(r["key"] for r in read_log(tmp_path)) == [f"val:list.json#{i}:img/000{i}.jpg" for i in (1, 2, 3)]
 
 
 def test_eval_data_without_images(tok, tmp_path):
@@ -466,3 +469,62 @@ def test_eval_data_without_images(tok, tmp_path):
             {"v": config.source("json", str(write_json(tmp_path, rows)))},
             skipped_path=tmp_path / "s",
         )
+
+
+@pytest.mark.parametrize("ids", ["given", "absent"])
+@pytest.mark.parametrize("order", ["one after another", "mixed"])
+def test_rows_of_one_picture_are_evaluated_as_a_list_of_captions(tok, tmp_path, ids, order):
+    rows = [{**r, "captions": [*r["captions"], f"seed {i}"]} for i, r in enumerate(records(5))]
+    whole = json.loads(write_json(tmp_path, rows).read_text())
+    split = [(n, {**row, "caption": c}) for row in whole for n, c in enumerate(row["caption"])]
+    split = [row for _, row in (split if order == "one after another" else sorted(split, key=lambda pair: pair[0]))]
+
+    def data(rows):
+        path = tmp_path / f"{len(rows)}.json"
+        path.write_text(json.dumps([{k: v for k, v in r.items() if ids == "given" or k != "image_id"} for r in rows]))
+        sources = {"v": config.source("json", str(path))}
+        return P.EvalData(settings({}), tok, sources, skipped_path=tmp_path / "skipped.jsonl")
+
+    a, b = data(whole), data(split)
+    assert a.n_images == b.n_images == 5 and a.captions == b.captions
+    assert a.text_image.tolist() == b.text_image.tolist()
+    for one, other in zip(a.image_batches(2), b.image_batches(2), strict=True):
+        assert_same(one, other)
+
+
+def test_evaluation_of_one_id_with_several_pictures(tok, tmp_path, caplog):
+    rows = records(4)
+    path = write_json(tmp_path, rows)
+    table = json.loads(path.read_text())
+    for row in table:
+        row["image_id"] = 7
+    path.write_text(json.dumps(table))
+    (tmp_path / "img" / "0000.jpg").write_bytes(b"no picture")  # the next one of the same id counts
+    source = {"v": config.source("json", str(path))}
+    data = P.EvalData(settings({}), tok, source, skipped_path=tmp_path / "skipped.jsonl")
+    assert data.n_images == 1 and data.captions == [c for r in rows for c in r["captions"]]
+    assert "3 records bring another picture" in caplog.text
+    picture = eval_transform(P.decode(rows[1], rows[1]["image"], 10**6)[0], 16)
+    np.testing.assert_array_equal(next(data.image_batches(1))["img"][0], picture)
+    assert data.counts()["skipped"] == {"not a picture": 1}
+    assert data.counts()["noted"] == {"another picture than the first of its image_id, which is used": 3}
+
+
+def test_eval_limit_counts_pictures(tok, tmp_path):
+    rows = [{**r, "image_id": f"id{i // 3}"} for i, r in enumerate(records(9))]
+    source = {"v": config.source("json", str(write_json(tmp_path, rows)))}
+    cfg = settings({}, **{"eval.limit": 2})
+    data = P.EvalData(cfg, tok, source, skipped_path=tmp_path / "skipped.jsonl")
+    assert data.n_images == 2 and data.captions == [c for r in rows[:6] for c in r["captions"]]
+
+
+def test_sources_of_one_name_each_train_together(tok, tmp_path):
+    for crawl in ("a", "b"):
+        with tarfile.open(tmp_path / f"{crawl}.tar", "w") as tar:
+            add_to_tar(tar, "0.jpg", encode(noise(0)))
+            add_to_tar(tar, "0.txt", b"picture")
+        (tmp_path / crawl).mkdir()
+        (tmp_path / f"{crawl}.tar").rename(tmp_path / crawl / "0.tar")
+    sources = {crawl: config.source("tar", str(tmp_path / crawl / "0.tar")) for crawl in ("a", "b")}
+    batch = run(make(settings(sources), tok, tmp_path), 1)[0]
+    assert set(batch["key"]) == {"a:0.tar/0", "b:0.tar/0"} and len(set(batch["image_id"].tolist())) == 2

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from world.pictures import add_to_tar, encode, noise, records, write_json
 
 from blip_jax import config
+from blip_jax.data import rows as json_rows
 from blip_jax.data import source as R
-from blip_jax.data.formats import json as formats_json
+from blip_jax.data.batches import open_all
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import write_array_record
-from blip_jax.data.formats.json import _row_offsets
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "formats"
 
@@ -53,7 +53,7 @@ def test_json_array(tmp_path, options):
     assert content(source) == wanted(rows)
     assert source.name == "web"
     assert [source[i]["image_id"] for i in range(5)] == [r["image_id"] for r in rows]
-    assert [source[i]["key"] for i in (0, 4)] == ["img/0000.jpg#0", "img/0004.jpg#4"]
+    assert [source[i]["key"] for i in (0, 4)] == ["web:list.json#0:img/0000.jpg", "web:list.json#4:img/0004.jpg"]
 
 
 def test_json_lines_and_glob_of_lists(tmp_path):
@@ -101,7 +101,7 @@ def test_tar(tmp_path, caption):
     write_tar(tmp_path / "1.tar", rows[3:], caption)
     source = open_source("x", config.source("tar", str(tmp_path / "*.tar")))
     assert content(source) == wanted(rows)
-    assert [source[i]["key"] for i in (0, 4)] == ["0.tar/0000", "1.tar/0004"]
+    assert [source[i]["key"] for i in (0, 4)] == ["x:0.tar/0000", "x:1.tar/0004"]
 
 
 def test_array_record(tmp_path):
@@ -197,7 +197,12 @@ def test_scenes():
         ("json", "l.json", b'[{"image": "a", "caption": "b"}', "has no end"),
         ("json", "l.json", b'[{"image": "a", "caption": "b"}, {"image": "c", "capt', "has no end"),
         ("json", "l.json", b'[{"url": "a", "caption": "b"}]', "image_key"),
-        ("json", "l.json", b'{"image": "a", "text": "b"}\n', "caption_key"),
+        (
+            "json",
+            "l.json",
+            b'{"image": "a", "text": "b"}\n',
+            r"no row .* has the field 'caption'; the fields are .*'text'",
+        ),
         ("json", "l.json", b"[1, 2, 3]", "no JSON objects"),
         ("json", "l.json", b"{broken\n{lines\n", "no JSON objects"),
         ("tar", "s.tar", b"not a tar at all", "is not a tar file"),
@@ -214,7 +219,7 @@ def test_wrong_file_list(tmp_path, kind, name, data, message):
     elif data is not None and name:
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message):
-        open_source("web", config.source(kind, str(tmp_path / (name or "absent"))))
+        open_all({"web": config.source(kind, str(tmp_path / (name or "absent")))})
 
 
 def test_missing_image_folder(tmp_path):
@@ -227,8 +232,12 @@ def test_tar_without_pairs(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         add_to_tar(tar, "a.jpg", encode(noise(0)))
         add_to_tar(tar, "b.txt", b"text")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        add_to_tar(tar, "b.txt", b"text")
     with pytest.raises(ValueError, match="both a picture"):
-        open_source("x", config.source("tar", str(tmp_path / "s.tar")))
+        open_all({"x": config.source("tar", str(tmp_path / "s.tar"))})
+    with pytest.raises(ValueError, match="no sample .* has a picture"):
+        open_source("x", config.source("tar", str(tmp_path / "t.tar")))
 
 
 # --- single bad records
@@ -256,7 +265,7 @@ def test_malformed_rows(tmp_path):
     assert [bad(source, i).split(":")[0] for i in (1, 2, 3, 4, 7, 8)] == ["malformed row"] * 6
     assert [bad(source, i).split(":")[0] for i in (5, 6)] == ["malformed caption"] * 2
     assert source[9]["captions"] == []
-    with pytest.raises(R.BadRecord, match="l.json#2: malformed row"):
+    with pytest.raises(R.BadRecord, match="x:l.json#2: malformed row"):
         source[2]
 
 
@@ -320,9 +329,9 @@ def test_tar_odd_samples(tmp_path):
     for i, key in enumerate(keys):
         try:
             got[key] = source[i]
-            assert got[key]["key"] == f"s.tar/{key}"
+            assert got[key]["key"] == f"x:s.tar/{key}"
         except R.BadRecord as e:
-            assert e.key == f"s.tar/{key}"
+            assert e.key == f"x:s.tar/{key}"
             got[key] = e.reason.split(":")[0]
     assert {k: v["captions"] for k, v in got.items() if isinstance(v, dict)} == {
         "d/a": ["first"], "e/a": ["other folder"], "d/a~2": ["second"], "b": [], "h": [], "i": ["one", "two"]
@@ -357,7 +366,7 @@ def test_tar_cut_anywhere(tmp_path, caplog):
         assert content_of_first(source, whole) == wanted(rows[:whole])
         with pytest.raises(R.BadRecord, match="tar cut in the middle") as e:
             source[whole]
-        assert e.value.key == f"cut.tar/{name}"
+        assert e.value.key == f"x:cut.tar/{name}"
         assert "is cut or broken after" in caplog.text
         caplog.clear()
 
@@ -370,8 +379,9 @@ def test_tar_with_a_broken_header(tmp_path):
     data[at : at + 512] = b"\x55" * 512
     (tmp_path / "s.tar").write_bytes(data)
     source = open_source("x", config.source("tar", str(tmp_path / "s.tar")))
-    assert len(source) == 2 and source[0]["captions"] == rows[0]["captions"]
-    assert bad(source, 1).startswith("tar cut")
+    assert len(source) == 3 and content_of_first(source, 1) == wanted(rows[:1])
+    assert bad(source, 1).startswith("malformed member: a damaged header")
+    assert source[2]["captions"] == rows[2]["captions"]  # what follows it is read
 
 
 def test_bad_array_records(tmp_path):
@@ -399,17 +409,107 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(["image", "caption", 'a"}{', "x\
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=ROWS, indent=st.sampled_from([None, 0, 3]), ascii=st.booleans(), block=st.sampled_from([16, 64, 1 << 20]))
-def test_rows_of_any_array_are_found(tmp_path, monkeypatch, rows, indent, ascii, block):
-    monkeypatch.setattr(formats_json, "_BLOCK", block)
+@given(rows=ROWS, indent=st.sampled_from([None, 0, 3]), ascii=st.booleans(), long=st.sampled_from([4, 64, 1 << 16]))
+def test_rows_of_any_array_are_found(tmp_path, monkeypatch, rows, indent, ascii, long):
+    monkeypatch.setattr(json_rows, "LONG", long)  # most rows of a list are found in one go, those that are longer not
     data = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
     (tmp_path / "l").write_bytes(data)
-    if block < 1 << 20 and any(len(json.dumps(r, indent=indent)) > block for r in rows):
-        return  # a row longer than the block is reported as malformed by design
-    at = _row_offsets(str(tmp_path / "l"))
+    at = json_rows.build(str(tmp_path / "l")).arrays["starts"]
     assert at.dtype == np.int64
     pieces = [data[a:b].strip(b" \n,") for a, b in zip(at, at[1:])]
     assert [json.loads(p.decode("utf-8", "surrogatepass")) for p in pieces] == rows
+
+
+def test_rows_however_deep_or_long(tmp_path, monkeypatch):
+    deep = "[" * 400 + "{}" + "]" * 400
+    nested = '{"a":' * 40 + '[{"b": "}, {"}]' + "}" * 40
+    rows = [
+        f'{{"image": "0.jpg", "caption": "a", "m": {nested}}}',
+        f'{{"image": "0.jpg", "m": {deep}, "caption": "b"}}',
+        json.dumps({"image": "0.jpg", "caption": "c", "m": 'y"\\{' * (1 << 19)}),
+        f'{{"image": "0.jpg", "caption": "d", "m": {"[" * 100_000 + "]" * 100_000}}}',
+        json.dumps({"image": "0.jpg", "caption": "e", "m": "y" * (R.MAX_TEXT + 1)}),
+        json.dumps({"image": "0.jpg", "caption": "f"}),
+    ]
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    for name, text in (("a.json", "[" + ", ".join(rows) + "]"), ("b.json", "\n".join(rows))):
+        (tmp_path / name).write_text(text)
+        source = open_source("x", config.source("json", str(tmp_path / name)))
+        assert len(source) == 6
+        assert [source[i]["captions"] for i in (0, 1, 2, 5)] == [["a"], ["b"], ["c"], ["f"]]
+        assert bad(source, 3).startswith("malformed row: nested too deep")
+        assert bad(source, 4).startswith("malformed row: 83") and f"at most {R.MAX_TEXT}" in bad(source, 4)
+
+
+def test_a_broken_row_costs_itself(tmp_path):
+    good = [{"image": "0.jpg", "caption": str(i)} for i in range(3)]
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    for broken in (
+        '{"image": "a, "caption": "b"}',
+        '{"a": [1,, 2]}',
+        "{'a': 1}",
+        '{"a": {"b": [}}',
+        '"lone',
+        "}",
+        "]}",
+    ):
+        rows = [json.dumps(good[0]), broken, *map(json.dumps, good[1:])]
+        (tmp_path / "l.json").write_text("[" + ",\n".join(rows) + "]")
+        source = open_source("x", config.source("json", str(tmp_path / "l.json")))
+        found = []
+        for i in range(len(source)):
+            try:
+                found.append(source[i]["captions"][0])
+            except R.BadRecord:
+                found.append(None)
+        assert found == ["0", None, "1", "2"], broken
+
+
+def test_arrays_one_behind_the_other(tmp_path):
+    rows = json.loads(write_json(tmp_path, records(4)).read_text())
+    (tmp_path / "l.json").write_text(json.dumps(rows[:2]) + "\n" + json.dumps(rows[2:]))
+    assert content(open_source("x", config.source("json", str(tmp_path / "l.json")))) == wanted(records(4))
+
+
+def test_the_same_list_names_of_two_folders(tmp_path):
+    for folder in "ab":
+        path = write_json(tmp_path / folder, records(1))
+        path.write_text(json.dumps([{"image": "img/0000.jpg", "caption": "c"}]))
+    source = open_source("x", config.source("json", str(tmp_path / "*" / "list.json")))
+    assert [source[i]["key"] for i in (0, 1)] == [f"x:{f}/list.json#0:img/0000.jpg" for f in "ab"]
+    assert source[0]["image_id"] != source[1]["image_id"]  # without image_id, pictures of two folders are two
+
+
+@pytest.mark.parametrize(
+    "value", ["absent", None, "", " ", "NaN", float("nan"), float("inf"), [], {"a": 1}, False, 1e300]
+)
+def test_what_is_no_image_id(tmp_path, value):
+    rows = [{"image": f"./img/000{i}.jpg", "caption": "c", "image_id": value} for i in (0, 0, 1)]
+    path = write_json(tmp_path, records(2))
+    path.write_text(json.dumps([{k: v for k, v in row.items() if v != "absent"} for row in rows]))
+    source = open_source("x", config.source("json", str(path)))
+    path_of = lambda i: f"img/000{i}.jpg"
+    assert [source[i]["image_id"] for i in range(3)] == [path_of(0), path_of(0), path_of(1)]
+
+
+def test_nested_fields_of_a_list(tmp_path):
+    table = [{"file": {"path": "img/0000.jpg"}, "sentences": [{"raw": "a"}, {"raw": "b"}]}]
+    path = write_json(tmp_path, records(1))
+    path.write_text(json.dumps(table))
+    leaves = {"image_key": "file/path", "caption_key": "sentences/raw"}
+    source = open_source("x", config.source("json", str(path), **leaves))
+    assert source[0]["captions"] == source.captions_of(0) == ["a", "b"]
+
+
+def test_a_list_of_pictures_alone(tmp_path, caplog):
+    path = write_json(tmp_path, records(2))
+    path.write_text(json.dumps([{"image": "img/0000.jpg"}, {"image": "img/0001.jpg"}]))
+    with pytest.raises(ValueError, match="field 'caption'; the fields are .*caption_key"):
+        open_all({"x": config.source("json", str(path))})
+    source = open_all({"x": config.source("json", str(path))}, texts=False)["x"]
+    assert [source[i]["captions"] for i in (0, 1)] == [[], []] and "taken without texts" in caplog.text
+    with pytest.raises(ValueError, match="no row .* has the field 'TEXT'"):  # it was asked for
+        open_all({"x": config.source("json", str(path), caption_key="TEXT")}, texts=False)
 
 
 def test_index_is_compact(tmp_path):

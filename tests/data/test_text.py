@@ -1,9 +1,7 @@
-import io
 import json
 import pathlib
 import subprocess
 import sys
-import tarfile
 import unicodedata
 
 import numpy as np

@@ -256,7 +256,18 @@ def test_evaluate_reports_both_stages_and_a_clipped_k(caplog):
     assert result["itc_img_r1"] == pytest.approx(100 * first_is_own)
     assert result["img_r1"] == pytest.approx(100 * ((cosine + logit).argmax(axis=0) == data.text_image).mean())
     names = [f"{way}_{r}" for way in ("txt", "img") for r in ("r1", "r5", "r10", "r_mean")] + ["r_mean"]
-    assert sorted(result) == sorted(names + [f"itc_{n}" for n in names])
+    assert sorted(result) == sorted([*names, *(f"itc_{n}" for n in names), "images", "texts"])
+    assert (result["images"], result["texts"]) == (N_IMAGES, N_TEXTS)
+
+
+def test_what_cannot_be_read_leaves_the_counts_and_the_chance():
+    cfg, model, params, texts = tiny()
+    data = Images(np.random.default_rng(2), unreadable=[3, 4])
+    result = two_stage.evaluate(cfg, model, params, data, texts, sharding.make_mesh(cfg.mesh))
+    left = int((~np.isin(data.text_image, [3, 4])).sum())
+    assert (result["images"], result["texts"]) == (9, left)
+    assert f"9 images, {left} captions" in recall.table(result)
+    assert f"{100 / 9:.1f}" in recall.table(result)  # R@1 of text to image by chance
 
 
 def test_pictures_and_captions_of_a_source(tmp_path):

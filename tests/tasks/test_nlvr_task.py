@@ -173,7 +173,8 @@ def test_both_layouts_give_the_same_pictures_sentences_and_groups(files):
         assert len(official) == len(ours) == n
         for a, b in pairs:
             assert [a[k] for k in ("images", "sentence", "label")] == [b[k] for k in ("images", "sentence", "label")]
-            assert a["key"] == a["identifier"] and a["identifier"].startswith(b["identifier"]) and "#" in b["key"]
+            assert a["key"].endswith(f":{a['identifier']}") and a["identifier"].startswith(b["identifier"])
+            assert a["key"].startswith(f"s:{split}.json#") and b["key"].startswith(f"s:nlvr_{split}.json#")
         groups = [[row["group"] for row in side] for side in zip(*pairs)]
         same = [[a == b for a in side for b in side] for side in groups]
         assert same[0] == same[1]  # who shares a sentence and a set with whom

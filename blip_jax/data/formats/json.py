@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import array
 import bisect
 import json
 import os
-import re
-from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
+from blip_jax.data import rows
 from blip_jax.data.folders import check_links, image_folder, read_image
-from blip_jax.data.source import MAX_BYTES, BadRecord, Source, as_captions, expand, read_at
+from blip_jax.data.index import indexes
+from blip_jax.data.source import (
+    MAX_TEXT,
+    BadRecord,
+    Source,
+    as_captions,
+    expand,
+    field_of,
+    image_id,
+    in_keys,
+    read_at,
+)
 
+MAX_PATH = 300  # letters of an image path that a key shows
 LOOKED_AT = 100  # first rows of a list that decide at opening whether it is the right kind of file
 
 
@@ -22,15 +31,20 @@ class JsonRows(Source):
     """Rows {image, caption: str | [str], image_id} of JSON arrays or JSON lines; only 8 bytes a row are kept in memory.
 
     Image paths are taken below cfg.images ("": the folder of the list) and may not leave it, whatever links they pass.
-    A row without image_id has its image path as id. The key is "<image path>#<row>", or "<list>#<row>" where there is
-    no path.
+    A row without image_id has its image path as id. The key is "<source>:<list>#<row>:<image path>", without the last
+    part where there is no path. Fields are named by cfg.image_key and cfg.caption_key; "a/b" is a nested one.
     """
 
     def __init__(self, name: str, cfg):
         self._image_key, self._caption_key = cfg.image_key, cfg.caption_key
         self._files = expand(name, cfg)
         self._folders = [image_folder(name, cfg, f) for f in self._files]
-        self._starts = [_row_offsets(f) for f in self._files]  # byte offsets of rows, and of the end
+        self._names = [f"{name}:{file}" for file in in_keys(self._files)]
+        roots = [folder.path for folder in self._folders]
+        shared = os.path.commonpath(roots)
+        self._below = [os.path.relpath(root, shared) for root in roots]  # tells equal paths of two roots apart
+        # byte offsets of rows, and of the end
+        self._starts = [index.arrays["starts"] for index in indexes(rows, self._files, {}, name)]
         self._ends = np.cumsum([len(s) - 1 for s in self._starts]).tolist()
         self._check(name)
 
@@ -38,19 +52,23 @@ class JsonRows(Source):
         """The first rows of each list show whether its fields are what the config says."""
         first = 0
         for path, folder, end in zip(self._files, self._folders, self._ends):
-            rows = [r for r in map(self._peek, range(first, min(first + LOOKED_AT, end))) if r is not None]
-            if end > first and not rows:
+            found = [r for r in map(self._peek, range(first, min(first + LOOKED_AT, end))) if r is not None]
+            if end > first and not found:
                 raise ValueError(
                     f"data source {name!r}: {path!r} holds no JSON objects in its first rows; BLIP's layout is "
                     '[{"image": "a.jpg", "caption": "..."}, ...], or one such object a line'
                 )
             for field, leaf in ((self._image_key, "image_key"), (self._caption_key, "caption_key")):
-                if rows and not any(field in r for r in rows):
-                    raise ValueError(
-                        f"data source {name!r}: no row at the start of {path!r} has the field {field!r}; the fields "
-                        f"are {sorted(rows[0])[:12]}: set `{leaf}`, or give a list in BLIP's layout"
-                    )
-            check_links(name, folder, (r.get(self._image_key) for r in rows))
+                if not found or any(field_of(row, field, self) is not self for row in found):
+                    continue
+                problem = (
+                    f"no row at the start of {path!r} has the field {field!r}; the fields are {sorted(found[0])[:12]}: "
+                    f"set `{leaf}`, or give a list in BLIP's layout"
+                )
+                if leaf == "image_key" or field != "caption":
+                    raise ValueError(f"data source {name!r}: {problem}")
+                self.without_texts = problem
+            check_links(name, folder, (r.get(self._image_key) for r in found))
             first = end
 
     def _peek(self, i: int) -> dict | None:
@@ -66,14 +84,19 @@ class JsonRows(Source):
         """Row `i`: "<list>#<row>", the number of its file, and the object."""
         f = bisect.bisect_right(self._ends, i)
         starts, k = self._starts[f], i - (self._ends[f - 1] if f else 0)
-        key = f"{os.path.basename(self._files[f])}#{k}"
+        key = f"{self._names[f]}#{k}"
         start, size = int(starts[k]), int(starts[k + 1] - starts[k])
-        if size > MAX_BYTES:
-            raise BadRecord(key, f"malformed row: {size} bytes at byte {start}")
+        if size > MAX_TEXT:
+            raise BadRecord(key, f"malformed row: {size} bytes at byte {start}, at most {MAX_TEXT} are read")
         try:
-            row = json.loads(read_at(self._files[f], start, size).strip(b" \t\r\n,"), strict=False)
-        except (ValueError, RecursionError) as e:
+            text = read_at(self._files[f], start, size).strip(b" \t\r\n,")
+            if text.endswith(b"["):  # the array ends here and another one begins
+                text = text[:-1].rstrip().removesuffix(b"]")
+            row = json.loads(text, strict=False)
+        except ValueError as e:
             raise BadRecord(key, f"malformed row: not JSON at byte {start}: {e}") from None
+        except RecursionError:
+            raise BadRecord(key, f"malformed row: nested too deep at byte {start}") from None
         except OSError as e:
             raise BadRecord(key, f"unreadable file: {e}") from None
         if not isinstance(row, dict):
@@ -82,96 +105,25 @@ class JsonRows(Source):
 
     def captions_of(self, i: int) -> list[str]:
         key, _, row = self._row(i)
-        return as_captions(self._key(i, key, row), row.get(self._caption_key))
+        key, _ = self._image(key, row)
+        return self._captions(key, row)
 
-    def _key(self, i: int, key: str, row: dict) -> str:
-        image = row.get(self._image_key)
+    def _captions(self, key: str, row: dict) -> list[str]:
+        return as_captions(key, field_of(row, self._caption_key))
+
+    def _image(self, key: str, row: dict) -> tuple[str, str]:
+        """The key of a row with the path of its image, and this path. BadRecord: it has none."""
+        image = field_of(row, self._image_key)
         if not isinstance(image, str) or not image:
             raise BadRecord(key, f"malformed row: {self._image_key!r} is {str(image)[:80]!r}, not a path")
-        return f"{image}#{i}"
+        return f"{key}:{image[:MAX_PATH]}", image
 
     def __getitem__(self, i: int) -> dict:
         key, f, row = self._row(i)
-        key, image = self._key(i, key, row), row[self._image_key]
+        key, image = self._image(key, row)
         return {
             "key": key,
             "image": read_image(key, self._folders[f], image),
-            "captions": as_captions(key, row.get(self._caption_key)),
-            "image_id": str(row.get("image_id", image)),
+            "captions": self._captions(key, row),
+            "image_id": image_id(row.get("image_id"), os.path.normpath(os.path.join(self._below[f], image))),
         }
-
-
-def _row_offsets(path: str) -> np.ndarray:
-    """i64[rows + 1]: byte offsets of the rows of a JSON array or JSON lines file, and the end of the last."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f, tqdm(total=size, desc=f"index {path}", unit="B", unit_scale=True, delay=5) as bar:
-        head = f.read(1 << 16)
-        start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
-        start += len(head[start:]) - len(head[start:].lstrip())
-        first = head[start : start + 1]
-        if first not in (b"[", b"{"):
-            raise ValueError(
-                f"{path!r} is {'empty' if not head else 'not JSON'}: BLIP's layout is "
-                '[{"image": "a.jpg", "caption": "..."}, ...], or one such object a line'
-            )
-        f.seek(start + (first == b"["))
-        rows = array.array("q", _array_rows(f, path, bar) if first == b"[" else _lines(f, bar))
-    return np.frombuffer(rows, np.int64)
-
-
-def _lines(f, bar) -> Iterator[int]:
-    at = f.tell()
-    for line in f:
-        if not line.isspace():
-            yield at
-        at += len(line)
-        bar.update(len(line))
-    yield at
-
-
-_STRING = rb'"(?:[^"\\]++|\\.)*+"'
-_ROW = rb"(?!)"
-for _ in range(6):  # an object, with objects inside it to this depth; strings may hold any bracket
-    _ROW = rb'\{(?:[^{}"]++|' + _STRING + rb"|" + _ROW + rb")*+\}"
-_NEXT_ROW = re.compile(rb"[\s,]*+(" + _ROW + rb")", re.DOTALL)
-_BETWEEN = re.compile(rb"[\s,]*+")
-_BLOCK = 1 << 20  # bytes; also the longest row that is looked for
-
-
-def _array_rows(f, path: str, bar) -> Iterator[int]:
-    """Offsets of the rows of a JSON array whose [ has been read, without parsing them.
-
-    What is between two rows and no separator becomes a row too, so that it is reported and not lost.
-    """
-    # buf: what has been read and not yet passed, which begins at offset `base` of the file; pos: how far it is read
-    base, buf, pos, more = f.tell(), b"", 0, True
-    while True:
-        if more and len(buf) - pos < _BLOCK:
-            block = f.read(_BLOCK)
-            more = bool(block)
-            base, buf, pos = base + pos, buf[pos:] + block, 0
-            bar.update(len(block))
-
-        if m := _NEXT_ROW.match(buf, pos):
-            yield base + m.start(1)
-            pos = m.end()
-            continue
-
-        # no row begins here: the end of the array, or something that is no separator
-        pos = _BETWEEN.match(buf, pos).end()
-        if more and len(buf) - pos < _BLOCK:
-            continue
-        if buf[pos : pos + 1] == b"]" and not more and not buf[pos + 1 :].strip():
-            yield base + pos
-            return
-        yield base + pos
-        m = _NEXT_ROW.search(buf, pos + 1)
-        pos = m.start() if m else len(buf)
-        if not (m or more):
-            last = buf.rstrip()
-            if not last.endswith(b"]"):
-                raise ValueError(
-                    f"{path!r} is not JSON: the array has no end; the file is cut or broken, fetch it again"
-                )
-            yield base + len(last) - 1
-            return

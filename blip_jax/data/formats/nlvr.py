@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
-from blip_jax.data.source import BadRecord, Source, expand
+from blip_jax.data.source import BadRecord, Source, expand, in_keys
 
 PAIR = re.compile(r"(?P<split>\w+)-(?P<set>\d+)-(?P<pair>\d+)")  # of pictures, in an identifier and in a file's name
 
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 class Sentences(Source):
     """Records {"key", "image_id", "images": [bytes, bytes], "sentence", "label": bool or None, "identifier", "group"}.
 
-    The key is the official identifier, or "<file>#<row>" for BLIP's lists.
+    The key is "<source>:<file>#<row>", and ":<identifier>" in official files.
     """
 
     def __init__(self, name: str, cfg):
@@ -41,11 +41,11 @@ class Sentences(Source):
         self._folder = image_folder(name, cfg, files[0])
         self._rows: list[Example | None] = []
         self._keys: list[str] = []
-        for path in files:
+        for path, file in zip(files, in_keys(files)):
             rows, official = _content(name, path)
             self._rows += rows
             self._keys += [
-                row.identifier if official and row else f"{os.path.basename(path)}#{i}" for i, row in enumerate(rows)
+                f"{name}:{file}#{i}" + (f":{row.identifier}" if official and row else "") for i, row in enumerate(rows)
             ]
         check_links(name, self._folder, (path for row in self._rows[:LOOKED_AT] if row for path in row.images))
 
@@ -74,14 +74,14 @@ def open(name: str, cfg) -> Sentences:
 
 def _content(name: str, path: str) -> tuple[list[Example | None], bool]:
     """The rows of a file, and whether it is an official one."""
-    text = pathlib.Path(path).read_text(encoding="utf-8").strip()
     try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig").strip()
         rows = (
             json.loads(text)
             if text.startswith("[")
             else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"data source {name!r}: {path} is neither JSON nor JSON lines ({e})") from e
     official = any(isinstance(row, dict) and "identifier" in row for row in rows)
     if not official and not any(isinstance(row, dict) and "images" in row for row in rows):

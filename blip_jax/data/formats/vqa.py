@@ -10,14 +10,13 @@ Visual Genome's image).
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from typing import NamedTuple
 
 from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
-from blip_jax.data.source import BadRecord, Source, expand
+from blip_jax.data.source import BadRecord, Source, expand, in_keys
 
 
 class Question(NamedTuple):
@@ -35,7 +34,8 @@ class Questions(Source):
     """Records {"key", "image", "image_id", "question_id", "question", "answers", "dataset", "answer_type",
     "question_type"}.
 
-    dataset: "vqa", or "vg" for Visual Genome. The key is the question's id, or "<file>#<row>".
+    dataset: "vqa", or "vg" for Visual Genome. The key is "<source>:<file>#<row>", and ":<question's id>" where it has
+    one.
     """
 
     def __init__(self, name: str, cfg):
@@ -43,18 +43,18 @@ class Questions(Source):
         self._folder = image_folder(name, cfg, files[0])
         self._rows: list[Question] = []
         self._keys: list[str] = []
-        asked, answered = [], {}
+        asked, answered, named = [], {}, dict(zip(files, in_keys(files)))
         for path in files:
             content = _content(name, path)
             if isinstance(content, list):
-                self._add(path, [_of_blip(row) for row in content])
+                self._add(f"{name}:{named[path]}", [_of_blip(row) for row in content])
             elif "annotations" in content:
                 answered |= {a["question_id"]: a for a in content["annotations"]}
             else:
                 asked.append((path, content))
         for path, content in asked:
             self._add(
-                path,
+                f"{name}:{named[path]}",
                 [
                     _official(q, answered.pop(q.get("question_id"), None), content["data_subtype"])
                     for q in content["questions"]
@@ -68,10 +68,11 @@ class Questions(Source):
             )
         check_links(name, self._folder, (row.image for row in self._rows[:LOOKED_AT] if row))
 
-    def _add(self, path: str, rows: list) -> None:
-        file = os.path.basename(path)
+    def _add(self, file: str, rows: list) -> None:
+        """file: as keys name it."""
         self._keys += [
-            f"{file}#{i}" if row is None or row.number is None else str(row.number) for i, row in enumerate(rows)
+            f"{file}#{i}" + ("" if row is None or row.number is None else f":{row.number}")
+            for i, row in enumerate(rows)
         ]
         self._rows += rows
 
@@ -105,8 +106,8 @@ def open(name: str, cfg) -> Questions:
 def _content(name: str, path: str):
     """A list of BLIP's rows, or an official file as a dict."""
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"data source {name!r}: {path} is no JSON ({e})") from e
     official = isinstance(content, dict) and (
         "annotations" in content or {"questions", "data_subtype"} <= content.keys()
