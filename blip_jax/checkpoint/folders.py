@@ -34,7 +34,7 @@ def vocabulary(workdir, like="") -> pathlib.Path | None:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 def plain(folder: pathlib.Path) -> pathlib.Path:
-    """`folder`, which exists, as orbax and tensorstore take it: by a link of another name where its own would be read
+    """`folder` as orbax and tensorstore take it: by a link of another name where its own would be read
     for something else. ValueError: the name is no text, and what is said of the folder could not be printed."""
     try:
         str(folder).encode()

@@ -37,8 +37,9 @@ def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
 
 def _folder(workdir) -> pathlib.Path:
     workdir = pathlib.Path(workdir).absolute()
+    found = plain(workdir) / SUBDIR
     workdir.mkdir(parents=True, exist_ok=True)
-    return plain(workdir) / SUBDIR
+    return found
 
 
 def _handlers(state: ocp.CheckpointHandler) -> dict:

@@ -106,9 +106,12 @@ def test_a_workdir_of_any_name(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]  # and nothing elsewhere
 
 
-def test_a_name_that_cannot_be_printed_is_refused_before_anything_is_written(tmp_path):
+def test_a_name_that_cannot_be_printed_is_refused_before_anything_is_written(tmp_path, capsys):
+    workdir = tmp_path / os.fsdecode(b"\xff")
     with pytest.raises(ValueError, match="is no name in UTF-8: rename the folder"):
-        checkpoint.open_dir(tmp_path / os.fsdecode(b"\xff"), keep=1)
+        checkpoint.open_dir(workdir, keep=1)
+    assert main.main(["train", "--config=x.py", f"--workdir={workdir}"]) == 2
+    assert "is no text in UTF-8: rename the file or folder" in capsys.readouterr().err
 
 
 def test_folders_beside_checkpoints(tmp_path):
