@@ -6,15 +6,16 @@ knows nothing of the mesh: a state saved on one restores onto any other. Each ar
 position, the config and the vocabulary: whatever reads a checkpoint compares them.
 """
 
-from blip_jax.checkpoint.folders import (
-    SUBDIR,
+from blip_jax.checkpoint.folders import SUBDIR, folders, missing, newest_complete, references, vocabulary
+from blip_jax.checkpoint.load import (
+    Damaged,
     check_folders,
-    folders,
-    missing,
+    damage,
+    load_config,
+    load_data,
+    load_extra,
+    load_params,
     newest,
-    newest_complete,
-    references,
-    vocabulary,
+    own_vocabulary,
 )
-from blip_jax.checkpoint.load import Damaged, damage, load_config, load_data, load_extra, load_params, own_vocabulary
 from blip_jax.checkpoint.store import check_same, open_dir, restore, save, write

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,101 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from blip_jax.checkpoint import sums
-from blip_jax.checkpoint.folders import SUMS, is_database, missing, newest, numbered, plain, short, vocabulary
+from blip_jax.checkpoint.folders import (
+    ITEMS,
+    SUBDIR,
+    SUMS,
+    folders,
+    is_database,
+    listed,
+    missing,
+    numbered,
+    plain,
+    short,
+    vocabulary,
+)
 from blip_jax.trees import nest, path_name
 
+# in the tree of a state that orbax keeps beside it: text layers that are no stack, frozen parameters
+OLD = re.compile(r"'med(_dec)?', 'layer_\d\d'|'frozen', '")
 THREADS = min(os.cpu_count() or 1, 16)  # that compute checksums
 
 
+# --- which one is read ------------------------------------------------------------------------------------------------
+def check_folders(workdir) -> tuple[int | None, list[str]]:
+    """Number of the newest checkpoint of `workdir`, or None, and what is to be said of the others.
+
+    ValueError: something of the newest one is missing; it names what, and the newest complete one. A name that orbax
+    reads as a number, and nobody else does.
+    """
+    found, parent = folders(workdir), pathlib.Path(workdir).absolute() / SUBDIR
+    names = {p.name for p in (parent.iterdir() if parent.is_dir() else ())} - {str(step) for step in found}
+    if strange := sorted(name for name in names if re.search(r"^(0|[1-9]\d*)$", name)):
+        raise ValueError(
+            f"{parent / strange[0]} is named as a checkpoint is, and is none: move it away, for saving counts it as one"
+        )
+    lost = {step: missing(folder) for step, folder in found.items()}
+    last = max(found, default=None)
+    if last is not None and lost[last]:
+        raise ValueError(_incomplete(found[last], lost[last]))
+    if last is not None:
+        _refuse_old(found[last])
+    notes = [
+        f"warning: {found[step]} is incomplete and of no use: {listed(names)} missing"
+        for step, names in lost.items()
+        if names
+    ]
+    torn = sorted(name for name in names if ".orbax-checkpoint-tmp" in name)
+    if torn:
+        notes.append(f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing")
+    return last, notes
+
+
+def newest(path) -> pathlib.Path:
+    """The newest complete checkpoint folder of a workdir, or `path` itself if it is one. ValueError: there is none."""
+    path = pathlib.Path(path).absolute()
+    if (path / "state").is_dir():
+        return _refuse_old(path)
+    for parent in (path / SUBDIR, path):
+        found = (p for p in numbered(parent).values() if any((p / name).is_dir() for name in ITEMS))
+        if folder := next(found, None):
+            if lost := missing(folder):
+                raise ValueError(_incomplete(folder, lost))
+            return _refuse_old(folder)
+    raise ValueError(
+        f"{path} holds no complete checkpoint: give a workdir of `blip-jax train`, or one of the numbered "
+        f"folders in its {SUBDIR}/"
+    )
+
+
+def _incomplete(folder: pathlib.Path, lost: list[str]) -> str:
+    other = _good_beside(folder)
+    remedy = (
+        f"checkpoint {other} is the newest complete one: move {folder} away to go on from it"
+        if other is not None
+        else "there is no complete one beside it: put back what is missing, or move the folder away to begin anew"
+    )
+    return f"checkpoint {folder.name} in {folder.parent} is incomplete: {listed(lost)} missing; {remedy}"
+
+
+def _refuse_old(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of a checkpoint.
+
+    ValueError: its text layers are med/layer_00, med/layer_01, ..., as they were before they were stacked, or it holds
+    frozen parameters, as before they were referred to.
+    """
+    tree = folder / "state" / "_METADATA"
+    if tree.is_file() and OLD.search(tree.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked and whose "
+            "frozen parameters were in the checkpoint: let that version write it as a PyTorch file (`blip-jax convert "
+            f"{folder} OUT.pth --to=official`) and give OUT.pth to this one's `blip-jax convert`, or start anew in "
+            "another workdir"
+        )
+    return folder
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
 def load_params(path) -> dict:
     """Parameters that a checkpoint holds, as a nested dict of numpy arrays, whatever mesh wrote them.
 
@@ -192,12 +282,16 @@ def damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> list[str]:
     return sorted(found)
 
 
+def _good_beside(folder: pathlib.Path) -> int | None:
+    """Number of the newest good checkpoint beside a bad one."""
+    return next((step for step, p in numbered(folder.parent).items() if p != folder and not damage(p)), None)
+
+
 class Damaged(ValueError):
     """A checkpoint of which `damage` found something; says what, and the newest good one beside it, in a line."""
 
     def __init__(self, folder: pathlib.Path, found: list[str]):
-        beside = numbered(folder.parent)
-        other = next((step for step, p in beside.items() if p != folder and not damage(p)), None)
+        other = _good_beside(folder)
         remedy = (
             f"checkpoint {other} is the newest good one: move {folder} away to go on from it"
             if other is not None
