@@ -15,6 +15,7 @@ import tensorstore as ts
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 SUMS = "checksums"  # an item that checkpoints of earlier versions lack
+LINKS: dict[pathlib.Path, pathlib.Path] = {}  # that this process made, by the folders they lead to
 PLAIN = re.compile(r"[\w/ .-]*")  # orbax and tensorstore take other characters for patterns, addresses, escapes, ...
 LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock files and for object stores
 
@@ -38,28 +39,24 @@ def plain(folder: pathlib.Path) -> pathlib.Path:
         str(folder).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{str(folder)!r} is no name in UTF-8: rename the folder") from None
-    return folder if _is_plain(folder) else _link(folder)
+    if _is_plain(folder):
+        return folder
+    if folder not in LINKS:
+        link = pathlib.Path(_links().name) / str(len(LINKS))
+        link.symlink_to(folder)
+        LINKS[folder] = link
+    return LINKS[folder]
 
 
 def _is_plain(folder: pathlib.Path) -> bool:
-    return bool(PLAIN.fullmatch(str(folder))) and LOCK not in str(folder) and folder.parts[1] not in CLOUDS
+    return bool(PLAIN.fullmatch(str(folder))) and LOCK not in str(folder) and (*folder.parts, "")[1] not in CLOUDS
 
 
-def spelled(path: pathlib.Path) -> pathlib.Path:
+def spelled(path) -> pathlib.Path:
     """The inverse of `plain`, also for what lies within such a folder."""
-    links = pathlib.Path(_links().name)
-    if not path.is_relative_to(links):
-        return path
-    link, *within = path.relative_to(links).parts
-    return (links / link).readlink().joinpath(*within)
-
-
-@functools.cache
-def _link(folder: pathlib.Path) -> pathlib.Path:
-    links = pathlib.Path(_links().name)
-    link = links / str(len(list(links.iterdir())))
-    link.symlink_to(folder)
-    return link
+    path = pathlib.Path(path)
+    inside = (folder / path.relative_to(link) for folder, link in LINKS.items() if path.is_relative_to(link))
+    return next(inside, path)
 
 
 @functools.cache

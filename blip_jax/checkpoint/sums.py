@@ -18,7 +18,7 @@ from jax import lax
 from blip_jax.trees import path_name
 
 PLACE, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35  # odd, so that multiplying loses nothing
-BLOCK = 2**15  # elements that NumPy mixes at a time: they stay in a core's cache
+BLOCK = 2**16  # elements that NumPy mixes at a time: they stay in a core's cache
 
 
 def of_state(state) -> dict[str, str]:
@@ -54,7 +54,8 @@ def _total(x) -> jax.Array:
 
 def of_array(x: np.ndarray) -> str:
     """The same of a NumPy array, of which no copy is made."""
-    bits = np.asarray(x, x.dtype.newbyteorder("=")).view(f"u{x.dtype.itemsize}")
+    x = np.asarray(x, x.dtype.newbyteorder("="))
+    bits = x.view(f"u{x.dtype.itemsize}")
     parts = max(x.dtype.itemsize // 4, 1)  # words of 32 bits that an element has
     places = np.arange(BLOCK * parts, dtype=np.uint32) * np.uint32(PLACE)
     mixed, moved = np.empty_like(places), np.empty_like(places)
