@@ -7,7 +7,6 @@ import functools
 import gc
 import json
 import logging
-import os
 import pathlib
 import re
 import sys
@@ -38,7 +37,6 @@ from blip_jax.trees import nest, path_name
 
 # in the tree of a state that orbax keeps beside it: text layers that are no stack, frozen parameters
 OLD = re.compile(r"'med(_dec)?', 'layer_\d\d'|'frozen', '")
-THREADS = min(os.cpu_count() or 1, 16)  # that compute checksums
 
 
 # --- which one is read ------------------------------------------------------------------------------------------------
@@ -139,7 +137,7 @@ def _load(folder: pathlib.Path, prefix: str) -> dict:
     def read() -> dict:
         paths, array = _reader(folder)
         wanted = [path for path in paths if path.startswith(prefix)]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(sums.THREADS) as pool:
             return nest((path.removeprefix(prefix), x) for path, x in zip(wanted, pool.map(array, wanted)))
 
     return whole(folder, read)
@@ -271,7 +269,7 @@ def damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> list[str]:
 
     def arrays() -> None:
         paths, read = _reader(folder)
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(sums.THREADS) as pool:
             list(pool.map(lambda path: attempt(read, path), paths[share::shares]))
 
     with _quiet():

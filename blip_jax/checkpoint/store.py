@@ -13,7 +13,7 @@ from absl import logging
 
 from blip_jax.checkpoint import sums
 from blip_jax.checkpoint.folders import SUBDIR, SUMS, plain, spelled, vocabulary
-from blip_jax.checkpoint.load import THREADS, Damaged, compare, damage, load_data, recorded, tree, whole
+from blip_jax.checkpoint.load import Damaged, compare, damage, load_data, recorded, tree, whole
 from blip_jax.trees import path_name
 
 SLICE = 2**14  # bytes from which a part of an array is written by a device of its own, of those that have copies
@@ -97,7 +97,7 @@ def write(workdir, state: dict, data: dict, config: dict) -> None:
     workdir = pathlib.Path(workdir).absolute()
     state = jax.tree.map(np.asarray, state)
     leaves = {path_name(path): x for path, x in jax.tree.leaves_with_path(state)}
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(sums.THREADS) as pool:
         arrays = dict(zip(leaves, pool.map(sums.of_array, leaves.values())))
     said = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns of every layout but its default
