@@ -212,8 +212,11 @@ def tree(folder: pathlib.Path) -> dict[str, Any]:
 
     ValueError: they are not those that were written.
     """
-    with _quiet():
-        found = ocp.StandardCheckpointHandler().metadata(plain(folder) / "state").tree
+    try:
+        with _quiet():
+            found = ocp.StandardCheckpointHandler().metadata(plain(folder) / "state").tree
+    except Exception as e:
+        raise ValueError(f"state/ cannot be read ({type(e).__name__}: {short(e)})") from None
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
     if expected := recorded(folder):
         shapes = {path: said.split()[0] for path, said in expected["arrays"].items()}
@@ -268,6 +271,8 @@ def damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> list[str]:
             found.add(short(e))
 
     def arrays() -> None:
+        for path in (folder / "state" / "array_metadatas").glob("*"):
+            json.loads(path.read_bytes())
         paths, read = _reader(folder)
         with ThreadPoolExecutor(sums.THREADS) as pool:
             list(pool.map(lambda path: attempt(read, path), paths[share::shares]))
@@ -306,11 +311,11 @@ def whole(folder: pathlib.Path, read: Callable[[], Any]) -> Any:
     with _quiet():
         try:
             return read()
-        except MemoryError:
-            raise
-        except Exception:
+        except (MemoryError, OSError, jax.errors.JaxRuntimeError):  # of the machine, unless the files say otherwise
             if not (found := damage(folder)):
                 raise
+        except Exception as e:
+            found = damage(folder) or [short(e)]  # what orbax alone looks at
         gc.collect()  # outside of the handler, where nothing holds on to unfinished tasks any more
     raise Damaged(folder, found)
 
