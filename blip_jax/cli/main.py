@@ -263,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     compiler.set_stack()
     try:
+        if wrong := [arg for arg in argv if any("\udc80" <= c <= "\udcff" for c in arg)]:  # bytes that are no UTF-8
+            raise ValueError(f"{wrong[0]!r} is no text in UTF-8: rename the file or folder")
         if argv[0] not in COMMANDS:
             raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv)

@@ -49,8 +49,22 @@ class Together(NamedTuple):
 
 
 def names(init_from: str) -> list[str]:
-    """The origins that train.init_from names, separated by commas."""
-    return [name.strip() for name in init_from.split(",") if name.strip()]
+    """The origins that train.init_from names, separated by commas; one within the name of what exists separates
+    nothing."""
+    out, parts = [], init_from.split(",")
+    while parts:
+        joined = (",".join(parts[:n]) for n in range(len(parts), 0, -1))  # the longest that exists
+        name = next((name for text in joined for name in (text, text.strip()) if name and _exists(name)), parts[0])
+        del parts[: name.count(",") + 1]
+        out += [name if _exists(name) else name.strip()] * bool(name.strip())
+    return out
+
+
+def _exists(path: str) -> bool:
+    try:
+        return pathlib.Path(path).exists()
+    except OSError:  # a name too long
+        return False
 
 
 def together(cfg, sources: Sequence[tuple[str, Source]]) -> Together:

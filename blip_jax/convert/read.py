@@ -219,7 +219,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
         converted.get("family", cfg.objective),
         state,
         cfg,
-        checkpoint.vocabulary(folder.parent.parent),
+        checkpoint.own_vocabulary(folder),
         [],
         tuple(converted.get("absent", ())),
     )

@@ -166,11 +166,25 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
                 out["log"] = _log(run, writer, step, sums, crc, clock)
                 sums = None
     manager.wait_until_finished()
+    if at.step < step:
+        _reopen(run, step, thoroughly=step >= last)
     say(
         f"{'stopped by a signal' if step < last else 'done'} at step {step} of {last}; "
-        f"checkpoint {manager.latest_step()} in {manager.directory}; examples {run.data.counts()}"
+        f"checkpoint {manager.latest_step()} in {run.workdir / checkpoint.SUBDIR}; examples {run.data.counts()}"
     )
     return {"step": step, "stopped": step < last, **out}
+
+
+def _reopen(run: Run, step: int, thoroughly: bool) -> None:
+    """checkpoint.Damaged: checkpoint `step`, just saved, is not there or cannot be read back as it was saved.
+
+    thoroughly: read all of it, each process a share; else, where a signal leaves little time, only look that it is
+    there: restoring it will verify it.
+    """
+    folder, own, count = run.workdir / checkpoint.SUBDIR / str(step), jax.process_index(), jax.process_count()
+    found = checkpoint.damage(folder, own, count) if thoroughly else checkpoint.missing(folder)
+    if every := sorted({line for part in processes.gather(found) for line in part}):
+        raise checkpoint.Damaged(folder, every)
 
 
 def prepare(cfg, workdir) -> Run:
@@ -283,16 +297,19 @@ def _write_result(workdir: pathlib.Path, task, result: dict, checkpoint: str) ->
 
 def check_resume(manager, step: int, run: Run) -> None:
     """Says which settings changed since checkpoint `step`. ValueError: they changed the model or the optimiser."""
-    before, now = trees.flat(checkpoint.saved_config(manager, step)), trees.flat(plain(run.cfg))
+    folder = run.workdir / checkpoint.SUBDIR / str(step)
+    before, now = trees.flat(checkpoint.load_config(folder)), trees.flat(plain(run.cfg))
     changed = [
         f"{name}: {before.get(name, 'absent')!r} -> {now.get(name, 'absent')!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
     try:
-        reference = checkpoint.load_data(checkpoint.folders(run.workdir)[step]).get("frozen") or {"leaves": {}}
+        reference = checkpoint.load_data(folder).get("frozen") or {"leaves": {}}
         elsewhere = {f"frozen/{path}": tuple(leaf["shape"]) for path, leaf in reference["leaves"].items()}
         checkpoint.check_same(manager, step, run.shapes, elsewhere)
+    except checkpoint.Damaged:
+        raise
     except ValueError as e:
         listing = "\n  ".join(changed) or "none"
         raise ValueError(f"{e}\nsettings that changed since it was written:\n  {listing}") from None

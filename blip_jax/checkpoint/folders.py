@@ -1,0 +1,173 @@
+"""Which checkpoint folders there are, and what each of them lacks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+
+import tensorstore as ts
+
+SUBDIR = "checkpoints"
+ITEMS = ("state", "data", "config")
+SUMS = "checksums"  # an item that checkpoints of earlier versions lack
+LINKS: dict[pathlib.Path, pathlib.Path] = {}  # that this process made, by the folders they lead to
+PLAIN = re.compile(r"[\w/ .-]*")  # orbax and tensorstore take other characters for patterns, addresses, escapes, ...
+LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock files and for object stores
+
+
+def vocabulary(workdir, like="") -> pathlib.Path | None:
+    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt or vocab.json, whichever there is, else None.
+
+    like: a vocabulary file; then where a copy of it belongs, whether there is one or not.
+    """
+    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json")]
+    if like:
+        return found[pathlib.Path(like).suffix == ".json"]
+    return next((path for path in found if path.is_file()), None)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+def plain(folder: pathlib.Path) -> pathlib.Path:
+    """`folder` as orbax and tensorstore take it: by a link of another name where its own would be read
+    for something else. ValueError: the name is no text, and what is said of the folder could not be printed."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(folder)!r} is no name in UTF-8: rename the folder") from None
+    if _is_plain(folder):
+        return folder
+    if folder not in LINKS:
+        link = pathlib.Path(_links().name) / str(len(LINKS))
+        link.symlink_to(folder)
+        LINKS[folder] = link
+    return LINKS[folder]
+
+
+def _is_plain(folder: pathlib.Path) -> bool:
+    return bool(PLAIN.fullmatch(str(folder))) and LOCK not in str(folder) and (*folder.parts, "")[1] not in CLOUDS
+
+
+def spelled(path) -> pathlib.Path:
+    """The inverse of `plain`, also for what lies within such a folder."""
+    path = pathlib.Path(path)
+    inside = (folder / path.relative_to(link) for folder, link in LINKS.items() if path.is_relative_to(link))
+    return next(inside, path)
+
+
+@functools.cache
+def _links() -> tempfile.TemporaryDirectory:
+    """This process's folder of links, which is removed when it ends."""
+    usual = pathlib.Path(tempfile.gettempdir())
+    return tempfile.TemporaryDirectory(prefix="blip_jax-", dir=usual if _is_plain(usual) else "/tmp")
+
+
+# --- checkpoints of a workdir -----------------------------------------------------------------------------------------
+def folders(workdir) -> dict[int, pathlib.Path]:
+    """The numbered folders of `workdir`, by number, newest first; whether they are complete or not."""
+    return numbered(pathlib.Path(workdir).absolute() / SUBDIR)
+
+
+def numbered(parent: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The folders in `parent` whose names are numbers as orbax writes them, newest first."""
+    entries = parent.iterdir() if parent.is_dir() else ()
+    found = {int(p.name): p for p in entries if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_complete(workdir) -> int | None:
+    """Number of the newest checkpoint of which nothing is missing, or None."""
+    return next((step for step, folder in folders(workdir).items() if not missing(folder)), None)
+
+
+# --- one checkpoint ---------------------------------------------------------------------------------------------------
+def missing(folder: pathlib.Path) -> list[str]:
+    """Names of what a finished checkpoint folder lacks: an item, a file of the state, or the end of one."""
+    items = (*ITEMS, *([SUMS] if _has_sums(folder) else []))
+    lost = [f"{name}/" for name in items if not (folder / name).is_dir()]
+    lost += [
+        f"{name}/metadata"
+        for name in items[1:]
+        if (folder / name).is_dir() and not (folder / name / "metadata").is_file()
+    ]
+    state = folder / "state"
+    if not state.is_dir():
+        return lost
+    try:
+        return lost + [f"state/{name}" for name in _lost_files(state)]
+    except Exception as e:  # what should name the files is anything but what it was
+        return [*lost, f"state/ (unreadable: {short(e)})"]
+
+
+def _has_sums(folder: pathlib.Path) -> bool:
+    """Whether there is an item of checksums, or what orbax notes of a checkpoint says that there was one."""
+    noted = folder / "_CHECKPOINT_METADATA"
+    return (folder / SUMS).is_dir() or (noted.is_file() and f'"{SUMS}"'.encode() in noted.read_bytes())
+
+
+def _lost_files(state: pathlib.Path) -> Iterator[str]:
+    if not (state / "_METADATA").is_file():
+        yield "_METADATA"
+        return
+    if is_database(state):
+        yield from _lost_in_database(state)
+        return
+    for array in state.rglob(".zarray"):  # one folder for each array, as `write` makes them
+        layout = json.loads(array.read_text(encoding="utf-8"))
+        want = math.prod(-(-n // chunk) for n, chunk in zip(layout["shape"], layout["chunks"]))
+        if sum(1 for p in array.parent.iterdir() if not p.name.startswith(".")) < want:
+            yield f"{array.parent.relative_to(state)}/*"
+
+
+def is_database(state: pathlib.Path) -> bool:
+    """Whether the arrays of a state are in tensorstore's database; else each has a folder of its own."""
+    found = json.loads((state / "_METADATA").read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("_METADATA is no JSON object")
+    return bool(found.get("use_ocdbt", True))
+
+
+def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
+    """Files that the database of the state refers to, and that are absent or too short; each once."""
+    if not (state / "manifest.ocdbt").is_file():
+        yield "manifest.ocdbt"
+        return
+    store, seen = ts.KvStore.open({"driver": "file", "path": f"{plain(state.parent)}/state/"}).result(), set()
+    todo = references(ts.ocdbt.dump(store).result()["versions"][-1])
+    while todo:
+        kind, base, name, offset, length = todo.pop()
+        path = state / base / name
+        whole = path.is_file() and path.stat().st_size >= offset + length
+        if not whole and path not in seen:
+            seen.add(path)
+            yield str(path.relative_to(state))
+        if whole and kind != "value":
+            node = ts.ocdbt.dump(store, f"{kind}:{base}:{name}:{offset}:{length}").result()
+            todo += references(node)
+
+
+def references(node) -> list[tuple[str, str, str, int, int]]:
+    """(kind, folder, file, offset, length) of all that a node of tensorstore's database refers to.
+
+    node: as `ts.ocdbt.dump` describes it. Where in the description they stand differs with the kind of the node and is
+    documented nowhere, but each is one string, kind:folder:file:offset:length; this is the only place that knows so.
+    tests/test_private.py says when an upgrade writes them otherwise.
+    """
+    found = re.findall(r"(value|btreenode|versionnode):([^:]*):([^:]+):(\d+):(\d+)", str(node))
+    return [(kind, folder, name, int(offset), int(length)) for kind, folder, name, offset, length in found]
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+def listed(names: list[str]) -> str:
+    """The first of some names, and the verb that follows them."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more + (" are" if len(names) > 1 else " is")
+
+
+def short(e: BaseException) -> str:
+    """What an error of a library says, in a line."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
