@@ -193,10 +193,9 @@ def demo(argv: list[str]) -> int:
             raise ValueError(f"{default} is missing: run from a checkout of the project, or give --config")
         argv = [argv[0], f"--config={default}", *argv[1:]]
     cfg, values = _config_and_flags(argv)
-    from blip_jax import lock
     from blip_jax.demo import stages
 
-    with Interrupt(), lock.held(values.workdir):
+    with Interrupt():
         return AGAIN if stages.run(cfg, values.workdir)["stopped"] else 0
 
 

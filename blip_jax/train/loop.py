@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -40,6 +41,9 @@ from blip_jax.tasks import step as steps
 from blip_jax.train import metrics, optim, start
 from blip_jax.train import state as train_state
 from blip_jax.train.summary import bucket_report, describe
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
 
 class NonFiniteLoss(RuntimeError):
@@ -102,6 +106,11 @@ def fit(cfg, workdir) -> dict:
             raise  # this process alone, which the others may wait for: they end with it
         say("stopped by a signal before the first step; run the same command again")
         return {"step": 0, "stopped": True}
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        what = f"writing in {workdir} failed: {os.strerror(e.errno)}"
+        raise OSError(f"{what}; make room, then {_go_on(pathlib.Path(workdir))}") from e
 
 
 def _fit(cfg, workdir) -> dict:
@@ -112,7 +121,8 @@ def _fit(cfg, workdir) -> dict:
         run = prepare(cfg, workdir)
         stack.enter_context(jax.set_mesh(run.mesh))
         newest = _newest(run.workdir)
-        manager = stack.enter_context(checkpoint.open_dir(run.workdir, cfg.train.keep))
+        manager = checkpoint.open_dir(run.workdir, cfg.train.keep)
+        stack.callback(_closed, run, manager)
         if newest is None:
             found = start.located(run)
             loaded = start.load(run, found)
@@ -434,6 +444,12 @@ def _short(e: BaseException) -> str:
     if number := re.search(r"os_error_code='(\d+)'", text):
         return os.strerror(int(number[1]))
     return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _closed(run: Run, manager) -> None:
+    """Closes the checkpoints, which waits for those begun."""
+    with _writing(run):
+        manager.close()
 
 
 def _written(run: Run, manager) -> None:

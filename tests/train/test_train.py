@@ -1,5 +1,6 @@
 """The loop: bitwise resume, also on another mesh, what is written, what is refused before anything compiles."""
 
+import errno
 import json
 import math
 import os
@@ -300,6 +301,23 @@ def test_a_folder_in_use_is_left_alone(cut_run, cfg, compiled):
             loop.fit(cfg, cut_run)
     del before[cut_run]
     assert {p: p.stat().st_mtime_ns for p in cut_run.rglob("*") if p != cut_run} == before and not compiled
+
+
+@pytest.mark.parametrize("part", ["a row", "the vocabulary"])
+def test_a_full_disk_is_one_line(cut_run, cfg, monkeypatch, part):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    where = {"a row": (metrics.Writer, "row"), "the vocabulary": (shutil, "copyfile")}[part]
+    if part == "the vocabulary":
+        (cut_run / "vocab.txt").unlink()
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(OSError) as e:
+        loop.fit(cfg, cut_run)
+    assert str(e.value) == (
+        f"writing in {cut_run} failed: No space left on device; make room, then run the same command again to go on "
+        f"from checkpoint 3 in {cut_run}"
+    )
 
 
 def lock_files(workdir):
