@@ -42,7 +42,6 @@ from blip_jax.train import metrics, optim, start
 from blip_jax.train import state as train_state
 from blip_jax.train.summary import bucket_report, describe
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
 
