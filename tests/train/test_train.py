@@ -299,8 +299,7 @@ def test_a_folder_in_use_is_left_alone(cut_run, cfg, compiled):
     with lock.held(cut_run):
         with pytest.raises(ValueError, match=f"{cut_run} is in use by process {os.getpid()} on host"):
             loop.fit(cfg, cut_run)
-    del before[cut_run]
-    assert {p: p.stat().st_mtime_ns for p in cut_run.rglob("*") if p != cut_run} == before and not compiled
+    assert {p: p.stat().st_mtime_ns for p in cut_run.rglob("*")} == before and not compiled
 
 
 @pytest.mark.parametrize("part", ["a row", "the vocabulary"])
