@@ -34,7 +34,7 @@ from blip_jax.trees import flat
 
 EXPLICIT = ("BLIP_JAX_COORDINATOR", "BLIP_JAX_PROCESSES", "BLIP_JAX_PROCESS")
 TIMEOUT = 300.0  # seconds that processes wait for each other
-HEARTBEAT = 120  # seconds after which JAX gives a process up; aborts, so later than ours (peers.STILL), which says why
+HEARTBEAT = 120  # seconds after which JAX gives a process up, with an abort: ours, which says why, is sooner
 SKEW = 5.0  # seconds between two clocks that are worth a word
 VISIBLE = 10.0  # seconds that a network file system may take to show a new file elsewhere
 

@@ -137,7 +137,7 @@ def train_and_capfilt(config: str, workdir: str, capfilt_config: str, out: str) 
     return 0
 
 
-def stay(beat: float = 5.0, still: float = 40.0) -> int:
+def stay(beat: float = 2.5, still: float = 25.0) -> int:
     """Meets the others, says so, and waits for ever; gives a sign of life every `beat` seconds, and misses it after
     `still`."""
     from blip_jax.parallel import peers, processes
