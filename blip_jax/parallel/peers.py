@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 AGAIN = 75  # exit status, EX_TEMPFAIL of sysexits.h: stopped before the end, the same command goes on
 GRACE = 5.0  # seconds in which a process that shares another's mistake may name its own
 BEAT = 2.5  # seconds between two signs of life
-STILL = 25.0  # seconds without one after which a process whose connection holds counts as gone
+STILL = 25.0  # seconds without one after which a process whose connection holds counts as gone; JAX aborts after 40
 LINGER = 8.0  # seconds that process 0, which the others hang on, gives them to end first
 RETRY = 0.3  # seconds between two tries to reach process 0
 
