@@ -241,7 +241,7 @@ def without_evaluation(full_run, workdir):
     (workdir / "metrics.jsonl").write_text("\n".join(kept) + "\n")
 
 
-@pytest.mark.parametrize("place", ["image features", "text features", "re-ranking"])
+@pytest.mark.parametrize("place", ["image features", "re-ranking"])
 def test_a_signal_within_an_evaluation_stops_it_and_the_same_command_makes_it_again(
     full_run, cfg, tmp_path, monkeypatch, capsys, place
 ):
