@@ -9,7 +9,7 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "blip_jax"
 LEVELS = (
-    "trees console losses config decode.sampling data",
+    "trees console lock losses config decode.sampling data",
     "checkpoint models.layers tasks.momentum parallel",
     "models.vision models.text models.flops data.batches decode eval",
     "models convert.apply convert.rules inference.batching inference.programs",

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pathlib
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from blip_jax import lock
 from blip_jax.capfilt import decisions, settings, shards, summary
 from blip_jax.capfilt.decisions import BELOW, MATCHED, Row
+from blip_jax.console import say
 from blip_jax.data import batches
 from blip_jax.data.source import BadRecord
+from blip_jax.parallel.interrupt import Interrupt, Stopped, check
 
 
 def refilter(run_dir, threshold: float, out) -> dict:
     """The run in `run_dir` with another threshold, in the folder `out`: the same bytes as a run with it would give.
 
-    Finished shards in `out` are kept, so that it can be stopped and called again. Returns the summary, also in
-    out/summary.json. ValueError: threshold, an unfinished run, or sources that are not those of the run.
+    Finished shards in `out` are kept, so that it can be stopped, by SIGTERM or SIGINT, and called again. Returns the
+    summary, also in out/summary.json, or {"stopped": True}. ValueError: threshold, an unfinished run, sources that are
+    not those of the run, or an `out` in which another run is at work.
     """
+    try:
+        with Interrupt() as stop:
+            return _refilter(run_dir, threshold, out, stop)
+    except Stopped:
+        say("refilter: stopped by a signal; nothing unfinished is kept; run again to go on")
+        return {"stopped": True}
+
+
+def _refilter(run_dir, threshold: float, out, stop: Interrupt) -> dict:
     run_dir, out = pathlib.Path(run_dir).absolute(), pathlib.Path(out).absolute()
     record = settings.read(run_dir)
     if out == run_dir:
@@ -43,12 +57,15 @@ def refilter(run_dir, threshold: float, out) -> dict:
         )
 
     record["settings"]["threshold"] = float(threshold)
-    with shards.writing("the settings", out):
-        settings.settle(out, record)
-    done = set(shards.finished(out, len(plan)))
-    for shard in tqdm([k for k in range(len(plan)) if k not in done], desc="refilter", unit="shard"):
-        _make(shard, run_dir, out, sources, threshold)
-    return summary.finish(out, len(plan), threshold)
+    with contextlib.ExitStack() as stack:
+        with shards.writing("the settings", out):
+            stack.enter_context(lock.held(out))
+            settings.settle(out, record)
+        done = set(shards.finished(out, len(plan)))
+        for shard in tqdm([k for k in range(len(plan)) if k not in done], desc="refilter", unit="shard"):
+            with stop.deferred("dropping this shard, then stopping"):
+                _make(shard, run_dir, out, sources, threshold)
+        return summary.finish(out, len(plan), threshold)
 
 
 def _make(shard: int, run_dir: pathlib.Path, out: pathlib.Path, sources: dict, threshold: float) -> None:
@@ -57,6 +74,7 @@ def _make(shard: int, run_dir: pathlib.Path, out: pathlib.Path, sources: dict, t
         rows = decisions.rows_of(shards.folder(run_dir, shard) / shards.TABLE)
         for (dataset, number), own in itertools.groupby(rows, lambda row: (row.dataset, row.record)):
             own = [decisions.by_threshold(row, threshold) if row.reason in (MATCHED, BELOW) else row for row in own]
+            check()
             kept = any(row.kept for row in own)  # else the picture is not read
             writer.add(_record(sources[dataset], number, own) if kept else None, own)
         writer.commit()

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from blip_jax import lock
 from blip_jax.capfilt import decisions, settings, summary
 from blip_jax.capfilt.decisions import BELOW, EMPTY, REPEATED, UNREADABLE, Row
 from blip_jax.capfilt.input import Batch, Records
@@ -36,8 +37,8 @@ from blip_jax.inference import programs
 from blip_jax.inference.batching import Runner, alone, behind, placed
 from blip_jax.inference.load import Loaded, checksum, load
 from blip_jax.parallel import sharding
-from blip_jax.parallel.interrupt import Interrupt
-from blip_jax.parallel.processes import agree
+from blip_jax.parallel.interrupt import Interrupt, Stopped, check
+from blip_jax.parallel.processes import agree, holding
 
 PROGRESS_SECONDS = 5.0  # between two lines of progress
 
@@ -47,9 +48,10 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
 
     cfg: of config.capfilt; process, processes: this one and how many there are, by default JAX's. Every process is
     called with the same cfg and `out`, which all of them see; one that dies is replaced by calling again, with any
-    number. SIGTERM, or SIGINT once, ends after the batch and drops the unfinished shard. Returns the summary
+    number. SIGTERM, or SIGINT once, ends after the batch and drops the unfinished shard. No two runs, and no two
+    processes of one number, work in one `out` at once (`lock`). Returns the summary
     (capfilt/summary.py), also in out/summary.json, once all shards are finished; before that {"stopped": whether by a
-    signal, "finished": shards, "shards": of so many}.
+    signal, "finished": shards, "shards": of so many}, without the numbers where the signal came before the first batch.
     ValueError: settings, checkpoints or data do not fit, or `out` was begun with others. OSError: `out` cannot be
       written.
     """
@@ -59,7 +61,15 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     if not 0 <= process < processes:
         raise ValueError(f"process={process} of processes={processes}: processes are numbered from 0")
     out = pathlib.Path(out).absolute()
+    try:
+        with Interrupt() as stop, contextlib.ExitStack() as stack:
+            return _run(cfg, out, process, processes, stop, stack)
+    except Stopped:
+        say("capfilt: stopped by a signal; nothing unfinished is kept; run again to go on")
+        return {"stopped": True}
 
+
+def _run(cfg, out: pathlib.Path, process: int, processes: int, stop: Interrupt, stack: contextlib.ExitStack) -> dict:
     captioner, judge = models(cfg)
     mesh = _mesh(cfg)
     sources = open_all(cfg.data.sources, texts=False)
@@ -69,6 +79,7 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     record = settings.on_record(cfg, _record(captioner), _record(judge), captioner.tokenizer.crc, lengths)
     with writing("the settings", out):
         out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(holding(lock.held(out, lock.Share(process, processes)), each=True))
         agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
         settings.settle(out, record)
 
@@ -89,7 +100,7 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
         data = Records(cfg, sources, plan, todo, (captioner.model.img_size, judge.model.img_size))
         devices = Devices(cfg, mesh, captioner, judge)
         with contextlib.closing(_decided(cfg, data, devices, captioner.tokenizer)) as stream:
-            stopped = _write(cfg, stream, plan, todo, keys, out, process)
+            stopped = _write(cfg, stream, plan, todo, keys, out, process, stop)
 
     done = finished(out, len(plan))
     if stopped or len(done) < len(plan):
@@ -200,12 +211,14 @@ def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iter
     `scored`, captions turned into text and given to the devices to score; and what is yielded, scores turned into
     decisions. The host waits for results at the start of the last two, so each goes through `behind`: by the time a
     batch is waited for, the devices have the next batch's work and do not stand still while the host does its share.
+    Between two pieces of work a signal ends it (Stopped).
     """
 
     def begun(batches):
         for batch in batches:
             made, seen = devices.begin(batch.examples)
             yield batch, made, seen
+            check()
 
     def scored(begun):
         for batch, made, seen in behind(begun):
@@ -213,6 +226,7 @@ def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iter
             passes = _passes(rows, devices.width)
             scores = [devices.score(seen, texts) for texts in passes]
             yield batch, rows, passes, scores
+            check()
 
     with contextlib.closing(data.batches(devices.size)) as batches:
         for batch, rows, passes, scores in behind(scored(begun(batches))):
@@ -272,13 +286,15 @@ def _judged(example: dict, rows: list[Row], by_text: dict, threshold: float) -> 
     return decisions.judge(scored, threshold)
 
 
-def _write(cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Path, process: int) -> bool:
+def _write(
+    cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Path, process: int, stop: Interrupt
+) -> bool:
     """Writes the shards of the stream, each as it ends; whether a signal stopped it before the last."""
     with writing("the list of unreadable records", out):
         ledger = Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
     progress = Progress(sum(len(plan.span(k)) for k in todo))
     writer = None  # of the shard that is being made
-    with Interrupt("finishing this batch, then stopping") as interrupt:
+    with stop.deferred("finishing this batch, then stopping"):
         try:
             for batch, rows in stream:
                 writer = writer or ShardWriter(out, batch.shard)
@@ -293,8 +309,10 @@ def _write(cfg, stream, plan: Plan, todo: list[int], keys: Keys, out: pathlib.Pa
                     writer = None
                 progress.add(rows)
 
-                if interrupt.asked and not (batch.last and batch.shard == todo[-1]):
+                if stop.asked and not (batch.last and batch.shard == todo[-1]):
                     return True
+        except Stopped:
+            return True
         finally:
             if writer is not None:
                 writer.drop()

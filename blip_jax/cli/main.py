@@ -13,7 +13,6 @@ import difflib
 import os
 import pathlib
 import re
-import signal
 import sys
 
 from absl import flags
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from blip_jax.cli import infer
 from blip_jax.parallel import compiler
+from blip_jax.parallel.interrupt import Interrupt, Stopped
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
@@ -85,9 +85,7 @@ def evaluate(argv: list[str]) -> int:
     from blip_jax.parallel import processes
     from blip_jax.train import loop
 
-    with processes.start():
-        # among several processes JAX takes note of it, for training to save
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with processes.start(), Interrupt():
         result = loop.evaluate(cfg, values.workdir, values.checkpoint or "")
         say(tasks.of(cfg).table(result))
         say(f"written to {pathlib.Path(values.workdir) / 'evaluation.json'}")
@@ -125,8 +123,7 @@ def _refilter(argv: list[str]) -> int:
     _parse(values, argv, required=("run", "threshold", "out"))
     from blip_jax.capfilt.refilter import refilter
 
-    refilter(values.run, values.threshold, values.out)
-    return 0
+    return AGAIN if refilter(values.run, values.threshold, values.out).get("stopped") else 0
 
 
 def vocab(argv: list[str]) -> int:
@@ -221,7 +218,8 @@ def demo(argv: list[str]) -> int:
     cfg, values = _config_and_flags(argv)
     from blip_jax.demo import stages
 
-    return AGAIN if stages.run(cfg, values.workdir)["stopped"] else 0
+    with Interrupt():
+        return AGAIN if stages.run(cfg, values.workdir)["stopped"] else 0
 
 
 def bench(argv: list[str]) -> int:
@@ -257,7 +255,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    alone = argv is None  # the process ends with this command
+    argv = sys.argv[1:] if alone else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if argv else 2
@@ -268,10 +267,16 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv)
+    except Stopped:
+        print("stopped by a signal; run the same command again", file=sys.stderr)
+        return AGAIN
     except (ValueError, OSError, flags.Error) as e:
         if os.environ.get("BLIP_JAX_DEBUG"):
             raise
         print(f"error: {e}", file=sys.stderr)
+        if alone:  # threads of libraries that failed, too, have nothing to say behind this line
+            sys.stdout.flush()
+            os._exit(2)
         return 2
 
 

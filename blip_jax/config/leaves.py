@@ -76,7 +76,7 @@ def base(size: str = "base") -> ConfigDict:
     # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
     # runs padded all to 30. Sources must give captions without pictures: not tfds, array_record as `pack` writes it.
     c.text.buckets = ()
-    # batches over which texts are ordered by length; changed in mid-run, up to so many are repeated or missed
+    # batches over which texts are ordered by length
     c.text.bucket_window = 32
     c.text.max_words = 30  # words kept by the original's cleaning
     c.text.prompt = ""  # caption: begins every training text, unscored, as "a picture of "; captioning starts from it

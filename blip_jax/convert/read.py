@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip_jax import checkpoint, config, trees
-from blip_jax.convert import apply, bert, foreign, hf, hub, origins, torch_io
+from blip_jax import checkpoint, trees
+from blip_jax.convert import apply, bert, foreign, hf, hub, origins, saved, torch_io
 from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.convert.wrappers import unwrap
@@ -213,6 +213,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
         {"params": trees.merge(checkpoint.load_params(folder), params)},
         checkpoint.load_extra(folder) if with_momentum else None,
     )
+    saved.check_sizes(cfg, state["params"], folder)
     if momentum:
         state["momentum"] = {name: part for name, part in momentum.items() if part}
     return Source(
@@ -227,11 +228,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
 
 def _settings(folder: pathlib.Path) -> ConfigDict:
     """`config.base()` with objective, model and texts of a checkpoint of ours."""
-    saved, c = checkpoint.load_config(folder), config.base()
-    with c.unlocked():
-        c.objective = saved["objective"]
-        c.update({"model": saved["model"], "text": saved["text"]})
-    return c
+    return saved.settings(checkpoint.load_config(folder), folder)
 
 
 def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> Source:

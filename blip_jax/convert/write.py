@@ -14,11 +14,12 @@ import resource
 import shutil
 import time
 
-from blip_jax import checkpoint, trees
+from blip_jax import checkpoint, lock, trees
 from blip_jax.convert import apply, torch_io
 from blip_jax.convert.read import read
 from blip_jax.convert.rules.blip import WORDS
 from blip_jax.convert.source import Source, official
+from blip_jax.parallel.interrupt import Interrupt
 
 FORMATS = ("ours", "official", "hf")
 
@@ -42,15 +43,27 @@ def convert(
     transformers); "": official if `out` ends in .pth, else ours. verify: read what was written again, compare every
     tensor with the origin bit by bit, and run both models where transformers is installed. The other arguments are
     those of `read.read`.
-    Raises: ValueError: `path` cannot be read, `out` exists or cannot hold this family, or the two differ; `out` then
-      stays absent.
+    Raises: ValueError: `path` cannot be read, `out` exists, another process writes it or it cannot hold this family, or
+      the two differ; `out` then stays as it was.
     """
-    began, out = time.perf_counter(), pathlib.Path(out).absolute()
+    out = pathlib.Path(out).absolute()
     to = to or ("official" if out.suffix == ".pth" else "ours")
     if to not in FORMATS:
         raise ValueError(f"--to={to}: choose one of {', '.join(FORMATS)}")
     if os.path.lexists(out):
-        raise ValueError(f"{out} exists already: give another OUT, or remove it first")
+        raise _exists(out)
+    with lock.held_output(out), Interrupt():
+        _convert(path, out, to, vocab, family, img_size, vit_heads, med_heads, drop_token_types, verify)
+
+
+def _exists(out: pathlib.Path) -> ValueError:
+    return ValueError(f"{out} exists already: give another OUT, or remove it first")
+
+
+def _convert(
+    path, out: pathlib.Path, to: str, vocab, family, img_size, vit_heads, med_heads, drop_token_types, verify: bool
+) -> None:
+    began = time.perf_counter()
     source = read(
         path,
         family=family,
@@ -61,7 +74,6 @@ def convert(
         drop_token_types=drop_token_types,
     )
     print(f"{path}: {describe(source)}", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         if to == "ours":
@@ -78,7 +90,7 @@ def convert(
             from blip_jax.convert.verify import verify as check
 
             check(source, beside, to, pathlib.Path(path))
-        os.rename(beside, out)
+        _name(beside, out)
     finally:
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
@@ -86,6 +98,18 @@ def convert(
         f"{out}: {size / 1e9:.3f} GB written in {time.perf_counter() - began:.1f} s, peak memory "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
     )
+
+
+def _name(beside: pathlib.Path, out: pathlib.Path) -> None:
+    """Gives what is `beside` its name. ValueError: something has it; nothing is ever written over."""
+    if beside.is_dir():
+        try:
+            out.mkdir()  # which only one can; an empty folder may be replaced
+        except FileExistsError:
+            raise _exists(out) from None
+        os.rename(beside, out)
+    elif not lock.exclusively(beside, out):
+        raise _exists(out)
 
 
 def describe(source: Source) -> str:

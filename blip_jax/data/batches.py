@@ -2,7 +2,8 @@
 
 The order of training is a pure function of the seed, the sources and the global example number i = step * B + position,
 and so is what happens to an example: its random stream is Philox(seed, i). Nothing is remembered between steps, hence
-the step number is the whole iterator state, and any number of processes sees the same global batches.
+the step number is the whole iterator state, and any number of processes sees the same global batches. A run whose batch
+changed on the way counts on from the examples that it has seen (`order.Order`).
 
 What goes wrong is data too. A record that cannot be used is replaced by another of its source, drawn from the example's
 own stream; it is counted by reason, and named once in skipped.jsonl as {source, key, reason, used: false}. A record
@@ -22,7 +23,7 @@ import contextlib
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -31,8 +32,9 @@ from ml_collections import ConfigDict
 from blip_jax.data import image, pairs
 from blip_jax.data.formats import open_source, refuse_missing
 from blip_jax.data.ledger import Ledger
+from blip_jax.data.order import Order
 from blip_jax.data.source import BadRecord, Source
-from blip_jax.data.windows import Windows
+from blip_jax.data.windows import Windows, plan
 
 log = logging.getLogger(__name__)
 
@@ -116,25 +118,48 @@ class TrainData:
         self._order = _mixture(cfg, self.sources)
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
 
-    def batches(self, start_step: int = 0) -> Batches:
+    def batches(self, start_step: int = 0, order: Order = Order()) -> Batches:
         """Iterator over the local batches of steps start_step, start_step + 1, ...; decoding begins at once. Close it.
+
+        order: what examples there are from its own step on, which is no later.
 
         The rows of the task's `example`, stacked, pictures as u8[b,H,W,3], and "key", a list of str; b = B / processes,
         or the rows given. Texts have cfg.text.max_len positions, or with text.buckets each step has its own, the same
         for all processes. Raises ValueError when more than data.max_bad_share of at least 100 records are unusable.
         """
-        data, windows = self.cfg.data, self._windows(start_step) if self.cfg.text.buckets else None
-        local = grain.MapDataset.range(start_step * self.local_batch, sys.maxsize)
-        local = local.map(lambda j: self.example(*self._global(j, windows)))
+        start = start_step - order.step  # from here on, steps and places in the order are counted from the order's own
+        data, windows = self.cfg.data, self._windows(start, order) if self.cfg.text.buckets else None
+        local = grain.MapDataset.range(start * self.local_batch, sys.maxsize)
+        local = local.map(lambda j: self.example(*self._global(j, windows, order)))
         return Batches(
-            threads(local, self.cfg, data.prefetch * self.local_batch), self.local_batch, self._ledger, windows
+            threads(local, self.cfg, data.prefetch * self.local_batch), self.local_batch, self._ledger, windows, order
         )
 
-    def _windows(self, start_step: int) -> Windows:
+    def unseen(
+        self, step: int, order: Order, *, batch: int, buckets, bucket_window: int, max_len: int
+    ) -> tuple[tuple[int, ...], int]:
+        """(left, following) of an `Order` after `step` steps that had this batch and these windows of texts.
+
+        Exact for the sources that these steps had.
+        """
+        if not buckets:
+            return order.rest((step - order.step) * batch)
+        window, done = divmod(step - order.step, bucket_window)
+        first = window * bucket_window * batch
+        end = first + (bucket_window * batch if done else 0)
+        left, following = order.rest(end)
+        if done:
+            numbers = [order.number(i) for i in range(first, end)]
+            lengths = np.minimum(self._text_lengths(numbers, max_len), buckets[-1])
+            rows, _ = plan(lengths, batch, buckets, self.cfg.seed, window)
+            left = tuple(sorted([*(numbers[at] for at in rows[done:].ravel()), *left]))
+        return left, following
+
+    def _windows(self, start_step: int, order: Order) -> Windows:
         text, data, train = self.cfg.text, self.cfg.data, self.cfg.train
         ahead = 1 + max(data.prefetch, -(-data.threads // self.local_batch))
         return Windows(
-            self._text_lengths,
+            lambda places: self._text_lengths(map(order.number, places), text.max_len),
             batch=train.batch,
             window=text.bucket_window,
             buckets=text.buckets,
@@ -148,23 +173,24 @@ class TrainData:
         """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}} over the batches delivered."""
         return self._ledger.counts()
 
-    def _global(self, j: int, windows: Windows | None) -> tuple[int, int]:
+    def _global(self, j: int, windows: Windows | None, order: Order) -> tuple[int, int]:
         """Number in the global order of this process's example `j`, and T of its batch."""
         step, position = divmod(j, self.local_batch)
         micro, offset = divmod(position, len(self._rows))
         at = micro * (self.cfg.train.batch // self.cfg.optim.accumulate) + int(self._rows[offset])
         if windows is None:
-            return step * self.cfg.train.batch + at, self.cfg.text.max_len
-        numbers, T = windows.batch(step)
-        return int(numbers[at]), T
+            return order.number(step * self.cfg.train.batch + at), self.cfg.text.max_len
+        places, T = windows.batch(step)
+        return order.number(int(places[at])), T
 
     def _stream(self, i: int) -> np.random.Generator:
         """The random numbers of global example `i`."""
         return np.random.Generator(np.random.Philox(key=np.array([self.cfg.seed, i], np.uint64)))
 
-    def _text_lengths(self, numbers: range) -> np.ndarray:
-        """i32: the positions that the texts of these global examples take if their pictures can be used."""
-        return self.tokenizer.lengths([self._text(i) for i in numbers], self.cfg.text.max_len)
+    def _text_lengths(self, numbers: Iterable[int], max_len: int) -> np.ndarray:
+        """i32: the positions, `max_len` at most, that the texts of these global examples take if their pictures can be
+        used."""
+        return self.tokenizer.lengths([self._text(i) for i in numbers], max_len)
 
     def _text(self, i: int) -> str:
         """What `example` reads as the text of `i`, from captions alone.
@@ -276,8 +302,8 @@ def _mixture(cfg, sources: dict[str, Source]):
 class Batches:
     """Iterator of batches over an iterator of examples; a context manager, or `close()`, ends its threads."""
 
-    def __init__(self, examples, size: int, ledger: Ledger, windows: Windows | None = None):
-        self._examples, self._size, self._ledger, self._windows = examples, size, ledger, windows
+    def __init__(self, examples, size: int, ledger: Ledger, windows: Windows | None = None, order: Order = Order()):
+        self._examples, self._size, self._ledger, self._windows, self._order = examples, size, ledger, windows, order
         examples.start_prefetch()
 
     def text_shares(self, step: int) -> dict[int, float]:
@@ -285,7 +311,7 @@ class Batches:
 
         Waits until they are known. Needs text.buckets.
         """
-        return self._windows.shares(step)
+        return self._windows.shares(step - self._order.step)
 
     def __iter__(self) -> Batches:
         return self

@@ -27,6 +27,15 @@ def cut(lengths: np.ndarray, batch: int, buckets) -> tuple[np.ndarray, np.ndarra
     return rows, np.asarray(buckets)[bucket[rows].max(axis=1)]
 
 
+def plan(lengths: np.ndarray, batch: int, buckets, seed: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the steps of window number `window` take: (rows i64[W,B], T i64[W]), as `cut`, in a shuffled order."""
+    rows, T = cut(lengths, batch, buckets)
+    # the examples' own streams have the numbers below 2**63
+    stream = np.random.Philox(key=np.array([seed, 2**63 + window], np.uint64))
+    order = np.random.Generator(stream).permutation(len(rows))
+    return rows[order], T[order]
+
+
 class Windows:
     """Which examples a step takes, and their T. Used from several threads; close it.
 
@@ -90,17 +99,14 @@ class Windows:
         """Waits for the lengths of a window and decides what its steps take."""
         first = window * self._window
         steps = range(first, first + self._window)
-        rows, T = cut(np.concatenate([self._lengths[step].result() for step in steps]), self._batch, self._buckets)
-
-        # the examples' own streams have the numbers below 2**63
-        stream = np.random.Philox(key=np.array([self._seed, 2**63 + window], np.uint64))
-        order = np.random.Generator(stream).permutation(self._window)
+        lengths = np.concatenate([self._lengths[step].result() for step in steps])
+        rows, T = plan(lengths, self._batch, self._buckets, self._seed, window)
 
         # forget what no step can ask for any more; a new dict, since others read the old one without the lock
         for step in steps:
             del self._lengths[step]
         kept = {w: plan for w, plan in self._plans.items() if w + self._ahead >= window}
-        self._plans = kept | {window: (first * self._batch + rows[order], T[order])}
+        self._plans = kept | {window: (first * self._batch + rows, T)}
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from blip_jax import config
+from blip_jax import config, lock
 from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run as capfilt
 from blip_jax.config import source
@@ -56,7 +56,12 @@ def run(cfg, workdir) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # the pre-trainings are one program
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    _vocabulary(cfg, workdir)
+    with lock.held(workdir):
+        _vocabulary(cfg, workdir)
+        return _run(cfg, workdir)
+
+
+def _run(cfg, workdir: pathlib.Path) -> dict:
     clock = Clock(workdir / "seconds.json")
     try:
         _stages(cfg, workdir, clock)

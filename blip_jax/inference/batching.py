@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from blip_jax import trees
 from blip_jax.models.layers.dense import rounds, text_layers_apart
-from blip_jax.parallel import sharding
+from blip_jax.parallel import interrupt, sharding
 
 
 def at_least(n: int, unit: int = 1) -> int:
@@ -108,9 +108,15 @@ class Runner:
     def fetched(self, passes: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """(key, NumPy arrays) of each (key, arrays on the devices), one pass behind (see `behind`).
 
-        The key says what the arrays belong to.
+        The key says what the arrays belong to. Between two passes a signal ends it (`interrupt.check`).
         """
-        for tag, out in behind((tag, self._whole(out)) for tag, out in passes):
+
+        def begun():
+            for tag, out in passes:
+                yield tag, self._whole(out)
+                interrupt.check()
+
+        for tag, out in behind(begun()):
             yield tag, jax.device_get(out)
 
     def map(

@@ -1,8 +1,9 @@
 """What keeps several processes together: roll call, exchange of small facts, news of one that is gone.
 
 Process 0 and each other process hold one TCP connection from the roll call to the end. The kernel closes it when a
-process dies in any way, and notices within half a minute that a host is unreachable; so every process can say who is
-missing and end, where it would wait for ever in a collective. Messages are lines of JSON. No jax in here.
+process dies in any way, and notices within half a minute that a host is unreachable; a process that is alive and stands
+still is noticed by its silence. So every process can say who is missing and end, where it would wait for ever in a
+collective. Messages are lines of JSON. No jax in here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 AGAIN = 75  # exit status, EX_TEMPFAIL of sysexits.h: stopped before the end, the same command goes on
 GRACE = 5.0  # seconds in which a process that shares another's mistake may name its own
+BEAT = 2.5  # seconds between two signs of life
+STILL = 25.0  # seconds without one after which a process whose connection holds counts as gone; JAX aborts after 40
 LINGER = 8.0  # seconds that process 0, which the others hang on, gives them to end first
 RETRY = 0.3  # seconds between two tries to reach process 0
 
@@ -214,9 +217,11 @@ class Lifeline:
         self.remedy: Callable[[], str] = lambda: "run the same command again"
         self._changed, self._sending = threading.Condition(), threading.Lock()
         self._round, self._parts, self._whole = 0, {}, {}  # of `gather`
-        self._ended, self._closed, self._over, self._lost = set(), set(), False, False
+        self._calls, self._places, self._held, self._stop_at, self._asked = 0, {}, False, None, False  # of `stops`
+        self._heard, self._ended, self._closed, self._over, self._lost = set(), set(), set(), False, False
         for peer in peers:
             threading.Thread(target=self._listen, args=(peer,), daemon=True, name=f"lifeline-{peer.process}").start()
+        threading.Thread(target=self._watch, daemon=True, name="lifeline-watch").start()
 
     def name(self, process: int) -> str:
         return f"process {process} of {len(self.hosts)} (host {self.hosts[process]})"
@@ -231,6 +236,44 @@ class Lifeline:
         with self._changed:
             self._changed.wait_for(lambda: self._round in self._whole)
             return self._whole.pop(self._round)
+
+    def stops(self, asked: bool) -> bool:
+        """Whether all processes stop at this call, since some of them are `asked` to.
+
+        All call it equally often. Nothing is sent before one is asked; then process 0 asks each at which call it is,
+        which waits in its next one meanwhile, and names a call that none has passed.
+        """
+        with self._changed:
+            if asked and not self._asked:
+                self._asked = True
+                self._tell({"stop": True}) if self.place.process else self._find_place()
+            self._changed.wait_for(lambda: not self._held)
+            self._calls += 1
+            return self._stop_at is not None and self._calls >= self._stop_at
+
+    def _find_place(self) -> None:
+        """Process 0, once: asks all where they are."""
+        if self._places:
+            return
+        self._held, self._places = True, {0: self._calls}
+        self._tell({"where": True})
+
+    def _take_stop(self, peer: Peer, said: dict) -> None:
+        """What belongs to `stops`."""
+        with self._changed:
+            if "stop" in said:
+                self._find_place()
+            elif "where" in said:
+                self._held = True
+                self._tell({"at": self._calls})
+            elif "at" in said:
+                self._places[peer.process] = said["at"]
+                if len(self._places) == len(self.hosts):
+                    self._stop_at, self._held = max(self._places.values()) + 1, False
+                    self._tell({"stop_at": self._stop_at})
+            elif "stop_at" in said:
+                self._stop_at, self._held = said["stop_at"], False
+            self._changed.notify_all()
 
     def finish(self) -> None:
         """Says that this process has come to its end in good order, and waits until all have."""
@@ -265,6 +308,7 @@ class Lifeline:
     def _listen(self, peer: Peer) -> None:
         with contextlib.suppress(OSError, ValueError):  # the connection was given up, or ended within a line
             for line in peer.lines:
+                self._heard.add(peer.process)
                 self._take(peer, json.loads(line))
         with self._changed:
             self._closed.add(peer.process)
@@ -275,7 +319,27 @@ class Lifeline:
                 f"{self.name(peer.process)} is gone: killed, out of memory, or its host cannot be reached", AGAIN, 0.0
             )
 
+    def _watch(self) -> None:
+        """Gives signs of life, and notices who gives none. Beats are counted, not seconds: a host that slept is late
+        itself."""
+        silent = dict.fromkeys((peer.process for peer in self._peers), 0)
+        while not self._over and not self._lost:
+            time.sleep(BEAT)
+            self._tell({})
+            heard, self._heard = self._heard, set()
+            for process in silent:
+                silent[process] = 0 if process in heard | self._closed else silent[process] + 1
+            if still := [process for process, beats in silent.items() if beats * BEAT >= STILL]:
+                self._end(
+                    f"{self.name(still[0])} has stood still for {STILL:g} s: stopped (SIGSTOP), or its host is "
+                    "overloaded or swaps",
+                    AGAIN,
+                    0.0,
+                )
+
     def _take(self, peer: Peer, said: dict) -> None:
+        if said.keys() & {"stop", "where", "at", "stop_at"}:
+            self._take_stop(peer, said)
         if "fact" in said:
             self._take_fact(peer.process, said["round"], said["fact"])
         elif "lost" in said:

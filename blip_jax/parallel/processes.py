@@ -28,12 +28,13 @@ import jax
 from blip_jax import __version__
 from blip_jax.console import plain, revision, say
 from blip_jax.parallel import peers
+from blip_jax.parallel.interrupt import Stopped
 from blip_jax.parallel.peers import GRACE, Lifeline, Place
 from blip_jax.trees import flat
 
 EXPLICIT = ("BLIP_JAX_COORDINATOR", "BLIP_JAX_PROCESSES", "BLIP_JAX_PROCESS")
 TIMEOUT = 300.0  # seconds that processes wait for each other
-HEARTBEAT = 50  # seconds after which JAX gives up a process that is alive for the kernel and yet stands still
+HEARTBEAT = 120  # seconds after which JAX gives a process up, with an abort: ours, which says why, is sooner
 SKEW = 5.0  # seconds between two clocks that are worth a word
 VISIBLE = 10.0  # seconds that a network file system may take to show a new file elsewhere
 
@@ -125,6 +126,8 @@ def start() -> Iterator[None]:
         yield
         _line.finish()
         jax.distributed.shutdown()
+    except Stopped:
+        stop()
     except (Exception, KeyboardInterrupt) as e:
         _fail(e)
     finally:
@@ -155,6 +158,11 @@ def stop() -> None:
         _line.leave(peers.AGAIN, "stopped by a signal")
 
 
+def stops(asked: bool) -> bool:
+    """Whether all processes of the run stop here, since some of them are `asked` to; see `peers.Lifeline.stops`."""
+    return _line.stops(asked) if _line is not None else asked
+
+
 def gather(fact) -> list:
     """The JSON-able `fact` of every process, by number. All of them call it, in the same order."""
     if jax.process_count() == 1:
@@ -165,6 +173,26 @@ def gather(fact) -> list:
             "blip_jax.parallel.processes.start()"
         )
     return _line.gather(fact)
+
+
+@contextlib.contextmanager
+def holding(lock: contextlib.AbstractContextManager, each: bool = False) -> Iterator[None]:
+    """Enters a lock for the run: process 0 does, and the others rely on it; or `each` does, once process 0 has.
+
+    ValueError or OSError, on every process: what process 0 was told where it could not.
+    """
+    with contextlib.ExitStack() as stack:
+        failed = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock)
+            except (ValueError, OSError) as e:
+                failed = e
+        if problem := gather(failed and str(failed))[0]:
+            raise failed or ValueError(problem)
+        if each and jax.process_index() != 0:
+            stack.enter_context(lock)
+        yield
 
 
 @contextlib.contextmanager

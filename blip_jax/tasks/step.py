@@ -24,19 +24,20 @@ class Keys(NamedTuple):
     draw: Callable = losses.draw_negatives  # chooses the hard negatives
 
 
-def make_step(cfg, model, tx, epoch_steps: int, draw: Callable = losses.draw_negatives):
+def make_step(cfg, model, tx, epoch_steps: int, draw: Callable = losses.draw_negatives, ahead: int = 0):
     """The train step of `cfg.objective`: (TrainState, batch) -> (TrainState, metrics); to be jitted with the state
     donated.
 
     batch: the task's `shapes`, pictures u8 (or normalised f32); with optim.accumulate = A > 1 every array is [A, B/A,
     ...] and each of the A micro-batches is a batch of its own. The task's `before` is called once, then its `loss` for
     each micro-batch with what that returned, then `after` once with what all of them found. metrics: f32[] each. `draw`
-    chooses the hard negatives.
+    chooses the hard negatives. ahead: steps that are added where epochs are counted (`optim.schedule`).
     """
     task, accumulate = tasks.of(cfg), cfg.optim.accumulate
 
     def step(state, batch):
-        params, extra = task.before(cfg, state, epoch_steps) if hasattr(task, "before") else (state.params, None)
+        counted = state.replace(step=state.step + ahead) if ahead else state
+        params, extra = task.before(cfg, counted, epoch_steps) if hasattr(task, "before") else (state.params, None)
         dropout_key, draw_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
         rows = cfg.train.batch // accumulate
 

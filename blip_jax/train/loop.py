@@ -1,15 +1,19 @@
 """The training loop. `fit` is the only one: every task runs through it, and running it again resumes.
 
-Order: maybe evaluate, maybe save, next batch, step, maybe log. The number of steps done is the whole data position, so
-a checkpoint is the state, that number and the running sums of the current log interval.
+Order: maybe save, maybe evaluate, next batch, step, maybe log. So an evaluation that is stopped or fails costs nothing
+but itself. The number of steps done, with the `Order` of the examples since the batch last changed, is the whole data
+position; a checkpoint is the state, these and the running sums of the current log interval.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import pathlib
+import re
 import shutil
 import time
 import zlib
@@ -22,20 +26,23 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from blip_jax import checkpoint, tasks, trees
+from blip_jax import checkpoint, lock, tasks, trees
 from blip_jax.console import plain, revision, say
 from blip_jax.convert import read
 from blip_jax.data.batches import TrainData
+from blip_jax.data.order import Order
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
 from blip_jax.inference.load import Loaded, read_for
 from blip_jax.models import initial
 from blip_jax.parallel import processes, sharding
-from blip_jax.parallel.interrupt import Interrupt
+from blip_jax.parallel.interrupt import Interrupt, Stopped
 from blip_jax.tasks import step as steps
 from blip_jax.train import metrics, optim, start
 from blip_jax.train import state as train_state
 from blip_jax.train.summary import bucket_report, describe
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
 
 class NonFiniteLoss(RuntimeError):
@@ -64,6 +71,11 @@ class Run:
     rows: np.ndarray  # positions in a micro-batch that this process makes, i64
     first: np.ndarray  # whether it is the first process that does, bool
 
+    def counting(self, order: Order) -> Run:
+        """The run with the epochs that have passed as `order` counts them."""
+        tx, lr = optim.make(self.cfg, self.epoch_steps, order.ahead(self.epoch_steps))
+        return dataclasses.replace(self, tx=tx, lr=lr)
+
 
 class At(NamedTuple):
     """Where a run stands when the loop begins: a checkpoint's data entry, and what the log already holds."""
@@ -71,6 +83,7 @@ class At(NamedTuple):
     step: int  # steps done
     crc: int  # this process's part of the checksum of the examples seen
     sums: dict | None  # running sums of the log interval; None: empty
+    order: Order  # the examples, since the batch last changed
     evaluated: frozenset[int]  # steps with an evaluation row
     frozen: dict | None  # how checkpoints refer to the frozen parameters, which they do not hold
 
@@ -79,38 +92,60 @@ def fit(cfg, workdir) -> dict:
     """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
 
     Writes checkpoints/, metrics.jsonl, tb/, config.json, skipped.jsonl and a copy of the vocabulary. SIGTERM, or SIGINT
-    once, finishes the step, saves and returns. Returns {"step", "stopped", "log": last row, "eval": last evaluation}.
-    ValueError: the config, the data or the checkpoint in `workdir` do not fit; raised before anything compiles.
-    NonFiniteLoss: the step is named and the last good checkpoint is kept.
+    once, finishes the step, saves and returns; an evaluation ends after its batch and is made again later. Returns
+    {"step", "stopped", "log": last row, "eval": last evaluation}; step 0 where it was stopped before it began.
+    ValueError: the config, the data or the checkpoint in `workdir` do not fit, or another run holds it; raised before
+    anything compiles. NonFiniteLoss: the step is named and the last good checkpoint is kept. OSError: a checkpoint or a
+    log cannot be written.
     """
+    try:
+        return _fit(cfg, workdir)
+    except Stopped:
+        if jax.process_count() > 1:
+            raise  # this process alone, which the others may wait for: they end with it
+        say("stopped by a signal before the first step; run the same command again")
+        return {"step": 0, "stopped": True}
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        what = f"writing in {workdir} failed: {os.strerror(e.errno)}"
+        raise OSError(f"{what}; make room, then {_go_on(pathlib.Path(workdir))}") from e
+
+
+def _fit(cfg, workdir) -> dict:
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Interrupt("finishing this step, then saving", several=jax.process_count() > 1))
+        stop = stack.enter_context(Interrupt(agree=processes.stops))
         stack.enter_context(processes.remedy(lambda: _go_on(pathlib.Path(workdir))))
+        stack.enter_context(processes.holding(lock.held(workdir)))
         run = prepare(cfg, workdir)
         stack.enter_context(jax.set_mesh(run.mesh))
         newest = _newest(run.workdir)
-        manager = stack.enter_context(checkpoint.open_dir(run.workdir, cfg.train.keep))
+        manager = checkpoint.open_dir(run.workdir, cfg.train.keep)
+        stack.callback(_closed, run, manager)
         if newest is None:
             found = start.located(run)
             loaded = start.load(run, found)
         else:
-            check_resume(manager, newest, run)
+            before = check_resume(manager, newest, run)
+            order = start.order(run, newest, before)
+            run = run.counting(order)
             frozen = start.load_frozen(run, newest)
         describe(run, newest)
         if newest is None:
             state = start.create(run, loaded)
-            at = At(0, 0, None, frozenset(), start.reference(run, state, found))
+            at = At(0, 0, None, Order(), frozenset(), start.reference(run, state, found))
         else:
             state, saved = checkpoint.restore(manager, newest, run.shapes.stored, run.shardings.stored)
-            state = state.replace(frozen=start.placed(frozen.params, run.shardings.frozen))
+            state = start.aligned(run, state.replace(frozen=start.placed(frozen.params, run.shardings.frozen)))
             crc = saved["crc"] if jax.process_index() == 0 else 0
-            at = At(newest, crc, saved["sums"], frozenset(), frozen.reference)
+            at = At(newest, crc, saved["sums"], order, frozenset(), frozen.reference)
         evaluated = []
         if jax.process_index() == 0:
             rows = metrics.drop_after(run.workdir / "metrics.jsonl", at.step)
             evaluated = [r["step"] for r in rows if any(n.startswith("eval/") for n in r)]
         at = at._replace(evaluated=frozenset(processes.gather(evaluated)[0]))  # all take part in an evaluation or none
         writer = stack.enter_context(metrics.Writer(run.workdir, jax.process_index() == 0, at.step + 1))
+        stop.then = "finishing this step, then saving"
         return _loop(run, state, at, manager, writer, stop)
 
 
@@ -126,30 +161,37 @@ def _newest(workdir: pathlib.Path) -> int | None:
 def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interrupt) -> dict:
     cfg, every, last = run.cfg, run.cfg.train, run.cfg.train.steps
     step_fn = jax.jit(
-        steps.make_step(cfg, run.model, run.tx, run.epoch_steps), **steps.jit_arguments(run.shardings, run.mesh)
+        steps.make_step(cfg, run.model, run.tx, run.epoch_steps, ahead=at.order.ahead(run.epoch_steps)),
+        **steps.jit_arguments(run.shardings, run.mesh),
     )
-    batches, compiled = run.data.batches(at.step), set()
+    batches, compiled = run.data.batches(at.step, at.order), set()
     sums, step, crc = at.sums and metrics.load(at.sums), at.step, at.crc
     out, clock, ahead = {}, metrics.Clock(), None
     with contextlib.closing(batches):
         if cfg.text.buckets and at.step < last:
-            say(bucket_report(run, at.step, batches.text_shares(at.step)))
+            say(bucket_report(run, at.step, at.order, batches.text_shares(at.step)))
         while True:
-            stopping = manager.reached_preemption(step) if jax.process_count() > 1 else stop.asked
+            stopping = stop.here()
             due = step > 0 and (step >= last or every.eval_every > 0 and step % every.eval_every == 0)
-            if due and run.eval_data and not stopping and step not in at.evaluated:
+            pending = due and bool(run.eval_data) and step not in at.evaluated
+            if step > at.step and (step >= last or step % every.save_every == 0 or pending or stopping):
                 with clock.paused():
-                    out["eval"] = _evaluate(run, step, state, sums)
-                    writer.row(step, "eval", out["eval"])
-            if step > at.step and (step >= last or step % every.save_every == 0 or stopping):
-                with clock.paused():
-                    _save(run, manager, step, state, sums, crc, at.frozen)
+                    _save(run, manager, step, state, sums, crc, at)
+            if pending and not stopping:
+                with clock.paused(), stop.deferred(f"ending this evaluation, of step {step}, which is saved"):
+                    _written(run, manager)  # before memory is filled, and before hours go by
+                    try:
+                        out["eval"] = _evaluate(run, step, state, sums)
+                        writer.row(step, "eval", out["eval"])
+                        pending = False
+                    except Stopped:
+                        stopping = True
             if step >= last or stopping:
                 break
             asked = time.perf_counter()
             local = next(batches)
             waited = time.perf_counter() - asked
-            crc += _checksum(run, step, local["key"])
+            crc += _checksum(run, at.order.examples(step, cfg.train.batch), local["key"])
             batch = to_devices(local, run.mesh, cfg.optim.accumulate, run.rows, cfg.train.batch // cfg.optim.accumulate)
             T, compiling = local["ids"].shape[1], contextlib.nullcontext()
             if cfg.text.buckets and T not in compiled:
@@ -163,16 +205,20 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
             step += 1
             clock.step(waited)
             if step % every.log_every == 0 or step >= last:
-                out["log"] = _log(run, writer, step, sums, crc, clock)
+                with _writing(run):
+                    manager.check_for_errors()  # of a save that is under way
+                out["log"] = _log(run, writer, step, sums, crc, clock, at.order)
                 sums = None
-    manager.wait_until_finished()
+    _written(run, manager)
     if at.step < step:
         _reopen(run, step, thoroughly=step >= last)
+    stopped = stopping and (step < last or pending)
     say(
-        f"{'stopped by a signal' if step < last else 'done'} at step {step} of {last}; "
+        f"{'stopped by a signal' if stopped else 'done'} at step {step} of {last}; "
         f"checkpoint {manager.latest_step()} in {run.workdir / checkpoint.SUBDIR}; examples {run.data.counts()}"
+        f"{'; the same command goes on' if stopped else ''}"
     )
-    return {"step": step, "stopped": step < last, **out}
+    return {"step": step, "stopped": stopped, **out}
 
 
 def _reopen(run: Run, step: int, thoroughly: bool) -> None:
@@ -291,12 +337,15 @@ def _write_result(workdir: pathlib.Path, task, result: dict, checkpoint: str) ->
         files.append(("predictions.json", json.dumps(result["predictions"], indent=1) + "\n"))
     if hasattr(task, "submission"):
         files.append(task.submission(result))
-    for name, text in files:
-        (workdir / name).write_text(text, encoding="utf-8")
+    for name, text in files:  # whole or not at all
+        beside = workdir / f"{name}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(workdir / name)
 
 
-def check_resume(manager, step: int, run: Run) -> None:
-    """Says which settings changed since checkpoint `step`. ValueError: they changed the model or the optimiser."""
+def check_resume(manager, step: int, run: Run) -> dict:
+    """Says which settings changed since checkpoint `step`; returns those that wrote it, by path. ValueError: they
+    changed the model or the optimiser."""
     folder = run.workdir / checkpoint.SUBDIR / str(step)
     before, now = trees.flat(checkpoint.load_config(folder)), trees.flat(plain(run.cfg))
     changed = [
@@ -314,6 +363,7 @@ def check_resume(manager, step: int, run: Run) -> None:
         listing = "\n  ".join(changed) or "none"
         raise ValueError(f"{e}\nsettings that changed since it was written:\n  {listing}") from None
     say(f"resuming from checkpoint {step}; settings changed since: {'; '.join(changed) or 'none'}")
+    return before
 
 
 def to_devices(local: dict, mesh, accumulate: int, rows: np.ndarray, micro: int) -> dict:
@@ -336,14 +386,14 @@ def to_devices(local: dict, mesh, accumulate: int, rows: np.ndarray, micro: int)
     return {name: put(x) for name, x in local.items() if name != "key"}
 
 
-def _checksum(run: Run, step: int, keys: list[str]) -> int:
+def _checksum(run: Run, seen: int, keys: list[str]) -> int:
     """Sum of crc32("number key") over the examples of a batch that no process before this one makes, by number in the
-    order of all.
+    order in which they are seen; seen: how many were before this batch.
 
     The sums of all processes add up to the same for any number of them.
     """
     micro = run.cfg.train.batch // run.cfg.optim.accumulate
-    at = (step * run.cfg.train.batch + np.arange(run.cfg.optim.accumulate)[:, None] * micro + run.rows).ravel()
+    at = (seen + np.arange(run.cfg.optim.accumulate)[:, None] * micro + run.rows).ravel()
     own = np.tile(run.first, run.cfg.optim.accumulate)
     return sum(zlib.crc32(f"{i} {key}".encode()) for i, key, counts in zip(at, keys, own) if counts)
 
@@ -353,14 +403,14 @@ def _total(crc: int) -> int:
     return sum(processes.gather(crc)) % 2**32
 
 
-def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock) -> dict:
+def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock, order: Order) -> dict:
     """Writes and returns the means since the last log. NonFiniteLoss: one of these steps had a value not finite."""
     numbers = _finite(run, step, sums)
     row = {
         **metrics.means(numbers),
         "lr": float(run.lr(step - 1)),
-        "epoch": step / run.epoch_steps,
-        "examples": step * run.cfg.train.batch,
+        "epoch": order.epochs(step, run.epoch_steps),
+        "examples": order.examples(step, run.cfg.train.batch),
         "examples_crc": _total(crc),
     }
     timing, measured = "", clock.take()
@@ -378,17 +428,50 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
     return row
 
 
-def _save(run: Run, manager, step: int, state, sums: dict | None, crc: int, frozen: dict | None) -> None:
+def _save(run: Run, manager, step: int, state, sums: dict | None, crc: int, at: At) -> None:
     numbers = _finite(run, step, sums)
     data = {"step": step, "crc": _total(crc), "sums": numbers, "revision": revision()}
-    checkpoint.save(
-        manager,
-        step,
-        state.stored,
-        data | ({"frozen": frozen} if frozen else {}),
-        plain(run.cfg),
-    )
+    data |= {
+        "order": at.order._asdict(),
+        "examples": at.order.examples(step, run.cfg.train.batch),
+        "epoch": at.order.epochs(step, run.epoch_steps),
+    }
+    data |= {"frozen": at.frozen} if at.frozen else {}
+    with _writing(run):
+        checkpoint.save(manager, step, state.stored, data, plain(run.cfg))
     say(f"step {step}: saving checkpoint")
+
+
+@contextlib.contextmanager
+def _writing(run: Run):
+    """OSError, in one line, for anything that goes wrong while checkpoints are written."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as e:  # tensorstore's are ValueErrors
+        folder = run.workdir / checkpoint.SUBDIR
+        raise OSError(
+            f"writing a checkpoint in {folder} failed: {_short(e)}; make room, then {_go_on(run.workdir)}"
+        ) from e
+
+
+def _short(e: BaseException) -> str:
+    """What happened, in a line; of the system's errors, which tensorstore wraps in long ones, the system's words."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    if number := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(number[1]))
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _closed(run: Run, manager) -> None:
+    """Closes the checkpoints, which waits for those begun."""
+    with _writing(run):
+        manager.close()
+
+
+def _written(run: Run, manager) -> None:
+    """Waits until the checkpoints begun are complete."""
+    with _writing(run):
+        manager.wait_until_finished()
 
 
 def _finite(run: Run, step: int, sums: dict | None) -> dict | None:
@@ -396,10 +479,16 @@ def _finite(run: Run, step: int, sums: dict | None) -> dict | None:
     numbers = None if sums is None else metrics.fetch(sums)
     if numbers and numbers["bad"]:
         bad = step - numbers["count"] + numbers["bad"]
+        newest = checkpoint.newest_complete(run.workdir)
+        saved = (
+            f"nothing after it was saved, checkpoint {newest} in {run.workdir / checkpoint.SUBDIR} is of before it"
+            if newest is not None
+            else "nothing was saved yet"
+        )
+        again = "run again to resume from it" if newest is not None else "run again to begin anew"
         raise NonFiniteLoss(
-            f"step {bad}: a loss or the gradient norm is not finite; nothing after it was saved, the "
-            f"newest checkpoint in {run.workdir / checkpoint.SUBDIR} is good; lower optim.lr, set "
-            "optim.clip, or use model.dtype=float32, and run again to resume from it"
+            f"step {bad}: a loss or the gradient norm is not finite; {saved}; lower optim.lr, set optim.clip, or use "
+            f"model.dtype=float32, and {again}"
         )
     return numbers
 

@@ -96,15 +96,18 @@ class Writer:
 
     def __init__(self, workdir: pathlib.Path, write: bool, purge_step: int):
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8") if write else None
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=purge_step) if write else None
+        # its thread dies of a full disk, and who puts something into a queue with a limit then waits for ever
+        queue = {"purge_step": purge_step, "max_queue": 2**30}
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), **queue) if write else None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self._file:
-            self._file.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # `row` flushes, and says what it could not write
+                self._file.close()
+                self._board.close()
 
     def row(self, step: int, prefix: str, values: dict) -> None:
         """One row {"step": step, prefix/name: value, ...}; numbers go to TensorBoard too."""

@@ -19,14 +19,16 @@ SCHEDULES = ("epoch_decay", "epoch_cosine", "cosine", "constant")
 DECAY_MASKS = ("all", "kernels")
 
 
-def make(cfg, epoch_steps: int) -> tuple[optax.GradientTransformation, Callable]:
+def make(cfg, epoch_steps: int, ahead: int = 0) -> tuple[optax.GradientTransformation, Callable]:
     """The optimiser over the trained parameters and its learning rate, f32[] as a function of the step, i32[].
+
+    ahead: as in `schedule`.
 
     AdamW in torch's order: p <- (1 - lr * weight_decay) p - lr * m_hat / (sqrt(v_hat) + eps). `epoch_steps`: steps in
     one epoch. (BLIP paper, section 4.1: AdamW, weight decay 0.05 on every parameter, no clipping.)
     """
     o = cfg.optim
-    lr = schedule(cfg, epoch_steps)
+    lr = schedule(cfg, epoch_steps, ahead)
     adamw = optax.adamw(lr, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decay_mask(o.decay_mask))
     parts = [optax.clip_by_global_norm(o.clip)] * (o.clip > 0) + [adamw]
     if o.lr_factors:
@@ -68,10 +70,11 @@ def factors(params: dict, pairs) -> dict[str, np.ndarray]:
     return found
 
 
-def schedule(cfg, epoch_steps: int) -> Callable:
+def schedule(cfg, epoch_steps: int, ahead: int = 0) -> Callable:
     """Learning rate f32[] of the step i32[] whose update it scales, counted from 0; `epoch_steps` > 0.
 
-    With e = step // epoch_steps and E = epochs in the run, rounded up:
+    ahead: steps by which the epochs that have passed exceed what the steps done make up at this batch, of a run that
+    had another one before. With e = (step + ahead) // epoch_steps and E = epochs in the run, rounded up:
     epoch_decay: max(min_lr, lr * decay_rate^e); epoch_cosine: min_lr + (lr - min_lr) (1 + cos(pi e / E)) / 2;
     cosine: the same per step, over the steps after the warm-up; constant: lr.
     Warm-up: min(lr, warmup_lr + (lr - warmup_lr) * step / warmup_steps), for epoch_* only while e = 0, as the original.
@@ -81,7 +84,7 @@ def schedule(cfg, epoch_steps: int) -> Callable:
         raise ValueError(f"optim.schedule is {o.schedule!r}: choose one of {SCHEDULES}")
     if epoch_steps <= 0:
         raise ValueError(f"epoch_steps is {epoch_steps}, must be positive: the data hold less than one global batch")
-    epochs = -(-steps // epoch_steps)
+    epochs = -(-(steps + ahead) // epoch_steps)
 
     def cosine(share):
         return o.min_lr + (o.lr - o.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
@@ -96,7 +99,7 @@ def schedule(cfg, epoch_steps: int) -> Callable:
         return jnp.float32(o.lr)
 
     def lr(step):
-        step, epoch = jnp.asarray(step, jnp.int32), jnp.asarray(step, jnp.int32) // epoch_steps
+        step, epoch = jnp.asarray(step, jnp.int32), (jnp.asarray(step, jnp.int32) + ahead) // epoch_steps
         rate = jnp.asarray(after_warmup(step, epoch), jnp.float32)
         if o.warmup_steps == 0:
             return rate

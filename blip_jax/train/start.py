@@ -3,6 +3,7 @@ ones bring."""
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blip_jax import checkpoint, trees
-from blip_jax.console import say
+from blip_jax.console import plain, say
 from blip_jax.convert import origins, read
 from blip_jax.convert.apply import folded
+from blip_jax.data.order import Order
 from blip_jax.inference.load import read_for
 from blip_jax.models import initial
 from blip_jax.models.build import Start, fit
@@ -76,6 +78,56 @@ def load(run, found: list | None = None) -> dict | None:
         say(f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}")
     shapes = trees.merge(run.shapes.params, run.shapes.frozen)
     return fit_params(given.params, shapes, " + ".join(origin for origin, _ in found), given.partial, given.start)
+
+
+WINDOWS = ("text.buckets", "text.bucket_window", "text.max_len")  # which examples form a batch
+
+
+def order(run, newest: int, before: dict) -> Order:
+    """Which examples come after checkpoint `newest`, written with the settings `before`, by path; says where they go on
+    if the batch or the windows have changed.
+
+    ValueError: settings that no run can have had.
+    """
+    folder = checkpoint.folders(run.workdir)[newest]
+    saved, now = checkpoint.load_data(folder), trees.flat(plain(run.cfg))
+    was = {name: before.get(name, now[name]) for name in ("train.batch", "data.epoch_examples", *WINDOWS)}
+    windows = {name.removeprefix("text."): was[name] for name in WINDOWS}
+    try:
+        old = Order(**saved["order"])._replace(left=tuple(saved["order"]["left"])) if "order" in saved else Order()
+        # of a checkpoint that did not count, all steps had its batch
+        steps = max((was["data.epoch_examples"] or run.data.epoch_examples) // was["train.batch"], 1)
+        epoch = saved.get("epoch", newest / steps)
+        same = was["train.batch"] == now["train.batch"] and (
+            all(was[name] == now[name] for name in WINDOWS) or not was["text.buckets"] and not now["text.buckets"]
+        )
+        if same and math.isclose(old.epochs(newest, run.epoch_steps), epoch, rel_tol=1e-9):
+            return old
+        left, following = run.data.unseen(newest, old, batch=was["train.batch"], **windows)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as e:
+        raise ValueError(
+            f"checkpoint {folder} does not say which examples it has seen ({type(e).__name__}: {e}): its settings or "
+            "its data entry were changed; put them back, or begin anew in another workdir with train.init_from"
+        ) from e
+    new = Order(newest, following, left, epoch)
+    what = [f"{name}: {was[name]} -> {now[name]}" for name in ("train.batch", *WINDOWS) if was[name] != now[name]]
+    say(
+        f"{', '.join(what) or 'the length of an epoch changed'}: {new.examples(newest, 0)} examples, {epoch:.4g} "
+        f"epochs, were seen; it goes on with example {new.number(0)}"
+        + (f", the first of {len(left)} that were left of a window of texts" if left else "")
+    )
+    return new
+
+
+def aligned(run, state):
+    """The state with the queues' place a multiple of the batch, as it must be when that has changed: enqueuing never
+    wraps in the middle of one."""
+    queue = (state.extra or {}).get("queue")
+    if not queue or not (over := int(queue["ptr"]) % run.cfg.train.batch):
+        return state
+    ptr = np.int32((int(queue["ptr"]) - over + run.cfg.train.batch) % len(queue["img"]))
+    moved = placed({"ptr": ptr}, {"ptr": run.shardings.extra["queue"]["ptr"]})
+    return state.replace(extra=state.extra | {"queue": queue | moved})
 
 
 class Frozen(NamedTuple):

@@ -58,11 +58,14 @@ def describe(run, newest: int | None) -> None:
     )
 
 
-def bucket_report(run, step: int, shares: dict[int, float]) -> str:
-    """Text lengths of the batches in the window of `step` (shares: T -> share of them) and the FLOPs that follow."""
+def bucket_report(run, step: int, order, shares: dict[int, float]) -> str:
+    """Text lengths of the batches in the window of `step` (shares: T -> share of them) and the FLOPs that follow.
+
+    order: since when there are these windows.
+    """
     cfg, pair = run.cfg, {T: run.task.flops(run.cfg, T=T)["step"] for T in shares}
     mean = sum(pair[T] * share for T, share in shares.items())
-    first = step // cfg.text.bucket_window * cfg.text.bucket_window
+    first = order.step + (step - order.step) // cfg.text.bucket_window * cfg.text.bucket_window
     lengths = ", ".join(
         f"{T} positions {100 * share:.0f} % ({pair[T] / 1e9:.2f} G per pair)" for T, share in shares.items()
     )

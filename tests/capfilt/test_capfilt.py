@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from ml_collections import ConfigDict
 from world.capfilt import save_model, save_models, settings, tree, web_records
 from world.pictures import encode, noise
 
-from blip_jax import checkpoint, config
+from blip_jax import checkpoint, config, lock
 from blip_jax.capfilt import decisions, shards
+from blip_jax.capfilt import run as capfilt_run
 from blip_jax.capfilt import settings as run_settings
 from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run
@@ -539,6 +541,39 @@ def test_two_processes_with_one_number(tmp_path):
         "synthetic.array_record",
         "web.array_record",
     ]
+
+
+def test_a_folder_in_use_is_left_alone(cfg, finished, tmp_path):
+    """By another run, and by a process of the same number."""
+    out = tmp_path / "out"
+    for share in (None, lock.Share(0, 2)):
+        with lock.held(out, share):
+            with pytest.raises(ValueError, match=f"{out} is in use by process {os.getpid()} on host"):
+                run(cfg, out, 0, 2)
+            with pytest.raises(ValueError, match=f"{out} is in use by process"):
+                refilter(finished, 0.5, out)
+            assert [p.name.split(".")[0].split("-")[0] for p in out.iterdir()] == ["lock"]
+
+
+def test_a_signal_stops_a_refilter_within_a_shard(cfg, finished, tmp_path, monkeypatch, capsys):
+    out, shard_writer = tmp_path / "out", shards.ShardWriter
+
+    def asked(folder, shard):
+        if shard == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return shard_writer(folder, shard)
+
+    with monkeypatch.context() as m:
+        m.setattr(shards, "ShardWriter", asked)
+        assert refilter(finished, 0.85, out) == {"stopped": True}
+    assert [p.name for p in (out / "shards").iterdir()] == ["00000"] and not list((out / "unfinished").glob("0*"))
+    assert "SIGTERM: dropping this shard, then stopping" in capsys.readouterr().out
+    assert not refilter(finished, 0.85, out).get("stopped") and not list(out.glob("lock*"))
+
+
+def test_a_signal_before_the_first_batch_stops_a_run(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(capfilt_run, "models", lambda cfg: os.kill(os.getpid(), signal.SIGINT))
+    assert run(cfg, tmp_path / "out") == {"stopped": True} and not (tmp_path / "out").exists()
 
 
 def test_scores_that_are_not_finite():

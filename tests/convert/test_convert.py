@@ -284,6 +284,31 @@ def test_a_failed_conversion_leaves_nothing_and_an_old_out_stays(tmp_path, vocab
     assert sorted(tmp_path.rglob("*")) == before and out.is_dir()
 
 
+@needs_torch
+@pytest.mark.parametrize("out", ["out.pth", "ours"])
+def test_two_conversions_to_one_output(out, tmp_path, vocab, monkeypatch):
+    """While one is at work the other is refused; and what another program puts there meanwhile stays as it is."""
+    path, read = tmp_path / "x.pth", reading.read
+    official.save(path, tiny("caption"))
+    other, asked = tmp_path / "other" / out, {"to": {"out.pth": "official"}.get(out, out), "vocab": vocab, **HEADS}
+
+    def meanwhile(*args, **kw):
+        found = read(*args, **kw)
+        with pytest.raises(ValueError, match=f"{other} is in use by process"):
+            writing.convert(path, other, **asked)
+        if other.suffix:
+            other.write_text("mine")
+        else:
+            other.mkdir()
+        return found
+
+    monkeypatch.setattr(writing, "read", meanwhile)
+    with pytest.raises(ValueError, match=f"{other} exists already"):
+        writing.convert(path, other, **asked)
+    assert other.read_text() == "mine" if other.suffix else not list(other.iterdir())
+    assert [p.name for p in other.parent.iterdir()] == [out]
+
+
 def test_a_family_that_is_not_there_is_refused_and_a_part_can_be_taken(tmp_path, vocab):
     path = store(tmp_path, "pretrain", tiny("pretrain"))
     with pytest.raises(

@@ -130,6 +130,44 @@ def test_a_roll_call_and_an_exchange():
     assert found == [[[{"from": 0}, {"from": 1}, {"from": 2}], ["", "x", "xx"]]] * 3
 
 
+@pytest.mark.parametrize("asking", [0, 2])
+def test_all_stop_at_the_same_call(asking):
+    """Whoever is asked, and however far ahead of the others some are."""
+    for attempt in range(8):
+        lines, n = meet(places(range(3), 3)), 1 + attempt % 4
+        ended = [None] * 3
+
+        def calls(k):
+            for call in range(1, 400):
+                if lines[k].stops(k == asking and call >= n):
+                    ended[k] = call
+                    break
+                time.sleep((k == 1) * 0.0005)
+            lines[k].finish()
+
+        threads = [threading.Thread(target=calls, args=(k,)) for k in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(set(ended)) == 1 and ended[0] >= n, (attempt, ended)
+
+
+def test_a_wish_to_stop_that_comes_too_late_holds_nobody():
+    lines = meet(places(range(2), 2))
+    assert not lines[0].stops(False)  # the last call of 0, before 1's
+    found = []
+    late = threading.Thread(target=lambda: found.append(lines[1].stops(True)))
+    late.start()
+    late.join(30)
+    ends = [threading.Thread(target=line.finish) for line in lines]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join(30)
+    assert found == [False] and not any(end.is_alive() for end in ends)
+
+
 def test_who_does_not_come_is_named_to_all():
     zero, two = meet(places([0, 2], 4), timeout=1.0)
     host = socket.gethostname()
@@ -222,6 +260,21 @@ def test_process_0_is_killed_and_the_other_says_so(server, tmp_path):
     assert pod.text(1).rstrip().endswith("this process ends too: take another") and "process 0 of 2 (host" in pod.text(
         1
     )
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_one_that_is_alive_and_stands_still_is_gone(server, tmp_path, still):
+    pod = Pod(server, tmp_path, 2, 1, ["stay", 0.1, 0.5])
+    for k in range(2):
+        pod.wait_for("met", k)
+    pod.kill(still, signal.SIGSTOP)
+    assert pod.end(1 - still) == 75
+    assert (
+        f"error: process {still} of 2 (host {socket.gethostname()}) has stood still for 0.5 s: stopped (SIGSTOP), or "
+        "its host is overloaded or swaps; this process ends too: take another"
+    ) in pod.text(1 - still)
+    pod.kill(still, signal.SIGCONT)
+    assert pod.end(still) == 75
 
 
 def test_a_signal_to_one_stops_all(server, tmp_path):

@@ -1,9 +1,11 @@
 """The loop: bitwise resume, also on another mesh, what is written, what is refused before anything compiles."""
 
+import errno
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -13,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip_jax import checkpoint, tasks, trees
+from blip_jax import checkpoint, lock, tasks, trees
 from blip_jax.config import source
 from blip_jax.console import plain
 from blip_jax.models import initial
-from blip_jax.parallel import sharding
+from blip_jax.parallel import interrupt, sharding
+from blip_jax.tasks import two_stage
 from blip_jax.train import loop, metrics, start
 
 
@@ -180,6 +183,166 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         loop.fit(cfg, cut_run)
     assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["3", "4"]
     assert sorted(rows(cut_run)) == [2, 4]
+
+
+def test_a_loss_that_is_not_finite_before_anything_was_saved(cfg, tmp_path):
+    run = loop.prepare(cfg, tmp_path / "new")
+    sums = metrics.add(metrics.zeros(["loss"]), {"loss": jnp.float32(jnp.nan)})
+    with pytest.raises(loop.NonFiniteLoss) as e:
+        loop._finite(run, 1, sums)
+    assert "step 1: " in str(e.value) and "nothing was saved yet; lower optim.lr" in str(e.value)
+    assert "checkpoint" not in str(e.value)
+
+
+# --- another batch ----------------------------------------------------------------------------------------------------
+def test_another_batch_goes_on_at_the_next_example(cut_run, cfg, capsys):
+    """48 examples were seen in steps of 16; each further step sees 8. The same with the checkpoint of a run that did
+    not count them."""
+    entry = next((cut_run / "checkpoints" / "3" / "data").glob("metadata"))
+    saved = json.loads(entry.read_text())
+    assert saved["examples"] == 48 and saved["epoch"] == 0.75
+    old = {name: value for name, value in saved.items() if name not in ("order", "examples", "epoch")}
+    entry.write_text(json.dumps(old))
+
+    cfg.train.batch, cfg.train.steps, cfg.data.eval = 8, 6, type(cfg.data.eval)()
+    assert loop.fit(cfg, cut_run)["step"] == 6
+    text = capsys.readouterr().out
+    assert "train.batch: 16 -> 8: 48 examples, 0.75 epochs, were seen; it goes on with example 48" in text
+    got = rows(cut_run)
+    assert [got[step]["train/examples"] for step in (2, 4, 6)] == [32, 56, 72]
+    assert [got[step]["train/epoch"] for step in (2, 4, 6)] == [0.5, 0.875, 1.125]
+    assert got[4]["train/lr"] == pytest.approx(3e-4) and got[6]["train/lr"] == pytest.approx(3e-4 * 0.9)
+
+    run = loop.prepare(cfg, cut_run)
+    with run.data.batches(0) as batches:
+        keys = [key for _ in range(9) for key in next(batches)["key"]]
+    crc = sum(zlib.crc32(f"{i} {key}".encode()) for i, key in enumerate(keys)) % 2**32
+    assert got[6]["train/examples_crc"] == crc
+    saved = checkpoint.load_data(cut_run)
+    assert saved["examples"] == 72 and saved["order"] == {"step": 3, "following": 48, "left": [], "epoch": 0.75}
+
+
+def test_the_queue_keeps_whole_batches_when_the_batch_changes(full_run, cfg, tmp_path):
+    cfg.train.batch, cfg.loss.queue = 16, 32
+    run = loop.prepare(cfg, tmp_path / "new")
+    with jax.set_mesh(run.mesh):
+        state = start.create(run, None)
+        for ptr, want in ((8, 16), (24, 0), (16, 16)):
+            queue = state.extra["queue"] | {"ptr": jnp.int32(ptr)}
+            moved = start.aligned(run, state.replace(extra=state.extra | {"queue": queue}))
+            assert int(moved.extra["queue"]["ptr"]) == want
+
+
+# --- stopping, and one run in one folder ------------------------------------------------------------------------------
+def without_evaluation(full_run, workdir):
+    """The uninterrupted run as it was before its evaluation."""
+    shutil.copytree(full_run, workdir)
+    kept = [line for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval/" not in line]
+    (workdir / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+
+
+@pytest.mark.parametrize("place", ["image features", "re-ranking"])
+def test_a_signal_within_an_evaluation_stops_it_and_the_same_command_makes_it_again(
+    full_run, cfg, tmp_path, monkeypatch, capsys, place
+):
+    workdir, cfg.eval.batch = tmp_path / "run", 8
+    without_evaluation(full_run, workdir)
+
+    def interrupting(items, desc, **kw):
+        for number, item in enumerate(items):
+            if desc == place and number == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield item
+
+    with monkeypatch.context() as m:
+        m.setattr(two_stage, "tqdm", interrupting)
+        assert loop.fit(cfg, workdir) == {"step": 6, "stopped": True}
+    text = capsys.readouterr().out
+    assert "SIGTERM: ending this evaluation, of step 6, which is saved" in text
+    assert "stopped by a signal at step 6 of 6; checkpoint 6 in" in text and "the same command goes on" in text
+    assert not rows(workdir, "eval") and sorted(rows(workdir)) == [2, 4, 6]
+    again = loop.fit(cfg, workdir)
+    assert again["step"] == 6 and not again["stopped"]
+    got, want = rows(workdir, "eval")[6], rows(full_run, "eval")[6]
+    assert got == pytest.approx(want) and not lock_files(workdir)
+
+
+@pytest.mark.parametrize("how", ["a signal", "out of memory"])
+def test_a_step_is_saved_before_it_is_evaluated(cut_run, cfg, monkeypatch, how):
+    cfg.train.eval_every = 4  # which is no step to be saved
+
+    def evaluate(loaded, data, mesh):
+        assert checkpoint.newest_complete(cut_run) == 4
+        if how == "a signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            interrupt.check()
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(tasks.of(cfg), "evaluate", evaluate)
+    if how == "a signal":
+        out = loop.fit(cfg, cut_run)
+        assert out["step"] == 4 and out["stopped"]
+    else:
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            loop.fit(cfg, cut_run)
+    assert checkpoint.newest_complete(cut_run) == 4 and not rows(cut_run, "eval") and not lock_files(cut_run)
+
+
+def test_a_signal_before_the_first_step(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert loop.fit(cfg, tmp_path / "run") == {"step": 0, "stopped": True}
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_in_use_is_left_alone(cut_run, cfg, compiled):
+    before = {p: p.stat().st_mtime_ns for p in cut_run.rglob("*")}
+    with lock.held(cut_run):
+        with pytest.raises(ValueError, match=f"{cut_run} is in use by process {os.getpid()} on host"):
+            loop.fit(cfg, cut_run)
+    assert {p: p.stat().st_mtime_ns for p in cut_run.rglob("*")} == before and not compiled
+
+
+@pytest.mark.parametrize("part", ["a row", "the vocabulary"])
+def test_a_full_disk_is_one_line(cut_run, cfg, monkeypatch, part):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    where = {"a row": (metrics.Writer, "row"), "the vocabulary": (shutil, "copyfile")}[part]
+    if part == "the vocabulary":
+        (cut_run / "vocab.txt").unlink()
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(OSError) as e:
+        loop.fit(cfg, cut_run)
+    assert str(e.value) == (
+        f"writing in {cut_run} failed: No space left on device; make room, then run the same command again to go on "
+        f"from checkpoint 3 in {cut_run}"
+    )
+
+
+def lock_files(workdir):
+    return list(workdir.glob("lock*"))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            'RESOURCE_EXHAUSTED: Error writing "a" in OCDBT\n' + 400 * "x" + " [os_error_code='28']",
+            "No space left on device",
+        ),
+        ("400 lines\n" * 400, "400 lines 400 lines"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_line(cut_run, cfg, monkeypatch, words, said):
+    def full(*_, **__):
+        raise ValueError(words)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError) as e:
+        loop.fit(cfg, cut_run)
+    text = str(e.value)
+    assert f"writing a checkpoint in {cut_run / 'checkpoints'} failed: {said}" in text and "\n" not in text
+    assert len(text) < 700 and "make room, then run the same command again to go on from checkpoint 3" in text
 
 
 @pytest.fixture

@@ -56,9 +56,13 @@ class Pod:
     def kill(self, k: int, number=signal.SIGKILL) -> None:
         os.kill(self.pids[k], number)
 
+    def end(self, k: int) -> int:
+        """Exit status of one; of a signal negative."""
+        return self._server.ask({"wait": self.pids[k]})
+
     def ends(self) -> list[int]:
         """Exit statuses, by number; of a signal negative."""
-        return [self._server.ask({"wait": pid}) for pid in self.pids]
+        return [self.end(k) for k in range(len(self.pids))]
 
 
 class Server:
@@ -133,10 +137,12 @@ def train_and_capfilt(config: str, workdir: str, capfilt_config: str, out: str) 
     return 0
 
 
-def stay() -> int:
-    """Meets the others, says so, and waits for ever."""
-    from blip_jax.parallel import processes
+def stay(beat: float = 2.5, still: float = 25.0) -> int:
+    """Meets the others, says so, and waits for ever; gives a sign of life every `beat` seconds, and misses it after
+    `still`."""
+    from blip_jax.parallel import peers, processes
 
+    peers.BEAT, peers.STILL, peers.LINGER = beat, still, min(still, peers.LINGER)
     with processes.start(), processes.remedy(lambda: "take another"):
         print(f"met {processes.gather(os.getpid())}", flush=True)
         while True:

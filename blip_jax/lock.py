@@ -1,0 +1,277 @@
+"""One run, one folder: a lock that says who holds it, and that a dead owner does not hold.
+
+The lock of `path` is a file of JSON beside or in it: host, process, when that began, command, and a number that its
+owner raises every BEAT seconds. It is made by link(2), or where a file system has no links by exclusive creation, which
+hold on network file systems, too; flock, which does not hold on all of them, is not used.
+
+Whether an owner is dead is known on the same host by its process, and its beginning, as numbers are used again. Of
+another host, or another container, the file is watched: an owner whose number does not change within STALE seconds, by
+the watcher's own clock, is dead. Files have generations, NAME.1, NAME.2, ...: who follows a dead owner makes the next
+one, which only one can, and never removes what another may just have made; then it looks once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import pathlib
+import random
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BEAT = 5.0  # seconds between two signs of life of an owner
+STALE = 60.0  # seconds without one after which an owner on another host is dead
+POLL = 1.0  # seconds between two looks at an owner that may be dead
+DIGITS = 12  # of the number that is raised
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+class Share(NamedTuple):
+    """Part `process` of the `processes` independent ones that work in one folder."""
+
+    process: int
+    processes: int
+
+
+@contextlib.contextmanager
+def held(path, share: Share | None = None) -> Iterator[None]:
+    """While entered, this process alone holds `path`: a folder, which is made, or an output file or folder to be.
+
+    share: it shares a folder with others of other numbers, but of as many processes.
+    ValueError, in one line: another process holds it, who and since when. OSError: the place cannot be written.
+    """
+    lock = _Lock(pathlib.Path(path).absolute() / "lock", share)
+    lock.path.parent.mkdir(parents=True, exist_ok=True)
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
+def held_output(path) -> Iterator[None]:
+    """As `held`, for an output that does not exist yet, a file or a folder: the lock lies beside it."""
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _Lock(path.with_name(f".{path.name}.lock"), None):
+        yield
+
+
+class _Lock:
+    def __init__(self, path: pathlib.Path, share: Share | None):
+        self.path, self._share = path, share  # of the files without their endings
+        self._token, self._mine, self._fd, self._end = uuid.uuid4().hex, None, None, threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="lock")
+        self._name = path.name + (f"-{share.process}-of-{share.processes}" if share else "")
+
+    def __enter__(self) -> _Lock:
+        self._take()
+        self._fd = os.open(self._mine, os.O_WRONLY)
+        self._beating.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end.set()
+        self._beating.join()  # it must not write into another file that gets this one's number
+        os.close(self._fd)
+        with contextlib.suppress(OSError):
+            if (_read(self._mine) or {}).get("token") == self._token:
+                self._mine.unlink()
+
+    def _take(self) -> None:
+        dead: dict[str, pathlib.Path] = {}  # token -> file
+        while True:
+            for file, record in self._others(dead):
+                if _alive(file, record):
+                    raise ValueError(_in_use(self.path, file, record))
+                dead[record["token"]] = file
+            mine = self.path.with_name(f"{self._name}.{1 + max(map(_generation, self._files()), default=0)}")
+            if not self._make(mine):
+                continue  # another was quicker
+            if not self._others(dead, but=mine):
+                break
+            mine.unlink()  # two made different files at once: both try again
+            time.sleep(random.uniform(0, POLL))
+        for file in dead.values():
+            file.unlink(missing_ok=True)
+        self._mine = mine
+
+    def _files(self) -> list[pathlib.Path]:
+        pattern = re.compile(re.escape(self.path.name) + r"(-[0-9]+-of-[0-9]+)?\.[0-9]+")
+        return [file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name)]
+
+    def _others(self, dead, but: pathlib.Path | None = None) -> list[tuple[pathlib.Path, dict]]:
+        """Files whose owners may stand in the way, with what they say."""
+        found = [(file, _settled(file)) for file in self._files() if file != but]
+        return [(f, r) for f, r in found if r and r["token"] not in dead and self._conflicts(r)]
+
+    def _conflicts(self, record: dict) -> bool:
+        theirs = record.get("share")
+        return not (self._share and theirs and theirs[1] == self._share[1] and theirs[0] != self._share[0])
+
+    def _make(self, file: pathlib.Path) -> bool:
+        """Makes the file with everything in it; False: it is there already."""
+        beside = file.with_name(f".{self._name}.{self._token}")
+        content = json.dumps({"beat": "0" * DIGITS, **_myself(), "token": self._token, "share": self._share})
+        try:
+            with open(beside, "w", encoding="utf-8") as f:
+                f.write(content + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+            return exclusively(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        """Raises the number, in place: of a file that another has removed it is nobody's."""
+        number, at = 0, len('{"beat": "')
+        while not self._end.wait(BEAT):
+            number += 1
+            with contextlib.suppress(OSError):  # a full disk or a host that cannot be reached: maybe the next time
+                os.pwrite(self._fd, f"{number:0{DIGITS}}".encode(), at)
+                os.fsync(self._fd)
+            for file, record in self._newer():
+                _leave(f"error: {_in_use(self.path, file, record)}; it took this process for dead, which ends now")
+
+    def _newer(self) -> list[tuple[pathlib.Path, dict]]:
+        """Locks of others, where this one's file is gone."""
+        with contextlib.suppress(OSError):
+            if (_read(self._mine) or {}).get("token") != self._token and not self._end.is_set():
+                return self._others({})
+        return []
+
+
+def exclusively(beside: pathlib.Path, to: pathlib.Path) -> bool:
+    """Gives the file `beside` the name `to`, never over something; False: there is something. `beside` may stay."""
+    try:
+        os.link(beside, to)
+        return True
+    except FileExistsError:
+        return beside.stat().st_nlink > 1  # the answer of a network file system that did it got lost
+    except OSError as e:
+        if e.errno not in NO_LINKS:
+            raise
+    try:
+        os.close(os.open(to, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    os.replace(beside, to)
+    return True
+
+
+def _myself() -> dict:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "here": _here(),
+        "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": shlex.join(sys.orig_argv)[:1000],
+    }
+
+
+def _here() -> str:
+    """Where numbers of processes mean the same: this start of this kernel, this container."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, as the system says it; None: it cannot be told, "": there is no such process any more."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass  # another user's
+    try:
+        state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else fields[18]  # Z: it is dead, and nobody has asked for its status
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None
+
+
+def _alive(file: pathlib.Path, record: dict) -> bool:
+    """Whether the owner of a lock lives; of another host this takes STALE seconds of watching where it does not."""
+    if record.get("here") == _here() and isinstance(record.get("pid"), int) and 0 < record["pid"] < 2**31:
+        now = _started(record["pid"])
+        return now is None or now != "" and record.get("started") in (None, now)
+    print(
+        f"{file}: {_who(record)} held it; watching for up to {STALE:g} s whether it is alive",
+        file=sys.stderr,
+        flush=True,
+    )
+    until = time.monotonic() + STALE
+    while time.monotonic() < until:
+        time.sleep(POLL)
+        now = _read(file)
+        if now is None or now != record:  # it ended, or is alive; of one that ended there is no file to find
+            return now is not None
+    return False
+
+
+def _read(file: pathlib.Path) -> dict | None:
+    """What a lock says; None: it is gone. Of one without sense only "text", which changes when it does."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(text)
+        share = record["share"]
+        if isinstance(record["token"], str) and (share is None or isinstance(share, list) and len(share) == 2):
+            return record
+    except (ValueError, TypeError, LookupError, RecursionError):
+        pass
+    return {"token": f"{file} {text}", "text": text}
+
+
+def _settled(file: pathlib.Path) -> dict | None:
+    """As `_read`; one that is being made, where there are no links, gets a moment."""
+    for _ in range(5):
+        record = _read(file)
+        if record is None or "text" not in record:
+            break
+        time.sleep(POLL / 5)
+    return record
+
+
+def _generation(file: pathlib.Path) -> int:
+    return int(file.name.rpartition(".")[2])
+
+
+def _who(record: dict) -> str:
+    pid, host, since, command = (
+        " ".join(str(record.get(n)).split())[:300] for n in ("pid", "host", "since", "command")
+    )
+    return f"process {pid} on host {host}, since {since} ({command})"
+
+
+def _in_use(path: pathlib.Path, file: pathlib.Path, record: dict) -> str:
+    what = path.parent if path.name == "lock" else path.with_name(path.name[1:].removesuffix(".lock"))
+    return (
+        f"{what} is in use by {_who(record)}: wait for its end, stop it, or use another place (its lock is {file}, "
+        "which one that was killed does not hold)"
+    )
+
+
+def _leave(why: str) -> None:
+    """Ends this process before it touches more of what is another's now."""
+    with contextlib.suppress(OSError, ValueError):
+        print(why, file=sys.stderr, flush=True)
+    os._exit(2)
