@@ -18,6 +18,8 @@ from typing import Any
 
 from absl import flags
 
+from blip_jax.cli.parse import require, set_flags
+
 LOADED = time.monotonic()  # stands for the start of the process where the system does not tell it
 THREADS = 8  # that read pictures
 START = 19  # of the fields of /proc/self/stat behind the program's name: start of the process, in ticks since boot
@@ -256,10 +258,9 @@ def _flags(**own: tuple[Any, str]) -> tuple[flags.FlagValues, Callable[[], dict]
 
 def _parse(values: flags.FlagValues, argv: list[str], *required: str) -> list[str]:
     """Sets the flags; returns the pictures. ValueError: something of `required`, flags or "images", is not given."""
-    files = values(argv)[1:]
+    files = set_flags(values, argv)
     missing = [f"--{name}" for name in ("model", *required) if name != "images" and not getattr(values, name)]
     if "images" in required and not files:
         missing.append("pictures")
-    if missing:
-        raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
+    require(argv[0], missing)
     return files

@@ -35,7 +35,7 @@ from blip_jax.parallel.interrupt import Interrupt
 from blip_jax.tasks import step as steps
 from blip_jax.train import metrics, optim, start
 from blip_jax.train import state as train_state
-from blip_jax.train.summary import bucket_report, describe
+from blip_jax.train.summary import bucket_report, describe, ending
 
 
 class NonFiniteLoss(RuntimeError):
@@ -78,8 +78,8 @@ class At(NamedTuple):
 def fit(cfg, workdir) -> dict:
     """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
 
-    Writes checkpoints/, metrics.jsonl, tb/, config.json, skipped.jsonl and a copy of the vocabulary. SIGTERM, or SIGINT
-    once, finishes the step, saves and returns. Returns {"step", "stopped", "log": last row, "eval": last evaluation}.
+    Writes checkpoints/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
+    SIGTERM, or SIGINT once, finishes the step, saves and returns. Returns {"step", "stopped", "log": last row, "eval": last evaluation}.
     ValueError: the config, the data or the checkpoint in `workdir` do not fit; raised before anything compiles.
     NonFiniteLoss: the step is named and the last good checkpoint is kept.
     """
@@ -162,14 +162,13 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
             sums, ahead = metrics.add(metrics.zeros(values) if sums is None else sums, values), values
             step += 1
             clock.step(waited)
+            if step == at.step + 1:
+                say(f"step {step}: the first one is done, after {time.perf_counter() - asked:.0f} s")
             if step % every.log_every == 0 or step >= last:
                 out["log"] = _log(run, writer, step, sums, crc, clock)
                 sums = None
     manager.wait_until_finished()
-    say(
-        f"{'stopped by a signal' if step < last else 'done'} at step {step} of {last}; "
-        f"checkpoint {manager.latest_step()} in {manager.directory}; examples {run.data.counts()}"
-    )
+    say(ending(step, last, manager.latest_step(), manager.directory, run.data.counts()))
     return {"step": step, "stopped": step < last, **out}
 
 
