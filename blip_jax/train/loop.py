@@ -26,6 +26,7 @@ from blip_jax import checkpoint, tasks, trees
 from blip_jax.console import plain, revision, say
 from blip_jax.convert import read
 from blip_jax.data.batches import TrainData
+from blip_jax.data.source import expand
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
 from blip_jax.inference.load import Loaded, read_for
@@ -79,7 +80,8 @@ def fit(cfg, workdir) -> dict:
     """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
 
     Writes checkpoints/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
-    SIGTERM, or SIGINT once, finishes the step, saves and returns. Returns {"step", "stopped", "log": last row, "eval": last evaluation}.
+    SIGTERM, or SIGINT once, finishes the step, saves and returns. Returns {"step", "stopped", "log": last row, "eval":
+    last evaluation}.
     ValueError: the config, the data or the checkpoint in `workdir` do not fit; raised before anything compiles.
     NonFiniteLoss: the step is named and the last good checkpoint is kept.
     """
@@ -175,7 +177,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
 def prepare(cfg, workdir) -> Run:
     """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
     tasks.validate(cfg, None, jax.process_count(), jax.device_count())
-    tokenizer = Tokenizer(cfg.text.vocab)
+    tokenizer = _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -225,6 +227,25 @@ def prepare(cfg, workdir) -> Run:
         rows=rows,
         first=first,
     )
+
+
+def _files(cfg) -> Tokenizer:
+    """The tokenizer of a config. ValueError: every file that is missing, of vocabulary and data, before any is read."""
+    problems, tokenizer = [], None
+    try:
+        tokenizer = Tokenizer(cfg.text.vocab)
+    except ValueError as e:
+        problems.append(str(e))
+    for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
+        try:
+            if isinstance(source, ConfigDict) and source.kind in ("json", "tar", "array_record", "vqa", "nlvr"):
+                expand(name, source)
+        except ValueError as e:
+            problems.append(str(e))
+    if problems:
+        several = f"{len(problems)} things that the config names cannot be had:\n  " if problems[1:] else ""
+        raise ValueError(several + "\n  ".join(problems))
+    return tokenizer
 
 
 def _suffix() -> str:

@@ -365,11 +365,11 @@ def test_the_best_of_a_series_is_bold_least_noise_and_most_recall():
 def test_each_relation_of_the_paper_is_named_with_its_error_and_what_came_of_it():
     text = Document(page.page(results())).text
     for words in (
-        "3 relations: 1 as in the paper, 1 within the error, 1 the other way round.",
+        "Of 3: 1 as in the paper, 1 within the error, 1 the other way round.",
         "✓ both > neither : here +5.0 ± 1.2, as in the paper",
         "≈ captioner only > filter only : here +0.4 ± 0.6, within the error",
         "✕ both > captioner only : here -2.0 ± 1.5, the other way round",
-        "1 relations: 1 as in the paper.",
+        "Of 1: 1 as in the paper.",
         "✓ nucleus > beam (share of the synthetic texts that the filter dropped): here +6.4 ± 1.0",
         "Another seed, which is another training, moves the numbers more than that.",
     ):

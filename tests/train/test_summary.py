@@ -3,7 +3,9 @@
 import json
 
 import jax
+import pytest
 
+from blip_jax.config import source
 from blip_jax.console import plain
 from blip_jax.train import loop, summary
 
@@ -26,6 +28,21 @@ def test_the_start_is_less_than_a_screen_and_the_tables_are_in_a_file(tiny_cfg, 
     for text in ("vit/blocks (trained)", "vit/patch_embed/kernel", '"log_every"', "kept whole on every device"):
         assert text in whole and text not in said.replace("% of the bytes are kept whole on every device", "")
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == plain(tiny_cfg)
+
+
+def test_all_files_that_are_missing_are_named_at_once(tiny_cfg, tmp_path):
+    with tiny_cfg.data.unlocked():
+        tiny_cfg.data.train.a = source("json", "nowhere/a.json")
+        tiny_cfg.data.train.b = source("tar", "nowhere/*.tar")
+        tiny_cfg.data.eval.c = source("array_record", "nowhere/c.array_record")
+    tiny_cfg.text.vocab = "nowhere/vocab.txt"
+    with pytest.raises(ValueError) as error:
+        loop.prepare(tiny_cfg, tmp_path / "run")
+    head, *lines = str(error.value).splitlines()
+    assert head == "4 things that the config names cannot be had:"
+    for line, name in zip(lines, ("nowhere/vocab.txt", "'a'", "'b'", "'c'"), strict=True):
+        assert name in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_end_is_in_words():

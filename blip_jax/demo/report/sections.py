@@ -19,7 +19,7 @@ KINDS = {  # kind of web text -> (its name, what it is)
     "wrong": ("wrong", "the caption of another picture"),
     "boilerplate": ("boilerplate", "what stands on every page"),
     "file_name": ("file name", "the name of a picture file"),
-    "language": ("another language", "says it in words that the vocabulary does not have"),
+    "language": ("another language", "a sentence in another language, of no picture"),
     "empty": ("empty", "no text at all"),
 }
 VERDICTS = {  # verdict of relations.Relation -> (mark, words, class)
@@ -128,7 +128,7 @@ def relations(results: dict, number_of_table: int) -> str:
     counts = {name: sum(r["verdict"] == name for r in rows) for name in VERDICTS}
     summary = ", ".join(f"{n} {VERDICTS[name][1]}" for name, n in counts.items() if n)
     return (
-        f'<div class="relations"><h3>What the paper orders, and here</h3><p>{len(rows)} relations: {summary}.</p>'
+        f'<div class="relations"><h3>What the paper orders, and here</h3><p>Of {len(rows)}: {summary}.</p>'
         f"<ul>{''.join(told)}</ul>"
         '<p class="note">In points of mean recall where nothing else is said. ±: 95 % of what other pictures of the '
         "same kind would show, from the differences picture by picture. Another seed, which is another training, "
@@ -289,7 +289,7 @@ def gallery(results: dict) -> str:
         "truth, known of this world, and the filter’s decision with its matching probability. "
         '<span class="chip true">✓ true</span> or <span class="chip false">✕ false</span> says whether all of the '
         'text holds of the picture; <span class="chip">kept</span> or <span class="chip"><del>dropped</del></span> '
-        "what the filter did; <em>mistaken</em> that it was wrong to. Pictures of every combination of decisions in "
+        "what the filter did; <em>mistaken</em> that this was wrong. Pictures of every combination of decisions in "
         "turn.</p>",
         f'<div class="cards">{"".join(cards)}</div>',
     )

@@ -52,6 +52,7 @@ tbody th{white-space:normal;overflow-wrap:anywhere;min-width:7.5rem}
 tbody th small{display:block;color:var(--soft);font-size:.8rem}
 .across thead th,.across tbody th{white-space:normal;min-width:0}
 .across thead th{overflow-wrap:normal}
+.across thead th:not(:first-child){width:18%}
 .across .group{color:var(--ink);font-weight:600;padding-top:1rem;border-bottom-color:var(--soft)}
 strong{color:var(--accent);font-weight:700}
 .narrow{max-width:34rem}
