@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pathlib
+import platform
 
 import jax
 import numpy as np
@@ -135,13 +136,28 @@ def _intro(cfg) -> str:
 
 
 def _facts(cfg, workdir: pathlib.Path) -> list[tuple[str, str]]:
+    """What the numbers depend on, down to the bit: the threads and the vector instructions of a CPU, too."""
     device = jax.devices()[0]
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
         ("command", f"blip-jax demo --workdir={workdir.name} --config.seed={cfg.seed}"),
-        ("hardware", f"{jax.device_count()} {device.device_kind} device, {os.cpu_count()} processors"),
+        (
+            "hardware",
+            f"{jax.device_count()} {device.device_kind} device; {threads} of {os.cpu_count()} cores, {_processor()}",
+        ),
         ("software", f"blip_jax {__version__}, revision {revision()}, jax {jax.__version__}"),
         ("pre-training", f"{cfg.train.steps} steps of {cfg.train.batch} pairs each"),
     ]
+
+
+def _processor() -> str:
+    """Name of the CPU, as far as the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _rows(run: pathlib.Path) -> list[dict]:

@@ -178,6 +178,7 @@ def _vocabulary(cfg, workdir: pathlib.Path) -> None:
         return
     cfg.text.vocab = str(workdir / "vocab.txt")
     if not pathlib.Path(cfg.text.vocab).exists():
+        say(f"making a vocabulary from the captions of {VOCAB_SCENES} scenes: some seconds")
         beside = workdir / "vocab.txt.tmp"
         train_vocab(vocab_captions(VOCAB_SCENES), cfg.model.med.vocab_size - len(EXTRA), beside)
         beside.replace(cfg.text.vocab)
