@@ -238,11 +238,16 @@ def of_run(path: pathlib.Path) -> ConfigDict:
             f"{path} is no config of a training run of this version ({type(e).__name__}: {_short(e)}): give "
             "--config=FILE.py"
         ) from e
-    copies = [path.with_name(f"vocab{suffix}") for suffix in (".txt", ".json")]
-    if not os.path.isfile(c.text.vocab) and (copy := next((str(p) for p in copies if p.is_file()), None)):
-        print(f"text.vocab={c.text.vocab} is not there: its copy {copy} is used", file=sys.stderr)
-        c.text.vocab = copy
+    use_own_vocabulary(c, path.parent)
     return c
+
+
+def use_own_vocabulary(cfg: ConfigDict, workdir) -> None:
+    """Where the vocabulary that a config names is gone, the copy in the workdir takes its place, and it is said."""
+    copies = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json")]
+    if not os.path.isfile(cfg.text.vocab) and (copy := next((str(p) for p in copies if p.is_file()), None)):
+        print(f"text.vocab={cfg.text.vocab!r} is not there: the copy {copy} is used", file=sys.stderr)
+        cfg.text.vocab = copy
 
 
 def _short(e: BaseException) -> str:

@@ -45,6 +45,7 @@ def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
     what = "workdir, checkpoint folder, .pth, Hugging Face folder or name; default: the newest of --workdir"
     cfg, values = config_of_run(argv, checkpoint=what)
+    configs.use_own_vocabulary(cfg, values.workdir)
     from blip_jax import tasks
     from blip_jax.console import say
     from blip_jax.parallel import processes
@@ -243,7 +244,8 @@ def config_of_run(argv: list[str], **extra: str) -> tuple[ConfigDict, flags.Flag
     Without --config, the settings that a run left in --workdir.
     """
     values = flags.FlagValues()
-    rest = configs.take(values, argv, "config", "FILE.py or FILE.py:ARGUMENT; default: --workdir's config.json", True)
+    default = "configs/scenes.py" if argv[0] == "demo" else "config.json of --workdir"
+    rest = configs.take(values, argv, "config", f"FILE.py or FILE.py:ARGUMENT; default: {default}", workdir=True)
     flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, logs", flag_values=values)
     for name, text in extra.items():
         flags.DEFINE_string(name, None, text, flag_values=values)

@@ -146,6 +146,7 @@ def _named(flag: flags.Flag) -> str:
 def _explained(flag: flags.Flag) -> str:
     """Its help with its default, unless that says nothing."""
     about = re.sub(r"\s+", " ", flag.help).replace("; repeat this option to specify a list of values", "")
+    about = re.sub(r"^<\|?(.*?)>: ", lambda choices: choices[1].replace("|", ", ") + "; ", about)
     if flag.default in (None, "", [], False) or (flag.default == 0 and "0: " in about):
         return about
     default = ", ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default

@@ -248,7 +248,7 @@ def test_the_settings_that_a_run_left_are_used_without_a_config(config_file, tmp
     cfg.text.vocab = "gone/vocab.txt"
     (run / "config.json").write_text(json.dumps(plain(cfg)))
     assert main.config_of_run(["train", f"--workdir={run}"])[0].text.vocab == str(run / "vocab.txt")
-    assert f"its copy {run / 'vocab.txt'} is used" in capsys.readouterr().err
+    assert f"the copy {run / 'vocab.txt'} is used" in capsys.readouterr().err
     saved = plain(cfg)
     del saved["eval"]["rerank_texts"], saved["data"]["train"]["world"]["easy"]  # of a version that did not have them
     (run / "config.json").write_text(json.dumps(saved))
