@@ -113,13 +113,20 @@ def _split(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def _left(argv: list[str]) -> str | None:
-    """The config.json of --workdir, if there is one."""
+    """The config.json of --workdir; None without that flag. ValueError: there is none."""
     folder = _split(argv, "workdir")[0]
-    path = pathlib.Path(folder) / SAVED if folder else None
-    if path is None or not path.is_file():
+    if not folder:
         return None
-    print(f"no --config: the settings are those of {path}", file=sys.stderr)
-    return str(path)
+    path = pathlib.Path(folder) / SAVED
+    if path.is_file():
+        print(f"no --config: the settings are those of {path}", file=sys.stderr)
+        return str(path)
+    parent = path.parent.parent
+    near = [p.name for p in parent.iterdir() if (p / SAVED).is_file()] if parent.is_dir() else []
+    close = [str(parent / name) for name in difflib.get_close_matches(path.parent.name, near, 2, 0.6)]
+    why = f"{folder} {f'holds no {SAVED}' if path.parent.is_dir() else 'is no folder'}"
+    hint = f"; did you mean --workdir={' or '.join(close)}?" if close else ""
+    raise ValueError(f"blip-jax {argv[0]} needs --config, or the --workdir of a run: {why}{hint}")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def test_overrides_may_come_before_the_config_and_need_one(config_file, capsys):
     rest = configs.take(values, argv, "config", "")
     parse(values, rest, ("config",))
     assert (values.config.train.steps, values.config.loss.momentum, values.config.is_locked) == (9, False, True)
-    assert "--config.train.steps without --config" in fails(capsys, "train", "--config.train.steps=9", "--workdir=x")
+    assert "--config.train.steps without --config" in fails(capsys, "train", "--config.train.steps=9")
 
 
 def test_the_settings_that_a_run_left_are_used_without_a_config(config_file, tmp_path, capsys):
@@ -244,6 +244,10 @@ def test_the_settings_that_a_run_left_are_used_without_a_config(config_file, tmp
     found.eval.k = cfg.eval.k
     assert plain(found) == plain(cfg) and isinstance(found.data.crop_scale, tuple)
     assert f"the settings are those of {run / 'config.json'}" in capsys.readouterr().err
+
+    line = fails(capsys, "evaluate", f"--workdir={tmp_path / 'ruhn'}")
+    assert f"or the --workdir of a run: {tmp_path / 'ruhn'} is no folder; did you mean --workdir={run}?" in line
+    assert "holds no config.json" in fails(capsys, "train", f"--workdir={tmp_path}")
 
     cfg.text.vocab = "gone/vocab.txt"
     (run / "config.json").write_text(json.dumps(plain(cfg)))
