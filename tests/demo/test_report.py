@@ -640,6 +640,7 @@ def test_a_phone_shows_every_column_of_every_table(tmp_path):
 
 def test_the_browser_would_tell_overflow_and_errors(tmp_path):
     bad = '<html><body><div style="width:700px">x</div><script>nothing.here</script></body></html>'
-    bad = bad.replace("<body>", '<body><div class="scroll" style="overflow-x:auto;width:300px"><p style="width:340px">')
+    box = '<div class="scroll" style="overflow-x:auto;width:300px"><p style="width:340px">y</p></div>'
+    bad = bad.replace("<body>", f"<body>{box}")
     inner, scroll, hidden, console = opened(bad, tmp_path, 390)
     assert (inner, scroll, hidden) == (390, 708, 40) and "nothing is not defined" in console[0]
