@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 setup(
     name="blip-jax",
     version="0.1.0",
-    description="BLIP and BLIP-2 in JAX/Flax for TPU pods and GPUs",
+    description="BLIP in JAX/Flax for TPU pods and GPUs",
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

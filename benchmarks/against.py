@@ -18,7 +18,7 @@ import sys
 
 from absl import flags
 
-from blip_jax.cli import bench
+from blip_jax.cli import bench, usage
 
 NEEDS = {
     "train": ("torch",),
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     """The command line; a mistake is one line and exit status 2, as of `blip-jax`."""
     try:
         return measure(argv)
+    except usage.Shown:
+        return 0
     except (ValueError, OSError, flags.Error) as error:
         if os.environ.get("BLIP_JAX_DEBUG"):
             raise
@@ -48,7 +50,7 @@ def measure(argv: list[str]) -> int:
         raise ValueError(f"{what} needs {' and '.join(missing)}: pip install -e '.[peers]'")
     command = shlex.join(["python", "benchmarks/against.py", *argv])
     more = define_train if what == "train" else None
-    return bench.measure(what, argv[1:], parse, command, more, lambda values: peer_of(what, values))
+    return bench.measure(what, argv[1:], command, more, lambda values: peer_of(what, values))
 
 
 def define_train(values: flags.FlagValues) -> None:
@@ -67,12 +69,6 @@ def peer_of(what: str, values: flags.FlagValues):
     import against_transformers
 
     return against_transformers.captions if what == "caption" else against_transformers.outputs
-
-
-def parse(values: flags.FlagValues, argv: list[str], required: tuple = ()) -> None:
-    """Sets the flags. ValueError: an argument that is none."""
-    if rest := values(argv)[1:]:
-        raise ValueError(f"unexpected argument {rest[0]!r}: flags are --name=value")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def markdown(plans: dict[str, dict]) -> str:
             f"{1e3 * row['seconds'].get(k, math.nan):.1f}" for k in ("compute", "memory", "interconnect")
         )
         times, mesh = " + ".join(map(units, rows)), " × ".join(str(n) for n in plan["mesh"].values())
-        needs = gib(most.get("needed", most["known"])) + ("" if plan["fits"] else " **too much**")
+        needs = gib(most.get("needed", most["known"])) + (" **too much**" if plan["fits"] is False else "")
         rate, bound = without_memory(plan)
         speed = f"{plan['images_per_s_per_chip']:,.0f}, {plan['images_per_s']:,.0f}" if "images_per_s" in plan else "–"
         slowest = max(rows, key=lambda row: row["best_seconds"])["bound"]

@@ -1,4 +1,4 @@
-"""BLIP and BLIP-2 in JAX/Flax."""
+"""BLIP in JAX/Flax."""
 
 from __future__ import annotations
 

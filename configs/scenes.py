@@ -9,8 +9,8 @@ Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary,
           filter, CapFilt, report; the first pre-training by hand
           blip-jax vocab --scenes=20000 --size=318 --out=runs/scenes/vocab.txt
           blip-jax train --config=configs/scenes.py --workdir=runs/scenes --config.text.vocab=runs/scenes/vocab.txt
-Hardware: 2 CPU cores, 2 min; the whole demo 13 min 38 s. Mean recall of seed 42 on the web as it is 56.0, filtered
-81.3, with synthetic captions 63.2, with both 85.4.
+Hardware: 2 CPU cores, 2 min; the whole demo a quarter of an hour. Mean recall over four runs: on the web as it is 56 to
+63, filtered 64 to 81, with synthetic captions 63 to 66, with both 79 to 85 (docs/results.md).
 """
 
 from blip_jax.config import base, source

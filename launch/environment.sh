@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes .venv beside the project's files and installs the project into it, once per version
 # of setup.py. `install_project test` adds the extra "test"; what follows are further requirements of pip. Leaves $python, the
-# interpreter to use. `run_tests` ends the script with pytest: two processes share the work, file by file, the longest first.
+# interpreter to use; needs `set -o pipefail` around it. `run_tests` ends the script with pytest: two processes share the work, file by file, the longest first.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 
@@ -34,8 +34,21 @@ install_project() {
         return
     fi
     echo "== installing the project${extra:+ with [$extra]} and its dependencies into $root/.venv (about 1 GB, some minutes)"
-    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" "$@")
+    (cd "$root" && "$python" -m pip install --progress-bar off --disable-pip-version-check -e ".${extra:+[$extra]}" "$@") |
+        told_from_time_to_time
     echo "$wanted" > "$stamp"
+    echo "== installed; for a shell of yours with the blip-jax command: source $root/.venv/bin/activate"
+}
+
+# Of pip's many lines one each five seconds, and the one after which it is silent for longest.
+told_from_time_to_time() {
+    local line begun="$SECONDS" next=0
+    while IFS= read -r line; do
+        if [ "$((SECONDS - begun))" -ge "$next" ] || [[ "$line" == "Installing collected packages"* ]]; then
+            echo "   $((SECONDS - begun)) s: ${line:0:100}"
+            next="$((SECONDS - begun + 5))"
+        fi
+    done
 }
 
 run_tests() {

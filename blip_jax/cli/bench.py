@@ -7,31 +7,35 @@ Flags become settings, and settings go to one function of blip_jax/bench.
 
 from __future__ import annotations
 
-import re
+import difflib
 import shlex
 from collections.abc import Callable
 
 from absl import flags
-from ml_collections import config_flags
 
+from blip_jax.cli import configs, usage
+from blip_jax.cli.parse import parse
 from blip_jax.config import VIT_SIZES
 
 # flags of `train` that make a config, where none is given
 OWN = ("size", "objective", "img_size", "dtype", "batch", "buckets")
 
 
-def bench(argv: list[str], parse: Callable) -> int:
-    """blip-jax bench; `parse` as in cli/main.py."""
+def bench(argv: list[str]) -> int:
+    """blip-jax bench."""
     what = argv[1] if argv[1:] else ""
+    if what in usage.ASKS:
+        usage.show("bench", None)
     if what not in WORKLOADS:
-        raise ValueError(f"blip-jax bench measures {', '.join(WORKLOADS)}, not {what or 'nothing'!r}")
-    return measure(what, argv[2:], parse, shlex.join(["blip-jax", *argv]))
+        close = difflib.get_close_matches(what, WORKLOADS, 1, 0.6)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"blip-jax bench measures {', '.join(WORKLOADS)}, not {what or 'nothing'!r}{hint}")
+    return measure(what, argv[2:], shlex.join(["blip-jax", *argv]))
 
 
 def measure(
     what: str,
     argv: list[str],
-    parse: Callable,
     command: str,
     more: Callable | None = None,
     peer: Callable | None = None,
@@ -47,19 +51,16 @@ def measure(
     def with_peer() -> dict:
         return {"peer": peer(values)} if peer else {}
 
-    return WORKLOADS[what]([f"bench {what}", *argv], values, parse, command, with_peer)
+    return WORKLOADS[what]([f"bench {what}", *argv], values, command, with_peer)
 
 
-def _train(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
+def _train(argv: list[str], values: flags.FlagValues, command: str, with_peer: Callable) -> int:
     from blip_jax import tasks
     from blip_jax.bench import train
 
     default = train.Settings()
-    with_config = any(re.match(r"--?config(=|$)", arg) for arg in argv)
-    if with_config:
-        config_flags.DEFINE_config_file(
-            "config", None, "what trains; its leaves are flags", lock_config=True, flag_values=values, sys_argv=argv
-        )
+    with_config = configs.given(argv)
+    argv = configs.take(values, argv, "config", "FILE.py or FILE.py:ARGUMENT: what trains; default: by the flags below")
     flags.DEFINE_enum("size", "base", sorted(VIT_SIZES), "of the model", flag_values=values)
     flags.DEFINE_enum("objective", "pretrain", tasks.names(), "what is trained", flag_values=values)
     flags.DEFINE_integer("img_size", 224, "pixels", lower_bound=1, flag_values=values)
@@ -98,7 +99,7 @@ def _positions(text: str) -> int:
     return int(text)
 
 
-def _caption(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
+def _caption(argv: list[str], values: flags.FlagValues, command: str, with_peer: Callable) -> int:
     from blip_jax.bench import caption
 
     default = caption.Settings()
@@ -114,7 +115,7 @@ def _caption(argv: list[str], values: flags.FlagValues, parse: Callable, command
 
 
 def _inference(workload: str) -> Callable:
-    def run(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
+    def run(argv: list[str], values: flags.FlagValues, command: str, with_peer: Callable) -> int:
         from blip_jax.bench import inference
 
         default = inference.Settings(workload)
@@ -130,7 +131,7 @@ def _inference(workload: str) -> Callable:
     return run
 
 
-def _input(argv: list[str], values: flags.FlagValues, parse: Callable, command: str, with_peer: Callable) -> int:
+def _input(argv: list[str], values: flags.FlagValues, command: str, with_peer: Callable) -> int:
     from blip_jax.bench import input
 
     default = input.Settings()

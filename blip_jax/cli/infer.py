@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from blip_jax.cli.parse import require, set_flags
 from blip_jax.data import paths
 
 LOADED = time.monotonic()  # stands for the start of the process where the system does not tell it
@@ -264,12 +265,11 @@ def _parse(values: flags.FlagValues, argv: list[str], *required: str) -> list[st
 
     ValueError: something of `required`, flags or "images", is not given, or a folder holds no picture.
     """
-    files = pictures(values(argv)[1:])
+    files = pictures(set_flags(values, argv))
     missing = [f"--{name}" for name in ("model", *required) if name != "images" and not getattr(values, name)]
     if "images" in required and not files:
         missing.append("pictures")
-    if missing:
-        raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
+    require(argv[0], missing)
     return files
 
 

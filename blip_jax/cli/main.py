@@ -1,9 +1,8 @@
-"""blip-jax <command>: flags become a config, a config goes to one function. USAGE lists the commands.
+"""blip-jax <command>: flags become a config, a config goes to one function. usage.py lists the commands.
 
 A mistake is one line, `error: ...`, and exit status 2; BLIP_JAX_DEBUG=1 shows where it came from. Of the other
-statuses, 0: done;
-75: stopped before the end, by a signal or because another process is gone, the same command goes on; 1: the run
-diverged.
+statuses, 0: done; 75: stopped before the end, by a signal or because another process is gone, the same command goes on;
+1: not done as asked, a run diverged, say.
 """
 
 from __future__ import annotations
@@ -12,58 +11,23 @@ import contextlib
 import difflib
 import os
 import pathlib
-import re
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from blip_jax.cli import infer
+from blip_jax import __version__
+from blip_jax.cli import configs, infer, usage
+from blip_jax.cli.parse import parse
 from blip_jax.parallel import compiler
 from blip_jax.parallel.interrupt import Interrupt, Stopped
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
-USAGE = """usage: blip-jax <command> [flags]
-
-  train     --config=configs/x.py --workdir=DIR      train, or resume what DIR holds
-  evaluate  --config=configs/x.py --workdir=DIR      what the task measures on data.eval, newest checkpoint
-            [--checkpoint=FOLDER]                    ... or this one
-  capfilt   --config=configs/x.py --out=DIR          caption and filter data.sources into DIR, or go on with it
-            [--process=K --processes=N]              ... as one of N processes that share DIR
-  capfilt refilter --run=DIR --threshold=0.7 --out=DIR2   another threshold for a finished run, without a model
-  vocab     --captions=FILE ...                      train a WordPiece vocabulary from captions (repeat the flag)
-            [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
-  pack      'PATTERN' --out=DIR [--kind= --images=]  any source of data to ArrayRecord shards, or go on with them
-  convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out: .pth, Hugging Face folders,
-            [--verify --vocab=FILE --family=         initial weights
-             --img_size= --vit_heads= --med_heads=]
-
-  caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
-  match     PICTURES --text=...                      texts against pictures
-  answer    PICTURES --question=... [--answers=FILE] answers, free or the best of a list
-  features  [PICTURES] [--text=...] --out=FILE.npz   states and embeddings
-            all four: PICTURES are files, folders or patterns;
-            --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
-            [--json --batch= --dtype= --vocab=]
-
-  bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
-  bench     caption | filter | encode | input        speed of the other work; benchmarks/README.md
-            all: [--out=FILE.json --trace=DIR]
-  plan      --config=configs/x.py --topology=v5e:4x8 memory, collectives and best speed on a TPU slice that is not here
-            [--slices=N --search --workload=evaluate --exact --out=FILE.json]
-            of CapFilt: [--captioner=CONFIG --filter=CONFIG]
-  demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report
-
-train, evaluate and capfilt run on several hosts, too: started on each of them alike (docs/many_hosts.md).
-Exit status: 0 done, 75 stopped before the end and to be run again, 1 diverged, 2 a mistake that the last line names.
-Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config/leaves.py lists them with their units.
-"""
 
 
 def train(argv: list[str]) -> int:
     """blip-jax train."""
-    cfg, values = _config_and_flags(argv)
+    cfg, values = config_of_run(argv)
     from blip_jax.parallel import processes
     from blip_jax.train import loop
 
@@ -79,7 +43,8 @@ def train(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     """blip-jax evaluate."""
     what = "workdir, checkpoint folder, .pth, Hugging Face folder or name; default: the newest of --workdir"
-    cfg, values = _config_and_flags(argv, checkpoint=what)
+    cfg, values = config_of_run(argv, checkpoint=what)
+    configs.use_own_vocabulary(cfg, values.workdir)
     from blip_jax import tasks
     from blip_jax.console import say
     from blip_jax.parallel import processes
@@ -97,13 +62,11 @@ def capfilt(argv: list[str]) -> int:
     if argv[1:2] == ["refilter"]:
         return _refilter(["capfilt refilter", *argv[2:]])
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "python file with get_config()", lock_config=True, flag_values=values, sys_argv=argv
-    )
+    argv = configs.take(values, argv, "config", "FILE.py or FILE.py:ARGUMENT")
     flags.DEFINE_string("out", None, "folder of the run: decision tables and shards", flag_values=values)
     flags.DEFINE_integer("process", None, "number of this process; default: JAX's", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes share the work; default: JAX's", flag_values=values)
-    _parse(values, argv, required=("config", "out"))
+    parse(values, argv, required=("config", "out"))
     if (values.process is None) != (values.processes is None):
         raise ValueError("give both --process and --processes, or neither")
     from blip_jax.capfilt.run import run
@@ -120,7 +83,7 @@ def _refilter(argv: list[str]) -> int:
     flags.DEFINE_string("run", None, "folder of a finished `blip-jax capfilt` run", flag_values=values)
     flags.DEFINE_float("threshold", None, "matching probability from which a text is kept", flag_values=values)
     flags.DEFINE_string("out", None, "folder to write", flag_values=values)
-    _parse(values, argv, required=("run", "threshold", "out"))
+    parse(values, argv, required=("run", "threshold", "out"))
     from blip_jax.capfilt.refilter import refilter
 
     return AGAIN if refilter(values.run, values.threshold, values.out).get("stopped") else 0
@@ -137,7 +100,7 @@ def vocab(argv: list[str]) -> int:
     flags.DEFINE_integer("scenes", 0, "captions of this many built-in scenes", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
-    _parse(values, argv, required=("out",))
+    parse(values, argv, required=("out",))
     from blip_jax.data import captions as texts
     from blip_jax.data.scenes.world import vocab_captions
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
@@ -153,9 +116,13 @@ def vocab(argv: list[str]) -> int:
         print(f"left out of what --captions names: {reasons}", file=sys.stderr)
     pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
+    tokenizer = Tokenizer(values.out)
+    words = pathlib.Path(values.out).read_text(encoding="utf-8").splitlines()
+    idle = sum(word.startswith("[unused") for word in words)
+    spare = f" ({idle} of them [unused]: --size={values.size - idle} holds as much)" if idle else ""
     print(
-        f"{values.out}: {values.size} entries from {len(captions)} captions; set text.vocab={values.out} and "
-        f"model.med.vocab_size={Tokenizer(values.out).vocab_size}"
+        f"{values.out}: {values.size} entries{spare} from {len(captions)} captions; set text.vocab={values.out} and "
+        f"model.med.vocab_size={tokenizer.vocab_size}"
     )
     return 0
 
@@ -164,7 +131,7 @@ def pack(argv: list[str]) -> int:
     """blip-jax pack."""
     from blip_jax.cli.pack import pack
 
-    return pack(argv, _parse, AGAIN)
+    return pack(argv, parse, AGAIN)
 
 
 def convert(argv: list[str]) -> int:
@@ -187,7 +154,7 @@ def convert(argv: list[str]) -> int:
         "drop_token_types", False, "of BERT, drop its token-type row as the original BLIP does", flag_values=values
     )
     flags.DEFINE_bool("verify", False, "compare what was written, and run both models", flag_values=values)
-    paths = _parse(values, argv, required=(), positional=2)
+    paths = parse(values, argv, required=(), positional=2)
     if len(paths) < 2:
         raise ValueError(
             "blip-jax convert needs IN and OUT: blip-jax convert model_base.pth runs/pretrained --vocab=vocab.txt"
@@ -210,12 +177,12 @@ def convert(argv: list[str]) -> int:
 
 def demo(argv: list[str]) -> int:
     """blip-jax demo."""
-    default = ROOT / "configs" / "scenes.py"
-    if not any(re.match(r"--?config(=|$)", arg) for arg in argv):
+    default = configs.ROOT / "configs" / "scenes.py"
+    if not configs.given(argv):
         if not default.exists():
             raise ValueError(f"{default} is missing: run from a checkout of the project, or give --config")
         argv = [argv[0], f"--config={default}", *argv[1:]]
-    cfg, values = _config_and_flags(argv)
+    cfg, values = config_of_run(argv)
     from blip_jax.demo import stages
 
     with Interrupt():
@@ -226,14 +193,14 @@ def bench(argv: list[str]) -> int:
     """blip-jax bench."""
     from blip_jax.cli.bench import bench
 
-    return bench(argv, _parse)
+    return bench(argv)
 
 
 def plan(argv: list[str]) -> int:
     """blip-jax plan."""
     from blip_jax.cli.plan import plan
 
-    return plan(argv, _parse)
+    return plan(argv)
 
 
 COMMANDS = {
@@ -257,19 +224,31 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     alone = argv is None  # the process ends with this command
     argv = sys.argv[1:] if alone else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
+    if argv and argv[0] == "help":  # `help train` is `train --help`
+        argv = [*argv[1:], "--help"]
+    if not argv or argv[0] in usage.ASKS:
+        print(usage.OVERVIEW)
         return 0 if argv else 2
+    if argv[0] in ("-V", "--version", "version"):
+        from blip_jax.console import revision
+
+        print(f"blip-jax {__version__}, revision {revision()}")
+        return 0
     compiler.set_stack()
     try:
         if wrong := [arg for arg in argv if any("\udc80" <= c <= "\udcff" for c in arg)]:  # bytes that are no UTF-8
             raise ValueError(f"{wrong[0]!r} is no text in UTF-8: rename the file or folder")
         if argv[0] not in COMMANDS:
-            raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+            raise ValueError(_unknown(argv[0]))
         return COMMANDS[argv[0]](argv)
+    except usage.Shown:
+        return 0
     except Stopped:
         print("stopped by a signal; run the same command again", file=sys.stderr)
         return AGAIN
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130  # as a shell has it for SIGINT
     except (ValueError, OSError, flags.Error) as e:
         if os.environ.get("BLIP_JAX_DEBUG"):
             raise
@@ -280,65 +259,24 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _config_and_flags(argv: list[str], **extra: str) -> tuple[ConfigDict, flags.FlagValues]:
-    """The locked config of --config with its overrides, and --workdir with the `extra` flags (name -> help)."""
+def _unknown(word: str) -> str:
+    close = difflib.get_close_matches(word.lstrip("-").lower(), COMMANDS, 2, 0.6)
+    if word.startswith("-") and not close:
+        return f"{word} comes before a command: blip-jax COMMAND {word}; the commands are {', '.join(COMMANDS)}"
+    hint = f"did you mean {' or '.join(close)}? The commands are" if close else "the commands are"
+    return f"unknown command {word!r}: {hint} {', '.join(COMMANDS)}"
+
+
+def config_of_run(argv: list[str], **extra: str) -> tuple[ConfigDict, flags.FlagValues]:
+    """The locked config of --config with its overrides, and --workdir with the `extra` flags (name -> help).
+
+    Without --config, the settings that a run left in --workdir.
+    """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "python file with get_config()", lock_config=True, flag_values=values, sys_argv=argv
-    )
+    default = "configs/scenes.py" if argv[0] == "demo" else "config.json of --workdir"
+    rest = configs.take(values, argv, "config", f"FILE.py or FILE.py:ARGUMENT; default: {default}", workdir=True)
     flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, logs", flag_values=values)
     for name, text in extra.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
-    _parse(values, argv, required=("config", "workdir"))
+    parse(values, rest, required=("config", "workdir"))
     return values.config, values
-
-
-def _parse(values: flags.FlagValues, argv: list[str], required: tuple[str, ...], positional: int = 0) -> list[str]:
-    """Sets the flags; returns the arguments that are none, at most `positional`."""
-    try:
-        rest = values(argv)
-    except (AttributeError, KeyError) as e:  # an override, or the config file itself, names a leaf that does not exist
-        raise ValueError(_unknown_leaf(argv) or f"{_config_path(argv)}: {e.args[0]}") from e
-    # of a ValueError in a config file, such as an unknown argument, with the whole traceback
-    except flags.IllegalFlagValueError as e:
-        *_, last = str(e).strip().splitlines()
-        if "parsing config file" not in str(e) or not last.startswith("ValueError: "):
-            raise
-        raise ValueError(last.removeprefix("ValueError: ")) from e
-    if len(rest) > 1 + positional:
-        raise ValueError(
-            f"unexpected argument {rest[1 + positional]!r}: flags are --name=value; `blip-jax --help` lists them"
-        )
-    missing = [f"--{name}" for name in required if getattr(values, name) is None]
-    if missing:
-        raise ValueError(f"blip-jax {argv[0]} needs {' and '.join(missing)}; `blip-jax --help` shows how")
-    return rest[1:]
-
-
-def _config_path(argv: list[str]) -> str:
-    for i, arg in enumerate(argv):
-        if match := re.match(r"--?config(?:=(.*))?$", arg):
-            return match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
-    return ""
-
-
-def _unknown_leaf(argv: list[str]) -> str | None:
-    """What is wrong with the first --config.a.b that the config file does not have; None if all exist."""
-    plain = flags.FlagValues()
-    only = [argv[0], f"--config={_config_path(argv)}"]
-    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=plain, sys_argv=only)
-    try:
-        plain(only)
-    except (AttributeError, KeyError):
-        return None
-    for arg in argv:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
-        node, done = plain.config, []
-        for name in match[1].split(".") if match else ():
-            if not isinstance(node, ConfigDict) or name not in node:
-                have = sorted(node) if isinstance(node, ConfigDict) else []
-                close = [".".join([*done, c]) for c in difflib.get_close_matches(name, have, 3, 0.5)]
-                hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(have) or 'no leaves'}"
-                return f"{arg}: {'.'.join(done) or 'the config'} has no key {name!r}; {hint}"
-            node, done = node[name], [*done, name]
-    return None

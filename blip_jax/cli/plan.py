@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 from absl import flags
-from ml_collections import config_flags
+
+from blip_jax.cli import configs
+from blip_jax.cli.parse import parse
+
+UNDECIDED = 3  # exit status: the state fits, and nothing more is known
 
 
-def plan(argv: list[str], parse: Callable) -> int:
-    """blip-jax plan; `parse` as in cli/main.py. Exit status 0 where the plan fits, 1 where it does not."""
+def plan(argv: list[str]) -> int:
+    """blip-jax plan. Exit status 0: it fits, 1: it does not, 3: no compiler is there to tell."""
     values = flags.FlagValues()
     for name, text in (
         ("config", "what is planned; its leaves are flags"),
         ("captioner", "CapFilt: config of the captioner's training"),
         ("filter", "CapFilt: config of the filter's training"),
     ):
-        config_flags.DEFINE_config_file(name, None, text, lock_config=True, flag_values=values, sys_argv=argv)
+        argv = configs.take(values, argv, name, f"FILE.py or FILE.py:ARGUMENT: {text}")
     flags.DEFINE_string("topology", None, "TPU and chips of a slice, as v5e:4x8", flag_values=values)
     flags.DEFINE_integer("slices", 1, "slices of this topology", lower_bound=1, flag_values=values)
     flags.DEFINE_enum(
@@ -46,4 +49,4 @@ def plan(argv: list[str], parse: Callable) -> int:
     if values.out:
         planning.save(found, values.out)
         print(f"written to {values.out}")
-    return 0 if found["fits"] else 1
+    return UNDECIDED if found["fits"] is None else int(not found["fits"])

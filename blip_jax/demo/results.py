@@ -6,45 +6,54 @@ import base64
 import json
 import os
 import pathlib
+import platform
 
 import jax
 import numpy as np
 
-from blip_jax import __version__
+from blip_jax import __version__, checkpoint
 from blip_jax.capfilt import decisions
 from blip_jax.console import revision, say
 from blip_jax.data.batches import EvalData
 from blip_jax.data.formats import open_source
-from blip_jax.demo import report, truth
+from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.demo import relations, report, truth
 from blip_jax.inference.load import load
 from blip_jax.parallel import sharding
 from blip_jax.tasks import two_stage
 
+VERDICTS = {"holds": "as there", "undecided": "within the error", "reversed": "the other way round"}
 GALLERY = 24  # pictures shown with their texts
 QUERIES = 6  # retrieval examples
 SHOWN = 5  # pictures of each
+DECODED = {"nucleus": "capfilt", "beam": "capfilt-beam"}  # how captions are made -> the CapFilt run
 LOSSES = ("loss_itc", "loss_itm", "loss_lm")
 
 
-def collect(cfg, workdir: pathlib.Path, corpora: list[str], seconds: dict[str, float]) -> dict:
-    """The `results` of report.write, from the folders that the stages of blip_jax/demo/stages.py left in `workdir`."""
+def collect(cfg, workdir: pathlib.Path, corpora: list[str], fine_tuned: list[str]) -> dict:
+    """The `results` of report.write but for its phases, from what the stages of stages.py left in `workdir`.
+
+    corpora, fine_tuned: names of the pre-trainings and of the fine-tunings.
+    """
     worlds = {"web": open_source("web", cfg.data.train.web)}
     threshold = json.loads((workdir / "capfilt" / "summary.json").read_text(encoding="utf-8"))["threshold"]
     texts = {name: truth.judged(workdir / name, worlds) for name in ("capfilt", "capfilt-beam")}
     nucleus, beam = (truth.noise_of(t, threshold) for t in texts.values())
     logs = {name: _rows(workdir / f"pretrain-{name}") for name in corpora}
     metrics = {name: _evaluation(rows) for name, rows in logs.items()}
+    scores = {name: scores_of(cfg, workdir / f"pretrain-{name}") for name in corpora}
+    pictures = {name: relations.of_pictures(s.i2t, s.t2i, s.text_image) for name, s in scores.items()}
     return {
         "title": "CapFilt on a world that knows the truth",
         "intro": _intro(cfg),
-        "facts": _facts(cfg, workdir, seconds),
+        "facts": _facts(cfg, workdir),
         "table1": [_corpus(name, texts["capfilt"], metrics[name]) for name in corpora[:4]],
         "table2": [
             {"method": "none", "metrics": metrics["neither"]},
             *(
                 {
                     "method": method,
-                    "noise_removed": _dropped(texts[folder]),
+                    "noise_removed": _share(_dropped(texts[folder])),
                     "true": 1 - found["synthetic_before"],
                     "metrics": metrics[name],
                 }
@@ -54,14 +63,12 @@ def collect(cfg, workdir: pathlib.Path, corpora: list[str], seconds: dict[str, f
                 )
             ),
         ],
-        "curves": {
-            name: _curves(rows)
-            for name, rows in (logs | {name: _rows(workdir / name) for name in ("captioner", "filter")}).items()
-        },
+        "relations": _relations(pictures, {kind: _dropped(texts[folder]) for kind, folder in DECODED.items()}),
+        "curves": {f"pre-training: {name}": _curves(rows) for name, rows in logs.items()}
+        | {f"fine-tuning: {name}": _curves(_rows(workdir / name)) for name in fine_tuned},
         "noise": nucleus,
         "gallery": _gallery(texts["capfilt"], worlds),
-        "retrieval": _retrieved(cfg, workdir / "pretrain-both"),
-        "phases": list(seconds.items()),
+        "retrieval": _retrieved(cfg, workdir / "pretrain-both", scores["both"]),
     }
 
 
@@ -94,11 +101,19 @@ def table(results: dict) -> str:
             f"{row['method']:10} true {100 * row['true']:5.1f} %, dropped by the filter "
             f"{100 * row['noise_removed']:5.1f} %, mean recall {row['metrics']['r_mean']:.1f}"
         )
+    lines.append("")
+    for r in results["relations"]:
+        what = "" if r["what"] == relations.RECALL else f", {r['what']}"
+        lines.append(
+            f"the paper has {r['larger']} > {r['smaller']}{what}: here {r['difference']:+.1f} +- {r['error']:.1f}, "
+            f"{VERDICTS[r['verdict']]}"
+        )
     n = results["noise"]
     lines.append(
         f"\nfalse texts: web {100 * n['before']:.1f} % before, {_percent(n['web_after'])} among the kept; kept of web "
         f"and captioner {_percent(n['after'])}; filter at {n['threshold']:g}: precision {_percent(n['precision'])}, "
-        f"recall {_percent(n['recall'])}; ROC AUC {n['auc']:.3f}, wrong captions {n['auc_wrong']:.3f}"
+        f"recall {_percent(n['recall'])}; ROC AUC of all texts {n['auc']:.3f}, of clean and "
+        f"wrong captions {n['auc_wrong']:.3f}"
     )
     lines.append(f"{sum(s for _, s in results['phases']):.0f} s in all")
     return "\n".join(lines)
@@ -120,15 +135,29 @@ def _intro(cfg) -> str:
     )
 
 
-def _facts(cfg, workdir: pathlib.Path, seconds: dict) -> list[tuple[str, str]]:
+def _facts(cfg, workdir: pathlib.Path) -> list[tuple[str, str]]:
+    """What the numbers depend on, down to the bit: the threads and the vector instructions of a CPU, too."""
     device = jax.devices()[0]
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
         ("command", f"blip-jax demo --workdir={workdir.name} --config.seed={cfg.seed}"),
-        ("hardware", f"{jax.device_count()} {device.device_kind} device, {os.cpu_count()} processors"),
+        (
+            "hardware",
+            f"{jax.device_count()} {device.device_kind} device; {threads} of {os.cpu_count()} cores, {_processor()}",
+        ),
         ("software", f"blip_jax {__version__}, revision {revision()}, jax {jax.__version__}"),
         ("pre-training", f"{cfg.train.steps} steps of {cfg.train.batch} pairs each"),
-        ("time", f"{sum(seconds.values()) / 60:.1f} minutes in all"),
     ]
+
+
+def _processor() -> str:
+    """Name of the CPU, as far as the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _rows(run: pathlib.Path) -> list[dict]:
@@ -166,10 +195,23 @@ def _corpus(name: str, texts: list[truth.Judged], metrics: dict) -> dict:
     }
 
 
-def _dropped(texts: list[truth.Judged]) -> float:
-    """Share of the synthetic texts that the filter dropped."""
+def _dropped(texts: list[truth.Judged]) -> tuple[int, int]:
+    """(synthetic texts that the filter dropped, those that it scored)"""
     scored = [j for j in texts if j.row.source == "synthetic" and j.row.reason in (decisions.MATCHED, decisions.BELOW)]
-    return sum(not j.row.kept for j in scored) / max(1, len(scored))
+    return sum(not j.row.kept for j in scored), len(scored)
+
+
+def _share(counts: tuple[int, int]) -> float:
+    return counts[0] / max(1, counts[1])
+
+
+def _relations(pictures: dict[str, np.ndarray], dropped: dict[str, tuple[int, int]]) -> list[dict]:
+    """The `relations` of report.write; pictures: name of a pre-training -> `relations.of_pictures`."""
+    corpora = {"filter": "filter only", "captioner": "captioner only"}
+    first = {corpora.get(name, name): values for name, values in pictures.items()}
+    second = {"nucleus": pictures["both"], "beam": pictures["both-beam"], "neither": pictures["neither"]}
+    found = [(1, relations.table1(first)), (2, relations.table2(second, dropped))]
+    return [{"table": table, **r._asdict(), "verdict": r.verdict} for table, rows in found for r in rows]
 
 
 def _gallery(texts: list[truth.Judged], worlds: dict) -> list[dict]:
@@ -197,12 +239,30 @@ def _gallery(texts: list[truth.Judged], worlds: dict) -> list[dict]:
     return out
 
 
-def _retrieved(cfg, run: pathlib.Path) -> list[dict]:
-    """The best pictures for some captions of the evaluation data, by the newest checkpoint of `run`."""
+def scores_of(cfg, run: pathlib.Path) -> two_stage.Scores:
+    """Of the evaluation data by the newest checkpoint of `run`; kept there, so that it is computed once."""
+    newest = checkpoint.newest(run)
+    file = run / f"scores-{newest.name}.npz"
+    if file.exists():
+        with np.load(file) as kept:
+            return two_stage.Scores(**kept)
     mesh = sharding.make_mesh(cfg.mesh)
-    found = load(run, mesh, cfg.model.dtype)
-    data = EvalData(cfg, found.tokenizer, cfg.data.eval, skipped_path=run / "skipped-eval.jsonl")
+    found = load(newest, mesh, cfg.model.dtype)
+    data = _eval_data(cfg, found.tokenizer, run)
     scores = two_stage.two_stage_scores(cfg, found.model, found.params, data, found.tokenizer, mesh)
+    beside = file.with_name("scores.tmp.npz")  # numpy wants the ending
+    np.savez(beside, **scores._asdict())
+    os.replace(beside, file)
+    return scores
+
+
+def _eval_data(cfg, tokenizer: Tokenizer, run: pathlib.Path) -> EvalData:
+    return EvalData(cfg, tokenizer, cfg.data.eval, skipped_path=run / "skipped-eval.jsonl")
+
+
+def _retrieved(cfg, run: pathlib.Path, scores: two_stage.Scores) -> list[dict]:
+    """The best pictures for some captions of the evaluation data."""
+    data = _eval_data(cfg, Tokenizer(cfg.text.vocab), run)
     source = next(iter(data.sources.values()))
     out = []
     for text in np.linspace(0, len(data.captions) - 1, QUERIES).astype(int):

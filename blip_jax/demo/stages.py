@@ -15,6 +15,8 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -62,31 +64,57 @@ def run(cfg, workdir) -> dict:
 
 
 def _run(cfg, workdir: pathlib.Path) -> dict:
-    clock = Clock(workdir / "seconds.json")
+    found = stages(cfg, workdir)
+    report = Stage("report", 30.0, lambda: None)
+    clock = Clock(workdir / "stages.json", [*found, report])
     try:
-        _stages(cfg, workdir, clock)
+        for stage in found:
+            with clock.running(stage):
+                stage.run()
     except Stopped:
+        say(f"stopped: the same command goes on with this stage, {workdir} has what is done")
         return {"stopped": True}
-    with clock.phase("report"):
-        results = findings.collect(cfg, workdir, list(CORPORA), clock.seconds)
+    with clock.running(report):
+        results = findings.collect(cfg, workdir, list(CORPORA), list(FINE_TUNING))
+    results["phases"] = list(clock.seconds().items())
     findings.publish(results, workdir)
     return {"stopped": False, "results": results}
 
 
-def _stages(cfg, workdir: pathlib.Path, clock: Clock) -> None:
-    with clock.phase("pre-train on the web as it is"):
-        _fit(pretraining(cfg, workdir, "neither"), workdir / "pretrain-neither")
-    for name in FINE_TUNING:
-        with clock.phase(f"fine-tune the {name}"):
-            _fit(fine_tuning(cfg, workdir, name), workdir / name)
-    for folder, kind in (("capfilt", "nucleus"), ("capfilt-beam", "beam")):
-        with clock.phase(f"CapFilt, {kind}"):
-            _stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
-    with clock.phase("CapFilt without the filter"):
-        _stop_if(refilter(workdir / "capfilt", 0.0, workdir / "capfilt-unfiltered"))
-    for name in list(CORPORA)[1:]:
-        with clock.phase(f"pre-train anew: {name}"):
-            _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}")
+class Stage(NamedTuple):
+    """A part of the demo that is begun, and gone on with, as a whole."""
+
+    name: str
+    cost: float  # about how many seconds it takes on 2 idle CPU cores
+    run: Callable[[], None]
+
+
+def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
+    """All of them but the report, in order. Each reads what those before it left in `workdir`."""
+    steps, pictures = cfg.train.steps / 3000, cfg.data.train.web.count / 8000
+
+    def pretrain(name: str, title: str) -> Stage:
+        return Stage(title, 120 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
+
+    def tune(name: str) -> Stage:
+        cost = {"captioner": 30, "filter": 50}[name] * steps
+        return Stage(f"fine-tune the {name}", cost, lambda: _fit(fine_tuning(cfg, workdir, name), workdir / name))
+
+    def bootstrap(folder: str, kind: str) -> Stage:
+        cost = {"nucleus": 40, "beam": 60}[kind] * pictures
+        run = lambda: _stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
+        return Stage(f"CapFilt, {kind}", cost, run)
+
+    unfiltered = lambda: _stop_if(refilter(workdir / "capfilt", 0.0, workdir / "capfilt-unfiltered"))
+    first, *others = CORPORA
+    return [
+        pretrain(first, "pre-train on the web as it is"),
+        *(tune(name) for name in FINE_TUNING),
+        bootstrap("capfilt", "nucleus"),
+        bootstrap("capfilt-beam", "beam"),
+        Stage("CapFilt without the filter", 5 * pictures, unfiltered),
+        *(pretrain(name, f"pre-train anew: {name}") for name in others),
+    ]
 
 
 def pretraining(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
@@ -155,6 +183,7 @@ def _vocabulary(cfg, workdir: pathlib.Path) -> None:
         return
     cfg.text.vocab = str(workdir / "vocab.txt")
     if not pathlib.Path(cfg.text.vocab).exists():
+        say(f"making a vocabulary from the captions of {VOCAB_SCENES} scenes: some seconds")
         beside = workdir / "vocab.txt.tmp"
         train_vocab(vocab_captions(VOCAB_SCENES), cfg.model.med.vocab_size - len(EXTRA), beside)
         beside.replace(cfg.text.vocab)
@@ -162,21 +191,44 @@ def _vocabulary(cfg, workdir: pathlib.Path) -> None:
 
 
 class Clock:
-    """Seconds spent in each phase, over all starts of a demo."""
+    """Which stage runs, what each has taken over all starts of a demo, and how long the rest may take.
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    A stage that ran to its end is looked at again when the demo is run again, and its time is not added to.
+    """
+
+    def __init__(self, path: pathlib.Path, stages: list[Stage]):
+        self.path, self.stages = path, stages
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._kept = {stage.name: kept.get(stage.name, {"seconds": 0.0, "done": False}) for stage in stages}
+
+    def seconds(self) -> dict[str, float]:
+        """Name of a stage -> seconds it took, of those that have begun."""
+        return {name: kept["seconds"] for name, kept in self._kept.items() if kept["seconds"]}
+
+    def left(self) -> tuple[float, bool]:
+        """(seconds that the stages not done may take, whether that was learnt from stages that are done)"""
+        done = [s for s in self.stages if self._kept[s.name]["done"]]
+        known, expected = sum(self._kept[s.name]["seconds"] for s in done), sum(s.cost for s in done)
+        rest = sum(s.cost for s in self.stages if s not in done)
+        return (rest * known / expected, True) if known and expected else (rest, False)
 
     @contextlib.contextmanager
-    def phase(self, name: str):
-        """Says what begins; adds the time spent inside."""
-        say(f"\n== {name}")
-        begun = time.perf_counter()
+    def running(self, stage: Stage):
+        """Says what begins; adds the time spent inside, unless it was done before."""
+        kept, place = self._kept[stage.name], f"stage {self.stages.index(stage) + 1} of {len(self.stages)}"
+        if kept["done"]:
+            say(f"\n== {place}: {stage.name}; done before")
+            yield
+            return
+        seconds, learnt = self.left()
+        minutes = f"about {max(1, round(seconds / 60))} min left"
+        say(f"\n== {place}: {stage.name}; {minutes}{'' if learnt else ', if 2 CPU cores are idle'}")
+        begun, before = time.perf_counter(), kept["seconds"]
         try:
             yield
+            kept["done"] = True
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begun, 1)
+            kept["seconds"] = round(before + time.perf_counter() - begun, 1)
             beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text(json.dumps(self.seconds, indent=1) + "\n")
+            beside.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
             os.replace(beside, self.path)

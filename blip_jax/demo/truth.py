@@ -14,6 +14,7 @@ import numpy as np
 from blip_jax.capfilt import decisions
 from blip_jax.data.scenes import words
 from blip_jax.data.scenes.world import Scenes
+from blip_jax.demo import relations
 
 POINTS = 101  # of a ROC curve that is returned
 BINS = 20  # of matching probabilities, 0 to 1
@@ -63,6 +64,24 @@ def roc(scores, positive) -> tuple[list[tuple[float, float]], float]:
     return [(float(fpr[i]), float(tpr[i])) for i in shown], float(np.trapezoid(tpr, fpr))
 
 
+def decided(texts: list[Judged]) -> dict:
+    """Whether those that the filter dropped are more often false than those that it kept, of the texts that it scored.
+
+    {"share_dropped", "false_dropped", "false_kept": shares, None of no text; "difference" of the latter two, None where
+    one is; "error", half its 95 % interval; "verdict" of relations.verdict}
+    """
+    scored = [j for j in texts if j.row.reason in (decisions.MATCHED, decisions.BELOW)]
+    groups = [[not j.true for j in scored if j.row.kept == kept] for kept in (False, True)]
+    dropped, kept = (float(np.mean(group)) if group else None for group in groups)
+    out = {"share_dropped": len(groups[0]) / len(scored) if scored else None}
+    out |= {"false_dropped": dropped, "false_kept": kept, "difference": None, "error": None, "verdict": "undecided"}
+    if dropped is None or kept is None:
+        return out
+    error = relations.SIGMAS * np.sqrt(sum(np.var(group) / len(group) for group in groups))
+    found = dropped - kept
+    return out | {"difference": found, "error": float(error), "verdict": relations.verdict(found, float(error))}
+
+
 def noise_of(texts: list[Judged], threshold: float) -> dict:
     """Of all texts of a run: noise before and after, precision, recall and ROC of the filter.
 
@@ -70,7 +89,8 @@ def noise_of(texts: list[Judged], threshold: float) -> dict:
     {"threshold", "before" and "after": share of false texts among the web's, among all that is kept; "web_after",
     "synthetic_before", "synthetic_after"; "precision", "recall" of keeping true texts, web and synthetic; "auc", "roc"
     of the matching probability over these; "auc_wrong": clean web captions against captions of other pictures; "rows":
-    [(kind of web noise, texts, share dropped)], "hist": {"true", "false": texts by matching probability, "edges"}};
+    [(kind of web noise, texts, share dropped)], "decided": {source: `decided` of its texts}, "hist": {"true", "false":
+    texts by matching probability, "edges"}};
     shares of no text are None
     """
     texts = [j for j in texts if j.row.reason != decisions.REPEATED]
@@ -103,6 +123,7 @@ def noise_of(texts: list[Judged], threshold: float) -> dict:
         "auc": auc,
         "roc": curve,
         "auc_wrong": curve_of(against)[1],
+        "decided": {source: decided([j for j in texts if j.row.source == source]) for source in decisions.SOURCES},
         "rows": [(kind, n, dropped[kind] / n) for kind, n in sorted(kinds.items(), key=lambda k: -k[1])],
         "hist": {
             **{

@@ -102,7 +102,7 @@ def made(request: Request, mesh=None) -> list[programs.Program]:
 def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict:
     """The whole plan as a plain dict: what `table` prints and `save` writes.
 
-    Without the TPU compiler, its analytic part.
+    Without the TPU compiler, its analytic part; "fits" is then False where the state alone is too much, and else None.
     """
     topology, parts = request.topology, made(request)
     out = {
@@ -237,12 +237,14 @@ def finished(out: dict, request: Request) -> dict:
         row["bound"] = max(row["seconds"], key=row["seconds"].get)
         row["best_seconds"] = row["seconds"][row["bound"]]
         row["mfu_bound"] = row["flops"] / (chip.bf16 / chip.devices) / row["best_seconds"]
-        row.setdefault("fits", row["known"] <= row["usable"])
+        # what is known without a compiler can be too much, but never shows that a program fits
+        row.setdefault("fits", None if row["known"] <= row["usable"] else False)
+    verdicts = [r["fits"] for r in rows]
+    out |= {"fits": False if False in verdicts else None if None in verdicts else True}
     if request.workload == "evaluate":  # three passes over different things: no single rate
-        return out | {"fits": all(r["fits"] for r in rows)}
+        return out
     seconds, images = sum(r["best_seconds"] for r in rows), rows[0]["images"]
     out |= {
-        "fits": all(r["fits"] for r in rows),
         "best_seconds": seconds,
         "images_per_s": images / seconds,
         "images_per_s_per_chip": images / seconds / topology.chips,
@@ -278,20 +280,32 @@ def table(plan: dict) -> str:
             *_collective_lines(row),
         ]
     if "images_per_s" in plan:
-        lines += [
-            "",
-            f"at best {plan['images_per_s']:,.0f} images/s, {plan['images_per_s_per_chip']:,.0f} a chip, MFU at most "
-            f"{100 * plan['mfu_bound']:.0f} %"
-            + (f"; {plan['days']:.2f} days for the config's steps" if "days" in plan else ""),
-        ]
-    lines += ["it fits" if plan["fits"] else "it does NOT fit"] + ([f"note: {plan['note']}"] if "note" in plan else [])
-    return "\n".join(lines)
+        lines += ["", _rate_line(plan)]
+    return "\n".join([*lines, _verdict(plan), *([f"note: {plan['note']}"] if "note" in plan else [])])
+
+
+def _rate_line(plan: dict) -> str:
+    rates = f"{plan['images_per_s']:,.0f} images/s, {plan['images_per_s_per_chip']:,.0f} a chip"
+    days = f"; {plan['days']:.2f} days for the config's steps" if "days" in plan else ""
+    if plan["compiler"] == "none":  # of three bounds only the one that every step could reach
+        return f"by arithmetic alone at most {rates}{days}; memory and interconnect are not counted"
+    return f"at best {rates}, MFU at most {100 * plan['mfu_bound']:.0f} %{days}"
+
+
+def _verdict(plan: dict) -> str:
+    if plan["fits"] is None:
+        left = min(row["usable"] - row["known"] for row in plan["programs"])
+        return (
+            f"NOT DECIDED: the state fits and leaves {gib(left)} per device; whether the activations fit into that "
+            "only the TPU compiler says"
+        )
+    return "it fits" if plan["fits"] else "it does NOT fit"
 
 
 def _memory_lines(row: dict) -> list[str]:
     lines = [f"  {name:28} {gib(size):>12}" for name, size in row["memory"].items() if size]
     needed, usable = row.get("needed", row["known"]), row["usable"]
-    verdict = f"{gib(usable - needed)} free" if row["fits"] else f"{gib(needed - usable)} too much"
+    verdict = f"{gib(needed - usable)} too much" if row["fits"] is False else f"{gib(usable - needed)} free"
     if "needed" not in row:
         verdict += ", before activations"
     return [*lines, f"  {'together':28} {gib(needed):>12} of {gib(usable)} per device: {verdict}"]

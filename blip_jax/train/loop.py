@@ -31,6 +31,7 @@ from blip_jax.console import plain, revision, say
 from blip_jax.convert import read
 from blip_jax.data.batches import TrainData
 from blip_jax.data.order import Order
+from blip_jax.data.source import expand
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
 from blip_jax.inference.load import Loaded, read_for
@@ -40,7 +41,7 @@ from blip_jax.parallel.interrupt import Interrupt, Stopped
 from blip_jax.tasks import step as steps
 from blip_jax.train import metrics, optim, start
 from blip_jax.train import state as train_state
-from blip_jax.train.summary import bucket_report, describe
+from blip_jax.train.summary import bucket_report, describe, ending
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
@@ -91,9 +92,10 @@ class At(NamedTuple):
 def fit(cfg, workdir) -> dict:
     """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
 
-    Writes checkpoints/, metrics.jsonl, tb/, config.json, skipped.jsonl and a copy of the vocabulary. SIGTERM, or SIGINT
-    once, finishes the step, saves and returns; an evaluation ends after its batch and is made again later. Returns
-    {"step", "stopped", "log": last row, "eval": last evaluation}; step 0 where it was stopped before it began.
+    Writes checkpoints/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
+    SIGTERM, or SIGINT once, finishes the step, saves and returns; an evaluation ends after its batch and is made again
+    later. Returns {"step", "stopped", "log": last row, "eval": last evaluation}; step 0 where it was stopped before it
+    began.
     ValueError: the config, the data or the checkpoint in `workdir` do not fit, or another run holds it; raised before
     anything compiles. NonFiniteLoss: the step is named and the last good checkpoint is kept. OSError: a checkpoint or a
     log cannot be written.
@@ -204,6 +206,8 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
             sums, ahead = metrics.add(metrics.zeros(values) if sums is None else sums, values), values
             step += 1
             clock.step(waited)
+            if step == at.step + 1:
+                say(f"step {step}: the first one is done, after {time.perf_counter() - asked:.0f} s")
             if step % every.log_every == 0 or step >= last:
                 with _writing(run):
                     manager.check_for_errors()  # of a save that is under way
@@ -213,11 +217,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
     if at.step < step:
         _reopen(run, step, thoroughly=step >= last)
     stopped = stopping and (step < last or pending)
-    say(
-        f"{'stopped by a signal' if stopped else 'done'} at step {step} of {last}; "
-        f"checkpoint {manager.latest_step()} in {run.workdir / checkpoint.SUBDIR}; examples {run.data.counts()}"
-        f"{'; the same command goes on' if stopped else ''}"
-    )
+    say(ending(stopped, step, last, manager.latest_step(), run.workdir / checkpoint.SUBDIR, run.data.counts()))
     return {"step": step, "stopped": stopped, **out}
 
 
@@ -236,7 +236,7 @@ def _reopen(run: Run, step: int, thoroughly: bool) -> None:
 def prepare(cfg, workdir) -> Run:
     """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
     tasks.validate(cfg, None, jax.process_count(), jax.device_count())
-    tokenizer = Tokenizer(cfg.text.vocab)
+    tokenizer = _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -286,6 +286,25 @@ def prepare(cfg, workdir) -> Run:
         rows=rows,
         first=first,
     )
+
+
+def _files(cfg) -> Tokenizer:
+    """The tokenizer of a config. ValueError: every file that is missing, of vocabulary and data, before any is read."""
+    problems, tokenizer = [], None
+    try:
+        tokenizer = Tokenizer(cfg.text.vocab)
+    except ValueError as e:
+        problems.append(str(e))
+    for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
+        try:
+            if isinstance(source, ConfigDict) and source.kind in ("json", "tar", "array_record", "vqa", "nlvr"):
+                expand(name, source)
+        except ValueError as e:
+            problems.append(str(e))
+    if problems:
+        several = f"{len(problems)} things that the config names cannot be had:\n  " if problems[1:] else ""
+        raise ValueError(several + "\n  ".join(problems))
+    return tokenizer
 
 
 def _suffix() -> str:

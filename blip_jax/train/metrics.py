@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import pathlib
@@ -110,10 +111,11 @@ class Writer:
                 self._board.close()
 
     def row(self, step: int, prefix: str, values: dict) -> None:
-        """One row {"step": step, prefix/name: value, ...}; numbers go to TensorBoard too."""
+        """One row {"step": step, "time": UTC, prefix/name: value, ...}; numbers go to TensorBoard too."""
         if not self._file:
             return
-        row = {"step": step} | {f"{prefix}/{name}": value for name, value in values.items()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = {"step": step, "time": now} | {f"{prefix}/{name}": value for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():

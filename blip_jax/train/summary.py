@@ -18,44 +18,72 @@ from blip_jax.parallel import compiler, sharding
 
 
 def describe(run, newest: int | None) -> None:
-    """Says all of it about a `loop.Run`, new (`newest` None) or at checkpoint `newest`, and saves the config."""
+    """Says what a `loop.Run` is, new (`newest` None) or at checkpoint `newest`, on less than a screen.
+
+    The long tables, every setting, parameter and array, go to start.txt in the workdir, the settings to config.json.
+    """
     cfg, devices = run.cfg, jax.devices()
-    say(
-        f"blip_jax {__version__}, revision {revision()}, python {sys.version.split()[0]}, jax {jax.__version__}, "
-        f"flax {flax.__version__}, optax {optax.__version__}, orbax {ocp.__version__}"
-    )
-    say(
-        f"{jax.process_count()} processes, {len(devices)} devices of kind {devices[0].device_kind}, "
-        f"mesh {dict(run.mesh.shape)}"
-    )
     resolved = json.dumps(plain(cfg), indent=2)
-    say(f"config {resolved}")
-    if jax.process_index() == 0:
-        (run.workdir / "config.json").write_text(resolved + "\n", encoding="utf-8")
-    say(parameter_table(run.shapes.params, run.shapes.frozen, cfg.model.med.vocab_size))
-    say(sharding.report(run.shapes, run.mesh))
+    parameters = parameter_table(run.shapes.params, run.shapes.frozen, cfg.model.med.vocab_size)
+    arrays = sharding.report(run.shapes, run.mesh)
     pair = run.task.flops(cfg)["step"]
-    say(
+    lines = [
+        f"blip_jax {__version__}, revision {revision()}, python {sys.version.split()[0]}, jax {jax.__version__}, "
+        f"flax {flax.__version__}, optax {optax.__version__}, orbax {ocp.__version__}",
+        f"{jax.process_count()} processes, {len(devices)} devices of kind {devices[0].device_kind}, "
+        f"mesh {dict(run.mesh.shape)}",
+        _settings(cfg),
+        f"parameters: {_last(parameters)}",
+        f"arrays: {_last(arrays)}",
+        memory_report(run),
         f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, "
-        f"{pair * cfg.train.batch / 1e12:.3f} T per "
-        f"step of {cfg.train.batch}"
-    )
-    say(memory_report(run))
-    if options := compiler.options(run.mesh):
-        say(
-            f"gradients are summed over the slices in parts, by options of the compiler; those that LIBTPU_INIT_ARGS "
-            f"names are left to it: "
-            f"{', '.join(options)}"
-        )
-    say(
+        f"{pair * cfg.train.batch / 1e12:.3f} T per step of {cfg.train.batch}",
         f"one epoch is {run.data.epoch_examples} examples = {run.epoch_steps} steps; {cfg.train.steps} steps are "
         f"{cfg.train.steps / run.epoch_steps:.2f} epochs; sources: "
-        + ", ".join(f"{name} {len(source)}" for name, source in run.data.sources.items())
-    )
-    say(
+        + ", ".join(f"{name} {len(source)}" for name, source in run.data.sources.items()),
+    ]
+    if options := compiler.options(run.mesh):
+        lines.append(
+            "gradients are summed over the slices in parts, by options of the compiler; those that LIBTPU_INIT_ARGS "
+            f"names are left to it: {', '.join(options)}"
+        )
+    lines.append(
         f"{'new run' if newest is None else f'resumed at step {newest}'}; outputs in {run.workdir}: checkpoints/, "
-        "metrics.jsonl, tb/, config.json, skipped.jsonl"
+        "metrics.jsonl, tb/, config.json (every setting), start.txt (every parameter and array), skipped.jsonl "
+        "(records that cannot be used)"
     )
+    if (newest or 0) < cfg.train.steps:
+        lines.append(f"the first step compiles, which takes a while; then a line every {cfg.train.log_every} steps")
+    say("\n".join(lines))
+    if jax.process_index() == 0:
+        whole = [*lines, f"config {resolved}", parameters, arrays]
+        (run.workdir / "config.json").write_text(resolved + "\n", encoding="utf-8")
+        (run.workdir / "start.txt").write_text("\n\n".join(whole) + "\n", encoding="utf-8")
+
+
+def _settings(cfg) -> str:
+    """The settings that one looks for first, in a line."""
+    m = cfg.model
+    return (
+        f"{cfg.objective}: ViT {m.vit.depth} x {m.vit.width}, patch {m.vit.patch}, {m.img_size} px; text "
+        f"{m.med.layers} x {m.med.width}, {cfg.text.max_len} tokens; {m.dtype}; batch {cfg.train.batch}, "
+        f"{cfg.train.steps} steps, learning rate {cfg.optim.lr:g}, {cfg.optim.schedule}, seed {cfg.seed}"
+    )
+
+
+def _last(table: str) -> str:
+    """The last line of a table, its sum."""
+    return table.rpartition("\n")[2]
+
+
+def ending(stopped: bool, step: int, last: int, newest: int | None, folder, counts: dict) -> str:
+    """What a run says when it ends at `step` of `last`, or is stopped there; counts: of TrainData."""
+    skipped = counts["skipped"]
+    reasons = ": " + ", ".join(f"{reason} {n}" for reason, n in sorted(skipped.items())) if skipped else ""
+    examples = f"{counts['read']} records read, {sum(skipped.values())} skipped{reasons}"
+    how = "stopped by a signal" if stopped else "done"
+    again = "; the same command goes on from there" if stopped else ""
+    return f"{how} at step {step} of {last}; checkpoint {newest} in {folder}; {examples}{again}"
 
 
 def bucket_report(run, step: int, order, shares: dict[int, float]) -> str:

@@ -3,7 +3,9 @@
 Stages, report, going on, stopping.
 """
 
+import contextlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -13,6 +15,8 @@ from blip_jax.capfilt import decisions
 from blip_jax.config import source
 from blip_jax.demo import results as demo_results
 from blip_jax.demo import stages
+from blip_jax.demo.report import paper
+from blip_jax.tasks import two_stage
 
 
 @pytest.fixture
@@ -62,16 +66,40 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
         summary["web"]["kept"],
         summary["synthetic"]["kept"],
     )
+    # every run has its own curve, also those of one name
+    assert list(results["curves"]) == [
+        *(f"pre-training: {name}" for name in ("neither", "filter", "captioner", "both", "both-beam")),
+        "fine-tuning: captioner",
+        "fine-tuning: filter",
+    ]
+    last = json.loads((tmp_path / "pretrain-filter" / "metrics.jsonl").read_text().splitlines()[0])
+    assert results["curves"]["pre-training: filter"]["loss_lm"] == [[2, last["train/loss_lm"]]]
+    assert "loss_lm" not in results["curves"]["fine-tuning: filter"]
+    # each relation of the paper's tables, with differences of the models' mean recalls
+    pairs = [(r["table"], r["larger"], r["smaller"]) for r in results["relations"]]
+    assert len(pairs) == len(set(pairs)) == 6 + 3 and (1, "captioner only", "filter only") in pairs
+    recall = {name: rows[key]["metrics"]["r_mean"] for key, name in paper.NAMES.items()}
+    for r in results["relations"][:6]:
+        assert r["difference"] == pytest.approx(recall[r["larger"]] - recall[r["smaller"]]) and r["error"] >= 0
     page = (tmp_path / "report.html").read_text()
     assert results["title"] in page and "http" not in page.replace("http://www.w3.org", "")
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    stages_said = re.findall(r"^== stage (\d+) of (\d+): (.*?); (.*)$", said, re.M)
+    assert [int(n) for n, *_ in stages_said] == list(range(1, 12)) and {of for _, of, *_ in stages_said} == {"11"}
+    assert stages_said[0][3] == "about 1 min left, if 2 CPU cores are idle" and stages_said[-1][2] == "report"
+    assert all(re.fullmatch(r"about \d+ min left", left) for *_, left in stages_said[1:])
 
     assert demo_results.table(results).count("yes") == 4
+    assert demo_results.table(results).count("the paper has ") == 9
     with pytest.MonkeyPatch.context() as m:  # a second start trains and captions nothing
         m.setattr(
             "blip_jax.tasks.step.make_step", lambda *_: lambda *_: pytest.fail("a finished stage was trained again")
         )
+        m.setattr(two_stage, "two_stage_scores", lambda *_: pytest.fail("a model was evaluated again"))
         again = stages.run(demo_cfg, tmp_path)
+    assert again["results"]["phases"] == [tuple(phase) for phase in results["phases"]]  # the time is not added to
+    assert again["results"]["relations"] == results["relations"]
+    assert capsys.readouterr().out.count("; done before") == 11
     assert [r["metrics"] for r in again["results"]["table1"]] == [r["metrics"] for r in results["table1"]]
 
 
@@ -101,4 +129,30 @@ def test_a_stopped_stage_ends_the_demo(demo_cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(stages.loop, "fit", lambda cfg, workdir: {"step": 1, "stopped": True})
     assert stages.run(demo_cfg, tmp_path) == {"stopped": True}
     assert not (tmp_path / "report.html").exists()
+    assert not any(kept["done"] for kept in json.loads((tmp_path / "stages.json").read_text()).values())
     assert jax.config.jax_compilation_cache_dir
+
+
+def test_the_clock_learns_from_what_is_done_and_counts_each_stage_once(tmp_path, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    plan = [stages.Stage(name, cost, lambda: None) for name, cost in (("a", 60.0), ("b", 30.0), ("c", 90.0))]
+
+    def passes(clock, stage, seconds, fails=False):
+        with contextlib.suppress(stages.Stopped), clock.running(stage):
+            now[0] += seconds
+            if fails:
+                raise stages.Stopped
+
+    clock = stages.Clock(tmp_path / "stages.json", plan)
+    assert clock.left() == (180.0, False)
+    passes(clock, plan[0], 50, fails=True)
+    clock = stages.Clock(tmp_path / "stages.json", plan)  # run again
+    assert clock.left() == (180.0, False) and clock.seconds() == {"a": 50.0}
+    passes(clock, plan[0], 70)
+    assert clock.seconds() == {"a": 120.0} and clock.left() == (240.0, True)  # twice as slow as expected
+    passes(clock, plan[0], 5)
+    assert clock.seconds() == {"a": 120.0}
+    passes(stages.Clock(tmp_path / "stages.json", plan), plan[1], 60)
+    assert stages.Clock(tmp_path / "stages.json", plan).left() == (180.0, True)
+    assert capsys.readouterr().out.split("\n\n")[0] == "\n== stage 1 of 3: a; about 3 min left, if 2 CPU cores are idle"

@@ -82,6 +82,28 @@ def test_the_whole_check_installs_torch_and_transformers_and_the_users_tests_do_
     assert installs(launch(project, ".ci/run")[1]) == [".[test,peers,tpu] torch==2.14.0 transformers==5.23.0"]
 
 
+def test_an_install_says_what_it_does_and_how_to_use_it(project):
+    """Not in all of pip's lines, and with its failure as its own."""
+    python = project / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    said = "Collecting a\\n  Downloading b (80 MB)\\nInstalling collected packages: a, b\\nSuccessfully installed a"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"pip install"*) printf "{said}\\n"; exit $STATUS;; esac\n')
+    python.chmod(0o755)
+    run = lambda status: subprocess.run(
+        ["bash", str(project / "launch/demo.sh")],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "STATUS": status},
+    )
+    failed = run("3")
+    assert failed.returncode == 3 and "== installed" not in failed.stdout and "blip-jax demo" not in failed.stdout
+    out = run("0").stdout
+    assert re.search(r"^   \d s: Collecting a$", out, re.M) and "s: Installing collected packages: a, b" in out
+    assert "Successfully" not in out
+    assert f"source {project}/.venv/bin/activate\n" in out and "== blip-jax demo" in out
+
+
 def test_an_old_python_is_an_error_that_says_so(project):
     (project.parent.parent / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
     for name in ("python3.13", "python3.12", "python3.11", "python"):

@@ -117,9 +117,14 @@ def test_an_evaluation_gathers_the_word_table_in_the_dtype_of_the_computation():
 def test_without_the_compiler_the_analytic_part_and_how_to_get_it(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aot, "installed", lambda: False)
     out = tmp_path / "plan.json"
-    assert main.main(["plan", f"--config={files('large')}", "--topology=v5e:4x8", f"--out={out}"]) == 0
-    text, row = capsys.readouterr().out, json.loads(out.read_text())["programs"][0]
+    assert main.main(["plan", f"--config={files('large')}", "--topology=v5e:4x8", f"--out={out}"]) == 3
+    text, made = capsys.readouterr().out, json.loads(out.read_text())
+    row = made["programs"][0]
     assert "pip install 'blip-jax[tpu]'" in text and "gradients" in text and "bound by compute" in text
+    # half of the memory is no plan: activations are unknown, and so are memory traffic and the interconnect
+    assert made["fits"] is None and "it fits" not in text and "MFU" not in text
+    assert re.search(r"NOT DECIDED: the state fits and leaves \d+\.\d+ GiB per device", text)
+    assert "by arithmetic alone at most" in text and "memory and interconnect are not counted" in text
     parameters = 474.8e6  # BLIP-L with the decoder's own self-attention and the padded vocabulary
     assert row["memory"]["parameters"] == pytest.approx(4 * parameters, rel=1e-3)
     assert row["memory"]["optimiser"] == pytest.approx(2 * row["memory"]["parameters"], rel=1e-3)
@@ -129,6 +134,17 @@ def test_without_the_compiler_the_analytic_part_and_how_to_get_it(files, tmp_pat
     assert row["flops"] * 32 / 2880 / 1e9 == pytest.approx(610.6, rel=5e-3)
     with pytest.raises(ValueError, match=re.escape("pip install 'blip-jax[tpu]'")):
         search.run(plan.request(of(files("pretrain")), chips.topology("v5e:2x2")), 1)
+
+
+def test_without_the_compiler_a_state_that_is_too_large_alone_does_not_fit(files, monkeypatch, capsys):
+    monkeypatch.setattr(aot, "installed", lambda: False)
+    wide = ["--config.model.vit.width=8192", "--config.model.vit.mlp=32768", "--config.model.vit.heads=64"]
+    assert main.main(["plan", f"--config={files('large')}", "--topology=v5e:4x8", *wide]) == 1
+    text = capsys.readouterr().out
+    assert "it does NOT fit" in text and "GiB too much, before activations" in text
+    # of several programs one that is too large decides, and an evaluation is no plan either
+    assert main.main(["plan", f"--config={files('large')}", "--topology=v5e:4x8", "--workload=evaluate"]) == 3
+    assert "NOT DECIDED" in capsys.readouterr().out
 
 
 def test_bytes_of_a_split_state_are_those_of_its_shards(files):

@@ -31,7 +31,7 @@ def write_config(cfg, path: pathlib.Path) -> pathlib.Path:
 def rows(workdir) -> list[dict]:
     """Rows of metrics.jsonl without timings."""
     found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.endswith(("examples_per_s", "waiting"))} for row in found]
+    return [{k: v for k, v in row.items() if not k.endswith(("time", "examples_per_s", "waiting"))} for row in found]
 
 
 def leaves(workdir) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -43,53 +42,64 @@ def picture(data: bytes, alt: str) -> str:
     return f'<img src="data:{media};base64,{base64.b64encode(data).decode()}" alt="{escape(alt)}">'
 
 
-class Column(NamedTuple):
-    """A column of numbers. group: heading over neighbouring columns; best: max, min or None marks the best in bold."""
+class Series(NamedTuple):
+    """Numbers that belong together. best: max, min or None marks the best of them in bold."""
 
-    group: str
     label: str
     values: Sequence[float | None]
     digits: int = 1
     best: object = None
 
 
-def table(label: str, corner: str, names: Sequence[str], columns: Sequence[Column]) -> str:
+def table(label: str, corner: str, names: Sequence[str], columns: Sequence[Series]) -> str:
     """A table with a row per name, in a box that scrolls by itself; `names` are HTML, the rest is escaped.
 
     Columns that hold nothing but None are left out.
     """
-    columns = [c for c in columns if any(v is not None for v in c.values)]
-    groups = [(group, list(members)) for group, members in itertools.groupby(columns, lambda c: c.group)]
-    first = {id(members[0]) for _, members in groups}
-
-    def css(column: Column) -> str:
-        return ' class="first"' if id(column) in first else ""
-
-    over = "".join(
-        f'<th class="first" scope="colgroup" colspan="{len(members)}">{escape(g)}</th>' for g, members in groups
-    )
-    head = "".join(f'<th scope="col"{css(c)}>{escape(c.label)}</th>' for c in columns)
+    columns = _known(columns)
+    head = "".join(f'<th scope="col">{escape(c.label)}</th>' for c in columns)
     marked = [_cells(c) for c in columns]
     body = ""
     for i, name in enumerate(names):
-        row = "".join(f"<td{css(c)}>{cells[i]}</td>" for c, cells in zip(columns, marked))
-        body += f'<tr><th scope="row">{name}</th>{row}</tr>'
-    rows = f'<tr><th scope="col" rowspan="2">{escape(corner)}</th>{over}</tr><tr>{head}</tr>'
-    if not any(group for group, _ in groups):
-        rows = f'<tr><th scope="col">{escape(corner)}</th>{head}</tr>'
+        body += f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cells[i]}</td>" for cells in marked)}</tr>'
+    return _boxed(label, f'<tr><th scope="col">{escape(corner)}</th>{head}</tr>', f"<tbody>{body}</tbody>")
+
+
+def across(label: str, corner: str, names: Sequence[str], groups: Sequence[tuple[str, Sequence[Series]]]) -> str:
+    """A table with a column per name and a row per series, which a phone can show whole; all is escaped.
+
+    groups: (heading, series below it). Series that hold nothing but None are left out, and groups without any.
+    """
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = ""
+    for heading, series in groups:
+        rows = "".join(
+            f'<tr><th scope="row">{escape(s.label)}</th>{"".join(f"<td>{cell}</td>" for cell in _cells(s))}</tr>'
+            for s in _known(series)
+        )
+        over = f'<tr><th class="group" scope="rowgroup" colspan="{len(names) + 1}">{escape(heading)}</th></tr>'
+        body += f"<tbody>{over}{rows}</tbody>" if rows else ""
+    return _boxed(label, f'<tr><th scope="col">{escape(corner)}</th>{head}</tr>', body, " across")
+
+
+def _known(series: Sequence[Series]) -> list[Series]:
+    return [s for s in series if any(v is not None for v in s.values)]
+
+
+def _boxed(label: str, head: str, body: str, css: str = "") -> str:
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
-        f"<table><thead>{rows}</thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll{css}" role="region" tabindex="0" aria-label="{escape(label)}">'
+        f"<table><thead>{head}</thead>{body}</table></div>"
     )
 
 
-def _cells(column: Column) -> list[str]:
-    """Texts of a column; those that read the same as the best one are bold, unless all of them do."""
-    texts = [number(v, column.digits) for v in column.values]
-    known = [v for v in column.values if v is not None and math.isfinite(v)]
-    if column.best is None or not known:
+def _cells(series: Series) -> list[str]:
+    """Texts of a series; those that read the same as the best one are bold, unless all of them do."""
+    texts = [number(v, series.digits) for v in series.values]
+    known = [v for v in series.values if v is not None and math.isfinite(v)]
+    if series.best is None or not known:
         return texts
-    best = number(column.best(known), column.digits)
+    best = number(series.best(known), series.digits)
     if all(t == best for t in texts):
         return texts
     return [f"<strong>{t}</strong>" if t == best else t for t in texts]

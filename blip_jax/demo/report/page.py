@@ -25,10 +25,12 @@ NOISE = {
     "auc_wrong",
     "roc",
     "hist",
+    "decided",
 }
 ROWS = {
     "table1": ({"captioner", "filter", "metrics"}, {"images", "texts", "noise"}),
     "table2": ({"method", "metrics"}, {"noise_removed", "true"}),
+    "relations": ({"table", "what", "larger", "smaller", "difference", "error", "verdict"}, set()),
     "gallery": (
         {"image", "web", "web_kept", "synthetic", "synthetic_kept"},
         {"web_itm", "web_true", "synthetic_itm", "synthetic_true"},
@@ -47,11 +49,15 @@ def write(path, results: dict) -> None:
           false, "metrics": result of eval.retrieval, in percent}], one row per corpus
       table2: [{"method": "none" | "beam" | "nucleus", "noise_removed": share of the synthetic texts dropped, "true":
           share of the synthetic texts that are true, "metrics": as above}]
+      relations: [{"table": 1 | 2 of the paper, "what": what is compared, "larger", "smaller": names of corpora, in the
+          paper, "difference": here, in points, "error": of it, "verdict": "holds" | "undecided" | "reversed"}]
       noise: {"before", "after", and the same with "web_" or "synthetic_" in front: share of texts that are false;
           "rows": [(kind of noise, texts, share dropped)]; "threshold": least ITM probability that is kept;
           "precision": share of the kept texts that are true; "recall": share of the true texts that are kept;
           "roc": [(share of false texts kept, share of true texts kept)]; "auc": area under it;
           "auc_wrong": the same for clean web captions against captions of other pictures;
+          "decided": {"web" and "synthetic": {"share_dropped", "false_dropped", "false_kept": shares, "difference" of
+          the latter two, "error" of that, "verdict": as above}};
           "hist": {"edges": [n + 1 ITM probabilities], "true": [n counts], "false": [n counts]}}
       gallery: [{"image": PNG or JPEG bytes, "web": str, "web_kept": bool, "web_itm": probability, "web_true": bool, and
           the same four of "synthetic"}]

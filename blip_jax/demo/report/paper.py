@@ -1,5 +1,13 @@
 """What the BLIP paper reports of CapFilt (arXiv 2201.12086, tables 1 and 2): ViT-B, 14M images, CapFilt of size B."""
 
+import itertools
+
+NAMES = {  # (captioner used, filter used) -> name of the corpus
+    (False, False): "neither",
+    (False, True): "filter only",
+    (True, False): "captioner only",
+    (True, True): "both",
+}
 COLUMNS = (  # (data, metric): COCO after fine-tuning, Flickr30K zero-shot
     ("COCO", "TR@1"), ("COCO", "IR@1"), ("COCO", "CIDEr"), ("Flickr", "TR@1"), ("Flickr", "IR@1"),
 )  # fmt: skip
@@ -12,3 +20,9 @@ TABLE1 = {  # (captioner used, filter used) -> COLUMNS
 }
 
 NOISE_REMOVED = {"beam": 0.19, "nucleus": 0.25}  # decoding of the synthetic captions -> share the filter dropped
+
+
+def relations() -> list[tuple[str, str]]:
+    """(better, worse) of all pairs of corpora that every column of table 1 orders alike."""
+    pairs = itertools.permutations(TABLE1, 2)
+    return [(NAMES[a], NAMES[b]) for a, b in pairs if all(x > y for x, y in zip(TABLE1[a], TABLE1[b]))]

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from blip_jax.demo.report import charts, paper
-from blip_jax.demo.report.markup import Column, bar, duration, escape, number, percent, picture, table
+from blip_jax.demo.report.markup import Series, across, bar, duration, escape, number, percent, picture, table
 from blip_jax.demo.report.style import STYLES
 
-METRICS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
-LOSSES = {
-    "loss_itc": "Contrast of images and texts (ITC)",
-    "loss_itm": "Image-text matching (ITM)",
-    "loss_lm": "Language modelling (LM)",
-    "loss": "Sum of the losses",
-}
-CORPORA = {
-    (False, False): "neither",
-    (False, True): "filter only",
-    (True, False): "captioner only",
-    (True, True): "both",
+LOSSES = {  # name in the log -> (its panel, its column)
+    "loss_itc": ("Contrast of images and texts (ITC)", "ITC"),
+    "loss_itm": ("Image-text matching (ITM)", "ITM"),
+    "loss_lm": ("Language modelling (LM)", "LM"),
+    "loss": ("Sum of the losses", "sum"),
 }
 NOISE_OF = {"": "the whole corpus", "web_": "web texts", "synthetic_": "synthetic texts"}  # prefixes of before, after
+KINDS = {  # kind of web text -> (its name, what it is)
+    "none": ("clean caption", "says what is in the picture: to drop one is a mistake"),
+    "partly": ("partly wrong", "one word of a true caption is changed: a colour, a shape"),
+    "wrong": ("wrong", "the caption of another picture"),
+    "boilerplate": ("boilerplate", "what stands on every page"),
+    "file_name": ("file name", "the name of a picture file"),
+    "language": ("another language", "a sentence in another language, of no picture"),
+    "empty": ("empty", "no text at all"),
+}
+VERDICTS = {  # verdict of relations.Relation -> (mark, words, class)
+    "holds": ("✓", "as in the paper", "good"),
+    "undecided": ("≈", "within the error", "open"),
+    "reversed": ("✕", "the other way round", "bad"),
+}
 SCALE = (
-    "The paper’s columns are ViT-B on 14 million real images, COCO after fine-tuning and Flickr30K zero-shot: compare "
-    "the order of the rows, not the numbers. TR: image to text; IR: text to image."
+    "The paper’s rows are ViT-B on 14 million real images, COCO after fine-tuning and Flickr30K zero-shot: compare "
+    "the order of the columns, not the numbers. TR: image to text; IR: text to image."
 )
 
 
@@ -51,7 +58,7 @@ def glance(results: dict) -> str:
             (f"{percent(noise['before'])} → {percent(noise['after'])}", "false texts in the corpus, before and after")
         )
     if noise.get("auc") is not None:
-        tiles.append((number(noise["auc"], 3), "area under the filter’s ROC curve, against the truth"))
+        tiles.append((number(noise["auc"], 3), "area under the filter’s ROC curve, over all texts"))
     if results.get("phases"):
         tiles.append((duration(sum(s for _, s in results["phases"])), "all phases together"))
     text = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles)
@@ -59,13 +66,13 @@ def glance(results: dict) -> str:
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-def _recalls(rows: list[dict]) -> list[Column]:
-    columns = []
-    for side, group in (("txt", "image to text"), ("img", "text to image")):
-        columns += [
-            Column(group, f"R@{k}", [r["metrics"].get(f"{side}_r{k}") for r in rows], best=max) for k in (1, 5, 10)
-        ]
-    return [*columns, Column("both ways", "mean", [r["metrics"].get("r_mean") for r in rows], best=max)]
+def _recalls(rows: list[dict]) -> list[tuple[str, list[Series]]]:
+    groups = []
+    for side, heading in (("txt", "image to text, %"), ("img", "text to image, %")):
+        values = [(k, [r["metrics"].get(f"{side}_r{k}") for r in rows]) for k in (1, 5, 10)]
+        groups.append((heading, [Series(f"R@{k}", found, best=max) for k, found in values]))
+    mean = Series("mean of all", [r["metrics"].get("r_mean") for r in rows], best=max)
+    return [("both ways, %", [mean]), *groups]
 
 
 def _in_percent(shares: list) -> list:
@@ -77,41 +84,55 @@ def table1(results: dict) -> str:
     if not rows:
         return ""
     pairs = [(bool(r["captioner"]), bool(r["filter"])) for r in rows]
-    columns = [Column("corpus", name, [r.get(name) for r in rows], 0) for name in ("images", "texts")]
-    columns.append(Column("corpus", "false, %", _in_percent([r.get("noise") for r in rows]), best=min))
-    columns += _recalls(rows)
-    columns += [
-        Column(f"paper: {data}", name, [paper.TABLE1[p][i] for p in pairs], best=max)
+    corpus = [Series(name, [r.get(name) for r in rows], 0) for name in ("images", "texts")]
+    corpus.append(Series("false, %", _in_percent([r.get("noise") for r in rows]), best=min))
+    published = [
+        Series(f"{data} {name}", [paper.TABLE1[p][i] for p in pairs], best=max)
         for i, (data, name) in enumerate(paper.COLUMNS)
     ]
+    shown = across(
+        "Four corpora: recall here and in the paper",
+        "CapFilt",
+        [paper.NAMES[p] for p in pairs],
+        [("corpus", corpus), *_recalls(rows), ("the paper", published)],
+    )
     return section(
         "corpora",
         "Four corpora, equal steps",
         "<p>The same model, pre-trained afresh for the same number of steps on the corpus as it came, on what the "
-        "filter kept of it, on web and synthetic texts unfiltered, and on both kinds filtered. Recall in %; false "
-        "texts counted against the truth.</p>",
-        table("Four corpora: recall here and in the paper", "CapFilt", [CORPORA[p] for p in pairs], columns),
-        order(rows),
-        f'<p class="note">{SCALE} Best of a column in bold.</p>',
+        "filter kept of it, on web and synthetic texts unfiltered, and on both kinds filtered. False texts are counted "
+        "against the truth.</p>",
+        f'<div class="beside">{shown}{relations(results, 1)}</div>',
+        f'<p class="note">{SCALE} Best of a row in bold.</p>',
     )
 
 
 def r_means(rows) -> dict[str, float | None]:
     """Name of a corpus -> its mean recall."""
-    return {CORPORA[bool(r["captioner"]), bool(r["filter"])]: r["metrics"].get("r_mean") for r in rows}
+    return {paper.NAMES[bool(r["captioner"]), bool(r["filter"])]: r["metrics"].get("r_mean") for r in rows}
 
 
-def order(rows: list[dict]) -> str:
-    """Says whether mean recall comes in the paper's order; "" unless it is known of each of the four corpora, once."""
-    mean = r_means(rows)
-    if len(rows) != len(CORPORA) or len(mean) != len(CORPORA) or None in mean.values():
+def relations(results: dict, number_of_table: int) -> str:
+    """Each order that a table of the paper has, and what came out here; "" where nothing is known of it."""
+    rows = [r for r in results.get("relations", ()) if r["table"] == number_of_table]
+    if not rows:
         return ""
-    agrees = all(mean["both"] >= mean[either] >= mean["neither"] for either in ("filter only", "captioner only"))
-    ranked = ", ".join(f"{name} {number(value, 1)}" for name, value in sorted(mean.items(), key=lambda item: -item[1]))
-    verdict = "This is the paper’s order" if agrees else "This is not the paper’s order"
+    told = []
+    for row in rows:
+        mark, words, css = VERDICTS[row["verdict"]]
+        what = "" if row["what"] == "mean recall" else f" ({escape(row['what'])})"
+        told.append(
+            f'<li class="{css}"><b>{mark} {escape(row["larger"])} &gt; {escape(row["smaller"])}</b>{what}: here '
+            f"{row['difference']:+.1f} ± {number(row['error'], 1)}, <b>{words}</b></li>"
+        )
+    counts = {name: sum(r["verdict"] == name for r in rows) for name in VERDICTS}
+    summary = ", ".join(f"{n} {VERDICTS[name][1]}" for name, n in counts.items() if n)
     return (
-        f'<p class="verdict {"good" if agrees else "bad"}">{"✓" if agrees else "✕"} Mean recall: {ranked}. '
-        f"<b>{verdict}</b>: both ≥ either ≥ neither.</p>"
+        f'<div class="relations"><h3>What the paper orders, and here</h3><p>Of {len(rows)}: {summary}.</p>'
+        f"<ul>{''.join(told)}</ul>"
+        '<p class="note">In points of mean recall where nothing else is said. ±: 95 % of what other pictures of the '
+        "same kind would show, from the differences picture by picture. Another seed, which is another training, "
+        "moves the numbers more than that.</p></div>"
     )
 
 
@@ -119,21 +140,25 @@ def table2(results: dict) -> str:
     rows = results.get("table2")
     if not rows:
         return ""
-    columns = [
-        Column("synthetic texts, %", "dropped", _in_percent([r.get("noise_removed") for r in rows])),
-        Column("synthetic texts, %", "true", _in_percent([r.get("true") for r in rows])),
-        *_recalls(rows),
-        Column("the paper", "dropped, %", _in_percent([paper.NOISE_REMOVED.get(r["method"]) for r in rows]), 0),
+    texts = [
+        Series("dropped", _in_percent([r.get("noise_removed") for r in rows])),
+        Series("true", _in_percent([r.get("true") for r in rows])),
     ]
+    published = [Series("dropped, %", _in_percent([paper.NOISE_REMOVED.get(r["method"]) for r in rows]), 0)]
+    shown = across(
+        "Decoding: noise and recall",
+        "captions by",
+        [r["method"] for r in rows],
+        [("synthetic texts, %", texts), *_recalls(rows), ("the paper", published)],
+    )
     return section(
         "decoding",
         "Nucleus sampling against beam search",
         "<p>How the captioner chooses its words: the likeliest sentence (beam) or a sample of the likely ones "
-        "(nucleus). A sample errs more often, and says more that is new.</p>",
-        table("Decoding: noise and recall", "captions by", [escape(r["method"]) for r in rows], columns),
+        "(nucleus). A sample errs more often, and says more that is new. None: the corpus as it came.</p>",
+        f'<div class="beside">{shown}{relations(results, 2)}</div>',
         '<p class="note">In the paper the filter drops more of the nucleus captions than of the beam captions, and '
-        "the model "
-        "trained on nucleus captions is the better one downstream. Its images are real and its captioner is "
+        "the model trained on nucleus captions is the better one downstream. Its images are real and its captioner is "
         "full-sized.</p>",
     )
 
@@ -163,7 +188,15 @@ def noise(results: dict) -> str:
         )
         plots.append(_figure(drawn, "What the filter gives to texts that are true (up) and false (down)."))
     drawn = f'<div class="plots">{"".join(plots)}</div>' if plots else ""
-    return section("noise", "Noise before and after", _before_after(part), _filter_numbers(part), drawn, _kinds(part))
+    return section(
+        "noise",
+        "Noise before and after",
+        _before_after(part),
+        _cleaner(part),
+        _filter_numbers(part),
+        drawn,
+        _kinds(part),
+    )
 
 
 def _figure(drawing: str, caption: str) -> str:
@@ -186,10 +219,12 @@ def _filter_numbers(part: dict) -> str:
         told.append(f"of the texts it kept, <b>{percent(part['precision'])}</b> are true (precision)")
     if part.get("recall") is not None:
         told.append(f"of the true texts, it kept <b>{percent(part['recall'])}</b> (recall)")
+    if part.get("auc") is not None:
+        told.append(f"the area under its ROC curve is <b>{number(part['auc'], 3)}</b> over all texts")
     if part.get("auc_wrong") is not None:
         told.append(
-            f"the area under its ROC curve is <b>{number(part['auc_wrong'], 3)}</b> for clean web captions against "
-            "captions of other pictures"
+            f"it is <b>{number(part['auc_wrong'], 3)}</b> where that is easy, clean web captions against captions of "
+            "other pictures"
         )
     if not told:
         return ""
@@ -198,18 +233,41 @@ def _filter_numbers(part: dict) -> str:
     return f"<p>The filter{at}: {'; '.join(told)}.</p>"
 
 
+def _cleaner(part: dict) -> str:
+    """Whether the filter made either kind of text cleaner, in words."""
+    told = []
+    for source, name in (("web", "web texts"), ("synthetic", "synthetic texts")):
+        found = part.get("decided", {}).get(source)
+        if found is None or found["share_dropped"] is None or found["difference"] is None:
+            continue
+        words = {
+            "holds": "so it made them cleaner",
+            "undecided": "a difference within its error, so it did not make them cleaner",
+            "reversed": "so it dropped more true ones than chance would",
+        }[found["verdict"]]
+        told.append(
+            f"Of the {name} the filter dropped {percent(found['share_dropped'])}. Of those that it dropped "
+            f"{percent(found['false_dropped'])} are false, of those that it kept {percent(found['false_kept'])} "
+            f"({100 * found['difference']:+.1f} ± {100 * found['error']:.1f} points), {words}."
+        )
+    return f"<p>{' '.join(told)}</p>" if told else ""
+
+
 def _kinds(part: dict) -> str:
     rows = part.get("rows")
     if not rows:
         return ""
     columns = [
-        Column("", "texts", [count for _, count, _ in rows], 0),
-        Column("", "dropped, %", _in_percent([share for _, _, share in rows])),
+        Series("texts", [count for _, count, _ in rows], 0),
+        Series("dropped, %", _in_percent([share for _, _, share in rows])),
     ]
-    names = [f"{escape(str(kind).replace('_', ' '))}{bar(share)}" for kind, _, share in rows]
+    names = []
+    for kind, _, share in rows:
+        name, what = KINDS.get(kind, (str(kind).replace("_", " "), ""))
+        names.append(f"{escape(name)}{f'<small>{escape(what)}</small>' if what else ''}{bar(share)}")
     return (
-        '<h3>By kind of noise</h3><div class="narrow">'
-        + table("Share dropped by kind of noise", "kind", names, columns)
+        '<h3>Web texts by kind</h3><div class="narrow">'
+        + table("Share dropped by kind of web text", "kind", names, columns)
         + "</div>"
     )
 
@@ -227,10 +285,12 @@ def gallery(results: dict) -> str:
     return section(
         "gallery",
         "Pictures, texts and decisions",
-        "<p>T<sub>w</sub> is the text from the web, T<sub>s</sub> the captioner’s. The filter’s decision, its matching "
-        "probability, and whether the text is true; pictures of every combination of decisions in turn. <span "
-        'class="kept">✓ accepted</span>, <span class="dropped">✕ <del>rejected</del></span>; <em>mistaken</em> marks '
-        "a decision against the truth.</p>",
+        "<p>T<sub>w</sub> is the text from the web, T<sub>s</sub> the captioner’s. Two marks stand before each: the "
+        "truth, known of this world, and the filter’s decision with its matching probability. "
+        '<span class="chip true">✓ true</span> or <span class="chip false">✕ false</span> says whether all of the '
+        'text holds of the picture; <span class="chip">kept</span> or <span class="chip"><del>dropped</del></span> '
+        "what the filter did; <em>mistaken</em> that this was wrong. Pictures of every combination of decisions in "
+        "turn.</p>",
         f'<div class="cards">{"".join(cards)}</div>',
     )
 
@@ -238,18 +298,20 @@ def gallery(results: dict) -> str:
 def _decision(row: dict, source: str) -> str:
     kept, true, text = bool(row[f"{source}_kept"]), row.get(f"{source}_true"), str(row[source])
     shown = escape(text) if text.strip() else "(empty)"
-    told = ["accepted" if kept else "rejected"]
+    marks = "" if true is None else _chip("✓ true" if true else "✕ false", "true" if true else "false")
+    marks += _chip("kept") if kept else _chip("<del>dropped</del>")
+    told = []
     if row.get(f"{source}_itm") is not None:
         told.append(f"match {number(row[f'{source}_itm'], 2)}")
-    if true is not None:
-        told.append("true" if true else "false")
-        if bool(true) != kept:
-            told.append("<em>mistaken</em>")
-    line = f"✓ {shown}" if kept else f"✕ <del>{shown}</del>"
-    return (
-        f'<p class="{"kept" if kept else "dropped"}"><b class="who">T<sub>{source[0]}</sub></b> {line}'
-        f"<small>{' · '.join(told)}</small></p>"
-    )
+    if true is not None and bool(true) != kept:
+        told.append("<em>mistaken</em>")
+    small = f"<small>{' · '.join(told)}</small>" if told else ""
+    words = shown if kept else f"<del>{shown}</del>"
+    return f'<p><b class="who">T<sub>{source[0]}</sub></b> {marks}{words}{small}</p>'
+
+
+def _chip(words: str, css: str = "") -> str:
+    return f'<span class="{f"chip {css}".strip()}">{words}</span> '
 
 
 def retrieval(results: dict) -> str:
@@ -264,14 +326,15 @@ def retrieval(results: dict) -> str:
             alt = f"{'The right picture' if found['right'] else 'Another picture'}, at rank {rank}"
             shots.append(
                 f'<li class="{"right" if found["right"] else "other"}">{picture(found["image"], alt)}'
-                f"<small>{mark}{number(found.get('score'), 2)}</small></li>"
+                f"<small>{mark}score {number(found.get('score'), 2)}</small></li>"
             )
         blocks.append(f'<article class="query"><h3>“{escape(row["query"])}”</h3><ol>{"".join(shots)}</ol></article>')
     return section(
         "retrieval",
         "Found by text",
         "<p>The pictures that score highest for a caption, the best first; the one that it was written for has a "
-        "frame and a ✓.</p>",
+        "frame and a ✓. A score is the matching head’s log-odds that they belong together plus the cosine of their "
+        "embeddings: above 0 a match is the likelier.</p>",
         f'<div class="queries">{"".join(blocks)}</div>',
     )
 
@@ -287,12 +350,11 @@ def curves(results: dict) -> str:
     panels = []
     for i, name in enumerate(names):
         series = [(style[run], run, points[name]) for run, points in runs.items() if name in points]
-        panels.append(_figure(charts.lines(f"curve{i}", LOSSES.get(name, name), series), LOSSES.get(name, name)))
-    last = [
-        Column("last value", LOSSES.get(n, n), [_last(series.get(n)) for series in runs.values()], 3) for n in names
-    ]
+        title = LOSSES.get(name, (name,))[0]
+        panels.append(_figure(charts.lines(f"curve{i}", title, series), title))
+    last = [Series(LOSSES.get(n, (n,))[-1], [_last(series.get(n)) for series in runs.values()], 3) for n in names]
     names = [f"{charts.swatch(style[run])}{escape(run)}" for run in runs]
-    legend = table("Last values of the training curves", "run", names, last)
+    legend = table("Last values of the training curves", "last values", names, last)
     return section("curves", "Training curves", f'<div class="panels">{"".join(panels)}</div>', legend, _drawn(runs))
 
 

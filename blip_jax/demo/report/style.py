@@ -47,16 +47,21 @@ table{border-collapse:collapse;font-size:.9rem;line-height:1.35;min-width:100%}
 th,td{padding:.45rem .4rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--hair)}
 th{font-weight:500}
 thead th{color:var(--soft);vertical-align:bottom;border-bottom-color:var(--soft)}
-thead tr:first-child th[colspan]{text-align:left;border-bottom-color:var(--hair);color:var(--ink);font-weight:600}
-thead tr:first-child>th:first-child,tbody th{text-align:left;position:sticky;left:0;
-background:var(--paper);padding-left:0}
+thead th:first-child,tbody th{text-align:left;position:sticky;left:0;background:var(--paper);padding-left:0}
 tbody th{white-space:normal;overflow-wrap:anywhere;min-width:7.5rem}
-.first{padding-left:1.3rem}
+tbody th small{display:block;color:var(--soft);font-size:.8rem}
+.across thead th,.across tbody th{white-space:normal;min-width:0}
+.across thead th{overflow-wrap:normal}
+.across thead th:not(:first-child){width:18%}
+.across .group{color:var(--ink);font-weight:600;padding-top:1rem;border-bottom-color:var(--soft)}
 strong{color:var(--accent);font-weight:700}
 .narrow{max-width:34rem}
 .narrow tbody th{width:60%}
-.verdict{border-left:3px solid;padding-left:.9rem}
-.verdict.good{border-color:var(--good)} .verdict.bad{border-color:var(--bad)}
+.beside{display:grid;gap:0 3rem;align-items:start}
+@media (min-width:64rem){.beside{grid-template-columns:minmax(0,7fr) minmax(0,5fr)}}
+.relations ul{list-style:none;margin:0 0 1rem;padding:0}
+.relations li{border-left:3px solid var(--soft);padding:.1rem 0 .1rem .8rem;margin:0 0 .6rem;font-size:.95rem}
+.relations .good{border-color:var(--good)} .relations .bad{border-color:var(--bad)}
 .bars{display:grid;gap:.5rem;max-width:48rem;margin:1rem 0 1.5rem}
 .bars>div{display:grid;grid-template-columns:minmax(9rem,15rem) 1fr 6.5rem;gap:1rem;align-items:center;font-size:.95rem;
 overflow-wrap:anywhere}
@@ -91,7 +96,10 @@ img{display:block;width:100%;aspect-ratio:1;object-fit:contain;image-rendering:p
 .card p{margin:0;font-size:.92rem;line-height:1.4;overflow-wrap:anywhere}
 .card p+p{margin-top:.7rem}
 .who{color:var(--ink)}
-.kept{color:var(--good)} .dropped{color:var(--bad)} del{text-decoration-thickness:1px}
+del{text-decoration-thickness:1px}
+.chip{display:inline-block;border:1px solid var(--soft);border-radius:.3rem;padding:0 .35rem;font-size:.82rem;
+font-weight:600;line-height:1.45;white-space:nowrap}
+.chip.true{color:var(--good);border-color:var(--good)} .chip.false{color:var(--bad);border-color:var(--bad)}
 .card small,.query small{display:block;color:var(--soft);font-size:.8rem}
 em{font-style:normal;font-weight:700;color:var(--ink)}
 .queries{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:2rem;margin:1.5rem 0}
@@ -106,7 +114,9 @@ body{font-size:16px} header{padding-top:2rem} section{margin:3.25rem 0}
 .bars>div{grid-template-columns:minmax(0,1fr) auto;gap:.15rem 1rem} .bars .bar{grid-row:2;grid-column:1/-1}
 .card{grid-template-columns:5rem minmax(0,1fr)}
 .scroll{margin-right:-1.25rem;padding-right:1.25rem}
-th,td{padding-left:.45rem;padding-right:.45rem}
+.across{margin-right:0;padding-right:0}
+.across table{font-size:.85rem}
+th,td{padding-left:.3rem;padding-right:.3rem}
 }
 @media print{
 :root{color-scheme:light;--paper:#fff}
@@ -115,13 +125,13 @@ html{font-size:9.5pt} body{font-size:1rem} header,main,footer{max-width:none;pad
 h1{font-size:20pt} h2{font-size:13pt}
 .tiles,.facts{grid-template-columns:repeat(4,1fr);gap:.5rem 1rem;margin-top:1rem}
 section{margin:1.75rem 0} h2,h3,section>p:has(+.scroll){break-after:avoid}
-section>p,.scroll,figure,.card,.query,.bars>div,.tiles,.facts div,.verdict{break-inside:avoid}
-.scroll{overflow:visible} table{font-size:7pt} th,td{padding:.3rem .2rem} .first{padding-left:.5rem}
+section>p,.scroll,figure,.card,.query,.bars>div,.tiles,.facts div,.relations li{break-inside:avoid}
+.scroll{overflow:visible} table{font-size:7pt} th,td{padding:.3rem .2rem}
 .plots{grid-template-columns:1fr 1fr;gap:1rem} .panels{grid-template-columns:1fr 1fr 1fr;gap:1rem}
 .cards{grid-template-columns:1fr 1fr;gap:.6rem}
 .card{padding:.6rem;grid-template-columns:4.2rem minmax(0,1fr);gap:.7rem}
 .queries{grid-template-columns:1fr 1fr} .query ol{grid-template-columns:repeat(5,1fr);gap:.4rem}
-thead tr:first-child>th:first-child,tbody th{position:static}
+thead th:first-child,tbody th{position:static}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }
 """

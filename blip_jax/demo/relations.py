@@ -1,0 +1,77 @@
+"""What the paper's tables order, and whether a demo orders it alike, with an error bar from the number of its pictures.
+
+The error is that of having looked at these pictures and not at others: half a 95 % interval of the difference. Both
+models see the same pictures, so their difference is taken picture by picture. How another training of the same models
+would come out is not in it; only other seeds tell that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from blip_jax.demo.report import paper
+from blip_jax.eval import recall
+
+SIGMAS = 1.96  # of a normal distribution, on either side of its mean: 95 %
+RECALL, DROPPED = "mean recall", "share of the synthetic texts that the filter dropped"
+
+
+class Relation(NamedTuple):
+    """Something that the paper finds larger than another, and the difference here, in points of a hundred."""
+
+    what: str  # RECALL | DROPPED
+    larger: str  # in the paper
+    smaller: str
+    difference: float  # larger - smaller, here
+    error: float  # half the 95 % interval of it
+
+    @property
+    def verdict(self) -> str:
+        """holds: as in the paper; reversed: the other way round; undecided: within the error."""
+        return verdict(self.difference, self.error)
+
+
+def verdict(difference: float, error: float) -> str:
+    if not math.isfinite(difference) or not math.isfinite(error) or abs(difference) <= error:
+        return "undecided"
+    return "holds" if difference > 0 else "reversed"
+
+
+def of_pictures(i2t, t2i, text_image) -> np.ndarray:
+    """f64[n_images with a caption]: what each picture contributes to `recall.both_ways`' r_mean, whose mean they have.
+
+    Args as there.
+    """
+    texts = np.bincount(text_image, minlength=len(i2t))
+    found = texts > 0
+    hits = lambda ranks: np.mean([ranks < k for k in recall.RECALLS], axis=0)
+    own = np.bincount(text_image, hits(recall.text_to_image_ranks(t2i, text_image)), len(i2t))[found]
+    images = hits(recall.image_to_text_ranks(i2t, text_image))
+    return 50 * (images + own * found.sum() / texts.sum())
+
+
+def table1(values: dict[str, np.ndarray]) -> list[Relation]:
+    """The relations of the paper's table 1; values: name of a corpus -> `of_pictures` of its model."""
+    return [_paired(a, b, values[a], values[b]) for a, b in paper.relations() if a in values and b in values]
+
+
+def table2(values: dict[str, np.ndarray], dropped: dict[str, tuple[int, int]]) -> list[Relation]:
+    """The relations of its table 2.
+
+    values: as of `table1`, of the corpora with captions by "nucleus" and "beam", and of "neither";
+    dropped: of either kind of captions (texts that the filter dropped, texts).
+    """
+    pairs = (("nucleus", "beam"), ("beam", "neither"))
+    found = [_paired(a, b, values[a], values[b]) for a, b in pairs if a in values and b in values]
+    shares = [(n / max(total, 1), max(total, 1)) for n, total in (dropped["nucleus"], dropped["beam"])]
+    difference, error = shares[0][0] - shares[1][0], math.sqrt(sum(p * (1 - p) / n for p, n in shares))
+    return [*found, Relation(DROPPED, "nucleus", "beam", 100 * difference, 100 * SIGMAS * error)]
+
+
+def _paired(larger: str, smaller: str, a: np.ndarray, b: np.ndarray) -> Relation:
+    each = a - b
+    error = SIGMAS * each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+    return Relation(RECALL, larger, smaller, float(each.mean()), float(error))
