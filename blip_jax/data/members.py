@@ -367,7 +367,8 @@ def _chosen(extensions: tuple[str, ...], image_key: str) -> tuple[str | None, st
         found = [ext for ext in extensions if _kind(ext) == kind]
         return min(found, key=lambda ext: (ext.rpartition(".")[0] != before, "." in ext), default=None)
 
-    return picture, beside("txt"), beside("json"), len(pictures) > 1 or len(extensions) - len(pictures) > 2
+    chosen = picture, beside("txt"), beside("json")
+    return *chosen, any(ext not in chosen for ext in extensions if _kind(ext) in KINDS)
 
 
 def _packed(samples: list[Sample], image_key: str, walk: Walk, unused: Counter) -> Index:
