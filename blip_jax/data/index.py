@@ -18,6 +18,7 @@ Anything else is made anew.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib
 import json
@@ -170,7 +171,8 @@ def _save(module: ModuleType, path: str, settings: dict, index: Index) -> None:
             beside.replace(place)
             return
         except OSError:
-            beside.unlink(missing_ok=True) if os.access(place.parent, os.W_OK) else None
+            with contextlib.suppress(OSError):  # what a full disk left of it
+                beside.unlink()
     log.info("the index of %s cannot be kept: no folder for it can be written", path)
 
 

@@ -7,6 +7,7 @@ member costs what belongs to it, and nothing else.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -22,7 +23,7 @@ from blip_jax.data.index import Index
 VERSION = 1
 BLOCK = 512  # bytes of a tar block
 AHEAD = 4096  # bytes read at a header: small members and the next header are mostly within
-PART = 1 << 20  # bytes read at a time where headers are looked for
+PART = 1 << 20  # bytes read at a time, at the most, where headers are looked for
 MAX_EXTENDED = 1 << 20  # bytes of an extended header, which holds a name
 MAX_START = 1 << 26  # bytes searched for the first header, after which a file is no tar
 PICTURES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "heic", "heif")
@@ -178,30 +179,33 @@ class Walk:
 
     def _data_from(self, at: int) -> int:
         """The first block from `at` on that is not all zeros; the size of the file or more: there is none."""
+        part = AHEAD
         while at < self.size:
             try:  # what was never written need not be read
                 at = max(at, os.lseek(self._fd, at, os.SEEK_DATA) // BLOCK * BLOCK)
-            except OSError:
+            except OSError as e:
+                if e.errno == errno.ENXIO:
+                    return self.size
+            data = os.pread(self._fd, part, at)
+            if not data:
                 return self.size
-            part = os.pread(self._fd, PART, at)
-            if not part:
-                return self.size
-            if left := len(part.lstrip(b"\0")):
-                return at + (len(part) - left) // BLOCK * BLOCK
-            at += len(part)
+            if left := len(data.lstrip(b"\0")):
+                return at + (len(data) - left) // BLOCK * BLOCK
+            at, part = at + len(data), min(2 * part, PART)
         return at
 
     def _header_from(self, at: int, end: int) -> int | None:
         """The first block in `at` to `end` that is a header with a right checksum."""
+        part = AHEAD
         while at + BLOCK <= end:
-            part = os.pread(self._fd, min(PART, end - at), at)
-            blocks = np.frombuffer(part, np.uint8, len(part) // BLOCK * BLOCK).reshape(-1, BLOCK)
+            data = os.pread(self._fd, min(part, end - at), at)
+            blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
             if not len(blocks):
                 return None
             for k in np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(axis=1)).tolist():
                 if _header(blocks[k].tobytes()):
                     return at + k * BLOCK
-            at += blocks.size
+            at, part = at + blocks.size, min(2 * part, PART)
         return None
 
 
@@ -222,7 +226,7 @@ def _header(block: bytes) -> tuple[str, int, bytes] | None:
 def _number(field: bytes) -> int:
     """An octal number, or a binary one as GNU writes large ones; -1: none, or a negative one."""
     try:
-        return max(int(field[:-1], 8), -1)  # as nearly all are written
+        return max(int(field.rstrip(b"\0 "), 8), -1)  # as nearly all are written
     except ValueError:
         pass
     if field[0] & 0x80:
@@ -363,7 +367,8 @@ def _chosen(extensions: tuple[str, ...], image_key: str) -> tuple[str | None, st
         found = [ext for ext in extensions if _kind(ext) == kind]
         return min(found, key=lambda ext: (ext.rpartition(".")[0] != before, "." in ext), default=None)
 
-    return picture, beside("txt"), beside("json"), len(pictures) > 1 or len(extensions) - len(pictures) > 2
+    chosen = picture, beside("txt"), beside("json")
+    return *chosen, any(ext not in chosen for ext in extensions if _kind(ext) in KINDS)
 
 
 def _packed(samples: list[Sample], image_key: str, walk: Walk, unused: Counter) -> Index:

@@ -26,6 +26,8 @@ for _ in range(6):  # an object, with objects inside it to this depth; strings m
 USUAL = re.compile(OBJECT + rb"(?=\s*+[,\]])", re.DOTALL)  # most rows
 TOKEN = re.compile(rb"\s*+(?:(" + STRING + rb"|[\w.+-]++)|([{\[])|([}\]])|([,:]))", re.DOTALL)
 VALUE, OPEN, CLOSE, MARK = 1, 2, 3, 4  # groups of TOKEN: a string or a word; , and : are marks
+CLOSES = {b"}": b"{", b"]": b"["}
+CLOSED = (b"v", b"}", b"]")  # after these a value is complete
 FOLLOWED = re.compile(rb"\s*+[,\]]")
 # where the row after a broken one may begin, for one that is an object or an array, and for anything else
 NEXT = re.compile(rb"[}\]]\s*+,\s*+(?=\{)"), re.compile(rb",\s*+(?=\{)")
@@ -79,6 +81,7 @@ def _array_rows(data: mmap.mmap, at: int, path: str) -> Iterator[int]:
 
     What is between two of them and no separator is an element, too, so that it is reported and not lost.
     """
+    left = len(data)  # bytes that may be looked at in vain: a file full of broken rows must not take for ever
     while True:
         at = BETWEEN.match(data, at).end()
         if LAST.match(data, at):
@@ -90,33 +93,53 @@ def _array_rows(data: mmap.mmap, at: int, path: str) -> Iterator[int]:
         if at == len(data):
             raise ValueError(f"{path!r} is not JSON: the array has no end; the file is cut or broken, fetch it again")
         yield at
-        usual = USUAL.match(data, at, at + LONG)
-        at = usual.end() if usual else _end(data, at)
+        if usual := USUAL.match(data, at, at + LONG):
+            at = usual.end()
+            continue
+        end, broken_at = _end(data, at, len(data) if left > 0 else at)
+        if broken_at is None:
+            at = end
+        else:
+            left -= broken_at - at
+            at = _behind(data, at, end, broken_at)
 
 
-def _end(data: mmap.mmap, at: int) -> int:
-    """Where the element at `at` ends, whatever it is, however deep or long.
+def _end(data: mmap.mmap, begin: int, limit: int) -> tuple[int, int | None]:
+    """Where the element at `begin` ends, whatever it is, however deep or long; and None, or where it proves broken.
 
-    One that is broken ends before what may be the next row, behind the place where it breaks, or at the array's end.
+    Of a broken one the end is where it is broken, or `begin`, if it is no object or array, or never ends.
     """
-    begin, depth, before = at, 0, MARK
-    while token := TOKEN.match(data, at):
-        kind = token.lastindex
-        if kind in (VALUE, OPEN) and before in (VALUE, CLOSE) or kind == MARK and before in (OPEN, MARK):
-            break  # two values without a comma, or a comma without a value
-        if kind == CLOSE and (before == MARK or depth == 0):
-            break
-        if kind == MARK and depth == 0:
-            break
-        if kind == VALUE and depth == 0 and not FOLLOWED.match(data, token.end()):
-            break  # an open quote
-        depth += (kind == OPEN) - (kind == CLOSE)
-        at, before = token.end(), kind
-        if depth == 0:
-            return at
-    if found := NEXT[0].search(data, at) if depth else NEXT[1].search(data, begin):
+    at, before, opened = begin, b",", bytearray()  # before: the first byte of the last token, or b"v" for a value
+    closed = begin  # where the last object or array ended
+    while token := TOKEN.match(data, at, limit):
+        kind, mark = token.lastindex, token[token.lastindex][:1]
+        inside = opened[-1:]  # {, [ or nothing
+        if kind == MARK:
+            wrong = before not in CLOSED or not opened
+        elif kind == CLOSE:
+            wrong = before in b",:" or CLOSES.get(mark) != bytes(inside)
+        else:
+            wrong = before in CLOSED or (kind == OPEN and inside == b"{" and before != b":")
+        if wrong:
+            return (begin if not opened else closed if before == b"," and kind == OPEN else at), at
+        if kind == OPEN:
+            opened += mark
+        elif kind == CLOSE:
+            opened.pop()
+            closed = token.start(kind)
+        at, before = token.end(), b"v" if kind == VALUE else mark
+        if not opened:
+            open_quote = kind == VALUE and not FOLLOWED.match(data, at)
+            return (begin, at) if open_quote else (at, None)
+    return begin, at
+
+
+def _behind(data: mmap.mmap, begin: int, end: int, broken_at: int) -> int:
+    """Where a broken element of `_end` ends: before what may be the next row, or at the array's end."""
+    nested = end > begin or data[begin : begin + 1] in (b"{", b"[")
+    if found := NEXT[0].search(data, end) if nested else NEXT[1].search(data, begin):
         return found.start() + 1
     last = len(data)
-    while last > at and data[last - 1 : last].isspace():
+    while last > broken_at and data[last - 1 : last].isspace():
         last -= 1
     return last - 1 if last - 1 > begin and data[last - 1 : last] == b"]" else len(data)

@@ -130,11 +130,12 @@ class TarShards(Source):
             )  # fmt: skip
         if rest := [(shard, found["rest"]) for shard, found in zip(self._shards, notes) if found["rest"]]:
             log.warning("%s: %d shards end in bytes that are no tar, as %s in %d", name, len(rest), *rest[0])
-        broken = [(shard, int((rows["fault"] > 0).sum())) for shard, rows in zip(self._shards, self._rows)]
-        if broken := [(shard, n) for shard, n in broken if n]:
+        broken = [(shard, rows["fault"] > 0) for shard, rows in zip(self._shards, self._rows)]
+        if broken := [(shard, bad) for shard, bad in broken if bad.any()]:
             log.warning(
-                "%s: %d shards are cut or broken, and %d records lost, as %d in %s: those around them are used",
-                name, len(broken), sum(n for _, n in broken), broken[0][1], broken[0][0],
+                "%s is cut or broken after %d samples; %d records of %d shards of %s are lost, those around them are "
+                "used",
+                broken[0][0], broken[0][1].argmax(), sum(bad.sum() for _, bad in broken), len(broken), name,
             )  # fmt: skip
         if unused:
             log.info("%s: members that are not read: %s", name, _counted(unused))
