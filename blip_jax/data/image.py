@@ -247,8 +247,9 @@ def _scaled(im: Image.Image, lines: Callable, shape: tuple) -> tuple[Image.Image
         raise BadImage(f"unsupported pixels: mode {im.mode}, {least} to {most}; whole numbers of 8 to 16 bits are read")
     bits = next(bits for bits in DEPTHS if most < 1 << bits)
     white, out = (1 << bits) - 1, np.empty(shape, np.uint8)
+    grey = ((np.arange(white + 1) * 255 + white // 2) // white).astype(np.uint8)  # of every value
     for box in boxes:
-        out[box[1] : box[3]] = (lines(box).astype(np.uint32) * 255 + white // 2) // white
+        out[box[1] : box[3]] = grey[lines(box)]
     note = "16-bit picture" if bits == 16 else f"picture of 16 bits or more that holds {bits}"
     return Image.fromarray(out), f"{note}, scaled to 8 bits"
 
