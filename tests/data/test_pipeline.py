@@ -504,7 +504,7 @@ def test_evaluation_of_one_id_with_several_pictures(tok, tmp_path, caplog):
     data = P.EvalData(settings({}), tok, source, skipped_path=tmp_path / "skipped.jsonl")
     assert data.n_images == 1 and data.captions == [c for r in rows for c in r["captions"]]
     assert "3 records bring another picture" in caplog.text
-    picture = eval_transform(P.decode(rows[1], rows[1]["image"], 10**6)[0], 16)
+    picture = eval_transform(decode(rows[1]["image"], 10**6)[0], 16)
     np.testing.assert_array_equal(next(data.image_batches(1))["img"][0], picture)
     assert data.counts()["skipped"] == {"not a picture": 1}
     assert data.counts()["noted"] == {"another picture than the first of its image_id, which is used": 3}
