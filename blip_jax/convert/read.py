@@ -212,9 +212,13 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
 def _settings(folder: pathlib.Path) -> ConfigDict:
     """`config.base()` with objective, model and texts of a checkpoint of ours."""
     saved, c = checkpoint.load_config(folder), config.base()
-    with c.unlocked():
-        c.objective = saved["objective"]
-        c.update({"model": saved["model"], "text": saved["text"]})
+    try:
+        with c.unlocked():
+            c.objective = saved["objective"]
+            c.update({"model": saved["model"], "text": saved["text"]})
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        what = f"{type(e).__name__} {checkpoint.short(e)}"
+        raise ValueError(f"checkpoint {folder}: its config is none of this version of blip_jax: {what}") from None
     return c
 
 
