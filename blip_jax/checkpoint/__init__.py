@@ -6,7 +6,7 @@ knows nothing of the mesh: a state saved on one restores onto any other. Each ar
 position, the config and the vocabulary: whatever reads a checkpoint compares them.
 """
 
-from blip_jax.checkpoint.folders import SUBDIR, folders, missing, newest_complete, references, vocabulary
+from blip_jax.checkpoint.folders import SUBDIR, folders, missing, newest_complete, references, short, vocabulary
 from blip_jax.checkpoint.load import (
     Damaged,
     check_folders,

@@ -228,7 +228,8 @@ def _reopen(run: Run, step: int, thoroughly: bool) -> None:
     there: restoring it will verify it.
     """
     folder, own, count = run.workdir / checkpoint.SUBDIR / str(step), jax.process_index(), jax.process_count()
-    found = checkpoint.damage(folder, own, count) if thoroughly else checkpoint.missing(folder)
+    lost = [f"{name} is missing" for name in checkpoint.missing(folder)]
+    found = checkpoint.damage(folder, own, count) if thoroughly else lost
     if every := sorted({line for part in processes.gather(found) for line in part}):
         raise checkpoint.Damaged(folder, every)
 

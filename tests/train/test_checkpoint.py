@@ -70,6 +70,8 @@ def test_unstacked_text_layers_are_refused_wherever_a_checkpoint_is_read(tmp_pat
 # --- wherever it lies -------------------------------------------------------------------------------------------------
 STATE = {"params": {"kernel": np.arange(2.0**13, dtype=np.float32).reshape(64, 128), "bias": np.ones(3, np.float32)}}
 
+CONFIG = {"objective": "pretrain", "model": {}, "text": {}}
+
 
 def saved(workdir, *steps):
     """`workdir` with checkpoints of STATE, of which the number of the step is a part, and a vocabulary."""
@@ -78,7 +80,7 @@ def saved(workdir, *steps):
     with checkpoint.open_dir(workdir, keep=len(steps)) as manager:
         for step in steps:
             state = {**STATE, "step": np.int32(step), "rng": jax.random.key(step)}
-            checkpoint.save(manager, step, jax.tree.map(jnp.asarray, state), {"step": step}, {"objective": "pretrain"})
+            checkpoint.save(manager, step, jax.tree.map(jnp.asarray, state), {"step": step}, CONFIG)
     return workdir
 
 
@@ -184,7 +186,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(tmp_path):
             path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
             try:
                 got, data = restored(workdir, 3)
-                assert checkpoint.load_config(workdir) == {"objective": "pretrain"} and data == {"step": 3}
+                assert checkpoint.load_config(workdir) == CONFIG and data == {"step": 3}
                 quiet.append((path, checkpoint.damage(folder)))
                 for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
                     np.testing.assert_array_equal(sums.stored(x), sums.stored(y))
@@ -259,3 +261,9 @@ def test_a_run_whose_last_checkpoint_cannot_be_read_back_is_not_done(tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "3" / "data")
     with pytest.raises(checkpoint.Damaged, match="data/ is missing"):
         loop._reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=False)
+
+
+def test_settings_that_are_none_of_ours_are_an_error_of_one_line(tmp_path):
+    checkpoint.write(tmp_path, STATE, {"step": 0}, {"objective": "pretrain"})
+    with pytest.raises(ValueError, match="its config is none of this version of blip_jax: KeyError 'model'$"):
+        source.read(tmp_path)
