@@ -258,11 +258,11 @@ def test_both_layouts_give_the_same_records(files):
     for i, (a, b) in enumerate(zip((ours[i] for i in range(4)), (official[i] for i in range(4)))):
         assert (b["answer_type"], b["question_type"]) == ("other", "what") and a["answer_type"] == ""
         assert {**a, "answer_type": "other", "question_type": "what", "key": b["key"]} == b
-        assert a["answers"] == PEOPLE[a["question_id"]] and a["key"] == f"s:vqa_train.json#{i}:{a['question_id']}"
+        assert a["answers"] == PEOPLE[a["question_id"]] and a["key"] == f"q:vqa_train.json#{i}:{a['question_id']}"
     without = opened(files, "v2_train2014_questions.json")
     assert without[1]["answers"] == [] and without[1]["question"] == QUESTIONS[2]
     genome = opened(files, "vg_qa.json")
-    assert (genome[1]["dataset"], genome[1]["answers"], genome[1]["key"]) == ("vg", ["star"], "s:vg_qa.json#1")
+    assert (genome[1]["dataset"], genome[1]["answers"], genome[1]["key"]) == ("vg", ["star"], "q:vg_qa.json#1")
 
 
 def test_files_that_do_not_belong(files, tmp_path):

@@ -50,10 +50,8 @@ class TarShards(Source):
         self._shards = expand(name, cfg)
         self._names = [f"{name}:{file}" for file in in_keys(self._shards)]
         self._field = cfg.caption_key.removeprefix("json/")
-        self._texts = (
-            ("text",) if cfg.caption_key == "txt" else ("text", "json") if cfg.caption_key == "caption" else ()
-        )
-        self._texts = self._texts or ("json",)
+        texts = {"caption": ("text", "json"), "txt": ("text",)}
+        self._texts = texts.get(cfg.caption_key, ("json",))  # where a caption is looked for
         found = indexes(members, self._shards, {"image_key": cfg.image_key.lower().lstrip(".")}, name)
         self._rows = [index.arrays["rows"] for index in found]
         self._ends_of = [index.arrays["ends"] for index in found]
