@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,6 +26,10 @@ try:
     AVIF = AvifImagePlugin.SUPPORTED
 except ImportError:  # before Pillow 11.3
     AVIF = False
+# Pillow asks for the memory of a picture in blocks. Those above 32 MiB the C library gives back to the system when they
+# are free; smaller ones stay with the thread that had them, so that each thread would keep its largest picture.
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    Image.core.set_block_size(40 << 20)
 
 # no format whose decoder starts another program
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM") + ("AVIF",) * AVIF
@@ -61,15 +66,17 @@ def decode(data: bytes, max_pixels: int, upright: bool = False) -> tuple[Image.I
     pictures below 8x8 and aspect ratios above 20. Raises BadImage: empty file, not a picture, decompression bomb,
     truncated, broken.
     """
-    with decoded([data], max_pixels, upright) as [found]:
-        return found
+    with _refusing():
+        opened = [_opened(data, max_pixels)]
+    with ROOM.hold(_cost(opened[0][0])), _refusing():
+        return _rgb(opened.pop(), upright)
 
 
 @contextlib.contextmanager
 def decoded(
     encoded: Sequence[bytes], max_pixels: int, upright: bool = False
 ) -> Iterator[list[tuple[Image.Image, list[str]]]]:
-    """`decode` of several pictures at once, which are to be let go at the end of the `with` block.
+    """`decode` of several pictures at once, which are closed at the end of the `with` block.
 
     Waits until there is room for all of them beside those of other threads (encoded.ROOM). Do not nest.
     """
@@ -79,8 +86,11 @@ def decoded(
         with _refusing():
             opened.reverse()  # each is let go when it is converted
             found = [_rgb(opened.pop(), upright) for _ in encoded]
-        yield found
-        del found
+        try:
+            yield found
+        finally:
+            for im, _ in found:  # before another thread takes their room
+                im.close()
 
 
 @contextlib.contextmanager

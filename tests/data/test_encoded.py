@@ -185,6 +185,10 @@ def test_decoding_waits_for_room_and_gives_it_back(monkeypatch):
         assert [p.size for p, _ in pictures] == [(40, 30)] * 2
         held = room._used
     assert held == 2 * 40 * 30 * 8 and room._used == 0
+    for picture, _ in pictures:
+        with pytest.raises(ValueError, match="closed"):
+            picture.load()
+    assert image.decode(data, LIMIT)[0].resize((2, 2)).size == (2, 2) and room._used == 0  # this one is kept
     with room.hold(1 << 20):
         thread = threading.Thread(target=other)
         thread.start()
