@@ -25,6 +25,7 @@ from blip_jax.convert.wrappers import unpack
 
 # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
 BLOW_UP = 4
+MAX_HEADER = MAX_TENSORS << 10  # bytes of names and shapes in a .safetensors
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -249,6 +250,10 @@ def writing(path) -> Iterator[None]:
 
 # --- without torch ----------------------------------------------------------------------------------------------------
 def _open_safetensors(path: pathlib.Path) -> Tensors:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < header < path.stat().st_size:
+        raise ValueError(f"{path} has a header of {header} bytes: that of a model here has at most {MAX_HEADER}")
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()
