@@ -13,8 +13,8 @@ import pytest
 
 from blip_jax.capfilt import decisions
 from blip_jax.config import source
-from blip_jax.demo import results as demo_results
 from blip_jax.demo import relations, stages
+from blip_jax.demo import results as demo_results
 from blip_jax.demo.report import paper
 from blip_jax.tasks import two_stage
 
