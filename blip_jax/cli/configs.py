@@ -89,6 +89,8 @@ def take(values: flags.FlagValues, argv: list[str], name: str, help: str, workdi
         flags.DEFINE_string(name, None, help, flag_values=values)
         return rest
     cfg = load(path)
+    if not given(argv, name):
+        print(f"no --config: the settings are those of {path}", file=sys.stderr)
     for arg in rest:
         if problem := unknown_leaf(cfg, name, arg):
             raise ValueError(problem)
@@ -119,7 +121,6 @@ def _left(argv: list[str]) -> str | None:
         return None
     path = pathlib.Path(folder) / SAVED
     if path.is_file():
-        print(f"no --config: the settings are those of {path}", file=sys.stderr)
         return str(path)
     parent = path.parent.parent
     near = [p.name for p in parent.iterdir() if (p / SAVED).is_file()] if parent.is_dir() else []

@@ -121,7 +121,7 @@ def vocab(argv: list[str]) -> int:
     idle = sum(word.startswith("[unused") for word in words)
     spare = f" ({idle} of them [unused]: --size={values.size - idle} holds as much)" if idle else ""
     print(
-        f"{values.out}: {values.size} entries{spare} from {len(captions)} captions; set text.vocab={values.out} and "
+        f"{values.out}: {values.size} entries from {len(captions)} captions{spare}; set text.vocab={values.out} and "
         f"model.med.vocab_size={tokenizer.vocab_size}"
     )
     return 0

@@ -50,9 +50,9 @@ def _unknown(values: flags.FlagValues, command: str, e: flags.UnrecognizedFlagEr
     cfg = values["config"].value
     cfg = cfg if isinstance(cfg, ConfigDict) else None
     if name.replace("-", "_") in configs.FOLDERS and "workdir" in values:
-        return f"unknown flag --{name}: did you mean --workdir?"
+        return f"Unknown command line flag {name!r}: did you mean --workdir?"
     if leaf := configs.leaf(cfg, name):
-        return f"unknown flag --{name}: did you mean --config.{leaf}?"
+        return f"Unknown command line flag {name!r}: did you mean --config.{leaf}?"
     near = re.search(r"Did you mean: (.*?) \?", str(e))
     told = f"did you mean --{near[1].replace(', ', ' or --')}?" if near else f"`blip-jax {command} --help` lists them"
-    return f"unknown flag --{name}: {told}"
+    return f"Unknown command line flag {name!r}: {told}"

@@ -89,7 +89,7 @@ def test_a_misspelled_command_is_told_what_was_meant(capsys):
 def test_every_command_explains_its_flags(command, ask, capsys):
     assert main.main([*command.split(), ask]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"usage: blip-jax {command} ") and not err
+    assert out.startswith(f"usage: blip-jax {command}") and not err
     assert usage.COMMANDS[command][1][:40] in out and max(map(len, out.splitlines())) <= 120
     flags = re.findall(r"^  (--\S+)", out, re.M)
     assert len(flags) == len(set(flags)) and (flags or command == "bench")
@@ -131,12 +131,12 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
         ("--config.model.image_size=1", "did you mean model.img_size?"),
         ("--config.warmup=1", "did you mean optim.warmup_steps"),
         ("--config.optim.depth=1", "did you mean model.vit.depth?"),
-        ("--learning_rate=1", "unknown flag --learning_rate: did you mean --config.optim.lr?"),
+        ("--learning_rate=1", "Unknown command line flag 'learning_rate': did you mean --config.optim.lr?"),
         ("--batch-size=1", "did you mean --config.train.batch (examples"),
         ("--optim.lr=1", "did you mean --config.optim.lr?"),
         ("--output_dir=x", "did you mean --workdir?"),
         ("--wrkdir=x", "did you mean --workdir?"),
-        ("--qqqqq=x", "unknown flag --qqqqq: `blip-jax train --help` lists them"),
+        ("--qqqqq=x", "Unknown command line flag 'qqqqq': `blip-jax train --help` lists them"),
     ],
 )
 def test_other_programs_names_lead_to_our_leaves(config_file, capsys, flag, meant):
@@ -182,7 +182,7 @@ def test_a_misspelled_config_is_one_line_with_what_is_near(tmp_path, capsys, mon
     line = lambda path: fails(capsys, "train", f"--config={path}", "--workdir=x")
     assert line("configs/scene.py").endswith("did you mean configs/scenes.py?\n")
     assert "did you mean configs/scenes.py?" in line("configs/scenes") and "configs/photos.py?" in line("photos.py")
-    assert "configs is a folder: give a file of it, as configs/caption_coco.py" in line("configs")
+    assert "configs is a folder: give a file of it, as configs/capfilt.py" in line("configs")
     assert "which has no folder nowhere" in line("nowhere/x.py")
     assert "no argument: give --config=configs/scenes.py" in line("configs/scenes.py:vitb")
     for err in (line("configs/scene.py:vitb,14m"), line(""), line(tmp_path / "a:b.py")):
@@ -202,7 +202,7 @@ def test_a_config_file_at_a_strange_place(config_file, tmp_path):
         (tmp_path / name).mkdir()
         file = tmp_path / name / "my config?.py"
         file.write_text(pathlib.Path(config_file).read_text())
-        assert configs.load(str(file)).train.steps == configs.load(config_file).train.steps
+        assert configs.load(str(file)).train.steps == configs.load(str(config_file)).train.steps
     with_argument = tmp_path / "two.py"
     with_argument.write_text(
         "from blip_jax.config import base\ndef get_config(a='0'):\n    c = base()\n    c.text.prompt = a\n    return c"
@@ -219,7 +219,7 @@ def test_overrides_may_come_before_the_config_and_need_one(config_file, capsys):
         "train",
         "--config.train.steps=9",
         "--config",
-        config_file,
+        str(config_file),
         "--noconfig.loss.momentum",
         "--config.loss.queue=0",
     ]
@@ -233,7 +233,7 @@ def test_the_settings_that_a_run_left_are_used_without_a_config(config_file, tmp
     """All of them, overrides too, as they were: tuples, sources, what the task added."""
     run = tmp_path / "run"
     run.mkdir()
-    cfg = configs.load(config_file).unlock()
+    cfg = configs.load(str(config_file)).unlock()
     cfg.optim.lr_factors, cfg.text.buckets = (("vit/.*", (0.1, 0.2)), ("med/.*", 0.5)), (4, cfg.text.max_len)
     cfg.task.extra = 3
     (run / "vocab.txt").write_bytes(pathlib.Path(cfg.text.vocab).read_bytes())
@@ -268,7 +268,7 @@ def test_settings_of_a_run_that_are_none_are_one_line(tmp_path, capsys, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     err = fails(capsys, "evaluate", f"--workdir={tmp_path}")
     assert f"{tmp_path / 'config.json'} is no config of a training run" in err and "give --config=FILE.py" in err
-    assert err.count("\n") <= 2
+    assert err.count("\n") == 1
 
 
 def test_a_config_file_with_several_runs(capsys):
@@ -312,7 +312,7 @@ def test_vocab_from_files_and_scenes(tmp_path, capsys):
     assert "give captions" in fails(capsys, "vocab", "--size=60", f"--out={out}")
     assert main.main(["vocab", f"--captions={tmp_path / 'a.txt'}", "--size=300", f"--out={out}"]) == 0
     idle = out.read_text().count("[unused")
-    told = f"300 entries ({idle} of them [unused]: --size={300 - idle} holds as much) from 6 captions"
+    told = f"300 entries from 6 captions ({idle} of them [unused]: --size={300 - idle} holds as much); set"
     assert idle > 100 and told in capsys.readouterr().out
     (tmp_path / "c.json").write_text('{"caption": "x"}')
     assert "c.json is no list of rows" in fails(capsys, "vocab", f"--captions={tmp_path / 'c.json'}", f"--out={out}")

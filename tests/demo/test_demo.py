@@ -13,8 +13,8 @@ import pytest
 
 from blip_jax.capfilt import decisions
 from blip_jax.config import source
+from blip_jax.demo import relations, stages
 from blip_jax.demo import results as demo_results
-from blip_jax.demo import stages
 from blip_jax.demo.report import paper
 from blip_jax.tasks import two_stage
 
@@ -76,8 +76,8 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
     assert results["curves"]["pre-training: filter"]["loss_lm"] == [[2, last["train/loss_lm"]]]
     assert "loss_lm" not in results["curves"]["fine-tuning: filter"]
     # each relation of the paper's tables, with differences of the models' mean recalls
-    pairs = [(r["table"], r["larger"], r["smaller"]) for r in results["relations"]]
-    assert len(pairs) == len(set(pairs)) == 6 + 3 and (1, "captioner only", "filter only") in pairs
+    pairs = [(r["table"], r["larger"], r["smaller"], r["what"]) for r in results["relations"]]
+    assert len(pairs) == len(set(pairs)) == 6 + 3 and (1, "captioner only", "filter only", relations.RECALL) in pairs
     recall = {name: rows[key]["metrics"]["r_mean"] for key, name in paper.NAMES.items()}
     for r in results["relations"][:6]:
         assert r["difference"] == pytest.approx(recall[r["larger"]] - recall[r["smaller"]]) and r["error"] >= 0
