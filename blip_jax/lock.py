@@ -52,9 +52,16 @@ def held(path, share: Share | None = None) -> Iterator[None]:
     ValueError, in one line: another process holds it, who and since when. OSError: the place cannot be written.
     """
     lock = _Lock(pathlib.Path(path).absolute() / "lock", share)
-    lock.path.parent.mkdir(parents=True, exist_ok=True)
-    with lock:
-        yield
+    folder = lock.path.parent
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock:
+            yield
+    finally:
+        if made:  # what came to nothing leaves no empty folder
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def vocab(argv: list[str]) -> int:
     tokenizer = Tokenizer(values.out)
     words = pathlib.Path(values.out).read_text(encoding="utf-8").splitlines()
     idle = sum(word.startswith("[unused") for word in words)
-    spare = f" ({idle} of them [unused]: --size={values.size - idle} holds as much)" if idle else ""
+    spare = f", {idle} of them [unused] (--size={values.size - idle} holds as much)" if idle else ""
     print(
         f"{values.out}: {values.size} entries from {len(captions)} captions{spare}; set text.vocab={values.out} and "
         f"model.med.vocab_size={tokenizer.vocab_size}"

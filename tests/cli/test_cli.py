@@ -239,7 +239,7 @@ def test_the_settings_that_a_run_left_are_used_without_a_config(config_file, tmp
     (run / "vocab.txt").write_bytes(pathlib.Path(cfg.text.vocab).read_bytes())
     (run / "config.json").write_text(json.dumps(plain(cfg)))
     found, _ = main.config_of_run(["evaluate", f"--workdir={run}", "--config.eval.k=7"])
-    assert found.eval.k == 7 and found.optim.lr_factors == cfg.optim.lr_factors and found.is_locked
+    assert found.eval.k == 7 and [*found.optim.lr_factors] == [*cfg.optim.lr_factors] and found.is_locked
     found = found.copy_and_resolve_references().unlock()
     found.eval.k = cfg.eval.k
     assert plain(found) == plain(cfg) and isinstance(found.data.crop_scale, tuple)
@@ -312,7 +312,7 @@ def test_vocab_from_files_and_scenes(tmp_path, capsys):
     assert "give captions" in fails(capsys, "vocab", "--size=60", f"--out={out}")
     assert main.main(["vocab", f"--captions={tmp_path / 'a.txt'}", "--size=300", f"--out={out}"]) == 0
     idle = out.read_text().count("[unused")
-    told = f"300 entries from 6 captions ({idle} of them [unused]: --size={300 - idle} holds as much); set"
+    told = f"300 entries from 6 captions, {idle} of them [unused] (--size={300 - idle} holds as much); set"
     assert idle > 100 and told in capsys.readouterr().out
     (tmp_path / "c.json").write_text('{"caption": "x"}')
     assert "c.json is no list of rows" in fails(capsys, "vocab", f"--captions={tmp_path / 'c.json'}", f"--out={out}")
