@@ -112,7 +112,7 @@ def test_every_random_choice_comes_from_the_examples_own_stream(tok, web, tmp_pa
     batch = run(data, 1, start=3)[0]
     for position, key in enumerate(batch["key"]):
         rng = np.random.Generator(np.random.Philox(key=np.array([cfg.seed, 3 * 8 + position], np.uint64)))
-        record = data.sources["web"][int(key.split("#")[1])]
+        record = data.sources["web"][int(key.split("#")[1].split(":")[0])]
         caption = record["captions"][rng.integers(len(record["captions"]))]
         im = P.decode(record, record["image"], 10**6)[0]
         img = train_transform(im, 16, rng, scale=cfg.data.crop_scale, flip=True, randaugment=True)
