@@ -116,7 +116,8 @@ class JsonRows(Source):
         image = field_of(row, self._image_key)
         if not isinstance(image, str) or not image:
             raise BadRecord(key, f"malformed row: {self._image_key!r} is {str(image)[:80]!r}, not a path")
-        return f"{key}:{image[:MAX_PATH]}", image
+        shown = image[:MAX_PATH].encode(errors="backslashreplace").decode()  # a name on disk need not be text
+        return f"{key}:{shown}", image
 
     def __getitem__(self, i: int) -> dict:
         key, f, row = self._row(i)
