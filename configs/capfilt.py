@@ -9,8 +9,8 @@ CapFilt-L over LAION, the same with:
 Another threshold afterwards, without an accelerator:
           blip-jax capfilt refilter --run=data/capfilt_14m --threshold=0.7 --out=data/capfilt_14m_07
 Data: CC3M + CC12M + SBU with their web texts as ArrayRecord shards, as pretrain.py has them, 13.86M pictures. Human
-captions are not filtered,
-so COCO and Visual Genome are not here. The checkpoints are those of caption_coco.py:vitb and retrieval_coco.py:vitb.
+captions are not filtered, so COCO and Visual Genome are not here. The checkpoints are those of caption_coco.py:vitb and
+retrieval_coco.py:vitb.
 Hardware: any; several hosts each run the command and take shards in turn. Unverified here: no run of this size was
 made.
 Expected: the paper's filter removes 25 % of nucleus captions, 19 % of beam captions.
