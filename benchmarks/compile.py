@@ -244,10 +244,12 @@ def lines_of(text: str) -> int:
 
 
 def memory_of(compiled) -> dict[str, float]:
-    """GiB on one device, of what is allocated beside arguments and of the arguments."""
+    """GiB on one device, of what is there at once beside the arguments, and of the arguments."""
+    from blip_jax.plan import aot
+
     memory = compiled.memory_analysis()
     return {
-        "temporaries_gib": memory.temp_size_in_bytes / 2**30,
+        "temporaries_gib": aot.temporaries(memory) / 2**30,
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
     }
 

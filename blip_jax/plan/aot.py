@@ -133,13 +133,22 @@ def compile_one(program, mesh, topology) -> dict:
     moved = [_described(c, mesh, topology) for c in hlo.collectives(text, mesh.size, program.trips or 1)]
     return found | {
         "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        "temporaries": temporaries(memory),
         "code": memory.generated_code_size_in_bytes,
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "bytes": hlo.traffic(text, program.trips or 1),
         "collectives": moved,
         "seconds": time.perf_counter() - started,
     }
+
+
+def temporaries(memory) -> int:
+    """Bytes that a program needs beside its arguments, of a compiler's analysis: the most that is there at once.
+
+    Its own number for temporaries adds what is never there together in a program of several loops: 12.6 GiB where
+    8.4 are needed, for the pre-training step of a ViT-B.
+    """
+    return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes) or memory.temp_size_in_bytes
 
 
 def _described(collective, mesh, topology) -> dict:
