@@ -34,7 +34,7 @@ PARTS = 16  # of a sequence of these
 MAX_WORD = 200  # characters, the most of max_input_chars_per_word, with whose square the time goes; BERT's has 100
 UNREACHABLE = 0.01  # share of entries that a text never gives, above which a vocabulary is of another case
 UNKNOWN = 0.1  # share of [UNK] above which it is said
-ENOUGH = 100  # tokens seen before that
+ENOUGH = 50  # tokens seen before that
 
 
 class Case(NamedTuple):
