@@ -93,7 +93,8 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
     assert demo_results.table(results).count("the paper has ") == 9
     with pytest.MonkeyPatch.context() as m:  # a second start trains and captions nothing
         m.setattr(
-            "blip_jax.tasks.step.make_step", lambda *_: lambda *_: pytest.fail("a finished stage was trained again")
+            "blip_jax.tasks.step.make_step",
+            lambda *_, **__: lambda *_: pytest.fail("a finished stage was trained again"),
         )
         m.setattr(two_stage, "two_stage_scores", lambda *_: pytest.fail("a model was evaluated again"))
         again = stages.run(demo_cfg, tmp_path)
