@@ -397,7 +397,7 @@ def test_other_widths_have_the_heads_that_config_json_says(saved, tmp_path, tiny
     _, mine, pixels = pictures(2, VISION["image_size"])
     ours = Ours(folder)
     close(our_logits(ours, mine), logits_of(eight, pixels))
-    assert not [note for note in ours.source.notes if "ignored" not in note]  # what is ignored is listed, no more is said
+    assert not [note for note in ours.source.notes if "ignored" not in note]  # nothing else is said
 
 
 def test_vision_eps_is_the_one_of_training(saved, tmp_path, tiny_vocab):
