@@ -8,6 +8,7 @@ import pytest
 from blip_jax import config
 from blip_jax.models.blip import Blip
 from blip_jax.models.layers.attention import attention, grouped_cross_attention
+from blip_jax.models.text import med
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.models.vision.vit import Block, Vit, resize_pos_embed
 
@@ -116,6 +117,24 @@ def test_decoder_sees_only_the_past_and_the_encoder_sees_all(blip, inputs):
     np.testing.assert_array_equal(a[:, :3], b[:, :3])
     assert np.abs(a - b)[:, 3:, :110].max() > 1e-3
     assert np.abs(apply("match", ids, mask, kv) - apply("match", changed, mask, kv)).max() > 1e-4
+
+
+def test_keys_and_values_with_the_last_layer_apart_are_the_same(blip, inputs, monkeypatch):
+    model, _, params = blip
+    img, ids, mask = inputs
+
+    def loss(params):
+        apply = lambda method, *a, **k: model.apply({"params": params}, *a, method=method, **k)
+        kv = apply("image_kv", apply("encode_image", img), ended=True)
+        assert isinstance(kv, med.stack.Ended) == (med.platform() != "cpu")
+        logits = apply("lm_logits", ids, mask, kv)[..., :110]
+        return jnp.mean(logits**2) + jnp.mean(apply("match", ids, mask, kv) ** 2)
+
+    whole = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(med, "platform", lambda: "tpu")
+    apart = jax.value_and_grad(loss)(params)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max() + 1e-7)
 
 
 def test_encoder_and_decoder_share_all_but_self_attention(blip, inputs):

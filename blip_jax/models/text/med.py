@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
-from blip_jax.models.layers.cpu import rows, single_cpu, summed
+from blip_jax.models.layers.cpu import platform, rows, single_cpu, summed
 from blip_jax.models.layers.dense import Dense
 from blip_jax.models.layers.norm import Dropout, LayerNorm, gelu
 from blip_jax.parallel.collectives import gathered
@@ -292,10 +292,12 @@ class Med(nn.Module):
             )
             return x, None
 
-        # The last layer is apart in every pass, for one cut of the parameters to serve all of them.
+        # Where keys and values are cut, the last layer is apart in every pass: one cut of the parameters serves all.
         stacks, lasts = zip(*map(stack.ended, (self.blocks, kv, keys)))
         x = self.embed(ids, deterministic)
         with jax.named_scope("blocks"):
+            if not first_only and not isinstance(kv, stack.Ended):
+                return stack.through(attend, x, self.blocks, kv, keys)[0]
             x, _ = stack.through(attend, x, *stacks)
             return attend(x, *lasts, first_only=first_only)[0]
 
@@ -320,7 +322,7 @@ class Med(nn.Module):
         """img_tok [B,P,D'] -> `KeysAndValues` [L,B,P,N,H]: computed once, used by every text pass over these images.
 
         What is attended to need not be an image: D' is `kv_width`. ended: as `stack.Ended`, which passes over whole
-        texts take without a copy.
+        texts take without a copy, but for CPUs, where memory is not what is short.
         """
         layer = self._layer()
 
@@ -328,7 +330,7 @@ class Med(nn.Module):
             return None, KeysAndValues(*layer.apply({"params": params}, img_tok, method="image_kv"))
 
         with jax.named_scope("blocks"):
-            if not ended:
+            if not ended or platform() == "cpu":
                 return stack.through(project, None, self.blocks)[1]
             blocks, last = stack.ended(self.blocks)
             return stack.Ended(stack.through(project, None, blocks)[1], project(None, last)[1])
