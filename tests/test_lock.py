@@ -44,7 +44,12 @@ def test_it_names_its_owner_and_goes_with_it(tmp_path):
         str(tmp_path / "run" / "lock.1"),
     ):
         assert part in str(e.value), str(e.value)
-    assert "\n" not in str(e.value) and not files(tmp_path / "run")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run").exists()  # made for the lock alone
+    (tmp_path / "mine").mkdir()
+    with lock.held(tmp_path / "mine"):
+        assert files(tmp_path / "mine") == ["lock.1"]
+    assert (tmp_path / "mine").is_dir() and not files(tmp_path / "mine")
 
 
 def test_an_output_to_be_is_locked_beside_it(tmp_path):

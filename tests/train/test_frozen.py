@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from world.processes import Pod, Server
-from world.runs import rows, write_config
+from world.runs import rewrite_data, rows, write_config
 
 import blip_jax
 from blip_jax import checkpoint, trees
@@ -95,12 +95,9 @@ def same(a: dict, b: dict) -> None:
 
 
 def edit(workdir, change) -> None:
-    """Changes what each checkpoint of a workdir holds beside the state."""
+    """Changes what each checkpoint of a workdir says of its frozen parameters."""
     for at in checkpoint.folders(workdir).values():
-        file = next(path for path in (at / "data").iterdir() if path.name == "metadata")
-        data = json.loads(file.read_text())
-        change(data["frozen"])
-        file.write_text(json.dumps(data))
+        rewrite_data(at, lambda data: change(data["frozen"]))
 
 
 def config_of(workdir):

@@ -8,6 +8,7 @@ import pathlib
 import jax
 
 from blip_jax import checkpoint, trees
+from blip_jax.checkpoint import sums
 from blip_jax.console import plain
 from blip_jax.train import loop, start
 
@@ -45,3 +46,14 @@ def begun(cfg, workdir: pathlib.Path) -> pathlib.Path:
     with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
         checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, plain(run.cfg))
     return run.workdir
+
+
+def rewrite_data(at, change) -> None:
+    """Changes what the checkpoint in the folder `at` holds beside the state, and the checksums that belong to it."""
+    data, noted = (json.loads((at / name / "metadata").read_text()) for name in ("data", "checksums"))
+    change(data)
+    del noted["itself"]
+    noted["data"] = sums.of_json(data)
+    noted["itself"] = sums.of_json(noted)
+    for name, found in (("data", data), ("checksums", noted)):
+        (at / name / "metadata").write_text(json.dumps(found))
