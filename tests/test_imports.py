@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "blip_jax"
 LEVELS = (
     "trees console lock losses config decode.sampling data",
     "checkpoint models.layers tasks.momentum parallel",
-    "models.vision models.text models.flops data.batches decode eval",
+    "models.vision models.text models.flops data.batches data.evaluation decode eval",
     "models convert.apply convert.rules inference.batching inference.programs",
     "tasks",
     "inference convert",

@@ -14,7 +14,7 @@ import numpy as np
 from blip_jax import __version__, checkpoint
 from blip_jax.capfilt import decisions
 from blip_jax.console import revision, say
-from blip_jax.data.batches import EvalData
+from blip_jax.data.evaluation import EvalData
 from blip_jax.data.formats import open_source
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.demo import relations, report, truth

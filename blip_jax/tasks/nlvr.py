@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import losses
-from blip_jax.data.batches import EvalRows
+from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.source import BadRecord
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.eval import nlvr

@@ -10,7 +10,7 @@ import numpy as np
 
 from blip_jax import losses
 from blip_jax.data import pairs
-from blip_jax.data.batches import EvalData
+from blip_jax.data.evaluation import EvalData
 from blip_jax.eval import recall
 from blip_jax.models import flops as counts
 from blip_jax.models.blip import Blip

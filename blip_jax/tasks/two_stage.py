@@ -61,7 +61,7 @@ class Scores(NamedTuple):
 
 
 def evaluate(cfg, model, params, data, tokenizer, mesh) -> dict[str, float]:
-    """Image-text retrieval of `data` (a data.batches.EvalData) in both directions, re-ranked and by cosine alone.
+    """Image-text retrieval of `data` (a data.evaluation.EvalData) in both directions, re-ranked and by cosine alone.
 
     Reads cfg.eval.{k, batch, rerank_texts} and cfg.text.max_len; batches are rounded up to the devices that split them.
     Results do not depend on the batch sizes or the mesh beyond rounding. Every process calls it with the same data.

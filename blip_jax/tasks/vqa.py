@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax import losses
-from blip_jax.data.batches import EvalRows
+from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.source import BadRecord
 from blip_jax.data.text.clean import clean_question
 from blip_jax.decode.beam import Beam

@@ -12,6 +12,7 @@ from world.pictures import add_to_tar, encode, noise, png_header, records, write
 from blip_jax import config, tasks
 from blip_jax.data import batches as P
 from blip_jax.data import pairs
+from blip_jax.data.evaluation import EvalData
 from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.data.image import decode, eval_transform, train_transform
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer
@@ -401,7 +402,7 @@ def test_pictures_are_turned_where_it_is_asked_for(tok, tmp_path):
         cfg = settings(sources, **how)
         for img in (
             run(make(cfg, tok, tmp_path), 1)[0]["img"][0],
-            next(P.EvalData(cfg, tok, sources, skipped_path=tmp_path / "s.jsonl").image_batches(1))["img"][0],
+            next(EvalData(cfg, tok, sources, skipped_path=tmp_path / "s.jsonl").image_batches(1))["img"][0],
         ):
             red = img[..., 0].astype(int) - img[..., 1]
             assert (red[:, -2:].mean() > 150) == upright and (red[:2].mean() > 150) != upright
@@ -414,7 +415,7 @@ def test_eval_data(tok, tmp_path):
     rows = records(11)
     cfg = settings({})
     sources = {"val": config.source("json", str(write_json(tmp_path, rows)))}
-    data = P.EvalData(cfg, tok, sources, skipped_path=tmp_path / "skipped.jsonl")
+    data = EvalData(cfg, tok, sources, skipped_path=tmp_path / "skipped.jsonl")
     assert data.n_images == 11
     assert data.captions == [c for r in rows for c in r["captions"]]
     assert data.text_image.dtype == np.int64
@@ -436,7 +437,7 @@ def test_eval_data_limit_and_two_sources(tok, tmp_path):
     source = lambda name, n: config.source("json", str(write_json(tmp_path / name, records(n))))
     sources = {"a": source("a", 3), "b": source("b", 4)}
     cfg = settings({}, **{"eval.limit": 5})
-    data = P.EvalData(cfg, tok, sources, skipped_path=tmp_path / "s.jsonl")
+    data = EvalData(cfg, tok, sources, skipped_path=tmp_path / "s.jsonl")
     assert data.n_images == 5 and data.text_image.max() == 4
     np.testing.assert_array_equal(
         next(data.image_batches(5))["img"][3],
@@ -449,7 +450,7 @@ def test_eval_data_with_bad_records(tok, tmp_path):
     rows[1]["captions"], rows[3]["image"], rows[4]["captions"] = ["  "], b"x", ["picture", "..."]
     path = write_json(tmp_path, rows)
     (tmp_path / "img" / "0002.jpg").unlink()
-    data = P.EvalData(
+    data = EvalData(
         settings({}), tok, {"val": config.source("json", str(path))}, skipped_path=tmp_path / "skipped.jsonl"
     )
     assert data.n_images == 4  # 0, 3, 4, 5
@@ -463,7 +464,7 @@ def test_eval_data_with_bad_records(tok, tmp_path):
 def test_eval_data_without_images(tok, tmp_path):
     rows = [{**r, "captions": [""]} for r in records(3)]
     with pytest.raises(ValueError, match="no record of .*'empty caption': 3"):
-        P.EvalData(
+        EvalData(
             settings({}),
             tok,
             {"v": config.source("json", str(write_json(tmp_path, rows)))},
@@ -483,7 +484,7 @@ def test_rows_of_one_picture_are_evaluated_as_a_list_of_captions(tok, tmp_path, 
         path = tmp_path / f"{len(rows)}.json"
         path.write_text(json.dumps([{k: v for k, v in r.items() if ids == "given" or k != "image_id"} for r in rows]))
         sources = {"v": config.source("json", str(path))}
-        return P.EvalData(settings({}), tok, sources, skipped_path=tmp_path / "skipped.jsonl")
+        return EvalData(settings({}), tok, sources, skipped_path=tmp_path / "skipped.jsonl")
 
     a, b = data(whole), data(split)
     assert a.n_images == b.n_images == 5 and a.captions == b.captions
@@ -501,7 +502,7 @@ def test_evaluation_of_one_id_with_several_pictures(tok, tmp_path, caplog):
     path.write_text(json.dumps(table))
     (tmp_path / "img" / "0000.jpg").write_bytes(b"no picture")  # the next one of the same id counts
     source = {"v": config.source("json", str(path))}
-    data = P.EvalData(settings({}), tok, source, skipped_path=tmp_path / "skipped.jsonl")
+    data = EvalData(settings({}), tok, source, skipped_path=tmp_path / "skipped.jsonl")
     assert data.n_images == 1 and data.captions == [c for r in rows for c in r["captions"]]
     assert "3 records bring another picture" in caplog.text
     picture = eval_transform(decode(rows[1]["image"], 10**6)[0], 16)
@@ -514,7 +515,7 @@ def test_eval_limit_counts_pictures(tok, tmp_path):
     rows = [{**r, "image_id": f"id{i // 3}"} for i, r in enumerate(records(9))]
     source = {"v": config.source("json", str(write_json(tmp_path, rows)))}
     cfg = settings({}, **{"eval.limit": 2})
-    data = P.EvalData(cfg, tok, source, skipped_path=tmp_path / "skipped.jsonl")
+    data = EvalData(cfg, tok, source, skipped_path=tmp_path / "skipped.jsonl")
     assert data.n_images == 2 and data.captions == [c for r in rows[:6] for c in r["captions"]]
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip_jax import config
-from blip_jax.data.batches import EvalData
+from blip_jax.data.evaluation import EvalData
 from blip_jax.data.formats import open_source
 from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
 from blip_jax.eval import recall

@@ -292,12 +292,12 @@ class Med(nn.Module):
             )
             return x, None
 
-        # Where keys and values are cut, the last layer is apart in every pass: one cut of the parameters serves all.
-        stacks, lasts = zip(*map(stack.ended, (self.blocks, kv, keys)))
         x = self.embed(ids, deterministic)
         with jax.named_scope("blocks"):
             if not first_only and not isinstance(kv, stack.Ended):
                 return stack.through(attend, x, self.blocks, kv, keys)[0]
+            # With keys and values cut, the last layer is apart in every pass: one cut of the parameters serves all.
+            stacks, lasts = zip(*map(stack.ended, (self.blocks, kv, keys)))
             x, _ = stack.through(attend, x, *stacks)
             return attend(x, *lasts, first_only=first_only)[0]
 

@@ -1,0 +1,188 @@
+"""Data of evaluations: every record of the sources once, in order; what cannot be used is counted as in training."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from blip_jax.data import image, pairs
+from blip_jax.data.batches import decoded, open_all, threads
+from blip_jax.data.ledger import Ledger
+from blip_jax.data.source import BadRecord
+
+log = logging.getLogger(__name__)
+
+
+class EvalData:
+    """Every picture and every caption of `sources`, for the evaluation of retrieval.
+
+    sources: name -> config.source, or an open Source.
+
+    The records of one image_id of a source are one picture with all their captions, in the order of first appearance,
+    so that a row for each caption gives the same numbers as a row with a list. Of a picture that several of them bring,
+    the first that can be read counts; that they bring different ones is noted and said. With cfg.eval.limit the first
+    so many pictures count, and reading ends at the first record of another one.
+
+    Attributes: captions, list of cleaned str; text_image i64[n_text], the picture of each, rising; n_images. A record
+    without a usable caption or file is left out here; a picture that turns out undecodable later has index -1 in
+    `image_batches`. Both are counted and named as in training, and too many raise ValueError, as does a source that
+    leaves no picture at all.
+    """
+
+    def __init__(self, cfg, tokenizer, sources, *, skipped_path):
+        self.cfg, self.sources = cfg, open_all(sources)
+        self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
+        self._where: list[list[tuple[str, int]]] = []  # records of each picture, of which one is as good as another
+        numbers: dict[tuple[str, str], int] = {}  # of pictures, by source and image_id
+        pictures: list[bytes] = []  # digest of each
+        texts: list[list[str]] = []
+        for name, r in ((name, r) for name, source in self.sources.items() for r in range(len(source))):
+            try:
+                record = self.sources[name][r]
+                captions, notes = pairs.captions(record, cfg.text.max_words)
+            except BadRecord as e:
+                self._ledger.add(1, [(name, e.key, e.reason, False)])
+                continue
+            n = numbers.setdefault((name, record["image_id"]), self.n_images)
+            digest = hashlib.blake2b(record["image"], digest_size=8).digest()
+            if n == self.n_images:
+                if n == cfg.eval.limit > 0:
+                    break
+                self._where.append([])
+                pictures.append(digest)
+                texts.append([])
+            elif digest != pictures[n]:
+                notes.append(
+                    f"another picture than the first of its image_id, which is used: {record['image_id'][:80]!r}"
+                )
+            self._ledger.add(1, [(name, record["key"], note, True) for note in notes])
+            texts[n] += captions
+            self._where[n].append((name, r))
+        if not self._where:
+            raise ValueError(
+                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
+                f"named in {skipped_path}"
+            )
+        if others := sum(n for note, n in self._ledger.noted.items() if note.startswith("another picture than")):
+            log.warning(
+                "evaluation: %d records bring another picture than the first of their image_id, which is used with "
+                "all captions; they are named in %s. Where they are different pictures, give them different ids",
+                others,
+                skipped_path,
+            )
+        self.captions = [caption for own in texts for caption in own]
+        self.text_image = np.repeat(np.arange(self.n_images), [len(own) for own in texts])
+        self._reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    @property
+    def n_images(self) -> int:
+        return len(self._where)
+
+    def counts(self) -> dict:
+        """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}}"""
+        return self._ledger.counts()
+
+    def image_batches(self, batch: int) -> Iterator[dict]:
+        """{"img": u8[batch,H,W,3], "index": i64[batch]} in the order of images; -1: zeros, padding or unreadable."""
+        size, n = self.cfg.model.img_size, self.n_images
+        examples = threads(grain.MapDataset.range(n).map(self._picture), self.cfg, self.cfg.data.prefetch * batch)
+        try:
+            for first in range(0, n, batch):
+                img, index = np.zeros((batch, size, size, 3), np.uint8), np.full(batch, -1, np.int64)
+                for i in range(first, min(first + batch, n)):
+                    picture, events = next(examples)
+                    if picture is not None:
+                        img[i - first], index[i - first] = picture, i
+                    if i not in self._reported:  # evaluation passes over the images again and again
+                        self._ledger.add(0, events)
+                        self._reported |= {i} if events else set()
+                yield {"img": img, "index": index}
+        finally:
+            examples.close()
+
+    def _picture(self, i: int):
+        """The first picture of image `i` that can be read, or None, and events of those tried."""
+        events = []
+        for name, r in self._where[i]:
+            try:
+                record = self.sources[name][r]
+                with decoded(record, [record["image"]], self.cfg) as [(picture, notes)]:
+                    img = image.eval_transform(picture, self.cfg.model.img_size)
+            except BadRecord as e:
+                log.warning("evaluation: image %d (%s) of %s: %s", i, e.key, name, e.reason)
+                events.append((name, e.key, e.reason, False))
+                continue
+            events += [(name, record["key"], note, True) for note in notes]
+            return img, events
+        return None, events
+
+
+class EvalRows:
+    """The records of `sources` in order as the rows of `example`, for evaluation one by one.
+
+    Of many records the first cfg.eval.limit count, if that is set. example: (record, cfg, tokenizer) -> row, as a
+    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of each
+    row besides its arrays: the record without its pictures. A record that cannot be used is left out, counted and named
+    as in training; a source that leaves none raises ValueError.
+    """
+
+    def __init__(self, cfg, tokenizer, example, sources, *, skipped_path):
+        self.cfg, self.tokenizer, self.sources, self._example = cfg, tokenizer, open_all(sources), example
+        self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
+        where = [(name, r) for name, source in self.sources.items() for r in range(len(source))]
+        self._where = where[: cfg.eval.limit or len(where)]
+
+    def __len__(self) -> int:
+        """Records there are, usable or not."""
+        return len(self._where)
+
+    def counts(self) -> dict:
+        """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}} of the passes so far."""
+        return self._ledger.counts()
+
+    def batches(self, batch: int) -> Iterator[tuple[list[dict], dict]]:
+        """(records, arrays [n, ...]) of n <= batch usable records, in order. ValueError: not one can be used."""
+        rows = threads(grain.MapDataset.range(len(self)).map(self._row), self.cfg, self.cfg.data.prefetch * batch)
+        some = False
+        try:
+            for first in range(0, len(self), batch):
+                tried = [next(rows) for _ in range(min(batch, len(self) - first))]
+                self._ledger.add(len(tried), [event for _, _, events in tried for event in events])
+                used = [(record, row) for record, row, _ in tried if row is not None]
+                if used:
+                    some = True
+                    yield (
+                        [record for record, _ in used],
+                        {name: np.stack([row[name] for _, row in used]) for name in used[0][1]},
+                    )
+        finally:
+            rows.close()
+        if not some:
+            raise ValueError(
+                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
+                f"named in {self._ledger.path}"
+            )
+
+    def _row(self, i: int) -> tuple[dict, dict | None, list]:
+        name, r = self._where[i]
+        try:
+            record = {**self.sources[name][r], "source": name}
+            row = self._example(record, self.cfg, self.tokenizer)
+            notes = row.pop("notes")
+            fields = [field for field, value in row.items() if isinstance(value, bytes)]
+            with decoded(record, [row[field] for field in fields], self.cfg) as pictures:
+                for field, (picture, found) in zip(fields, pictures):
+                    row[field] = image.eval_transform(picture, self.cfg.model.img_size)
+                    notes = found + notes
+        except BadRecord as e:
+            log.warning("evaluation: record %d (%s) of %s: %s", i, e.key, name, e.reason)
+            return {}, None, [(name, e.key, e.reason, False)]
+        known = {field: value for field, value in record.items() if field not in ("image", "images")}
+        return known, row, [(name, record["key"], note, True) for note in notes]
