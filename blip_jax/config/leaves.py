@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from blip_jax.config.sizes import MED_SIZES, VIT_SIZES
+from blip_jax.config.sizes import LLM_SIZES, MED_SIZES, QFORMER_SIZES, TOWER_SIZES, VIT_SIZES
 
 
 def source(kind: str, path: str = "", **leaves) -> ConfigDict:
@@ -147,6 +147,41 @@ def base(size: str = "base") -> ConfigDict:
     c.eval.batch = 64  # images or texts per encoder pass
     c.eval.rerank_texts = 16  # texts scored against one image per pass
     c.eval.limit = 0  # first n images only; 0: all
+    return c.lock()
+
+
+def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigDict:
+    """Every leaf of a run of BLIP-2, with the paper's values for pre-training (BLIP-2 paper, section 3.4).
+
+    tower, qformer, llm: keys of TOWER_SIZES, QFORMER_SIZES and LLM_SIZES; without `llm` the first stage, else the
+    second. `cfg.model` has vit, qformer and llm (empty in the first stage) in place of vit and med.
+    """
+    c = base()
+    with c.unlocked():
+        c.objective = "blip2_stage2" if llm else "blip2_stage1"
+        c.model = ConfigDict()
+        c.model.vit = ConfigDict(TOWER_SIZES[tower])
+        c.model.qformer = ConfigDict(QFORMER_SIZES[qformer])
+        c.model.llm = ConfigDict(LLM_SIZES[llm] if llm else {})
+        c.model.img_size = 224  # pixels, square; a multiple of the patch
+        c.model.embed_dim = 256  # E, width of the shared contrastive space
+        c.model.init_std = 0.02  # of kernels and embeddings that start random
+        c.model.drop_path = 0.0  # highest stochastic-depth rate of the tower, where it is trained
+        c.model.dropout = 0.1  # Q-Former: hidden states and attention probabilities
+        c.model.llm_dropout = 0.1 if llm else 0.0  # of the frozen language model: the original runs it in training mode
+        c.model.dtype = "bfloat16"
+        c.model.remat = "none"  # blocks of the tower, where it is trained
+        # epsilon of ln_vision: LAVIS's 1e-5, Hugging Face's conversions 1e-6
+        c.model.vision_eps = 1e-5
+        c.text.max_len = 32
+        c.text.max_words = 50
+        c.optim.freeze = ("vit/.*", "llm/.*") if llm else ("vit/.*",)
+        c.optim.lr, c.optim.min_lr, c.optim.warmup_lr = 1e-4, 5e-5 if llm else 1e-5, 1e-6
+        c.optim.schedule, c.optim.warmup_steps = "cosine", 2000
+        c.optim.b2 = 0.98
+        c.data.crop_scale, c.data.randaugment = (0.5, 1.0), False
+        c.loss.momentum, c.loss.queue, c.loss.alpha = False, 0, 0.0
+        c.loss.smoothing_over = "valid"
     return c.lock()
 
 

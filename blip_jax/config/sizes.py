@@ -9,9 +9,39 @@ VIT_SIZES = {
     "small": dict(width=256, depth=4, heads=8, mlp=1024, patch=8, pos_std=0.02),
     "tiny": dict(width=48, depth=2, heads=4, mlp=192, patch=8, pos_std=0.02),
 }
+# towers of BLIP-2, each without the last block of the published one (BLIP-2 paper, section 3.3); `kind`: the module of
+# blip_jax/models/vision
+TOWER_SIZES = {
+    "clip_l": dict(kind="clip", width=1024, depth=23, heads=16, mlp=4096, patch=14, pos_std=0.02),
+    "eva_g": dict(kind="eva", width=1408, depth=39, heads=16, mlp=6144, patch=14, pos_std=0.02),
+    "clip_tiny": dict(kind="clip", width=64, depth=2, heads=2, mlp=128, patch=8, pos_std=0.02),
+    "eva_tiny": dict(kind="eva", width=48, depth=2, heads=2, mlp=96, patch=8, pos_std=0.02),
+}
 MED_SIZES = {  # BERT-base for both published sizes (BLIP paper, section 3.1)
     "base": dict(width=768, layers=12, heads=12, mlp=3072, positions=512, vocab_size=30524),
     "large": dict(width=768, layers=12, heads=12, mlp=3072, positions=512, vocab_size=30524),
     "small": dict(width=256, layers=4, heads=8, mlp=1024, positions=64, vocab_size=30524),
     "tiny": dict(width=32, layers=2, heads=4, mlp=64, positions=40, vocab_size=120),
 }
+QFORMER_SIZES = {  # BERT-base, cross-attention in every second layer (BLIP-2 paper, section 3.1)
+    "base": dict(width=768, layers=12, heads=12, mlp=3072, positions=512, vocab_size=30523, queries=32),
+    "tiny": dict(width=32, layers=2, heads=4, mlp=64, positions=40, vocab_size=119, queries=4),
+}
+# Language models; `kind`: the module of blip_jax/models/text. OPT (arXiv 2205.01068, table 1): embed_width is that of
+# the word embedding, which 350m projects to `width`; pre_norm False: LayerNorm behind the residual. T5 v1.1 (FlanT5):
+# `layers` of the encoder and as many of the decoder.
+LLM_SIZES = {
+    "opt_125m": dict(width=768, layers=12, heads=12, mlp=3072, embed_width=768, pre_norm=True),
+    "opt_350m": dict(width=1024, layers=24, heads=16, mlp=4096, embed_width=512, pre_norm=False),
+    "opt_2.7b": dict(width=2560, layers=32, heads=32, mlp=10240, embed_width=2560, pre_norm=True),
+    "opt_6.7b": dict(width=4096, layers=32, heads=32, mlp=16384, embed_width=4096, pre_norm=True),
+    "flant5_base": dict(width=768, layers=12, heads=12, head_dim=64, mlp=2048),
+    "flant5_large": dict(width=1024, layers=24, heads=16, head_dim=64, mlp=2816),
+    "flant5_xl": dict(width=2048, layers=24, heads=32, head_dim=64, mlp=5120),
+    "flant5_xxl": dict(width=4096, layers=24, heads=64, head_dim=64, mlp=10240),
+    "opt_tiny": dict(width=32, layers=2, heads=4, mlp=64, embed_width=32, pre_norm=True, positions=96, vocab_size=300),
+    "flant5_tiny": dict(width=32, layers=2, heads=4, head_dim=8, mlp=64, vocab_size=140),
+}
+_OPT = dict(kind="opt", positions=2048, vocab_size=50272)
+_T5 = dict(kind="t5", buckets=32, max_distance=128, vocab_size=32128)
+LLM_SIZES = {name: (_OPT if name.startswith("opt") else _T5) | sizes for name, sizes in LLM_SIZES.items()}
