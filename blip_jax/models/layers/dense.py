@@ -46,11 +46,12 @@ DenseGeneral = functools.partial(_layer, nn.DenseGeneral)
 
 def rounds(path: str) -> bool:
     """Whether the layers round the parameter at `path` to the dtype of the computation whenever they use it: the
-    matrices of vit and med.
+    matrices of vit, med and language models; T5's biases of positions are no matrix.
 
     Rounded once beforehand they give the same results, bit for bit.
     """
-    return path.startswith(("vit/", "med")) and path.endswith(("/kernel", "/embedding"))
+    matrix = path.endswith(("/kernel", "/embedding")) and not path.endswith("rel_bias/embedding")
+    return path.startswith(("vit/", "med", "llm/")) and matrix
 
 
 def rounded(params: dict, dtype) -> dict:
@@ -87,9 +88,14 @@ def text_layers_apart(params: dict) -> dict:
     once, where a program would do it in every call and a loop over tokens for every token."""
     if not single_cpu():
         return params
-    return params | {
-        name: part | {"blocks": apart(part["blocks"])} for name, part in params.items() if name.startswith("med")
-    }
+    return {name: _apart_within(part) if name.startswith(("med", "llm")) else part for name, part in params.items()}
+
+
+def _apart_within(part):
+    """A module's parameters with its stacks as `apart`, wherever in it they are."""
+    if not isinstance(part, dict):
+        return part
+    return {name: apart(x) if name == "blocks" else _apart_within(x) for name, x in part.items()}
 
 
 def apart(stack) -> tuple:
