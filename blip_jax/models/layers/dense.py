@@ -46,7 +46,7 @@ DenseGeneral = functools.partial(_layer, nn.DenseGeneral)
 
 def rounds(path: str) -> bool:
     """Whether the layers round the parameter at `path` to the dtype of the computation whenever they use it: the
-    matrices of vit, med and language models; T5's biases of positions are no matrix.
+    matrices of vit, med and llm; T5's biases of positions are no matrix.
 
     Rounded once beforehand they give the same results, bit for bit.
     """
@@ -88,14 +88,16 @@ def text_layers_apart(params: dict) -> dict:
     once, where a program would do it in every call and a loop over tokens for every token."""
     if not single_cpu():
         return params
-    return {name: _apart_within(part) if name.startswith(("med", "llm")) else part for name, part in params.items()}
+    of_med = {name: part | {"blocks": apart(part["blocks"])} for name, part in params.items() if name.startswith("med")}
+    return params | of_med | ({"llm": _blocks_apart(params["llm"])} if "llm" in params else {})
 
 
-def _apart_within(part):
-    """A module's parameters with its stacks as `apart`, wherever in it they are."""
-    if not isinstance(part, dict):
-        return part
-    return {name: apart(x) if name == "blocks" else _apart_within(x) for name, x in part.items()}
+def _blocks_apart(part: dict) -> dict:
+    """A part with each of its stacks called `blocks`, at any depth, cut."""
+    return {
+        name: apart(x) if name == "blocks" else _blocks_apart(x) if isinstance(x, dict) else x
+        for name, x in part.items()
+    }
 
 
 def apart(stack) -> tuple:
