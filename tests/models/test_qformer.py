@@ -11,7 +11,7 @@ from world.golden2 import Case, close
 
 from blip_jax import config, trees
 from blip_jax.models.text.med import empty_cache, stored
-from blip_jax.models.text.qformer import Qformer
+from blip_jax.models.text.qformer import QFormer
 
 FULL = {name: size for name, size in config.QFORMER_SIZES["base"].items() if name != "queries"}
 
@@ -20,14 +20,14 @@ def golden(name):
     """(case, what applies a pass, learned queries)"""
     case = Case(name)
     params = case.params()
-    qformer = Qformer(**case.qformer, kv_width=params["ln_vision"]["scale"].size, dropout=0.0)
+    qformer = QFormer(**case.qformer, kv_width=params["ln_vision"]["scale"].size, dropout=0.0)
     return case, functools.partial(qformer.apply, {"params": params["qformer"]}), params["query_tokens"]
 
 
 @functools.cache
 def shapes(**sizes):
     """path -> shape of the parameters of a Q-Former of full size with some `sizes` changed."""
-    qformer, text = Qformer(**FULL, **sizes), sizes.get("text", True)
+    qformer, text = QFormer(**FULL, **sizes), sizes.get("text", True)
 
     def passes(module, img_tok, ids):
         tokens, kv = jnp.zeros((4, FULL["width"])), module.image_kv(img_tok)
@@ -99,7 +99,7 @@ def test_an_image_is_picked_by_index_as_if_its_keys_were_copied():
 
 def test_dropout_is_that_of_its_key():
     sizes = dict(width=16, layers=2, heads=2, mlp=16, positions=8, vocab_size=20, kv_width=12)
-    qformer, (img_tok, tokens) = Qformer(**sizes, dropout=0.1), (jnp.ones((1, 3, 12)), jnp.ones((2, 16)))
+    qformer, (img_tok, tokens) = QFormer(**sizes, dropout=0.1), (jnp.ones((1, 3, 12)), jnp.ones((2, 16)))
 
     def run(module, deterministic=False):
         return module.look(tokens, module.image_kv(img_tok), deterministic=deterministic)[0]

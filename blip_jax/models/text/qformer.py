@@ -59,7 +59,7 @@ class SelfAttention(PostNormAttention):
         return self.closed(x, prefixed_attention(self.project_q(x), prefix, k, v, seen), True), cache
 
 
-class QformerLayer(nn.Module):
+class QFormerLayer(nn.Module):
     """Self-attention over both, and a feed-forward for each; all closed by residual and LayerNorm.
 
     What goes through is a pair (queries [R,Q,D], text [R,T,D]), of which one may be None.
@@ -156,7 +156,7 @@ class Cross(nn.Module):
         return CrossLayer(self.width, self.heads, self.init_std, self.dropout, self.dtype, parent=None)
 
 
-class Qformer(nn.Module):
+class QFormer(nn.Module):
     """The passes of the Q-Former. Parameters embed, blocks [L,...], cross/blocks [L/2,...], lm_head.
 
     Without `text` (second stage of BLIP-2) there are only the queries' parts; without `head` (InstructBLIP) no
@@ -192,9 +192,9 @@ class Qformer(nn.Module):
         if self.text and self.head:
             self.lm_head = LmHead(*vocab, self.init_std, self.dtype)
 
-    def _layer(self) -> QformerLayer:
+    def _layer(self) -> QFormerLayer:
         sizes = self.width, self.heads, self.mlp, self.init_std
-        return QformerLayer(*sizes, self.text, self.dropout, self.dtype, parent=None)
+        return QFormerLayer(*sizes, self.text, self.dropout, self.dtype, parent=None)
 
     def image_kv(self, img_tok) -> KeysAndValues:
         """img_tok [B,P,D'] -> keys and values of all cross-attentions [L/2,B,P,N,H], for every pass over the images"""
