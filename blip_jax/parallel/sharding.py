@@ -55,6 +55,8 @@ PARAMS = (  # path ending -> logical dimensions, first match wins
     (r"ln\w*/(scale|bias)$", ("norm",)),
     (r"embed/word/embedding$", ("vocab", "embed")),
     (r"embed/pos/embedding$", ("patch", "embed")),
+    (r"project_in/kernel$", ("proj", "embed")),
+    (r"project_out/kernel$", ("embed", "proj")),
     (r"(lm_head|cls_head)/dense/kernel$", ("embed", "norm")),
     (r"lm_head/bias$", ("vocab",)),
     (r"merge/blocks/kernel$", ("embed", "norm")),

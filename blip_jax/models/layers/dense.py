@@ -44,7 +44,7 @@ Dense = functools.partial(_layer, nn.Dense)
 DenseGeneral = functools.partial(_layer, nn.DenseGeneral)
 
 
-TEXT_MODELS = ("med", "qformer")  # beginnings of the paths of parameters in stacks of text layers
+TEXT_MODELS = ("med", "qformer", "llm")  # beginnings of the paths of parameters in stacks of text layers
 
 
 def rounds(path: str) -> bool:
