@@ -43,7 +43,7 @@ AXES = {  # logical dimension -> mesh axis, axes or None (kept whole)
 
 PARAMS = (  # path ending -> logical dimensions, first match wins
     (r"vit/cls$", ("embed",)),
-    (r"vit/pos_embed$", ("patch", "embed")),
+    (r"vit/pos_embed$|query_tokens$", ("patch", "embed")),
     (r"vit/patch_embed/kernel$", ("patch", "patch", "patch", "embed")),
     (r"(patch_embed|attn\w*/out|fc2|(lm_head|cls_head)/dense|merge/blocks)/bias$", ("norm",)),
     (r"attn\w*/[qkv]/kernel$", ("embed", "heads", "head_dim")),

@@ -38,6 +38,30 @@ def attention(q, k, v, mask=None, drop: Callable | None = None, *, scale: float 
     return kept(einsum("B N T S, B S N H -> B T N H", p, v))
 
 
+def prefixed_attention(q, prefix, k, v, mask=None, drop: Callable | None = None):
+    """`attention` to keys that n rows of q share, and behind them to each row's own; the shared are never repeated.
+
+    Args:
+      q: [B*n,T,N,H], row b*n + i; prefix: (k, v), each [B,Q,N,H], all of them attended to; k, v: [B*n,S,N,H].
+      mask: of the own keys, bool, broadcastable to [B*n,N,T,S]; None = all.
+      drop: applied to the probabilities [B*n,N,T,Q+S]; None = nothing.
+    Returns: [B*n,T,N,H] in the dtype of v.
+    """
+    (R, T, N, H), (B, Q) = q.shape, prefix[0].shape[:2]
+    n = R // B
+    q = q * H**-0.5
+    shared = einsum("B T N H, B S N H -> B N T S", q.reshape(B, n * T, N, H), prefix[0], summed)
+    shared = shared.reshape(B, N, n, T, Q).swapaxes(1, 2).reshape(R, N, T, Q)
+    own = einsum("B T N H, B S N H -> B N T S", q, k, summed)
+    if mask is not None:
+        own = jnp.where(mask, own, jnp.finfo(jnp.float32).min)
+    p = softmax(jnp.concatenate([shared, own], axis=-1), v.dtype)
+    p = p if drop is None else drop(p)
+    shared = p[..., :Q].reshape(B, n, N, T, Q).swapaxes(1, 2).reshape(B, N, n * T, Q)
+    y = einsum("B N T S, B S N H -> B T N H", shared, prefix[1], summed).reshape(R, T, N, H)
+    return kept((y + einsum("B N T S, B S N H -> B T N H", p[..., Q:], v, summed)).astype(v.dtype))
+
+
 def grouped_cross_attention(
     q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None, *, scale: float | None = None
 ):

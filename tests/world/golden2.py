@@ -1,0 +1,91 @@
+"""Golden cases of BLIP-2: sizes, inputs and outputs of a folder, and its weights as parameters of ours."""
+
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from blip_jax import trees
+from blip_jax.convert.rules import qformer as rules
+from blip_jax.models.text.med import padded_vocab
+
+GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
+ATOL = 1e-5  # losses and activations
+GRAD_TOL = 1e-4  # gradients, of the largest entry
+
+
+class Case:
+    """One folder; weights: of another one."""
+
+    def __init__(self, name: str, weights: str = ""):
+        self.meta = json.loads((GOLDEN / name / "meta.json").read_text())
+        self.io = np.load(GOLDEN / name / "io.npz")
+        self.sizes, self.tokens = self.meta["config"], self.meta.get("tokens", {})
+        self.tensors = load_file(GOLDEN / (weights or name) / "weights.safetensors")
+        s = self.sizes
+        self.qformer = dict(
+            width=s["tw"], layers=s["tl"], heads=s["th"], mlp=s["ti"], positions=s["pos"], vocab_size=s["vocab"]
+        )
+
+    def texts(self, *index):
+        """(ids i32[...,T], mask bool[...,T])"""
+        return (
+            jnp.asarray(self.io["input_ids"][index], jnp.int32),
+            jnp.asarray(self.io["attention_mask"][index] > 0),
+        )
+
+    def images(self, *index):
+        """Normalised pixels f32[...,S,S,3]"""
+        return jnp.moveaxis(jnp.asarray(self.io["image"][index]), -3, -1)
+
+    def params(self, table=rules.STAGE1) -> dict:
+        """The weights that `table` names, as parameters of ours."""
+        return trees.nest((path, jnp.asarray(x)) for path, x in self.ours(self.tensors, table).items())
+
+    def ours(self, tensors, table=rules.STAGE1) -> dict:
+        """path -> array, of those of `tensors` (torch key -> array) that `table` names."""
+        out = {}
+        for key, path, layout, _ in table:
+            own = range(self.sizes["tl"])[:: 2 if "crossattention" in key else 1]
+            keys = [key.format(i=i) for i in own] if "{i}" in key else [key]
+            if keys[0] in tensors:
+                found = [laid_out(tensors[k], layout, self.sizes["th"]) for k in keys]
+                out[path.removeprefix("params/")] = np.stack(found) if "{i}" in key else found[0]
+        return out
+
+
+def laid_out(x, layout, heads):
+    """The layouts that the Q-Former's rows have."""
+    match layout:
+        case "linear":
+            return x.T
+        case "lead":
+            return x[0]
+        case "heads_in":
+            return x.T.reshape(x.shape[1], heads, -1)
+        case "heads_in_bias":
+            return x.reshape(heads, -1)
+        case "heads_out":
+            return x.T.reshape(heads, -1, x.shape[0])
+        case "vocab":
+            return np.pad(x, [(0, padded_vocab(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
+    return x
+
+
+def close(ours, theirs, atol=ATOL, what=""):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=atol, err_msg=what)
+
+
+def check_grads(ours: dict, theirs: dict):
+    """Gradients path -> array against the original's. A key's bias shifts all scores of a query alike: its gradient is
+    zero, what is stored is rounding noise."""
+    assert theirs
+    for path, want in theirs.items():
+        largest = np.abs(want).max()
+        if path.endswith("/k/bias"):
+            assert largest < 1e-5 and np.abs(ours[path]).max() < 1e-5, path
+        else:
+            close(ours[path], want, GRAD_TOL * largest, path)
