@@ -154,6 +154,7 @@ class Method(NamedTuple):
     max_length: int = 20
     beams: int = 3  # beam; at most MOST_BEAMS
     length_penalty: float = 1.0  # beam
+    rule: str = "blip"  # beam: how lengths are counted, a key of `beam.RULES`
 
 
 def example_key(key: str, seed: int) -> np.ndarray:
@@ -202,10 +203,9 @@ def _decoding(model, method: Method, *, eos: int, pad: int) -> Callable:
     """The token loop: (params, image keys and values of B images, keys u32[B,2], prompt i32[t]) -> captions."""
     if method.kind not in ("nucleus", "beam"):
         raise ValueError(f"method {method.kind!r} is unknown: choose nucleus or beam")
-    rows_per_image = method.n if method.kind == "nucleus" else method.beams
 
     def decode(params, kv, keys, prompt):
-        B, n = images_of(kv), rows_per_image
+        B = images_of(kv)
         kv, params = stored(kv), text_layers_apart(params)
 
         def extend(ids, at, cache):
@@ -214,33 +214,49 @@ def _decoding(model, method: Method, *, eos: int, pad: int) -> Callable:
         # the prompt is the same for all texts of an image: one pass over it, whose result they share
         start = jnp.tile(jnp.asarray(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
-        cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
+        return written(extend, logits, cache, start, keys, method, eos=eos, pad=pad)
 
-        if method.kind == "beam":
-            how = beam.Beam(
-                method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
-            )
-            ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
-            return {"ids": ids, "log_prob": log_prob}
+    return decode
 
-        how = generate.Sampling(
-            method.top_p,
-            method.top_k,
-            method.temperature,
+
+def written(extend: Callable, logits, cache, start, keys, method: Method, *, eos: int, pad: int) -> dict:
+    """n texts for each of B images, of which a decoder has read the beginning once.
+
+    Args:
+      extend: as in decode/generate.py, on R = B*n rows (of beams B*M), those of an image one behind another.
+      logits f32[B,V], cache arrays [L,B,...]: what the decoder said to `start` i32[B,t]; keys u32[B,2].
+    Returns: {"ids": i32[B,n,L], "log_prob": f32[B,n]}, L = method.max_length.
+    """
+    B, n = len(start), method.n if method.kind == "nucleus" else method.beams
+    cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
+    if method.kind == "beam":
+        how = beam.Beam(
+            method.beams,
+            method.length_penalty,
             method.repetition_penalty,
             method.min_length,
             method.max_length,
+            method.rule,
         )
+        ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
+        return {"ids": ids, "log_prob": log_prob}
 
-        def key_of(key, row):  # each text has random numbers of its own, by its number among those of its image
-            return jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
+    how = generate.Sampling(
+        method.top_p,
+        method.top_k,
+        method.temperature,
+        method.repetition_penalty,
+        method.min_length,
+        method.max_length,
+    )
 
-        logits, start, keys = (jnp.repeat(x, n, axis=0) for x in (logits, start, keys))
-        own = jax.vmap(key_of)(keys, jnp.arange(B * n))
-        ids, log_prob = generate.sample(extend, logits, cache, start, own, how, eos=eos, pad=pad)
-        return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
+    def key_of(key, row):  # each text has random numbers of its own, by its number among those of its image
+        return jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
 
-    return decode
+    logits, start, keys = (jnp.repeat(x, n, axis=0) for x in (logits, start, keys))
+    own = jax.vmap(key_of)(keys, jnp.arange(B * n))
+    ids, log_prob = generate.sample(extend, logits, cache, start, own, how, eos=eos, pad=pad)
+    return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
 
 
 def text_of(tokenizer, ids, prompt_len: int) -> str:
