@@ -19,7 +19,7 @@ from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.convert.wrappers import unwrap
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
-from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.models.vision import towers
 
 HEAD_DIM = 64  # of every released model
 RELEASED = (768, 1024)  # their widths
@@ -415,7 +415,7 @@ def _resize(source: Source, img_size: int) -> None:
         return
     for part in (source.state["params"], source.state.get("momentum", {}).get("params", {})):
         if "vit" in part:
-            part["vit"]["pos_embed"] = resize_pos_embed(part["vit"]["pos_embed"], positions)
+            part["vit"]["pos_embed"] = towers.resized(part["vit"]["pos_embed"], positions, part["vit"])
     with source.cfg.unlocked():
         model.img_size = img_size
     source.notes.append(f"position table resized from {before} to {img_size} pixels")

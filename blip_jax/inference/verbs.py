@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from blip_jax.config import text_side
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.decode import beam
 from blip_jax.inference import inputs, programs
@@ -319,7 +320,7 @@ class Pretrained:
         """The prompt's tokens with [DEC]. ValueError: everything that is wrong with the arguments of `caption`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
-        start, room = programs.prompt_ids(self.tokenizer, plain_text(prompt)[0]), self.cfg.model.med.positions
+        start, room = programs.prompt_ids(self.tokenizer, plain_text(prompt)[0]), text_side(self.cfg.model).positions
         most, wrong = programs.MOST_SAMPLED, []
 
         def expect(right: bool, name: str, what: str, value=None):
@@ -368,11 +369,12 @@ class Pretrained:
         )
         if beams > programs.MOST_BEAMS:
             raise ValueError(f"beams is {inputs.shown(beams)}: at most {programs.MOST_BEAMS} are searched")
-        if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= self.cfg.model.med.positions:
+        most = text_side(self.cfg.model).positions
+        if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= most:
             raise ValueError(
                 f"beams, min_length, max_length are {', '.join(map(inputs.shown, (beams, min_length, max_length)))}: "
                 "give at least 1 beam and "
-                f"lengths in order, more than 1 token and at most the model's {self.cfg.model.med.positions} positions"
+                f"lengths in order, more than 1 token and at most the model's {most} positions"
             )
         return beam.Beam(beams, min_length=min_length, max_length=max_length)
 
@@ -383,7 +385,7 @@ class Pretrained:
         if k < 1:
             raise ValueError(f"k is {inputs.shown(k)}: it must be at least 1")
         answers, _ = inputs.texts(answers, "answers", str.strip)
-        ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
+        ids, ans_mask = self._tokens(answers, text_side(self.cfg.model).positions)
         k = min(k, len(answers))
         program = self._program(("rank", k, ids.shape), lambda: programs.ranking(self.model, k))
         # the logits of k answers to each question of a pass are there at once

@@ -1,0 +1,133 @@
+"""BLIP-2's first stage against LAVIS, in float32: features, captions, retrieval, epsilons."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from world.golden2 import Case, close
+
+from blip_jax.convert.rules import qformer as rules
+from blip_jax.decode import beam
+from blip_jax.eval import recall
+from blip_jax.models.blip import unit
+from blip_jax.models.text.qformer import QFormer
+from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
+from blip_jax.parallel import sharding
+from blip_jax.tasks import blip2_stage1, build, two_stage
+
+
+def loaded(name, weights=""):
+    """(case, model, parameters)"""
+    case = Case(name, weights)
+    return case, build(case.config()), case.params()
+
+
+def cut(case, ids, mask, length):
+    """Texts of at most `length` positions, [SEP] kept."""
+    end = (mask.sum(-1) > length) & (jnp.arange(length) == length - 1)[:, None]
+    return jnp.where(end.T, case.tokens["sep"], ids[:, :length]), mask[:, :length]
+
+
+def test_golden_features():
+    case, model, params = loaded("features")
+    ids, mask = case.texts()
+
+    def features(model, img, ids, mask, short):
+        qry, kv = model.look(model.encode_image(img))
+        img_emb, (txt_tok, _) = model.project_queries(qry), model.encode_text(ids, mask)
+        proj = unit(model.text_proj(txt_tok))
+        itc = model.similarity(img_emb, model.encode_text(*short)[1])
+        return qry, img_emb, model.join(ids, mask, kv), model.match(*short, kv), itc, txt_tok, proj
+
+    short = cut(case, ids, mask, case.meta["max_txt_len"])
+    found = jax.jit(functools.partial(model.apply, method=features))(
+        {"params": params}, case.images(), ids, mask, short
+    )
+    itc, real = found[4], np.asarray(mask)[..., None]
+    close(np.diag(itc)[:, None], case.io["itc"])
+    for name, ours in zip(("image_embeds", "image_embeds_proj", "multimodal_embeds", "itm_logits"), found):
+        close(ours, case.io[name], what=name)
+    for name, ours in zip(("text_embeds", "text_embeds_proj"), found[5:]):
+        close(ours * real, case.io[name] * real, what=name)
+
+
+def test_golden_captions():
+    """Greedy and beam search by LAVIS's rule, whose lengths count [DEC]; three beams share the queries of an image."""
+    case, model, params = loaded("itg_generate")
+    apply = functools.partial(model.apply, {"params": params})
+    kv = apply(apply(case.images(), method="encode_image"), method="image_kv")
+    ids = jnp.asarray(case.io["beam3"], jnp.int32)
+    logits = apply(jnp.pad(ids, ((0, 0), (0, 1))), jnp.ones((len(ids), ids.shape[1] + 1), bool), kv, method="lm_logits")
+    close(logits[..., : case.sizes["vocab"]], case.io["logits_beam3"], 1e-4)
+
+    start = jnp.full((len(ids), 1), model.dec_id)
+    assert model.dec_id == case.tokens["dec"]
+    for name, how in case.meta["decode"].items():
+        how = beam.Beam(
+            how["num_beams"],
+            how.get("length_penalty", 1.0),
+            min_length=how["min_length"],
+            max_length=how["max_length"],
+            rule="lavis",
+        )
+
+        @jax.jit
+        def search(kv, how=how):
+            extend = lambda ids, at, cache: apply(ids, at, cache, kv, method="extend")
+            logits, cache = extend(start, jnp.int32(0), model.empty_cache(len(start), how.max_length - 1))
+            cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
+            return beam.search(extend, logits, cache, start, how, 1, eos=case.tokens["sep"], pad=case.tokens["pad"])
+
+        found, _, score = search(kv)
+        theirs = case.io[name]
+        np.testing.assert_array_equal(found[:, 0, : theirs.shape[1]], theirs, err_msg=name)
+        assert (np.asarray(found)[:, 0, theirs.shape[1] :] == case.tokens["pad"]).all()
+        if f"score/{name}" in case.io:
+            np.testing.assert_allclose(score[:, 0], case.io[f"score/{name}"], rtol=1e-4, err_msg=name)
+
+
+class Data:
+    """Stands for an EvalData and a Tokenizer: pixels that normalising makes those of the case, texts by number."""
+
+    def __init__(self, case):
+        self.img = (np.asarray(case.images()) * np.array(PIXEL_STD) + np.array(PIXEL_MEAN)) * 255
+        self.ids, self.mask = map(np.asarray, case.texts())
+        self.n_images, self.captions = len(self.img), list(range(len(self.ids)))
+        self.text_image = np.asarray(case.io["txt2img"])
+
+    def image_batches(self, batch):
+        for start in range(0, self.n_images, batch):
+            img, index = np.zeros((batch, *self.img.shape[1:]), np.float32), np.full(batch, -1)
+            found = self.img[start : start + batch]
+            img[: len(found)], index[: len(found)] = found, np.arange(start, start + len(found))
+            yield {"img": img, "index": index}
+
+    def encode(self, captions, max_len):
+        return self.ids[captions, :max_len], self.mask[captions, :max_len]
+
+
+def test_golden_retrieval_is_reranked_by_logit_plus_cosine():
+    case, model, params = loaded("rerank", "features")
+    cfg, data = case.config(**{"eval.k": case.meta["k_test"], "eval.batch": 3, "eval.rerank_texts": 2}), Data(case)
+    assert case.meta["max_len"] == blip2_stage1.leaves().eval_len
+    cfg.text.max_len = case.meta["max_len"]
+    with jax.set_mesh(sharding.make_mesh(cfg.mesh, jax.devices()[:1])) as mesh:
+        scores = two_stage.two_stage_scores(cfg, model, params, data, data, mesh)
+    close(scores.cosine, case.io["itc"])
+    close(scores.i2t, case.io["score_i2t"])
+    close(scores.t2i.T, case.io["score_t2i"])
+    recalls = recall.both_ways(scores.i2t, scores.t2i, scores.text_image)
+    assert recalls == pytest.approx({name: case.meta["metrics"][name] for name in recalls})
+
+
+def test_golden_epsilons():
+    """Weights so small that another epsilon, or a variance as E[x^2] - E[x]^2, shows in percents."""
+    case = Case("norm_eps")
+    params = case.params(rules.QUERIES)
+    vision = jnp.asarray(case.io["vision"])
+    qformer = QFormer(**case.qformer, kv_width=vision.shape[-1], text=False, dropout=0.0)
+    apply = functools.partial(qformer.apply, {"params": params["qformer"]})
+    qry, _ = apply(params["query_tokens"], apply(vision, method="image_kv"), method="look")
+    close(qry, case.io["query_output"], 2e-5 * np.abs(case.io["query_output"]).max())
