@@ -53,18 +53,18 @@ def images_of(kv) -> int:
 
 def stored(kv: KeysAndValues) -> StoredKeysAndValues:
     """Keys and values for many calls of `Med.extend`."""
-    wide = _loop_dtype(kv.k.dtype)
+    wide = loop_dtype(kv.k.dtype)
     found = StoredKeysAndValues(jnp.moveaxis(kv.k, 2, -1).astype(wide), jnp.moveaxis(kv.v, 2, 3).astype(wide))
     return jax.lax.optimization_barrier(found)
 
 
-def _opened(kv, dtype):
+def opened(kv, dtype):
     """(k, v), each [B,P,N,H], of one layer's part of keys and values, stored or not."""
     k, v = (jnp.moveaxis(kv.k, -1, 1), jnp.moveaxis(kv.v, 2, 1)) if isinstance(kv, StoredKeysAndValues) else kv
     return k.astype(dtype), v.astype(dtype)
 
 
-def _loop_dtype(dtype):
+def loop_dtype(dtype):
     """What a token loop keeps keys and values in: a CPU's small products are in float32, and it would raise
     bfloat16 for every token."""
     return jnp.float32 if single_cpu() else dtype
@@ -77,7 +77,7 @@ def empty_cache(sizes, rows: int, length: int, dtype):
     sizes: `cfg.model.med`; dtype: of the computation.
     """
     zeros = jnp.zeros(
-        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), _loop_dtype(dtype)
+        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), loop_dtype(dtype)
     )
     return zeros, zeros
 
@@ -157,7 +157,7 @@ class MedLayer(nn.Module):
 
     def extend(self, x, cache, layer, start, kv, kv_mask, img_idx):
         x, cache = self.self_attn_dec.cached_attention(x, cache, layer, start)
-        x = self.cross_attn.cross_attention(x, _opened(kv, self.dtype), kv_mask, img_idx, True)
+        x = self.cross_attn.cross_attention(x, opened(kv, self.dtype), kv_mask, img_idx, True)
         return self.mlp_ln(x + self.mlp(x)), cache
 
     def image_kv(self, img_tok):
