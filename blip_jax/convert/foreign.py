@@ -49,7 +49,7 @@ GENERIC = frozenset(
 
 
 class Said(NamedTuple):
-    """heads: {"vit_heads"} or {"med_heads"}, if it is said; problems: what does not fit; notes: what is ignored."""
+    """heads: {"vit"} or {"med"}, if it is said; problems: what does not fit; notes: what is ignored."""
 
     heads: dict[str, int]
     problems: list[str]
@@ -147,7 +147,7 @@ def bert(
         heads = HEADS
         notes.append(f"config.json lacks num_attention_heads: {HEADS} taken, transformers' default for BERT")
     rest = config.keys() - used - have.keys()
-    said = {"med_heads": heads} if heads is not None and not problems else {}
+    said = {"med": heads} if heads is not None and not problems else {}
     return Said(said, problems, notes + ignored(field for field in rest if config[field] is not None))
 
 
@@ -189,7 +189,7 @@ def timm(config: Mapping, sizes: Mapping[str, int], layers: Mapping[str, int]) -
         for field in place
         if field not in used and place[field] is not None
     ]
-    said = {"vit_heads": heads} if heads is not None and not problems else {}
+    said = {"vit": heads} if heads is not None and not problems else {}
     return Said(said, problems, notes + ignored(dict.fromkeys(rest)))
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blip_jax import tasks, trees
-from blip_jax.convert.rules.blip import INITIAL
+from blip_jax.convert.rules.families import INITIAL
 from blip_jax.convert.source import Source
 from blip_jax.models import initial
 from blip_jax.models.build import Start, fit

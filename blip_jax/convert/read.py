@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from blip_jax import checkpoint, trees
 from blip_jax.convert import apply, bert, foreign, hf, hub, origins, saved, torch_io
-from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
+from blip_jax.convert.rules.families import FAMILIES, INITIAL, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.convert.wrappers import unwrap
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
@@ -69,8 +69,7 @@ def read(
     *,
     family: str = "",
     img_size: int = 0,
-    vit_heads: int = 0,
-    med_heads: int = 0,
+    heads: Mapping[str, int] | None = None,
     vocab: str = "",
     momentum: bool = True,
     drop_token_types: bool = False,
@@ -80,10 +79,10 @@ def read(
     An official or LAVIS .pth, a Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
-      family: "" = as found; else it must be that, or a part of it (`rules.blip.WORDS`): the rest is left out.
+      family: "" = as found; else it must be that, or a part of it (`rules.families.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
-      vit_heads, med_heads: numbers of heads where neither the file nor a config.json beside it says; default: width /
-        64.
+      heads: part -> its number of heads, {"vit": 12, "med": 12}, where neither the file nor a config.json beside it
+        says; default: that of the released models of its width, else width / 64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
         else BERT's from the Hugging Face hub's cache.
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
@@ -93,7 +92,7 @@ def read(
       other tokens; settings beside the weights that contradict them or our models.
     """
     path = locate(path)
-    source = _open(path, family, {"vit_heads": vit_heads, "med_heads": med_heads}, momentum, (), drop_token_types)
+    source = _open(path, family, heads or {}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
     return source._replace(vocab=_vocabulary(source, vocab, str(path)))
@@ -139,10 +138,13 @@ def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> 
 
 
 def _open_origin(place: str, cfg, via: tuple) -> Source:
-    path, heads = locate(place), {"vit_heads": 0, "med_heads": 0}
-    if path.is_file():
-        heads = {"vit_heads": cfg.model.vit.heads, "med_heads": cfg.model.med.heads}
-    return _open(path, "", heads, False, via)
+    path = locate(place)
+    return _open(path, "", heads_of(cfg) if path.is_file() else {}, False, via)
+
+
+def heads_of(cfg) -> dict[str, int]:
+    """part -> its number of heads, of all parts that `cfg.model` has."""
+    return {name: part.heads for name, part in cfg.model.items() if isinstance(part, ConfigDict) and "heads" in part}
 
 
 def _open(
@@ -205,7 +207,7 @@ def _is_ours(path: pathlib.Path) -> bool:
 def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: tuple) -> Source:
     if any(heads.values()):
         raise ValueError(
-            f"{folder} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and --med_heads"
+            f"{folder} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and the like"
         )
     cfg, converted = _settings(folder), checkpoint.load_data(folder).get("converted", {})
     params = frozen(folder, via=via)  # first: an origin that is missing is found before anything large is read
@@ -243,7 +245,7 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
     elif "architecture" in config and "model_type" not in config:
         family = "deit"
     else:
-        return hf.read(path, **heads)
+        return hf.read(path, heads)
     opened = hf.open_weights(path)
     tensors, notes = plain_names(opened, str(path))
     if find_family(tensors) != family:
@@ -335,11 +337,11 @@ def _of_tensors(
         raise ValueError("\n  ".join([f"{origin}: the config.json does not fit:", *apply.shown(beside.problems)]))
     notes = [*beside.notes]
     heads = {
-        "vit_heads": sizes["N"] if "N" in sizes else _heads(origin, "vit_heads", heads, sizes.get("D"), beside, notes),
-        "med_heads": _heads(origin, "med_heads", heads, sizes.get("W"), beside, notes),
+        "vit": sizes["N"] if "N" in sizes else _heads(origin, "vit", heads, sizes.get("D"), beside, notes),
+        "med": _heads(origin, "med", heads, sizes.get("W"), beside, notes),
     }
     try:
-        state = apply.from_torch(found, tensors, **heads)
+        state = apply.from_torch(found, tensors, heads)
         if found == "bert":
             bert.settle_token_types(state["params"]["med"], tensors, drop_token_types, notes)
     except ValueError as e:
@@ -357,7 +359,7 @@ def _of_tensors(
     return Source(
         family=found,
         state=state,
-        cfg=make_config(found, sizes, layers, **heads),
+        cfg=make_config(sizes, layers, heads),
         vocab=None,
         notes=notes,
         absent=tuple(name for name in optional if name not in tensors),
@@ -366,24 +368,25 @@ def _of_tensors(
 
 def _heads(origin: str, name: str, given: Mapping, width: int | None, beside: foreign.Said, notes: list[str]) -> int:
     said = beside.heads.get(name)
+    asked = given.get(name, 0)
     if width is None:
-        return given[name] or 1
-    if said and given[name] and said != given[name]:
+        return asked or 1
+    if said and asked and said != asked:
         raise ValueError(
-            f"{origin}: its config.json says {said} heads, not {given[name]}: leave out --{name}, or of a run set "
-            f"model.{name.split('_')[0]}.heads={said}"
+            f"{origin}: its config.json says {said} heads, not {asked}: leave out --{name}_heads, or of a run set "
+            f"model.{name}.heads={said}"
         )
-    if said or given[name]:
-        return said or given[name]
+    if said or asked:
+        return said or asked
     if width % HEAD_DIM:
         raise ValueError(
             f"{origin}: a width of {width} is no multiple of {HEAD_DIM}, the head dim of the released models: give the "
-            f"number of heads with --{name}"
+            f"number of heads with --{name}_heads"
         )
     if width not in RELEASED:
         notes.append(
             f"the number of heads is not said anywhere: {width // HEAD_DIM} taken, width / {HEAD_DIM} as in the "
-            f"released models; --{name} if it is another"
+            f"released models; --{name}_heads if it is another"
         )
     return width // HEAD_DIM
 

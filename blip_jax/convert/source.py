@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from blip_jax import config
 from blip_jax.convert import apply
-from blip_jax.convert.rules.blip import INITIAL, WORDS
+from blip_jax.convert.rules.families import INITIAL, WORDS
 
 
 class Source(NamedTuple):
@@ -32,9 +32,7 @@ class Source(NamedTuple):
     absent: tuple[str, ...] = ()
 
 
-def make_config(
-    family: str, sizes: Mapping[str, int], layers: Mapping[str, int], vit_heads: int, med_heads: int
-) -> ConfigDict:
+def make_config(sizes: Mapping[str, int], layers: Mapping[str, int], heads: Mapping[str, int]) -> ConfigDict:
     """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`).
 
     What they do not show stays.
@@ -42,13 +40,15 @@ def make_config(
     c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
     with c.unlocked():
         if "D" in sizes:
-            c.model.vit.update(width=sizes["D"], depth=layers["vit"], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
+            c.model.vit.update(
+                width=sizes["D"], depth=layers["vit"], heads=heads["vit"], mlp=sizes["F"], patch=sizes["p"]
+            )
             c.model.img_size = int((sizes["P"] - 1) ** 0.5) * sizes["p"]
         if "W" in sizes:
             c.model.med.update(
                 width=sizes["W"],
                 layers=layers["med"],
-                heads=med_heads,
+                heads=heads["med"],
                 mlp=sizes["M"],
                 positions=sizes["T"],
                 vocab_size=sizes["V"],

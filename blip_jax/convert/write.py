@@ -13,11 +13,12 @@ import re
 import resource
 import shutil
 import time
+from collections.abc import Mapping
 
 from blip_jax import checkpoint, lock, trees
 from blip_jax.convert import apply, torch_io
 from blip_jax.convert.read import read
-from blip_jax.convert.rules.blip import WORDS
+from blip_jax.convert.rules.families import WORDS
 from blip_jax.convert.source import Source, official
 from blip_jax.parallel.interrupt import Interrupt
 
@@ -32,8 +33,7 @@ def convert(
     vocab: str = "",
     family: str = "",
     img_size: int = 0,
-    vit_heads: int = 0,
-    med_heads: int = 0,
+    heads: Mapping[str, int] | None = None,
     drop_token_types: bool = False,
     verify: bool = False,
 ) -> None:
@@ -53,23 +53,20 @@ def convert(
     if os.path.lexists(out):
         raise _exists(out)
     with lock.held_output(out), Interrupt():
-        _convert(path, out, to, vocab, family, img_size, vit_heads, med_heads, drop_token_types, verify)
+        _convert(path, out, to, vocab, family, img_size, heads, drop_token_types, verify)
 
 
 def _exists(out: pathlib.Path) -> ValueError:
     return ValueError(f"{out} exists already: give another OUT, or remove it first")
 
 
-def _convert(
-    path, out: pathlib.Path, to: str, vocab, family, img_size, vit_heads, med_heads, drop_token_types, verify: bool
-) -> None:
+def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, drop_token_types, verify: bool) -> None:
     began = time.perf_counter()
     source = read(
         path,
         family=family,
         img_size=img_size,
-        vit_heads=vit_heads,
-        med_heads=med_heads,
+        heads=heads,
         vocab=vocab,
         drop_token_types=drop_token_types,
     )

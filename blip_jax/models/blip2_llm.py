@@ -28,7 +28,8 @@ class Blip2Llm(nn.Module):
     llm.
 
     `questions`: the Q-Former reads a question beside the queries (InstructBLIP's wiring, which is how the paper's VQA
-    is read; reference: section C), so it has word embeddings and the text's feed-forwards.
+    is read; reference: section C), so it has word embeddings and the text's feed-forwards. With `frozen` the tower runs
+    as in evaluation and has no gradient.
     """
 
     vit_sizes: Any
@@ -37,6 +38,7 @@ class Blip2Llm(nn.Module):
     img_size: int
     questions: bool = False
     vision_eps: float = 1e-5
+    frozen: bool = False
     init_std: float = 0.02
     drop_path: float = 0.0
     dropout: float = 0.1
@@ -45,7 +47,7 @@ class Blip2Llm(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, model, *, questions: bool = False) -> Blip2Llm:
+    def from_config(cls, model, *, questions: bool = False, frozen: bool = False) -> Blip2Llm:
         """Builds from `cfg.model` of `config.blip2`, with a language model."""
         return cls(
             FrozenDict(model.vit),
@@ -54,6 +56,7 @@ class Blip2Llm(nn.Module):
             model.img_size,
             questions,
             model.vision_eps,
+            frozen,
             model.init_std,
             model.drop_path,
             model.dropout,
@@ -110,8 +113,9 @@ class Blip2Llm(nn.Module):
         return self.target_logits(soft, ids, txt_mask, *apart)
 
     def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], after ln_vision"""
-        return self.ln_vision(self.vit(img, deterministic=deterministic))
+        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], behind ln_vision"""
+        img_tok = self.vit(img, deterministic=deterministic or self.frozen)
+        return self.ln_vision(jax.lax.stop_gradient(img_tok) if self.frozen else img_tok)
 
     def soft_prompt(self, img_tok, question=None, question_mask=None, *, deterministic: bool = True):
         """img_tok [B,P,D] -> [B,Q,E], what the language model reads in place of words.

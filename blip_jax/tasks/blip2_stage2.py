@@ -17,7 +17,7 @@ from blip_jax.data import pairs
 from blip_jax.models import flops as counts
 from blip_jax.models.blip2_llm import Blip2Llm
 from blip_jax.models.build import Start
-from blip_jax.tasks import step
+from blip_jax.tasks import blip2_stage1, step
 
 START = Start(new=r"llm_proj/.*")  # of a first stage
 
@@ -47,7 +47,7 @@ def _prompt_problems(cfg, tokenizer) -> list[str]:
 
 
 def build(cfg) -> Blip2Llm:
-    return Blip2Llm.from_config(cfg.model)
+    return Blip2Llm.from_config(cfg.model, frozen=blip2_stage1.FROZEN in tuple(cfg.optim.freeze))
 
 
 def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
