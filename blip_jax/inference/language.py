@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -14,29 +15,43 @@ from blip_jax.inference.programs import Method, encode_pixels, written
 from blip_jax.models.layers.dense import text_layers_apart
 
 
-def generating(model, method: Method, *, start_id: int, eos: int, pad: int) -> Callable:
+class Ids(NamedTuple):
+    """Tokens of a language model that are no words."""
+
+    start: int  # where a text begins; OPT is never given it
+    end: int
+    pad: int
+
+
+def generating(model, method: Method, special: Ids) -> Callable:
     """Texts that follow a prompt about each image.
 
     (params, img u8[B,S,S,3], keys u32[B,2], ids i32[B,T], txt_mask bool[B,T], and of a model with `questions` question
-    i32[B,T'] and its mask) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}.
-
-    The prompts are as the model's `begin` takes them. ids: `start_id`, which is not part of the text but counts in
-    L = method.max_length, the text, `eos` if it ended before L, `pad`. Text i of an image is drawn with fold_in(its
-    key, i).
+    i32[B,T'] and its mask) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}, as `behind`.
     """
 
     def generate(params, img, keys, ids, txt_mask, *question):
         apply = functools.partial(model.apply, {"params": text_layers_apart(params)})
         soft = apply(encode_pixels(model, params, img), *question, method="soft_prompt")
-        logits, cache, seen = apply(soft, ids, txt_mask, method.max_length, method="begin")
-
-        def extend(ids, at, cache):
-            return apply(ids, at, cache, seen, method="extend")
-
-        start = jnp.full((len(img), 1), start_id, jnp.int32)
-        return written(extend, logits, cache, start, keys, method, eos=eos, pad=pad)
+        return behind(apply, soft, ids, txt_mask, keys, method, special)
 
     return generate
+
+
+def behind(apply: Callable, soft, ids, txt_mask, keys, method: Method, special: Ids) -> dict:
+    """n texts behind each of B prompts, soft [B,Q,E] and ids i32[B,T], which the model's `begin` takes.
+
+    apply: the model's, with parameters; keys u32[B,2]: text i of an image is drawn with fold_in(its key, i).
+    Returns: {"ids": i32[B,n,L], "log_prob": f32[B,n]}. ids: `special.start`, which is not part of the text but counts
+    in L = method.max_length, the text, `special.end` if it ended before L, `special.pad`.
+    """
+    logits, cache, seen = apply(soft, ids, txt_mask, method.max_length, method="begin")
+
+    def extend(ids, at, cache):
+        return apply(ids, at, cache, seen, method="extend")
+
+    start = jnp.full((len(ids), 1), special.start, jnp.int32)
+    return written(extend, logits, cache, start, keys, method, eos=special.end, pad=special.pad)
 
 
 def likelihood(model) -> Callable:

@@ -93,7 +93,10 @@ class Blip2Llm(nn.Module):
             **llm, init_std=self.init_std, dropout=self.llm_dropout, dtype=self.dtype
         )
         self.llm_proj = Dense(
-            self.embed_width, dtype=self.dtype, kernel_init=torch_uniform(q["width"]), bias_init=torch_uniform(q["width"])
+            self.embed_width,
+            dtype=self.dtype,
+            kernel_init=torch_uniform(q["width"]),
+            bias_init=torch_uniform(q["width"]),
         )
 
     @property

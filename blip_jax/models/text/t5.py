@@ -67,8 +67,8 @@ class RelativeBias(nn.Module):
 class T5Attention(HeadedAttention):
     """Attention of T5, without biases and without scaling; heads need not make up the width."""
 
-    head_dim: int
-    dropout: float
+    head_dim: int = 64
+    dropout: float = 0.0
 
     def setup(self):
         dense = dict(use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
