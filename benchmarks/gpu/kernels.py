@@ -78,7 +78,7 @@ def table(found: dict, most: int = 60) -> str:
     lines += [f"| {name} | {ms:.2f} | {100 * ms / total:.1f} % |" for name, ms in found["classes"].items()]
     lines += ["", "| kernel | ms | calls | share |", "|---|---|---|---|"]
     lines += [
-        f"| {name[:110]} | {ms:.3f} | {calls:.0f} | {100 * ms / total:.1f} % |"
+        f"| {name[:110]} | {ms:.3f} | {calls:g} | {100 * ms / total:.1f} % |"
         for name, (ms, calls) in list(found["kernels"].items())[:most]
     ]
     return "\n".join(lines) + "\n"

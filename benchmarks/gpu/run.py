@@ -1,4 +1,4 @@
-"""A first hour on a GPU in eight minutes: `python benchmarks/gpu/run.py b c --out=DIR`; README.md here says more.
+"""A first hour on a GPU in eight minutes: `python benchmarks/gpu/run.py b c --out=DIR`; ../README.md says more.
 
 Every measurement is a process (work.py). They compile side by side, since one program keeps few cores busy, and take
 turns on the GPU. A process that is not done at its limit is ended and the others go on.
@@ -23,12 +23,13 @@ QUICK = {
     "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
     "JAX_THREEFRY_GPU_KERNEL_LOWERING": "true",
 }
+LATE = 250  # seconds
 PART = 15 * 2**20  # bytes of a piece of the compiled programs
 
 
 def cases(full: bool) -> list[dict]:
-    """All measurements, those that are worth most first. `env`: of the process; `late`: after all others; limits in
-    seconds from its start. Not `full`: small enough for a CPU."""
+    """All measurements, those that are worth most first. `env`: of the process; `late`: when all others are done, or
+    after LATE seconds; limits in seconds from its start. Not `full`: small enough for a CPU."""
     size = lambda name: name if full else "tiny"
     pixels = lambda n: n if full else 16
     rows = lambda n: n if full else 4
@@ -51,17 +52,19 @@ def cases(full: bool) -> list[dict]:
         | {"bytes": 2**32 if full else 2**20, "env": QUICK, "limit": 150},
         train("b", "ours", "step", profile=True),
         train("c", "torch", "torch", profile=True),
+        train("i", "ours-cudnn", "step", attention="cudnn" if full else "xla", profile=True),
         {"part": "a", "name": "golden", "kind": "golden", "env": QUICK, "limit": 300},
         infer("filter", 128),
+        infer("filter", 128, part="i", name="filter-cudnn", attention="cudnn" if full else "xla"),
         infer("caption", 128, captions=[1, 4]),
         train("b", "ours-2-text-layers", "step", text_layers=2, limit=250),
         train("c", "torch-2-text-layers", "torch", text_layers=2, limit=250),
-        train("c", "torch-compiled", "torch", compiled=True),
         train("e", "ours-large", "step", model="large", batch=64),
         train("e", "torch-large", "torch", model="large", batch=64),
+        train("h", "ours-autotuned", "step", flags="default", profile=True, late=True),
+        train("c", "torch-compiled", "torch", compiled=True, late=True),
         train("g", "ours-256", "step", batch=256, late=True),
         train("g", "torch-256", "torch", batch=256, late=True),
-        train("h", "ours-autotuned", "step", flags="default", profile=True, late=True),
     ]
 
 
@@ -77,10 +80,8 @@ def main(argv: list[str]) -> int:
     cache = unpack(pathlib.Path(args.cache or out / "compiled"))
     env = environment(cache, args.rehearse)
     with (out / "log.txt").open("a", encoding="utf-8") as log:
-        group = Group(out, env, log, started, args.at_once)
-        end = started + args.seconds
-        group.run([case for case in chosen if not case.get("late")], end)
-        group.run([case for case in chosen if case.get("late")], end)
+        chosen = [case | {"lock": str(cache / "lock")} for case in chosen]
+        Group(out, env, log, started, args.at_once).run(chosen, started + args.seconds)
     pack(cache, out, args.pieces)
     print(summary(out / "results.jsonl"), flush=True)
     return 0
@@ -89,13 +90,13 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python benchmarks/gpu/run.py")
     made.add_argument(
-        "parts", nargs="*", default=list("abcdegh"), help="letters or names of measurements; default: all"
+        "parts", nargs="*", default=list("abcdeghi"), help="letters or names of measurements; default: all"
     )
     made.add_argument("--out", default="gpu-out", help="folder of results.jsonl, log.txt, kernels-*.md, compiled.tar.*")
-    made.add_argument("--seconds", type=float, default=450, help="for everything; what then still runs is ended")
+    made.add_argument("--seconds", type=float, default=440, help="for everything; what then still runs is ended")
     made.add_argument("--at_once", type=int, default=16, help="processes side by side")
     made.add_argument("--cache", default="", help="folder with compiled programs of an earlier run, or their pieces")
-    made.add_argument("--pieces", type=int, default=3, help="at most so many pieces of compiled programs; 0: none")
+    made.add_argument("--pieces", type=int, default=2, help="at most so many pieces of compiled programs; 0: none")
     made.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     return made
 
@@ -112,7 +113,7 @@ def environment(cache: pathlib.Path, rehearse: bool) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "OMP_NUM_THREADS": "2" if rehearse else "4",
     }
-    return found | ({"JAX_PLATFORMS": "cpu"} if rehearse else {})
+    return found | {"JAX_PLATFORMS": "cpu" if rehearse else "cuda,cpu"}
 
 
 class Group:
@@ -131,7 +132,7 @@ class Group:
                 for case in waiting:
                     self.say(case["name"], "not started: no time is left")
                 waiting = []
-            while waiting and len(running) < self.at_once:
+            while waiting and len(running) < self.at_once and self.due(waiting[0], running):
                 running.append(self.start(waiting.pop(0), end))
             for item in list(running):
                 case, process, limit, reader = item
@@ -145,6 +146,11 @@ class Group:
                 self.say(case["name"], f"exit status {process.returncode}")
                 running.remove(item)
             time.sleep(0.1)
+
+    def due(self, case: dict, running: list) -> bool:
+        """A late case waits for those that are not."""
+        early = any(not other.get("late") for other, *_ in running)
+        return not case.get("late") or not early or time.monotonic() > self.started + LATE
 
     def start(self, case: dict, end: float) -> tuple:
         case = case | {"out": str(self.out / "results.jsonl")}

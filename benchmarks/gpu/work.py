@@ -29,7 +29,9 @@ HELD = 75  # seconds that one measurement may hold the GPU; then its process end
 def main(argv: list[str]) -> int:
     case = json.loads(argv[0])
     tell = functools.partial(told, case["name"], pathlib.Path(case["out"]), time.perf_counter())
-    KINDS[case["kind"]](case, tell, functools.partial(alone, case["out"] + ".lock"))
+    if "attention" in case:
+        use(case["attention"])
+    KINDS[case["kind"]](case, tell, functools.partial(alone, case["lock"]))
     return 0
 
 
@@ -39,6 +41,15 @@ def told(name: str, out: pathlib.Path, start: float, **found) -> None:
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row)[:1000], flush=True)
+
+
+def use(implementation: str) -> None:
+    """The vision tower's attention by `jax.nn.dot_product_attention`: what ours would gain from it."""
+    import jax
+
+    from blip_jax.models.vision import vit
+
+    vit.attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
 
 
 @contextlib.contextmanager
@@ -190,7 +201,7 @@ def compiled_step(cfg, mesh, tell: Callable):
 
 def said(case: dict) -> dict:
     """What of a case stands beside its figures."""
-    names = ("kind", "size", "img_size", "dtype", "batch", "text_layers", "compiled", "captions", "flags")
+    names = ("kind", "size", "img_size", "dtype", "batch", "text_layers", "compiled", "captions", "flags", "attention")
     return {name: case[name] for name in names if name in case}
 
 
@@ -232,10 +243,11 @@ def step_of_torch(case: dict, tell: Callable, alone: Callable) -> None:
             raise ValueError(f"the losses of PyTorch's step are {losses}")
         return (time.perf_counter() - start) / n
 
-    # what torch.compile does is mostly the CPU's work; its first step, which also holds it, is not timed alone
-    with contextlib.nullcontext() if case.get("compiled") else alone():
+    if case.get("compiled"):  # minutes, mostly of the CPU
         tell(first_step_s=steps(1))
+        torch.cuda.empty_cache()
     with alone():
+        tell(first_step_s=steps(1))
         steps(2)
         seconds = [steps(5) for _ in range(max(1, case["steps"] // 5))]
         found = throughput.figures(seconds, cfg.train.batch, flops.pretrain_step(cfg, original=True)["step"])
