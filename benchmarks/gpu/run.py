@@ -27,9 +27,12 @@ LATE = 250  # seconds
 PART = 15 * 2**20  # bytes of a piece of the compiled programs
 
 
-def cases(full: bool) -> list[dict]:
-    """All measurements, those that are worth most first. `env`: of the process; `late`: when all others are done, or
-    after LATE seconds; limits in seconds from its start. Not `full`: small enough for a CPU."""
+def cases(full: bool, ahead: str = "") -> list[dict]:
+    """All measurements, those that are worth most first.
+
+    `env`: of the process; `late`: when all others are done, or after LATE seconds; limits in seconds from its start.
+    Not `full`: small enough for a CPU. `ahead`: a file with our step, compiled already.
+    """
     size = lambda name: name if full else "tiny"
     pixels = lambda n: n if full else 16
     rows = lambda n: n if full else 4
@@ -37,6 +40,7 @@ def cases(full: bool) -> list[dict]:
     def train(part, name, kind, model="base", batch=128, **more):
         env = {} if more.get("flags") == "default" else QUICK
         same = {"img_size": pixels(224), "dtype": "bfloat16", "steps": 20 if full else 5, "limit": 400}
+        same |= {} if full else {"text_layers": 1}
         return (
             {"part": part, "name": name, "kind": kind, "size": size(model), "batch": rows(batch), "env": env}
             | same
@@ -47,9 +51,11 @@ def cases(full: bool) -> list[dict]:
         same = {"img_size": pixels(384), "dtype": "bfloat16", "rounds": 5 if full else 2, "env": QUICK, "limit": 330}
         return {"part": "d", "name": kind, "kind": kind, "size": size("base"), "batch": rows(batch)} | same | more
 
+    compiled = [train("b", "ours-ahead", "step", ahead=ahead)] if ahead else []
     return [
         {"part": "a", "name": "card", "kind": "card", "matrix": 8192 if full else 128}
         | {"bytes": 2**32 if full else 2**20, "env": QUICK, "limit": 150},
+        *compiled,
         train("b", "ours", "step", profile=True),
         train("c", "torch", "torch", profile=True),
         train("i", "ours-cudnn", "step", attention="cudnn" if full else "xla", profile=True),
@@ -74,7 +80,11 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     out = pathlib.Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [case for case in cases(not args.rehearse) if case["part"] in args.parts or case["name"] in args.parts]
+    chosen = [
+        case
+        for case in cases(not args.rehearse, args.ahead)
+        if case["part"] in args.parts or case["name"] in args.parts
+    ]
     if unknown := set(args.parts) - {case[key] for case in chosen for key in ("part", "name")}:
         raise SystemExit(f"{', '.join(sorted(unknown))}: neither a part nor a measurement")
     cache = unpack(pathlib.Path(args.cache or out / "compiled"))
@@ -96,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=440, help="for everything; what then still runs is ended")
     made.add_argument("--at_once", type=int, default=16, help="processes side by side")
     made.add_argument("--cache", default="", help="folder with compiled programs of an earlier run, or their pieces")
+    made.add_argument(
+        "--ahead", default="", help="file of `compile.py --batch=128 --save`: our step, compiled elsewhere"
+    )
     made.add_argument("--pieces", type=int, default=2, help="at most so many pieces of compiled programs; 0: none")
     made.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     return made

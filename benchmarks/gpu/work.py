@@ -153,7 +153,8 @@ def step(case: dict, tell: Callable, alone: Callable) -> None:
     cfg = configured(case)
     mesh, T = sharding.make_mesh(cfg.mesh, jax.devices()[:1]), cfg.text.max_len
     with concurrent.futures.ThreadPoolExecutor(1) as pool, jax.set_mesh(mesh):
-        coming = pool.submit(compiled_step, cfg, mesh, tell)
+        ahead = case.get("ahead")
+        coming = pool.submit(loaded_step, ahead, cfg, mesh) if ahead else pool.submit(compiled_step, cfg, mesh, tell)
         start = time.perf_counter()
         program = train.Program(cfg, mesh)
         jax.block_until_ready(program.state)
@@ -174,6 +175,24 @@ def step(case: dict, tell: Callable, alone: Callable) -> None:
                         for _ in range(2):
                             program.run(next(batches))
                     profiled(case, folder, 2, tell)
+
+
+def loaded_step(path: str, cfg, mesh):
+    """The step that `compile.py --save` compiled on another machine, with the same jax and for such a GPU."""
+    import jax
+    from jax.experimental import serialize_executable
+
+    from blip_jax.plan import programs
+
+    with jax.set_mesh(mesh):
+        (made,) = programs.train(cfg, mesh)
+        takes, gives = made.args, jax.eval_shape(made.function, *made.args)
+    return serialize_executable.deserialize_and_load(
+        pathlib.Path(path).read_bytes(),
+        jax.tree.structure((takes, {})),
+        jax.tree.structure(gives),
+        execution_devices=list(mesh.devices.flat),
+    )
 
 
 def compiled_step(cfg, mesh, tell: Callable):
