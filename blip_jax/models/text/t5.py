@@ -314,8 +314,8 @@ class T5(nn.Module):
             raise ValueError(f"act is {self.act!r}: choose one of {', '.join(ACTIVATIONS)}")
         if self.buckets < 4 or self.buckets % 2 or self.max_distance <= self.buckets // 2:
             raise ValueError(
-                f"buckets is {self.buckets} and max_distance {self.max_distance}: give an even number of buckets from 4 on, "
-                "and a distance of more than half of it, as 32 and 128"
+                f"buckets is {self.buckets} and max_distance {self.max_distance}: give an even number of buckets, 4 or "
+                "more, and a distance of more than half of it, as 32 and 128"
             )
         super().__post_init__()
 
