@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -39,7 +40,22 @@ class Row(NamedTuple):
     stacked: bool  # whether the keys are slices of one parameter
 
 
-def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[str, int]) -> dict:
+class Lazy:
+    """A tensor that is read each time that `numpy.asarray` is called on it."""
+
+    def __init__(self, shape, dtype, read):
+        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+
+    def __array__(self, dtype=None, copy=None):
+        x = self._read()
+        return x if dtype is None else x.astype(dtype, copy=False)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[str, int], *, lazy: bool = False) -> dict:
     """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}.
 
     Arrays are f32, but for counters, which stay as they are.
@@ -51,6 +67,7 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[st
         not copied.
       heads: number of attention heads of each part that has some, {"vit": 12, "med": 12}: it is not stored in the
         tensors.
+      lazy: gives `Lazy` arrays, so that no more than one of them need ever be in memory.
     Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite
       together.
     """
@@ -63,7 +80,7 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[st
         raise ValueError("\n  ".join([f"this is not a complete {family!r} state dict:", *shown(problems)]))
     out: dict = {}
     for row in table:
-        for path, x in _read(row, tensors, heads.get(part(row.path), 0)):
+        for path, x in (_later if lazy else _read)(row, tensors, heads.get(part(row.path), 0)):
             _put(out, path, x)
     return out
 
@@ -295,6 +312,25 @@ def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
             else:
                 yield path, x
     yield from stacks.items()
+
+
+def _later(row: Row, tensors, heads: int) -> Iterator[tuple[str, Lazy]]:
+    """As `_read`, of arrays that are still to be read."""
+    if not row.keys:
+        return
+    shown = to_ours(np.broadcast_to(np.uint8(0), tensors[row.keys[0]].shape), row.layout, heads)  # shapes alone
+    for name, like in shown.items():
+
+        def read(name=name, shape=like.shape):
+            if not row.stacked:
+                return to_ours(as_float32(tensors[row.keys[0]]), row.layout, heads)[name]
+            out = np.empty((len(row.keys), *shape), np.float32)
+            for i, key in enumerate(row.keys):
+                out[i] = to_ours(as_float32(tensors[key]), row.layout, heads)[name]
+            return out
+
+        shape = (len(row.keys), *like.shape) if row.stacked else like.shape
+        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read)
 
 
 def to_torch(

@@ -14,15 +14,32 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax import checkpoint, trees
-from blip_jax.convert import apply, bert, foreign, hf, hub, origins, saved, torch_io
-from blip_jax.convert.rules.families import FAMILIES, INITIAL, WORDS
-from blip_jax.convert.source import Source, dtype_notes, make_config
+from blip_jax.convert import (
+    apply,
+    bert,
+    blip2,
+    foreign,
+    hf,
+    hf_blip2,
+    hf_blip2_config,
+    hub,
+    language_models,
+    origins,
+    saved,
+    torch_io,
+    towers,
+)
+from blip_jax.convert.rules.blip2 import WHOLE
+from blip_jax.convert.rules.families import FAMILIES, WORDS
+from blip_jax.convert.source import POSITION_IDS, Source, dtype_notes, make_config
+from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
 from blip_jax.models.vision.vit import resize_pos_embed
 
 HEAD_DIM = 64  # of every released model
 RELEASED = (768, 1024)  # their widths
+NAMES = {"deit": "timm", "bert": "BERT"} | language_models.KINDS
 BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30524)  # repository, file, entries with [DEC] and [ENC]
 TASKS = {  # family -> objective, tokens of a text, what captions continue
     "pretrain": ("pretrain", 30, ""),
@@ -32,7 +49,10 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
     "caption": ("caption", 40, "a picture of "),
     "vqa": ("vqa", 35, ""),
     "nlvr": ("nlvr", 64, ""),
-    **dict.fromkeys(INITIAL, ("pretrain", 30, "")),
+    **dict.fromkeys(("deit", "augreg", "bert"), ("pretrain", 30, "")),
+    **dict.fromkeys(("blip2", "blip2_itm", "eva", "clip"), ("blip2_stage1", 32, "")),
+    **dict.fromkeys(("blip2_opt", "blip2_t5", "opt", "t5"), ("blip2_stage2", 32, "")),
+    "instruct_t5": ("blip2_stage2", 128, ""),
 }
 MARKS = (  # family -> a tensor that only it has, or only it and those above it; first match wins
     ("augreg", r"Transformer/encoderblock_\d+/.*"),
@@ -43,6 +63,15 @@ MARKS = (  # family -> a tensor that only it has, or only it and those above it;
     ("retrieval", r"text_encoder\..*", r"temp|idx_queue|\w+_m\..*"),
     ("itm", r"text_encoder\..*", r"(itm_head|text_proj|vision_proj)\..*"),
     ("features", r"text_encoder\..*"),
+    ("blip2_opt", r"Qformer\..*", r"opt_proj\..*"),
+    ("instruct_t5", r"Qformer\.bert\.embeddings\.word_embeddings\..*", r"t5_proj\..*"),
+    ("blip2_t5", r"Qformer\..*", r"t5_proj\..*"),
+    ("blip2", r"Qformer\..*", r"temp|Qformer\.cls\..*"),
+    ("blip2_itm", r"Qformer\..*", r"(itm_head|text_proj|vision_proj)\..*"),
+    ("eva", r"blocks\.\d+\.attn\.q_bias"),
+    ("clip", r"transformer\.resblocks\..*", "class_embedding"),
+    ("opt", r"model\.decoder\.layers\..*"),
+    ("t5", r"(encoder|decoder)\.block\.\d+\.layer\.0\.SelfAttention\..*"),
     ("deit", r"blocks\.\d+\.attn\.qkv\..*"),
     ("bert", r"bert\.encoder\.layer\..*"),
 )
@@ -79,6 +108,7 @@ def read(
     An official or LAVIS .pth, a Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
+      path: several names, separated by commas, are a checkpoint of BLIP-2 and the parts that it lacks.
       family: "" = as found; else it must be that, or a part of it (`rules.families.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
       heads: part -> its number of heads, {"vit": 12, "med": 12}, where neither the file nor a config.json beside it
@@ -91,8 +121,13 @@ def read(
     Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, one of another size or of
       other tokens; settings beside the weights that contradict them or our models.
     """
-    path = locate(path)
-    source = _open(path, family, heads or {}, momentum, (), drop_token_types)
+    named = origins.names(path) if isinstance(path, str) else [path]
+    if len(named) > 1:
+        parts = [(name, _open(locate(name), "", heads or {}, False)) for name in named]
+        source = narrow(blip2.composed(parts), family or blip2.composed(parts).family, path)
+    else:
+        path = locate(path)
+        source = _open(path, family, heads or {}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
     return source._replace(vocab=_vocabulary(source, vocab, str(path)))
@@ -225,6 +260,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
         checkpoint.own_vocabulary(folder),
         [],
         tuple(converted.get("absent", ())),
+        converted.get("kept", {}),
     )
 
 
@@ -234,14 +270,17 @@ def _settings(folder: pathlib.Path) -> ConfigDict:
 
 
 def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> Source:
-    """A Hugging Face folder, of BLIP, of BERT or of a ViT of timm."""
+    """A Hugging Face folder, of BLIP, BLIP-2, BERT, OPT, T5, or of a ViT of timm."""
     if not os.path.lexists(path / "config.json"):
         raise ValueError(
             f"{path} holds neither checkpoints of ours ({checkpoint.SUBDIR}/) nor a Hugging Face model (config.json)"
         )
     config = hf.settings(path, "config.json")
-    if config.get("model_type") == "bert":
-        family = "bert"
+    kind = config.get("model_type")
+    if kind in ("bert", *language_models.KINDS):
+        family = kind
+    elif kind in hf_blip2_config.KINDS:
+        return hf_blip2.read(path, heads)
     elif "architecture" in config and "model_type" not in config:
         family = "deit"
     else:
@@ -250,7 +289,7 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
     tensors, notes = plain_names(opened, str(path))
     if find_family(tensors) != family:
         raise ValueError(
-            f"{path}: config.json is of {'BERT' if family == 'bert' else 'timm'}, but the weights are not: they hold "
+            f"{path}: config.json is of {NAMES[family]}, but the weights are not: they hold "
             f"{apply.listed(apply.folded(tensors)[:6]) or 'nothing'}"
         )
     vocab, tokenizer = None, None
@@ -260,6 +299,11 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
         notes += more
 
     def said(sizes, layers) -> foreign.Said:
+        if family in language_models.KINDS:
+            pre_norm = blip2.kinds(family, tensors)["norm"] == "pre"
+            found = language_models.said(family, config, sizes, layers, pre_norm)
+            rest = foreign.ignored(language_models.ignored(family, config))
+            return found._replace(notes=[*found.notes, *rest])
         if family == "deit":
             return foreign.timm(config, sizes, layers)
         return foreign.bert(config, sizes, layers, bert.token_types(tensors), tokenizer and tokenizer.pad)
@@ -300,7 +344,11 @@ def plain_names(tensors: Mapping, origin: str) -> tuple[Mapping, list[str]]:
         tensors, notes = unwrap(tensors, lambda names: bool(find_family(bert.names(dict.fromkeys(names)))))
     except ValueError as e:
         raise ValueError(f"{origin}: {e}") from None
-    return bert.names(tensors), notes
+    tensors = bert.names(tensors)
+    if find_family(tensors) in ("", "eva", "clip") and towers.find(tensors):
+        _, tensors, more = towers.penultimate(tensors, blip2.depth(tensors))
+        notes += more
+    return tensors, notes
 
 
 def _of_tensors(
@@ -316,18 +364,24 @@ def _of_tensors(
     said: of (sizes, layers), what settings that lie beside the weights say.
     """
     found = find_family(tensors)
+    if not found and any(name.startswith("llm_proj.") for name in tensors):
+        raise ValueError(f"{origin} is an InstructBLIP with Vicuna: of language models only OPT and T5 are here")
     if not found and any(name.startswith("vision_model.") for name in tensors):
         raise ValueError(
             f"{origin} holds a model under Hugging Face's names: give the folder it lies in, with its config.json"
         )
     if not (found or family):
         raise ValueError(
-            f"{origin} holds {apply.listed(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP and no "
-            f"initial weights; families are {', '.join(FAMILIES)}"
+            f"{origin} holds {apply.listed(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP or "
+            f"BLIP-2 and no initial weights; families are {', '.join(FAMILIES)}"
         )
 
     found = found or family
+    held, later = set(tensors), blip2.is_one(found)
     try:
+        if later:
+            blip2.refuse_half(tensors)
+            tensors = words_and_head(tensors, prefix) if (prefix := blip2.t5_prefix(tensors)) is not None else tensors
         table = apply.rows(found, tensors)
         sizes, layers = apply.infer(table, tensors), apply.layer_counts(found, tensors)
     except ValueError as e:
@@ -336,12 +390,19 @@ def _of_tensors(
     if beside.problems:
         raise ValueError("\n  ".join([f"{origin}: the config.json does not fit:", *apply.shown(beside.problems)]))
     notes = [*beside.notes]
-    heads = {
-        "vit": sizes["N"] if "N" in sizes else _heads(origin, "vit", heads, sizes.get("D"), beside, notes),
-        "med": _heads(origin, "med", heads, sizes.get("W"), beside, notes),
-    }
+    kinds = blip2.kinds(found, tensors) if later else {}
+    heads = (
+        blip2.heads(origin, sizes, kinds, heads, beside.heads, notes)
+        if later
+        else {
+            "vit": sizes["N"] if "N" in sizes else _heads(origin, "vit", heads, sizes.get("D"), beside, notes),
+            "med": _heads(origin, "med", heads, sizes.get("W"), beside, notes),
+        }
+    )
+    if later and found in WHOLE and POSITION_IDS in tensors and len(tensors[POSITION_IDS].shape) == 2:
+        sizes.setdefault("T", tensors[POSITION_IDS].shape[1])
     try:
-        state = apply.from_torch(found, tensors, heads)
+        state = apply.from_torch(found, tensors, heads, lazy=later)
         if found == "bert":
             bert.settle_token_types(state["params"]["med"], tensors, drop_token_types, notes)
     except ValueError as e:
@@ -356,13 +417,16 @@ def _of_tensors(
 
     copies = [copy for copy, _ in apply.copies(found, table)]
     optional = copies + list(apply.buffers([*copies, *(key for row in table for key in row.keys)]))
+    optional += [POSITION_IDS] * (found in WHOLE)
     return Source(
         family=found,
         state=state,
-        cfg=make_config(sizes, layers, heads),
+        cfg=blip2.settings(found, sizes, layers, kinds, heads, beside.more, notes)
+        if later
+        else make_config(sizes, layers, heads),
         vocab=None,
         notes=notes,
-        absent=tuple(name for name in optional if name not in tensors),
+        absent=tuple(name for name in optional if name not in held),
     )
 
 
@@ -403,9 +467,10 @@ def _settle(source: Source) -> None:
     with c.unlocked():
         c.objective = objective
         c.model.update(dtype="float32")
-        c.text.update(vocab="", max_len=min(max_len, c.model.med.positions), prompt=prompt)
+        positions = (c.model.qformer if "qformer" in c.model else c.model.med).positions
+        c.text.update(vocab="", max_len=min(max_len, positions), prompt=prompt)
         c.loss.update(momentum=bool(momentum), queue=queue)
-    if source.family in ("itm", "features"):
+    if source.family in ("itm", "features", "blip2_itm"):
         source.state["params"].setdefault("temp", np.float32(0.07))
 
 
@@ -418,7 +483,7 @@ def _resize(source: Source, img_size: int) -> None:
         return
     for part in (source.state["params"], source.state.get("momentum", {}).get("params", {})):
         if "vit" in part:
-            part["vit"]["pos_embed"] = resize_pos_embed(part["vit"]["pos_embed"], positions)
+            part["vit"]["pos_embed"] = resize_pos_embed(np.asarray(part["vit"]["pos_embed"]), positions)
     with source.cfg.unlocked():
         model.img_size = img_size
     source.notes.append(f"position table resized from {before} to {img_size} pixels")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 
 from blip_jax import checkpoint, lock, trees
-from blip_jax.convert import apply, torch_io
+from blip_jax.convert import apply, blip2, hf, hf_blip2, torch_io
 from blip_jax.convert.read import read
 from blip_jax.convert.rules.families import WORDS
 from blip_jax.convert.source import Source, official
@@ -78,9 +78,7 @@ def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, d
         elif to == "official":
             write_official(beside, source, consume=not verify)
         else:
-            from blip_jax.convert import hf
-
-            hf.write(beside, source)
+            (hf_blip2 if blip2.is_one(source.family) else hf).write(beside, source)
         for note in source.notes:
             print(f"  {note}")
         if verify:
@@ -142,6 +140,7 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
         "extra": momentum and {"params": None, "queue": None} | momentum,
     }
     record = {"family": source.family, "origin": origin, "notes": source.notes, "absent": list(source.absent)}
+    record |= {"kept": dict(source.kept)} if source.kept else {}
     checkpoint.write(
         workdir, state, {"step": 0, "crc": 0, "sums": None, "converted": record}, json.loads(cfg.to_json())
     )
