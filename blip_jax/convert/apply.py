@@ -399,16 +399,20 @@ def _beyond(path: str, state: Mapping) -> bool:
 
 
 def _unless_held(family: str, pattern: str, state: Mapping) -> list[tuple]:
-    """The rows of an optional group if the state holds nothing of it, else none."""
+    """The rows of an optional group if the state holds nothing that only it has, else none."""
     group = [row for row in FAMILIES[family] if re.fullmatch(pattern, row[0])]
+    own, others = (
+        {name for row in FAMILIES[family] if (row in group) is inside for name in _paths(row[1])}
+        for inside in (True, False)
+    )
 
     def held(path):
         try:
-            return _get(state, path.replace("{qkv}", "q")) is not None
+            return _get(state, path) is not None
         except KeyError:
             return False
 
-    return [] if any(held(path) for _, path, *_ in group) else group
+    return [] if any(held(path) for path in own - others) else group
 
 
 def _get(tree, path: str, take: bool = False):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from blip_jax.convert.source import Source, dtype_notes, vocab_sizes
 from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
 
+TOKENIZERS = ("tokenizer.json", "spiece.model")  # of a language model, in one file
 SHARD = 2 << 30  # bytes of a file of weights, from which another begins
 SCALE = "logit_scale"
 
@@ -126,8 +128,24 @@ def read(folder, heads: Mapping[str, int] | None = None) -> Source:
         given = config.get("qformer_config") or {}
         cfg.model.qformer.vocab_size = sizes.get("V", given.get("vocab_size", cfg.model.qformer.vocab_size))
         cfg.model.qformer.positions = sizes.get("T", given.get("max_position_embeddings", cfg.model.qformer.positions))
+    notes += hf_blip2_config.ignored(config, said, family, cfg.model)
     absent = () if "temp" in tensors or family != "blip2_itm" else ("temp",)
-    return Source(family, state, cfg, None, notes + dtype_notes(tensors), absent, said.kept)
+    vocab, more = _vocabulary(folder, family, cfg.model)
+    return Source(family, state, cfg, vocab, notes + more + dtype_notes(tensors), absent, said.kept)
+
+
+def _vocabulary(folder: pathlib.Path, family: str, model) -> tuple[pathlib.Path | None, list[str]]:
+    """The folder's vocabulary, of the Q-Former for matching, else of the language model; and notes."""
+    if family == "blip2_itm":
+        vocab, _, notes = hf.vocabulary(folder, model.qformer.vocab_size + 1)
+        return vocab, notes
+    return tokenizer_of(folder), []
+
+
+def tokenizer_of(folder: pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer of a language model that a folder has in one file."""
+    found = [hf.inside(folder, name) for name in TOKENIZERS if os.path.lexists(folder / name)]
+    return next(iter(found), None)
 
 
 def _needs(family: str, part: str) -> bool:
@@ -173,7 +191,8 @@ def write(folder, source: Source) -> None:
     for name, content in settings.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if source.vocab is not None:
-        shutil.copyfile(source.vocab, folder / hf.VOCABULARIES[source.vocab.suffix == ".json"])
+        names = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
+        shutil.copyfile(source.vocab, folder / names[source.vocab.suffix])
     if source.family == "blip2":
         source.notes.append("the language modelling head is left out: transformers' class has no place for it")
     if model.vision_eps != hf_blip2_config.BLOCK_EPS:

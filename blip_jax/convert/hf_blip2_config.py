@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from blip_jax import trees
 from blip_jax.convert import foreign, language_models
 
 ARCHITECTURES = {  # class -> its model; "": by text_config
@@ -50,7 +51,8 @@ BLOCK_EPS = 1e-6  # of EVA's blocks, here always
 
 class Said(NamedTuple):
     """What config.json says. heads: part -> number; model, llm: leaves of `cfg.model` and `cfg.model.llm`; kept: fields
-    that an export gives back; problems: what does not fit; notes: what is taken otherwise or ignored."""
+    that an export gives back; problems: what does not fit; notes: what is taken otherwise; rest: fields that nothing
+    reads."""
 
     heads: dict[str, int]
     model: dict
@@ -58,6 +60,7 @@ class Said(NamedTuple):
     kept: dict
     problems: list[str]
     notes: list[str]
+    rest: list[str]
 
 
 def family_of(config: Mapping) -> str:
@@ -148,8 +151,7 @@ def check(config: Mapping, family: str, sizes: Mapping, layers: Mapping, pre_nor
             problems.append(f"{foreign.told('image_token_index', image)}: it must be an id")
         kept = {"image_token_index": image}
         notes.append(f"image_token_index {image}: here the queries stand before the text, without such an id")
-    rest += _rest(config)
-    return Said(heads, model, llm, kept, problems, notes + foreign.ignored(rest))
+    return Said(heads, model, llm, kept, problems, notes, rest + _rest(config))
 
 
 def _text_input(family: str, qformer: Mapping) -> list[str]:
@@ -190,6 +192,12 @@ def _rest(config: Mapping) -> list[str]:
     top = {*SIZES[""], "vision_config", "qformer_config", "text_config", "model_type", "architectures"}
     top |= {"image_token_index", "use_decoder_only_language_model", "is_encoder_decoder"}
     return out + [field for field in config if field not in top and config[field] is not None]
+
+
+def ignored(config: Mapping, said: Said, family: str, model) -> list[str]:
+    """The note on fields of `said.rest`, but for those that our own export of this model would say as well."""
+    ours, given = (trees.flat(x) for x in (model_json(family, model, said.kept), dict(config)))
+    return foreign.ignored(name for name in said.rest if name not in ours or ours[name] != given.get(name))
 
 
 # --- written ----------------------------------------------------------------------------------------------------------

@@ -28,19 +28,19 @@ from blip_jax.convert import (
     saved,
     torch_io,
     towers,
+    vocabulary,
 )
 from blip_jax.convert.rules.blip2 import WHOLE
 from blip_jax.convert.rules.families import FAMILIES, WORDS
 from blip_jax.convert.source import POSITION_IDS, Source, dtype_notes, make_config
 from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
-from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
-from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.data.text.wordpiece import EXTRA
+from blip_jax.models.vision.towers import resized
 
 HEAD_DIM = 64  # of every released model
 RELEASED = (768, 1024)  # their widths
 NAMES = {"deit": "timm", "bert": "BERT"} | language_models.KINDS
-BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30524)  # repository, file, entries with [DEC] and [ENC]
 TASKS = {  # family -> objective, tokens of a text, what captions continue
     "pretrain": ("pretrain", 30, ""),
     "retrieval": ("retrieval", 35, ""),
@@ -130,7 +130,7 @@ def read(
         source = _open(path, family, heads or {}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
-    return source._replace(vocab=_vocabulary(source, vocab, str(path)))
+    return source._replace(vocab=vocabulary.of(source, vocab, str(path)))
 
 
 def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> dict:
@@ -293,6 +293,8 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
             f"{apply.listed(apply.folded(tensors)[:6]) or 'nothing'}"
         )
     vocab, tokenizer = None, None
+    if family in language_models.KINDS:
+        vocab = hf_blip2.tokenizer_of(path)
     if family == "bert":
         size = tensors[bert.WORDS].shape[0] if bert.WORDS in tensors else 0
         vocab, tokenizer, more = hf.vocabulary(path, size + len(EXTRA))
@@ -483,72 +485,7 @@ def _resize(source: Source, img_size: int) -> None:
         return
     for part in (source.state["params"], source.state.get("momentum", {}).get("params", {})):
         if "vit" in part:
-            part["vit"]["pos_embed"] = resize_pos_embed(np.asarray(part["vit"]["pos_embed"]), positions)
+            part["vit"]["pos_embed"] = resized(np.asarray(part["vit"]["pos_embed"]), positions, part["vit"])
     with source.cfg.unlocked():
         model.img_size = img_size
     source.notes.append(f"position table resized from {before} to {img_size} pixels")
-
-
-def _vocabulary(source: Source, given: str, origin: str) -> pathlib.Path | None:
-    """The vocabulary file, checked against the model and its own; None for a model without text.
-
-    ValueError: none that fits.
-    """
-    if "med" not in source.state["params"]:
-        return None
-    size = source.cfg.model.med.vocab_size
-    path = pathlib.Path(given) if given else source.vocab or _from_hub(size)
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != size:
-        raise ValueError(
-            f"{path} has {tokenizer.vocab_size} entries with {' and '.join(EXTRA)}, but the model has {size}: give the "
-            "vocabulary it was trained with, --vocab=FILE"
-        )
-    if (tokenizer.dec, tokenizer.enc) != (size - 2, size - 1):
-        raise ValueError(
-            f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two of "
-            f"{size}"
-        )
-    if given and source.vocab and tokenizer.crc != _crc(source.vocab, size, tokenizer.crc):
-        raise ValueError(
-            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {source.vocab}, "
-            "which came with it"
-        )
-    return path
-
-
-def _crc(vocab: pathlib.Path, size: int, otherwise: int) -> int:
-    """Tokenizer.crc of a file, or `otherwise`.
-
-    The latter where the file does not fit a model of `size` entries, and so is not what it was trained with.
-    """
-    try:
-        own = Tokenizer(vocab)
-    except ValueError:
-        return otherwise
-    return own.crc if own.vocab_size == size else otherwise
-
-
-def _from_hub(size: int) -> pathlib.Path:
-    repository, name, entries = BERT_VOCAB
-    remedy = "give one with --vocab=FILE, a vocab.txt or tokenizer.json"
-    if size != entries:
-        raise ValueError(
-            f"no vocabulary came with the checkpoint, and {size} entries are not those of {repository}: {remedy}"
-        )
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ValueError(
-            f"no vocabulary came with the checkpoint: {remedy}; or pip install 'blip-jax[hub]', which fetches that of "
-            f"{repository}"
-        ) from None
-    for local in (True, False):
-        try:
-            return pathlib.Path(hf_hub_download(repository, name, local_files_only=local))
-        except Exception as e:  # not in the cache, then: no network, no such host, a proxy's page
-            reason = e
-    raise ValueError(
-        f"no vocabulary came with the checkpoint, and {name} of {repository} could not be fetched "
-        f"({type(reason).__name__}): {remedy}"
-    )

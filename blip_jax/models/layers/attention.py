@@ -82,11 +82,14 @@ class HeadedAttention(nn.Module):
     heads: int
     init_std: float
     dtype: Any
+    key_bias: bool = True
 
     def setup(self):
-        init = nn.initializers.normal(self.init_std)
-        headed = lambda: DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
-        self.q, self.k, self.v = headed(), headed(), headed()
+        init, head_dim = nn.initializers.normal(self.init_std), self.width // self.heads
+        headed = lambda bias=True: DenseGeneral(
+            (self.heads, head_dim), use_bias=bias, dtype=self.dtype, kernel_init=init
+        )
+        self.q, self.k, self.v = headed(), headed(self.key_bias), headed()
         self.out = DenseGeneral(self.width, axis=(-2, -1), embed=1, dtype=self.dtype, kernel_init=init)
 
     def project_q(self, x):
@@ -104,17 +107,18 @@ class HeadedAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc1, exact-erf GELU, fc2: [B,T,D] -> [B,T,D], hidden width F."""
+    """fc1, activation (exact-erf GELU), fc2: [B,T,D] -> [B,T,D], hidden width F."""
 
     hidden: int
     init_std: float
     dtype: Any
+    activation: Callable = gelu
 
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.normal(self.init_std)
         h = Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
-        h = gelu(constrain(h, "act_batch", None, "act_mlp"))
+        h = self.activation(constrain(h, "act_batch", None, "act_mlp"))
         return constrain(
             Dense(x.shape[-1], embed=1, dtype=self.dtype, kernel_init=init, name="fc2")(h),
             "act_batch",

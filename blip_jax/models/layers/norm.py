@@ -44,6 +44,21 @@ def _gelu_back(x, dy):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_back)
 
 
+@jax.custom_vjp
+def quick_gelu(x):
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return (_f32(x) * jax.nn.sigmoid(1.702 * _f32(x))).astype(x.dtype)
+
+
+def _quick_gelu_back(x, dy):
+    x32 = _f32(x)
+    gate = jax.nn.sigmoid(1.702 * x32)
+    return ((_f32(dy) * gate * (1.0 + 1.702 * x32 * (1.0 - gate))).astype(x.dtype),)
+
+
+quick_gelu.defvjp(lambda x: (quick_gelu(x), x), _quick_gelu_back)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(s, dtype):
     """Softmax over the last axis of f32 s, in `dtype`; the gradient takes the probabilities as rounded to it."""
