@@ -21,7 +21,7 @@ LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock fil
 
 
 def vocabulary(workdir, like="") -> pathlib.Path | None:
-    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt, .json or .model, whichever there is, else None.
+    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt, .json or .model, whichever is there; None.
 
     like: a vocabulary file; then where a copy of it belongs, whether there is one or not.
     """

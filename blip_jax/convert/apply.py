@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from blip_jax.convert.layouts import HEADED, to_ours, to_theirs
 from blip_jax.convert.rules.families import FAMILIES, IGNORED, OPTIONAL, STACKS, TIED, TOWERS
+from blip_jax.trees import Lazy
 
 # endings of the paths that hold integers, 64 bits wide in the originals' files
 COUNTERS = ("queue/ptr", "queue/image_id")
@@ -38,21 +38,6 @@ class Row(NamedTuple):
     layout: str
     shape: str
     stacked: bool  # whether the keys are slices of one parameter
-
-
-class Lazy:
-    """A tensor that is read each time that `numpy.asarray` is called on it."""
-
-    def __init__(self, shape, dtype, read):
-        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
-
-    def __array__(self, dtype=None, copy=None):
-        x = self._read()
-        return x if dtype is None else x.astype(dtype, copy=False)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[str, int], *, lazy: bool = False) -> dict:

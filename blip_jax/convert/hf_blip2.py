@@ -20,11 +20,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from blip_jax.convert import blip2, hf, hf_blip2_config, hf_config, torch_io
-from blip_jax.convert.apply import Lazy, folded, from_torch, infer, layer_counts, listed, rows, shown, written
+from blip_jax.convert.apply import folded, from_torch, infer, layer_counts, listed, rows, shown, written
 from blip_jax.convert.rules.blip2 import HF_BIAS, HF_NAMES, TIED, WORDS
 from blip_jax.convert.source import Source, dtype_notes, vocab_sizes
 from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
+from blip_jax.trees import Lazy
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")  # of a language model, in one file
 SHARD = 2 << 30  # bytes of a file of weights, from which another begins
@@ -117,8 +118,7 @@ def read(folder, heads: Mapping[str, int] | None = None) -> Source:
         raise ValueError("\n  ".join([f"{folder / 'config.json'} does not fit:", *shown(said.problems)]))
     notes = [*opened.notes, *notes, *said.notes]
     try:
-        counts = blip2.heads(str(folder), sizes, kinds, heads or {}, {} if heads else said.heads, notes)
-        counts |= {part: n for part, n in said.heads.items() if part not in (heads or {})}
+        counts = blip2.heads(str(folder), sizes, kinds, {}, said.heads | dict(heads or {}), notes)
         state = from_torch(family, tensors, counts, lazy=True)
     except ValueError as e:
         raise ValueError(f"{folder}: {to_hf(family, str(e))}") from None

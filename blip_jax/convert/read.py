@@ -247,7 +247,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
     cfg, converted = _settings(folder), checkpoint.load_data(folder).get("converted", {})
     params = frozen(folder, via=via)  # first: an origin that is missing is found before anything large is read
     state, momentum = (
-        {"params": trees.merge(checkpoint.load_params(folder), params)},
+        {"params": trees.merge(checkpoint.load_params(folder, lazy="qformer" in cfg.model), params)},
         checkpoint.load_extra(folder) if with_momentum else None,
     )
     saved.check_sizes(cfg, state["params"], folder)
@@ -261,6 +261,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
         [],
         tuple(converted.get("absent", ())),
         converted.get("kept", {}),
+        tuple(name for name in ("vit", "llm") if name in params) if "qformer" in cfg.model else (),
     )
 
 
@@ -413,13 +414,15 @@ def _of_tensors(
             hint = f"\nand it holds {WORDS[found][0]}, not {WORDS[family][0]} (--family={family})"
         raise ValueError(f"{origin}: {e}{hint}") from None
 
-    notes += dtype_notes(tensors) + [f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors)]
+    notes += dtype_notes(tensors) + [
+        f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors) if what
+    ]
     if found == "bert":
         sizes["V"] = bert.add_tokens(state["params"]["med"], sizes["V"], notes)
 
     copies = [copy for copy, _ in apply.copies(found, table)]
     optional = copies + list(apply.buffers([*copies, *(key for row in table for key in row.keys)]))
-    optional += [POSITION_IDS] * (found in WHOLE)
+    optional += [POSITION_IDS] * (found in WHOLE) + ["temp"] * (found == "blip2_itm")
     return Source(
         family=found,
         state=state,

@@ -26,6 +26,7 @@ class Source(NamedTuple):
     cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
     it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
     way back leaves them out. kept: fields of a config.json that nothing here needs, but the way back does.
+    frozen: parts of the parameters that a run of ours only refers to, which LAVIS's files leave out.
     """
 
     family: str
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     notes: list[str]
     absent: tuple[str, ...] = ()
     kept: Mapping = MappingProxyType({})
+    frozen: tuple[str, ...] = ()
 
 
 def make_config(sizes: Mapping[str, int], layers: Mapping[str, int], heads: Mapping[str, int]) -> ConfigDict:
@@ -83,7 +85,9 @@ def official(source: Source, consume: bool = False) -> dict[str, np.ndarray]:
             f"{WORDS[source.family][0]} (family {source.family}) are no model: they start pre-training, --config.train."
             "init_from, and there is nothing to write back"
         )
-    tensors = apply.to_torch(source.family, source.state, vocab_size=vocab_sizes(source.cfg), consume=consume)
+    params = {name: part for name, part in source.state["params"].items() if name not in source.frozen}
+    state = {**source.state, "params": params} if source.frozen else source.state
+    tensors = apply.to_torch(source.family, state, vocab_size=vocab_sizes(source.cfg), consume=consume)
     for name, beside in apply.buffers(tensors).items():
         tensors[name] = np.arange(len(tensors[beside]), dtype=np.int64)[None]
     if source.family in WHOLE:  # LAVIS has this buffer also where the table is not

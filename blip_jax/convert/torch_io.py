@@ -20,8 +20,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from blip_jax.convert.apply import MAX_TENSORS, Lazy, listed
+from blip_jax.convert.apply import MAX_TENSORS, listed
 from blip_jax.convert.wrappers import unpack
+from blip_jax.trees import Lazy
 
 # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
 BLOW_UP = 4

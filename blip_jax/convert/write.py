@@ -168,6 +168,8 @@ def write_official(path: pathlib.Path, source: Source, consume: bool = False) ->
     """
     left = _left_out(source)
     torch_io.save_pth(path, official(source, consume=consume))
+    if source.frozen:
+        source.notes.append(f"left out, as in LAVIS's files: {', '.join(source.frozen)}, which the run held frozen")
     if left:
         source.notes.append(f"the originals' files have no place for {', '.join(left)}")
 
