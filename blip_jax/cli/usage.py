@@ -23,7 +23,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
   pack      'PATTERN' --out=DIR [--kind= --images=]  any source of data to ArrayRecord shards, or go on with them
   convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out: .pth, Hugging Face folders,
             [--verify --vocab=FILE --family=         initial weights
-             --img_size= --vit_heads= --med_heads=]
+             --img_size= --vit_heads= ...]
 
   caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
   match     PICTURES --text=...                      texts against pictures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import sys
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +64,7 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, vit_heads: int = 0, med_heads: int = 0
+    path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, heads: Mapping[str, int] | None = None
 ) -> Loaded:
     """A trained model, ready for use.
 
@@ -73,11 +74,11 @@ def load(
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
         float32.
       dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
-      vocab, vit_heads, med_heads: as in `convert.read.read`.
+      vocab, heads: as in `convert.read.read`.
     ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
     """
     origin = read.locate(path)
-    found = read.read(origin, vocab=str(vocab), vit_heads=vit_heads, med_heads=med_heads, momentum=False)
+    found = read.read(origin, vocab=str(vocab), heads=heads, momentum=False)
     params = found.state["params"]
     if missing := [what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in params]:
         raise ValueError(
@@ -88,8 +89,7 @@ def load(
         print(f"{path}: {note}", file=sys.stderr)
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
-    if mesh is not None:
-        params = placed(params, mesh, cfg.model.dtype)
+    params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
     return Loaded(build(cfg), params, cfg.lock(), Tokenizer(found.vocab), str(origin))
 
 
@@ -101,9 +101,8 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     momentum: whether the momentum encoder and queues of a workdir are read, too.
     ValueError: `read.read`, also where it was trained with another vocabulary than text.vocab.
     """
-    m = cfg.model
-    heads = {"vit_heads": m.vit.heads, "med_heads": m.med.heads} if pathlib.Path(origin).is_file() else {}
-    return read.read(origin, vocab=cfg.text.vocab, momentum=momentum, **heads)
+    heads = read.heads_of(cfg) if pathlib.Path(origin).is_file() else {}
+    return read.read(origin, vocab=cfg.text.vocab, momentum=momentum, heads=heads)
 
 
 def checksum(params: dict) -> int:

@@ -58,7 +58,7 @@ def fit(loaded: dict, shapes: dict, name: str, start: Start = Start(), partial: 
         used.add(origin)
         if path == "vit/pos_embed" and x.shape != want.shape and x.shape[-1] == want.shape[-1]:
             resized = x.shape[0], want.shape[0]
-            x = towers.resized(x, want.shape[0], loaded["vit"])
+            x = towers.resized(np.asarray(x), want.shape[0], loaded["vit"])
         if x.shape == want.shape:
             params[path] = np.asarray(x, want.dtype)
         elif start.misfit and re.fullmatch(start.misfit, path):

@@ -527,7 +527,7 @@ def full():
             part.position_ids = torch.arange(512)[None]
         assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
     of = lambda *parts: {hf.to_original(name): x.numpy() for name, x in tensors.items() if name.startswith(parts)}
-    heads = dict(vit_heads=12, med_heads=12)
+    heads = dict(heads=dict(vit=12, med=12))
     vqa = from_torch("vqa", of("vision_model", "text_encoder", "text_decoder"), **heads)["params"]
     itm = {"vit": vqa["vit"], "med": vqa["med"], "temp": np.float32(0.07)}
     for name in ("vision_proj", "text_proj", "itm_head"):

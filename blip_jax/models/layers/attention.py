@@ -16,16 +16,21 @@ from blip_jax.parallel.collectives import within_cells
 from blip_jax.parallel.sharding import constrain
 
 
-def attention(q, k, v, mask=None, drop: Callable | None = None):
-    """Scaled dot-product attention, softmax in float32.
+def attention(q, k, v, mask=None, drop: Callable | None = None, *, scale: float | None = None, bias=None):
+    """Dot-product attention, softmax in float32.
 
     Args:
       q: [B,T,N,H]; k, v: [B,S,N,H].
       mask: bool, broadcastable to [B,N,T,S], True = attend; None = all.
       drop: applied to the probabilities [B,N,T,S]; None = nothing.
+      scale: of the products; None = H ** -0.5.
+      bias: f32, broadcastable to [B,N,T,S], added to the products; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
     """
-    s = einsum("B T N H, B S N H -> B N T S", q * q.shape[-1] ** -0.5, k, summed)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    s = einsum("B T N H, B S N H -> B N T S", q if scale == 1.0 else q * scale, k, summed)
+    if bias is not None:
+        s = s + bias
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
     p = softmax(s, v.dtype)
@@ -57,7 +62,9 @@ def prefixed_attention(q, prefix, k, v, mask=None, drop: Callable | None = None)
     return kept((y + einsum("B N T S, B S N H -> B T N H", p[..., Q:], v, summed)).astype(v.dtype))
 
 
-def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None):
+def grouped_cross_attention(
+    q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None, *, scale: float | None = None
+):
     """Attention of G texts per image to that image's keys and values, which are never repeated per text.
 
     Args:
@@ -67,6 +74,7 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
           Cells keep a gather on the devices
         that hold them: one cell of all images means that keys and values travel between all devices.
       kv_mask: bool[B,P], True = a key that is attended to; None = all.
+      scale: as in `attention`.
     Returns: [B*G,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
     """
     G, (B, _, N, H), T = len(img_idx), k.shape, q.shape[1]
@@ -76,7 +84,7 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
     mask = None if kv_mask is None else kv_mask[:, None, None]
     if own:
         folded = jnp.concatenate([q[:, g] for g in own], axis=1)  # B, len(own)*T, N, H
-        for g, o in zip(own, jnp.split(attention(folded, k, v, mask, drop), len(own), axis=1)):
+        for g, o in zip(own, jnp.split(attention(folded, k, v, mask, drop, scale=scale), len(own), axis=1)):
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
@@ -85,7 +93,8 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
                 keys = kept(of(k))
             with jax.named_scope("values"):
                 values = kept(of(v))
-            outs[g] = attention(q[:, g], keys, values, None if mask is None else within_cells(mask, img_idx[g]), drop)
+            seen = None if mask is None else within_cells(mask, img_idx[g])
+            outs[g] = attention(q[:, g], keys, values, seen, drop, scale=scale)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
 
 

@@ -49,11 +49,12 @@ TEXT_MODELS = ("med", "qformer", "llm")  # beginnings of the paths of parameters
 
 def rounds(path: str) -> bool:
     """Whether the layers round the parameter at `path` to the dtype of the computation whenever they use it: the
-    matrices of vit and of the text models.
+    matrices of vit and of the text models; T5's biases of positions are no matrix.
 
     Rounded once beforehand they give the same results, bit for bit.
     """
-    return path.startswith(("vit/", *TEXT_MODELS)) and path.endswith(("/kernel", "/embedding"))
+    matrix = path.endswith(("/kernel", "/embedding")) and not path.endswith("rel_bias/embedding")
+    return path.startswith(("vit/", *TEXT_MODELS)) and matrix
 
 
 def rounded(params: dict, dtype) -> dict:

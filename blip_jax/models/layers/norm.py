@@ -1,9 +1,9 @@
-"""GELU, LayerNorm and softmax whose gradients keep little: what jax's own derivatives store is several times larger;
-and dropout.
+"""GELU, LayerNorm, RMSNorm and softmax whose gradients keep little: what jax's own derivatives store is several times
+larger; and dropout.
 
 All compute in float32 and return the dtype of their input (or the one asked for). In units of the input's size the
-backward pass keeps: GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), softmax its result, which the product
-behind it keeps anyway (jax: 1 more).
+backward pass keeps: GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), RMSNorm 1 and one, softmax its result,
+which the product behind it keeps anyway (jax: 1 more).
 """
 
 from __future__ import annotations
@@ -134,6 +134,42 @@ def _layer_norm_back(eps, dtype, kept, dy):
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_back)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, as T5's. Parameter scale, f32[D]; the result is in
+    `dtype`."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """[...,D] -> [...,D]"""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return _rms_norm(x, scale, self.epsilon, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rms_norm(x, scale, eps, dtype):
+    return _rms_norm_forward(x, scale, eps, dtype)[0]
+
+
+def _rms_norm_forward(x, scale, eps, dtype):
+    x32 = _f32(x)
+    rrms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * rrms * scale).astype(dtype), (x, rrms, scale)
+
+
+def _rms_norm_back(eps, dtype, kept, dy):
+    x, rrms, scale = kept
+    dy, normed = _f32(dy), _f32(x) * rrms
+    g = dy * scale
+    dx = rrms * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=tuple(range(dy.ndim - 1))).astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_back)
 
 
 def _f32(x):

@@ -57,7 +57,7 @@ def stored(kv):
 
 
 def _stored(kv: KeysAndValues) -> StoredKeysAndValues:
-    wide = _loop_dtype(kv.k.dtype)
+    wide = loop_dtype(kv.k.dtype)
     found = StoredKeysAndValues(jnp.moveaxis(kv.k, 2, -1).astype(wide), jnp.moveaxis(kv.v, 2, 3).astype(wide))
     return jax.lax.optimization_barrier(found)
 
@@ -68,7 +68,7 @@ def opened(kv, dtype):
     return k.astype(dtype), v.astype(dtype)
 
 
-def _loop_dtype(dtype):
+def loop_dtype(dtype):
     """What a token loop keeps keys and values in: a CPU's small products are in float32, and it would raise
     bfloat16 for every token."""
     return jnp.float32 if single_cpu() else dtype
@@ -81,7 +81,7 @@ def empty_cache(sizes, rows: int, length: int, dtype):
     sizes: `cfg.model.med`; dtype: of the computation.
     """
     zeros = jnp.zeros(
-        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), _loop_dtype(dtype)
+        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), loop_dtype(dtype)
     )
     return zeros, zeros
 
