@@ -21,13 +21,13 @@ LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock fil
 
 
 def vocabulary(workdir, like="") -> pathlib.Path | None:
-    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt or vocab.json, whichever there is, else None.
+    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt, .json or .model, whichever is there; None.
 
     like: a vocabulary file; then where a copy of it belongs, whether there is one or not.
     """
-    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json")]
+    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json", ".model")]
     if like:
-        return found[pathlib.Path(like).suffix == ".json"]
+        return next((path for path in found if path.suffix == pathlib.Path(like).suffix), found[0])
     return next((path for path in found if path.is_file()), None)
 
 

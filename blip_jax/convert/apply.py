@@ -12,6 +12,7 @@ import numpy as np
 
 from blip_jax.convert.layouts import HEADED, to_ours, to_theirs
 from blip_jax.convert.rules.families import FAMILIES, IGNORED, OPTIONAL, STACKS, TIED, TOWERS
+from blip_jax.trees import Lazy
 
 # endings of the paths that hold integers, 64 bits wide in the originals' files
 COUNTERS = ("queue/ptr", "queue/image_id")
@@ -39,7 +40,7 @@ class Row(NamedTuple):
     stacked: bool  # whether the keys are slices of one parameter
 
 
-def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[str, int]) -> dict:
+def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[str, int], *, lazy: bool = False) -> dict:
     """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}.
 
     Arrays are f32, but for counters, which stay as they are.
@@ -51,6 +52,7 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[st
         not copied.
       heads: number of attention heads of each part that has some, {"vit": 12, "med": 12}: it is not stored in the
         tensors.
+      lazy: gives `Lazy` arrays, so that no more than one of them need ever be in memory.
     Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite
       together.
     """
@@ -63,7 +65,7 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[st
         raise ValueError("\n  ".join([f"this is not a complete {family!r} state dict:", *shown(problems)]))
     out: dict = {}
     for row in table:
-        for path, x in _read(row, tensors, heads.get(part(row.path), 0)):
+        for path, x in (_later if lazy else _read)(row, tensors, heads.get(part(row.path), 0)):
             _put(out, path, x)
     return out
 
@@ -297,6 +299,25 @@ def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
     yield from stacks.items()
 
 
+def _later(row: Row, tensors, heads: int) -> Iterator[tuple[str, Lazy]]:
+    """As `_read`, of arrays that are still to be read."""
+    if not row.keys:
+        return
+    shown = to_ours(np.broadcast_to(np.uint8(0), tensors[row.keys[0]].shape), row.layout, heads)  # shapes alone
+    for name, like in shown.items():
+
+        def read(name=name, shape=like.shape):
+            if not row.stacked:
+                return to_ours(as_float32(tensors[row.keys[0]]), row.layout, heads)[name]
+            out = np.empty((len(row.keys), *shape), np.float32)
+            for i, key in enumerate(row.keys):
+                out[i] = to_ours(as_float32(tensors[key]), row.layout, heads)[name]
+            return out
+
+        shape = (len(row.keys), *like.shape) if row.stacked else like.shape
+        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read)
+
+
 def to_torch(
     family: str, state: Mapping, *, vocab_size: int | Mapping[str, int], consume: bool = False
 ) -> dict[str, np.ndarray]:
@@ -363,16 +384,20 @@ def _beyond(path: str, state: Mapping) -> bool:
 
 
 def _unless_held(family: str, pattern: str, state: Mapping) -> list[tuple]:
-    """The rows of an optional group if the state holds nothing of it, else none."""
+    """The rows of an optional group if the state holds nothing that only it has, else none."""
     group = [row for row in FAMILIES[family] if re.fullmatch(pattern, row[0])]
+    own, others = (
+        {name for row in FAMILIES[family] if (row in group) is inside for name in _paths(row[1])}
+        for inside in (True, False)
+    )
 
     def held(path):
         try:
-            return _get(state, path.replace("{qkv}", "q")) is not None
+            return _get(state, path) is not None
         except KeyError:
             return False
 
-    return [] if any(held(path) for _, path, *_ in group) else group
+    return [] if any(held(path) for path in own - others) else group
 
 
 def _get(tree, path: str, take: bool = False):

@@ -11,6 +11,7 @@ import json
 import pathlib
 import reprlib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from blip_jax.models.text.med import EPS
@@ -49,11 +50,13 @@ GENERIC = frozenset(
 
 
 class Said(NamedTuple):
-    """heads: {"vit"} or {"med"}, if it is said; problems: what does not fit; notes: what is ignored."""
+    """heads: {"vit"} or {"med"}, if it is said; problems: what does not fit; notes: what is ignored; more: of a
+    language model, leaves of `cfg.model.llm`."""
 
     heads: dict[str, int]
     problems: list[str]
     notes: list[str]
+    more: Mapping = MappingProxyType({})
 
 
 def load(path: pathlib.Path) -> dict:

@@ -33,12 +33,13 @@ VOCABULARIES = ("vocab.txt", "tokenizer.json")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
-def _renaming(pairs) -> list[tuple[re.Pattern, str]]:
+def renaming(pairs) -> list[tuple[re.Pattern, str]]:
+    """(beginning of a name, another), `{i}` a number or several in a message -> patterns and what to put there."""
     layer = lambda name: re.escape(name).replace(r"\{i\}", r"(\d+|\{[\d,i-]+\})")
     return [(re.compile(rf"(?<![\w.]){layer(old)}"), new.replace("{i}", r"\1")) for old, new in pairs]
 
 
-_TO_HF, _TO_ORIGINAL = _renaming(HF_NAMES), _renaming((hf, original) for original, hf in HF_NAMES)
+_TO_HF, _TO_ORIGINAL = renaming(HF_NAMES), renaming((hf, original) for original, hf in HF_NAMES)
 
 
 def to_hf(text: str) -> str:

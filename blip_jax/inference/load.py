@@ -89,8 +89,7 @@ def load(
         print(f"{path}: {note}", file=sys.stderr)
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
-    if mesh is not None:
-        params = placed(params, mesh, cfg.model.dtype)
+    params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
     return Loaded(build(cfg), params, cfg.lock(), Tokenizer(found.vocab), str(origin))
 
 

@@ -19,7 +19,8 @@ def same(path: str) -> str:
 
 
 class Start(NamedTuple):
-    """What the parameters of a model start from in a checkpoint of another kind, a pre-training one."""
+    """What the parameters of a model start from in a checkpoint of another kind, a pre-training one, where that has
+    none of the same path."""
 
     origin: Callable[[str], str] = same  # path of a parameter -> path of the one it starts from
     new: str = ""  # regex on paths: these start random
@@ -46,9 +47,9 @@ def fit(loaded: dict, shapes: dict, name: str, start: Start = Start(), partial: 
     have, params, random, missing, problems, resized = dict(trees.paths(loaded)), {}, [], [], [], None
     used = set()
     for path, want in trees.paths(shapes):
-        origin = start.origin(path)
+        origin = path if path in have else start.origin(path)
         x = have.get(origin)
-        if start.new and re.fullmatch(start.new, path):
+        if start.new and re.fullmatch(start.new, path) and x is None:
             random.append(path)
             continue
         if x is None:
@@ -57,7 +58,7 @@ def fit(loaded: dict, shapes: dict, name: str, start: Start = Start(), partial: 
         used.add(origin)
         if path == "vit/pos_embed" and x.shape != want.shape and x.shape[-1] == want.shape[-1]:
             resized = x.shape[0], want.shape[0]
-            x = towers.resized(x, want.shape[0], loaded["vit"])
+            x = towers.resized(np.asarray(x), want.shape[0], loaded["vit"])
         if x.shape == want.shape:
             params[path] = np.asarray(x, want.dtype)
         elif start.misfit and re.fullmatch(start.misfit, path):

@@ -35,7 +35,7 @@ class TwinLayer(nn.Module):
 
     def setup(self):
         cross = lambda: HeadedAttention(self.width, self.heads, self.init_std, self.dtype)
-        self.self_attn = PostNormAttention(self.width, self.heads, self.init_std, self.dtype, self.dropout)
+        self.self_attn = PostNormAttention(self.width, self.heads, self.init_std, self.dtype, dropout=self.dropout)
         self.cross_attn0, self.cross_attn1 = cross(), cross()
         self.cross_ln, self.mlp_ln = LayerNorm(EPS, self.dtype), LayerNorm(EPS, self.dtype)
         self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,22 @@ from blip_jax.data import pairs
 from blip_jax.data.evaluation import EvalData
 from blip_jax.models import flops as counts
 from blip_jax.models.blip2 import Blip2
+from blip_jax.models.build import Start
 from blip_jax.tasks import contrast, retrieval, step, two_stage
 
 text, eval_data, table = pairs.text, retrieval.eval_data, retrieval.table
 STREAMS = ("vit", "queries", "text", "match", "decoder")  # of dropout
+NEW = "ln_vision/.*|query_tokens|qformer/cross/.*|(vision_proj|text_proj|itm_head)/.*|temp"  # what BERT does not have
 NEGATIVES = ("masked", "floored")
 FROZEN = "vit/.*"  # what optim.freeze holds where the tower is frozen
+
+
+def _origin(path: str) -> str:
+    """Of BERT, read as a MED: the queries' feed-forwards start as copies of the text's (reference: LAVIS)."""
+    return re.sub("^qformer/", "med/", path).replace("/query_mlp", "/mlp")
+
+
+START = Start(_origin, new=NEW)
 
 
 def leaves() -> ConfigDict:

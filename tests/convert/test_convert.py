@@ -17,7 +17,7 @@ from world.convert import converted, same_bits, store, vocab  # noqa: F401 (fixt
 
 from blip_jax import checkpoint, config, trees
 from blip_jax.cli import main
-from blip_jax.convert import apply, torch_io
+from blip_jax.convert import apply, torch_io, vocabulary
 from blip_jax.convert import read as reading
 from blip_jax.convert import write as writing
 from blip_jax.data.text.wordpiece import Tokenizer
@@ -406,7 +406,7 @@ def test_berts_vocabulary_is_fetched_where_the_hub_is(tmp_path, vocab, monkeypat
         return vocab
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    monkeypatch.setattr(reading, "BERT_VOCAB", (*reading.BERT_VOCAB[:2], 120))
+    monkeypatch.setattr(vocabulary, "BERT_VOCAB", (*vocabulary.BERT_VOCAB[:2], 118))
     assert str(reading.read(path, **HEADS).vocab) == vocab
     assert asked == [("google-bert/bert-base-uncased", "vocab.txt", local) for local in (True, False)]
     vocab = None

@@ -1,7 +1,9 @@
 """BLIP-2's first stage as a task: losses, gradients and steps against LAVIS's, what it draws, what it costs, a run."""
 
 import functools
+import re
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from world.runs import leaves, rows
 
 from blip_jax import config, losses, tasks, trees
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.models import flops
+from blip_jax.models import flops, initial
+from blip_jax.models.build import fit
 from blip_jax.parallel import sharding
 from blip_jax.tasks import blip2_stage1 as task
 from blip_jax.tasks import step
@@ -226,6 +229,26 @@ def test_a_mesh_changes_nothing():
     largest = max(np.abs(g).max() for g in grads.values())
     for path, x in grads.items():
         close(theirs_[path], x, 1e-5 * largest, path)
+
+
+def test_it_starts_from_bert_and_a_tower_the_queries_feed_forwards_as_copies():
+    cfg = tiny()
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, task.build(cfg), jax.random.key(0)))
+    fill = lambda path, x: np.full(x.shape, zlib.crc32(path.encode()) % 1000, np.float32)
+    own = dict(trees.paths(shapes))
+    lacks = re.compile(f"{task.NEW}|qformer/blocks/query_mlp.*")
+    bert = {path.replace("qformer/", "med/"): x for path, x in own.items() if not lacks.fullmatch(path)}
+    files = trees.nest((path, fill(path, x)) for path, x in bert.items())
+    fitted = fit(files, shapes, "bert + tower", task.START, partial=True)
+    assert not fitted.missing and set(fitted.random) == {path for path in own if re.fullmatch(task.NEW, path)}
+    found = dict(trees.paths(fitted.params))
+    assert found["vit/pos_embed"].flat[0] == zlib.crc32(b"vit/pos_embed") % 1000
+    for twin in ("mlp/fc1/kernel", "mlp_ln/scale"):
+        np.testing.assert_array_equal(found[f"qformer/blocks/query_{twin}"], found[f"qformer/blocks/{twin}"])
+    first = trees.nest((path, fill(path, x)) for path, x in own.items())  # of a first stage all as it is
+    same = dict(trees.paths(fit(first, shapes, "first stage", task.START).params))
+    assert same.keys() == own.keys()
+    assert all(x.flat[0] == zlib.crc32(path.encode()) % 1000 for path, x in same.items() if x.size)
 
 
 @pytest.mark.parametrize(

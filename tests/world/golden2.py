@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from world import towers
-
 from blip_jax import config, trees
 from blip_jax.convert.rules import qformer as rules
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.tasks import blip2_stage1
+from world import towers
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 ATOL = 1e-5  # losses and activations
