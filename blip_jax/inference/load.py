@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from blip_jax import trees
 from blip_jax.convert import read
 from blip_jax.convert.source import Source
-from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.data.text import tokenizers
 from blip_jax.inference.batching import placed
 from blip_jax.models.blip import Blip
 from blip_jax.tasks import build
@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
     model: Any  # a module of blip_jax.models
     params: dict  # on the devices of a mesh, or NumPy f32
     cfg: ConfigDict  # config.base with the checkpoint's objective, model and texts
-    tokenizer: Tokenizer
+    tokenizer: Any  # of data.text
     origin: str  # the checkpoint folder, file or Hugging Face folder
 
     def parts(self) -> dict[str, bool]:
@@ -90,7 +90,7 @@ def load(
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
     params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
-    return Loaded(build(cfg), params, cfg.lock(), Tokenizer(found.vocab), str(origin))
+    return Loaded(build(cfg), params, cfg.lock(), tokenizers.of(cfg.model, found.vocab), str(origin))
 
 
 def read_for(cfg, origin, momentum: bool = False) -> Source:

@@ -184,6 +184,41 @@ def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True) -> dict[st
     return {**parts, "forward": forward, "step": forward + backward}
 
 
+def language_model(llm, T: int, U: int = 0) -> float:
+    """All layers of a language model, `cfg.model.llm`, over T positions, of T5 its decoder over U too; no head."""
+    D, F = llm.width, llm.mlp
+    if llm.kind == "opt":
+        project = 2 * T * 2 * D * llm.embed_width if llm.embed_width != D else 0
+        return llm.layers * (2 * T * (4 * D**2 + 2 * D * F) + 4 * T * T * D) + project
+    inner, decoders = llm.heads * llm.head_dim, llm.get("decoder_layers", 0) or llm.layers
+    own = lambda n: 2 * n * (4 * D * inner + 3 * D * F) + 4 * n * n * inner
+    cross = 2 * U * 2 * D * inner + 2 * T * 2 * D * inner + 4 * U * T * inner
+    return llm.layers * own(T) + decoders * (own(U) + cross)
+
+
+def blip2_stage2_step(cfg, T: int | None = None, *, frozen: bool = True, llm_frozen: bool = True) -> dict[str, float]:
+    """FLOPs per image-text pair of a step of BLIP-2's second stage (BLIP-2 paper, section 3.2), result as
+    `pretrain_step`; T: positions of the text, of T5's both. frozen: the tower has no backward; llm_frozen: the language
+    model has the gradients of its inputs alone.
+    """
+    model, T = cfg.model, T or cfg.text.max_len
+    q, llm = model.qformer, model.llm
+    width = llm.get("embed_width", llm.width)
+    parts = {
+        "vision": vision(model)[0],
+        "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
+        "queries": qformer_layers(model, q.queries) + looking(model),
+        "llm_proj": 2 * q.queries * q.width * width,
+        "llm": language_model(llm, q.queries + T, T),
+        "lm_head": T * 2 * width * llm.vocab_size,
+    }
+    forward = sum(parts.values())
+    of_llm = parts["llm"] + parts["lm_head"]
+    backward = 2 * (forward - parts["vision"] - of_llm) + (1 if llm_frozen else 2) * of_llm
+    backward += 0.0 if frozen else 2 * parts["vision"] - vision(model)[1]
+    return {**parts, "forward": forward, "step": forward + backward}
+
+
 def trained(cfg, parts: dict[str, float], unneeded: float | None = None) -> dict[str, float]:
     """The count of a step from forward FLOPs by part, all of which train: adds "forward" and "step".
 

@@ -24,8 +24,8 @@ START = Start(new=r"llm_proj/.*")  # of a first stage
 
 def check(cfg, tokenizer=None) -> list[str]:
     out = step.group_problems(cfg, least=1)
-    if not cfg.model.llm:
-        out.append("model.llm is empty but objective is blip2_stage2: make the config with config.blip2(llm=...)")
+    if not cfg.model.get("llm"):
+        return ["model has no llm but objective is blip2_stage2: let the config begin with config.blip2(llm=...)"]
     if cfg.text.buckets:
         out.append(f"text.buckets is {cfg.text.buckets}: the second stage has one length, text.max_len; leave it empty")
     if len(cfg.data.eval):
@@ -122,4 +122,7 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
 
 
 def flops(cfg, T: int | None = None) -> dict[str, float]:
-    return counts.blip2_stage2_step(cfg, T=T)
+    freeze = tuple(cfg.optim.freeze)
+    return counts.blip2_stage2_step(
+        cfg, T, frozen=blip2_stage1.FROZEN in freeze, llm_frozen=any(regex.startswith("llm/") for regex in freeze)
+    )

@@ -1,4 +1,4 @@
-"""BLIP-2's second stage against LAVIS, in float32, from pixels to loss, gradients and texts: OPT, T5, and InstructBLIP's
+"""BLIP-2's second stage against LAVIS, in float32, from pixels to loss, gradients and texts: OPT, T5, InstructBLIP's
 wiring with T5. Every size comes from a case's meta.json."""
 
 import functools

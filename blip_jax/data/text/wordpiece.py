@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import pathlib
+import shutil
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
@@ -147,6 +148,10 @@ class Tokenizer:
             self.path,
             ", ".join(map(repr, self._examples[:5])),
         )
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a file that means this vocabulary."""
+        shutil.copyfile(self.path, path)
 
     def lengths(self, texts: list[str], max_len: int) -> np.ndarray:
         """i32[n]: how many positions `encode` fills for each text."""
