@@ -22,6 +22,7 @@ from blip_jax import losses
 from blip_jax.decode import beam, generate
 from blip_jax.decode.rank import rank
 from blip_jax.models.blip import unit
+from blip_jax.models.blip2 import Blip2
 from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import stacked_as_bits, text_layers_apart
 from blip_jax.models.text.med import images_of, stored
@@ -345,10 +346,16 @@ def rank_answers(
 
 # --- features ---------------------------------------------------------------------------------------------------------
 def image_features(model, projected: bool) -> Callable:
-    """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}."""
+    """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}.
+
+    Of BLIP-2's first stage these are the queries, [B,Q,W] and [B,Q,E].
+    """
 
     def features(params, img):
-        img_tok = encode_pixels(model, params, img).astype(jnp.float32)
+        img_tok = encode_pixels(model, params, img)
+        if isinstance(model, Blip2):
+            img_tok, _ = model.apply({"params": params}, img_tok, method="look")
+        img_tok = img_tok.astype(jnp.float32)
         out = {"image_embeds": img_tok}
         return out | {"image_embeds_proj": _projection(model, params, img_tok, "vision_proj")} if projected else out
 
@@ -362,8 +369,8 @@ def text_features(model, projected: bool) -> Callable:
     f32[B,T,E]}.
     """
 
-    def encode(blip, ids, txt_mask):
-        return blip.med(ids, txt_mask)
+    def encode(model, ids, txt_mask):
+        return model.encode_text(ids, txt_mask)[0]
 
     def features(params, ids, txt_mask):
         txt_tok = model.apply({"params": params}, ids, txt_mask, method=encode).astype(jnp.float32)
@@ -376,11 +383,14 @@ def text_features(model, projected: bool) -> Callable:
 def multimodal_features(model) -> Callable:
     """States of the tokens of texts that look at images, with [ENC] first.
 
-    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}.
+    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}; of BLIP-2's first
+    stage the states of the queries that see image and text, [B,Q,W].
     """
 
-    def encode(blip, ids, txt_mask, kv):
-        return blip.med(ids.at[:, 0].set(blip.enc_id), txt_mask, kv=kv)
+    def encode(model, ids, txt_mask, kv):
+        if isinstance(model, Blip2):
+            return model.join(ids, txt_mask, kv)
+        return model.med(ids.at[:, 0].set(model.enc_id), txt_mask, kv=kv)
 
     def features(params, img, ids, txt_mask):
         kv = view(model, "kv")(params, img)["kv"]
