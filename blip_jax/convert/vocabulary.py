@@ -74,7 +74,10 @@ def language_model(path: pathlib.Path) -> tuple[str, int]:
         return "bert", 0
     if path.suffix == ".model":
         return "t5", 0
-    model = load(path).get("model")
+    content = load(path)
+    if "model" not in content and "</s>" in content:  # a vocab.json, whose merges.txt lies beside it
+        return "opt", len(content)
+    model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if kind not in JSON_KINDS:
         raise ValueError(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from blip_jax import trees
-from blip_jax.convert import blip2, origins, read
+from blip_jax.convert import origins, read, vocabulary
 from blip_jax.convert.source import Source
 from blip_jax.data.text import tokenizers
 from blip_jax.inference.batching import placed
@@ -81,10 +81,7 @@ def load(
       vocab, heads: as in `convert.read.read`.
     ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
     """
-    named = [(name, read.locate(name)) for name in origins.names(str(path))] or [(str(path), read.locate(path))]
-    alone = str(vocab) if len(named) == 1 else ""
-    sources = [(name, read.read(at, vocab=alone, heads=heads, momentum=False)) for name, at in named]
-    found = sources[0][1] if len(sources) == 1 else blip2.composed(sources)
+    found = read.read(str(path), vocab=str(vocab), heads=heads, momentum=False)
     params = found.state["params"]
     if missing := _missing(found):
         raise ValueError(
@@ -96,8 +93,9 @@ def load(
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
     params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
-    tokenizer = tokenizers.of(cfg.model, vocab or _vocabulary(found, path))
-    return Loaded(build(cfg), params, cfg.lock(), tokenizer, ",".join(str(at) for _, at in named))
+    tokenizer = tokenizers.of(cfg.model, _vocabulary(found, path))
+    where = ",".join(str(read.locate(name)) for name in origins.names(str(path)))
+    return Loaded(build(cfg), params, cfg.lock(), tokenizer, where)
 
 
 def _missing(found: Source) -> list[str]:
@@ -128,7 +126,10 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     ValueError: `read.read`, also where it was trained with another vocabulary than text.vocab.
     """
     heads = read.heads_of(cfg) if pathlib.Path(origin).is_file() else {}
-    return read.read(origin, vocab=cfg.text.vocab, momentum=momentum, heads=heads)
+    found = read.read(origin, vocab=None, momentum=momentum, heads=heads)
+    if cfg.model.get("llm") and "llm" not in found.state["params"]:
+        return found  # a part, or a first stage, whose texts are not those of this run
+    return found._replace(vocab=vocabulary.of(found, cfg.text.vocab, str(origin)))
 
 
 def checksum(params: dict) -> int:

@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from blip_jax import losses, trees
@@ -258,3 +260,55 @@ def test_every_norm_has_epsilon_1e_6():
 
     ours, theirs = logits_of(case.projected(case.io["query_output"])), case.io["t5_logits"]
     close(ours[..., : case.vocab], theirs, 2e-5 * np.abs(theirs).max())
+
+
+def test_live_against_transformers():
+    """Random weights, FlanT5's own number of buckets, another depth, texts longer than here: loss and texts."""
+    torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[peers]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed; pip install -e '.[peers]'"
+    )
+    llm = dict(d_model=24, num_layers=3, num_decoder_layers=1, num_heads=3, d_kv=6, d_ff=20, vocab_size=70)
+    llm |= dict(relative_attention_num_buckets=32, relative_attention_max_distance=128, dense_act_fn="gelu")
+    torch.manual_seed(0)
+    theirs = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**llm, feed_forward_proj="gated-gelu", decoder_start_token_id=START)
+    ).eval()
+    # the class ties head and word table however it is told; apart, the two show which of them is used where
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn(llm["vocab_size"], llm["d_model"]))
+    theirs.config.scale_decoder_outputs = False
+    with torch.no_grad():
+        for name, x in theirs.named_parameters():
+            if "relative" in name:
+                x.normal_()
+    tensors = {name: x.detach().numpy() for name, x in theirs.state_dict().items()}
+    assert not np.array_equal(tensors["lm_head.weight"], tensors["shared.weight"])
+    model = T5(**sizes_of(llm))
+    params = loaded(tensors, sizes_of(llm))
+
+    rng = np.random.default_rng(0)
+    soft, ids = rng.normal(size=(2, 5, 24)).astype(np.float32), rng.integers(2, 70, (2, 160))
+    mask = np.arange(160) < np.array([[160], [40]])
+    out = rng.integers(2, 70, (2, 150))  # both longer than the largest distance
+    real = np.pad(mask, ((0, 0), (5, 0)), constant_values=True)
+    with torch.no_grad():
+        embeds = torch.cat([torch.tensor(soft), theirs.shared(torch.tensor(ids))], dim=1)
+        asked = dict(inputs_embeds=embeds, attention_mask=torch.tensor(real).long())
+        their_logits = theirs(**asked, decoder_input_ids=torch.tensor(out)).logits
+
+    @jax.jit
+    def logits_of(params):
+        apply = functools.partial(model.apply, {"params": params})
+        states, kv_mask = encoded(apply, jnp.asarray(soft), jnp.asarray(ids), jnp.asarray(mask))
+        kv = apply(states, method="cross_kv")
+        return apply(apply(out, jnp.ones(out.shape, bool), kv, kv_mask, method="decode"), method="logits")
+
+    ours = logits_of(params)[..., : llm["vocab_size"]]
+    close(ours, their_logits, 1e-5 * float(their_logits.abs().max()))
+    for beams, penalty in ((1, 1.0), (3, 1.0)):
+        settings = dict(num_beams=beams, max_new_tokens=8, min_length=0, length_penalty=penalty)
+        with torch.no_grad():
+            made = theirs.generate(**asked, **settings, do_sample=False)
+        case = types.SimpleNamespace(model=model, params=params)
+        texts, *_ = decoded(case, *map(jnp.asarray, (soft, ids, mask)), settings, "hf")
+        assert up_to_end(texts) == up_to_end(made), beams

@@ -25,6 +25,7 @@ from blip_jax.train import loop
 def tiny(llm, **more):
     c = config.blip2("eva_tiny", "tiny", f"{llm}_tiny").unlock()
     c.model.update(img_size=16, embed_dim=16, dtype="float32", dropout=0.0, llm_dropout=0.0)
+    c.model.llm.vocab_size = 384  # a multiple of 128: no row is padding
     c.text.max_len, c.train.batch = 12, 16
     c.update_from_flattened_dict(more)
     return c
