@@ -8,8 +8,8 @@ Command, with one argument for the tower and one for the language model:
 
 vitg is EVA-CLIP ViT-g/14, vitl CLIP ViT-L/14; batch 1920 with OPT, 1520 with FlanT5.
 
-Starts from a first stage (`configs/blip2_stage1.py`, or LAVIS's file), of which the Q-Former's queries are taken and its
-text parts and heads left out; from the tower's file; and from a Hugging Face folder of the language model. Tower and
+Starts from a first stage (`configs/blip2_stage1.py`, or LAVIS's file), of which the queries' parts are taken and those
+of texts and the heads left out; from the tower's file; and from a Hugging Face folder of the language model. Tower and
 language model are frozen and are not in the checkpoints, which refer to these files. The projection starts random.
 Data: as the first stage's. OPT learns the caption and its end, T5 reads the beginning of a caption, up to a place drawn
 between its first word and its middle, and writes the rest: that split is the authors' word, it is not in LAVIS's code.

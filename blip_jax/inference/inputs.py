@@ -100,7 +100,7 @@ def texts(given, name: str, clean: Callable[[str], str]) -> tuple[list[str], boo
             problems.append(f"{where} is {_kind(row)}: give a str")
             continue
         out.append(clean(plain_text(row)[0]))
-        if not out[-1].strip():
+        if not out[-1].strip() and not empty:
             problems.append(
                 f"{where} is empty" if not row.strip() else f"{where} is {row[:40]!r}, of which cleaning leaves no word"
             )

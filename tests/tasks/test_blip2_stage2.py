@@ -137,7 +137,11 @@ def test_cost_of_a_step_is_as_counted(llm):
     cfg, model, params = world(llm)
     trained, frozen = trees.split(params, cfg.optim.freeze)
     counted = flops.count_function(jax.grad(loss_of(cfg, model)), trained, frozen, batch_of(cfg)) / cfg.train.batch
-    assert counted == pytest.approx(task.flops(cfg)["step"], rel=0.01)
+    # The trace holds the gradient of the head's matrix, which nobody asks for and the compiler drops; and it lacks
+    # those of T5's decoder before it first looks at what was read: its self-attention and one projection.
+    parts, m, T = task.flops(cfg), cfg.model.llm, cfg.text.max_len
+    before = 2 * T * 5 * m.width * m.heads * m.head_dim + 8 * m.heads * m.head_dim * T * T if llm == "flant5" else 0
+    assert counted == pytest.approx(parts["step"] + parts["lm_head"] - before, rel=0.001)
 
 
 @pytest.mark.parametrize("llm", ["opt", "flant5"])
