@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from blip_jax import trees
+from blip_jax.config import text_side
 from blip_jax.convert import read
 from blip_jax.convert.source import Source
 from blip_jax.data.text.wordpiece import Tokenizer
@@ -80,7 +81,8 @@ def load(
     origin = read.locate(path)
     found = read.read(origin, vocab=str(vocab), heads=heads, momentum=False)
     params = found.state["params"]
-    if missing := [what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in params]:
+    parts = ("vit", "image encoder"), (text_side(found.cfg.model).part, "text model")
+    if missing := [what for part, what in parts if part not in params]:
         raise ValueError(
             f"{path} ({found.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
             "give a trained model"
