@@ -135,15 +135,15 @@ def load_extra(path) -> dict | None:
 
 
 def _load(folder: pathlib.Path, prefix: str, lazy: bool = False) -> dict:
-    def later(path: str, array) -> Lazy:
-        leaf = tree(folder)[path]
+    def later(leaf, array, path: str) -> Lazy:
         return Lazy(leaf.shape, leaf.dtype, lambda: whole(folder, lambda: array(path)))
 
     def read() -> dict:
         paths, array = _reader(folder)
         wanted = [path for path in paths if path.startswith(prefix)]
         if lazy:
-            return nest((path.removeprefix(prefix), later(path, array)) for path in wanted)
+            leaves = tree(folder)
+            return nest((path.removeprefix(prefix), later(leaves[path], array, path)) for path in wanted)
         with ThreadPoolExecutor(sums.THREADS) as pool:
             return nest((path.removeprefix(prefix), x) for path, x in zip(wanted, pool.map(array, wanted)))
 

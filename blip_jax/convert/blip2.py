@@ -172,6 +172,11 @@ def settings(
         model.embed_dim = sizes.get("E", model.embed_dim)
         if "llm" in found:
             model.llm.update(_llm(found["llm"], sizes, layers, heads["llm"], found["norm"] == "pre") | dict(llm_leaves))
+            if found["llm"] == "t5" and "max_distance" not in llm_leaves:
+                notes.append(
+                    f"the largest distance that T5 tells apart is not in the file: {model.llm.max_distance} taken, as in "
+                    "the released models"
+                )
         elif llm:
             width = sizes.get("J" if llm == "opt" else "C")
             model.llm = _absent("llm", llm, "embed_width" if llm == "opt" else "width", width, f"{llm}_proj", notes)

@@ -71,7 +71,7 @@ def under_original_names(family: str, weights: Mapping) -> dict:
                 read = lambda x=x, i=i, width=width: np.asarray(x)[i * width : (i + 1) * width]
                 out[begin + which] = Lazy((width,), x.dtype, read)
         elif name == SCALE:
-            read = lambda x=x: np.exp(-np.asarray(x, np.float64)).astype(np.float32).reshape(())
+            read = lambda x=x: np.asarray(np.exp(-np.asarray(x, np.float64)), np.float32).reshape(())
             out["temp"] = Lazy((), np.float32, read)
         else:
             out[to_original(family, name)] = x
@@ -219,8 +219,9 @@ def tensors(family: str, source: Source) -> Iterator[tuple[str, np.ndarray]]:
             yield to_hf(family, name), x
 
 
-def save_shards(folder: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], limit: int = SHARD) -> None:
-    """Writes tensors as they come: model.safetensors, or several files of about `limit` bytes and an index."""
+def save_shards(folder: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], limit: int = 0) -> None:
+    """Writes tensors as they come: model.safetensors, or several files of about `limit` bytes (0: SHARD) and an
+    index."""
     shards, shard, size, total, where = [], {}, 0, 0, {}
 
     def flush():
@@ -231,7 +232,7 @@ def save_shards(folder: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], l
         shard.clear()
 
     for name, x in named:
-        if shard and size + x.nbytes > limit:
+        if shard and size + x.nbytes > (limit or SHARD):
             flush()
             size = 0
         shard[name], where[name] = x, len(shards)
