@@ -197,7 +197,7 @@ def test_cost_of_a_step_is_as_counted_and_a_frozen_tower_has_no_backward():
         state = jax.eval_shape(functools.partial(train_state.create, cfg, model, tx), jax.random.key(0))
         batch = {name: jax.ShapeDtypeStruct(*x) for name, x in task.shapes(cfg).items()}
         counted[freeze] = flops.count_function(step.make_step(cfg, model, tx, 5), state, batch) / B
-        # on one CPU, where layers are not in a loop, what the last layer's feed-forward makes of texts that are matched,
+        # on one CPU, where layers are no loop, what the last layer's feed-forward makes of texts that are matched,
         # which nobody reads, has no gradient
         unneeded = 2 * 3 * T * 4 * cfg.model.qformer.width * cfg.model.qformer.mlp
         assert counted[freeze] == pytest.approx(task.flops(cfg)["step"] - unneeded, rel=1e-3)
