@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from world.golden2 import Case, close
 
+from blip_jax import config, trees
 from blip_jax.convert.rules import qformer as rules
-from blip_jax.decode import beam, generate
+from blip_jax.decode import beam
 from blip_jax.eval import recall
+from blip_jax.inference import programs
+from blip_jax.models import initial
 from blip_jax.models.blip import unit
 from blip_jax.models.text.med import images_of
 from blip_jax.models.text.qformer import QFormer
@@ -29,6 +32,18 @@ def cut(case, ids, mask, length):
     """Texts of at most `length` positions, [SEP] kept."""
     end = (mask.sum(-1) > length) & (jnp.arange(length) == length - 1)[:, None]
     return jnp.where(end.T, case.tokens["sep"], ids[:, :length]), mask[:, :length]
+
+
+@pytest.mark.parametrize(
+    "tower, trained, frozen", [("eva_g", 186_705_470, 985_894_528), ("clip_l", 183_165_758, 290_581_504)]
+)
+def test_parameters_of_full_size(tower, trained, frozen):
+    """As many as LAVIS prints; rows that fill up the vocabulary are not counted."""
+    cfg = config.blip2(tower)
+    shapes = jax.eval_shape(lambda key: initial.init_params(cfg, build(cfg), key), jax.random.key(0))
+    count = lambda params: sum(x.size for x in jax.tree.leaves(params))
+    parts = trees.split(shapes, cfg.optim.freeze)
+    assert (count(parts[0]) - (30592 - 30523) * (768 + 1), count(parts[1])) == (trained, frozen)
 
 
 def test_golden_features():
@@ -65,28 +80,32 @@ def test_golden_captions():
 
     assert model.dec_id == case.tokens["dec"]
     for name, how in case.meta["decode"].items():
-        found, score = jax.jit(functools.partial(decoded, model, case.tokens, how))({"params": params}, kv)
+        found, score = jax.jit(functools.partial(decoded, model, case.tokens, how))(params, kv)
         theirs = case.io[name]
-        np.testing.assert_array_equal(found[:, : theirs.shape[1]], theirs, err_msg=name)
-        assert (np.asarray(found)[:, theirs.shape[1] :] == case.tokens["pad"]).all()
+        for ids in np.asarray(found).swapaxes(0, 1):
+            np.testing.assert_array_equal(ids[:, : theirs.shape[1]], theirs, err_msg=name)
+            assert (ids[:, theirs.shape[1] :] == case.tokens["pad"]).all()
         if f"score/{name}" in case.io:
             np.testing.assert_allclose(score, case.io[f"score/{name}"], rtol=1e-4, err_msg=name)
 
 
 def decoded(model, tokens, how, params, kv):
-    """Ids i32[B,L] of the best text for each image, by the settings that the original was given, and its score."""
-    extend = lambda ids, at, cache: model.apply(params, ids, at, cache, kv, method="extend")
+    """Ids i32[B,n,L] of texts for each image, by the settings that the original was given, and their scores: the best
+    one of a search, or greedily two of the same.
+    """
+    extend = lambda ids, at, cache: model.apply({"params": params}, ids, at, cache, kv, method="extend")
     B, beams, ends = images_of(kv), how["num_beams"], {"eos": tokens["sep"], "pad": tokens["pad"]}
     lengths = {name: how[name] for name in ("min_length", "max_length")}
+    if beams == 1:
+        greedy = programs.Method("nucleus", 2, top_k=1, repetition_penalty=1.0, **lengths)
+        found = programs.decoder(model, [model.dec_id], greedy, **ends)(params, kv, jnp.zeros((B, 2), jnp.uint32))
+        return found["ids"], found["log_prob"]
     start = jnp.full((B, 1), model.dec_id, jnp.int32)
     logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, how["max_length"] - 1))
-    if beams == 1:
-        greedy = generate.GREEDY._replace(**lengths)
-        return generate.sample(extend, logits, cache, start, jax.random.split(jax.random.key(0), B), greedy, **ends)
     search = beam.Beam(beams, how.get("length_penalty", 1.0), rule="lavis", **lengths)
     cache = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), cache)
     ids, _, score = beam.search(extend, logits, cache, start, search, 1, **ends)
-    return ids[:, 0], score[:, 0]
+    return ids, score[:, 0]
 
 
 def ranked(scores, right):
