@@ -55,7 +55,7 @@ class Prompted(Pretrained):
           rule: of beams, how lengths count in scores: "lavis" | "hf" (`decode.beam.RULES`).
         """
         pictures, one_image = inputs.pictures(images)
-        prompts, one_prompt = inputs.texts(prompts, "prompts", str)
+        prompts, one_prompt = inputs.texts(prompts, "prompts", str, empty=True)
         how = self._method(
             n,
             method,

@@ -47,6 +47,9 @@ def leaves() -> ConfigDict:
     # examples whose tokens the language modelling loss is first averaged over, one GPU's in the original: 105 of 1680;
     # 0: all of the batch
     c.lm_group = 0
+    # whether the columns of ITC have a gradient, too: in the original what is gathered from several GPUs has none, on a
+    # single one without torch.distributed it has
+    c.columns_train = False
     c.eval_len = 35  # text positions in evaluation
     return c
 
@@ -147,10 +150,10 @@ def contrastive(cfg, img_emb, txt_emb, temp, same):
     """ITC f32[] and {"i2t", "t2i"}: f32[G,g,g], scaled similarities; img_emb f32[B,Q,E], txt_emb f32[B,E].
 
     Each direction trains its own side alone: the columns, which the original gathers from all GPUs, have no gradient,
-    the rows' own among them.
+    the rows' own among them (but see task.columns_train).
     """
     img, txt = (losses.grouped(x, cfg.loss.group_size) for x in (img_emb, txt_emb))
-    fixed = jax.lax.stop_gradient
+    fixed = (lambda x: x) if cfg.task.columns_train else jax.lax.stop_gradient
     own = {
         "i2t": losses.query_similarity(img, fixed(txt), temp),
         "t2i": losses.query_similarity(fixed(img), txt, temp).swapaxes(1, 2),

@@ -52,7 +52,7 @@ def theirs(case, prefix):
 @pytest.mark.parametrize("name", ["stage1_eva", "stage1_clip"])
 def test_golden_losses_and_every_gradient(name):
     case = Case(name)
-    metrics, grads, weights = loss_of(case, case.config())
+    metrics, grads, weights = loss_of(case, case.config(**{"task.columns_train": True}))  # as on a single GPU
     for name in LOSSES:
         close(metrics[name], case.io[name], what=name)
     close(weights[0][0], case.io["weights_t2i"])
@@ -161,7 +161,7 @@ def test_negatives_are_never_positives_however_far_the_positives_are_ahead():
 def test_each_direction_of_the_contrastive_loss_trains_its_own_side():
     keys = jax.random.split(jax.random.key(0), 2)
     img, txt = jax.random.normal(keys[0], (4, 3, 5)), jax.random.normal(keys[1], (4, 5))
-    cfg, same = config.blip2("eva_tiny", "tiny"), jnp.eye(4, dtype=bool)[None]
+    cfg, same = tiny(), jnp.eye(4, dtype=bool)[None]
 
     def one_way(img, txt, way):
         own = task.contrastive(cfg, img, txt, jnp.float32(0.5), same)[1]
@@ -170,6 +170,8 @@ def test_each_direction_of_the_contrastive_loss_trains_its_own_side():
     for way, trained, fixed in (("i2t", 0, 1), ("t2i", 1, 0)):
         grads = jax.grad(one_way, (0, 1))(img, txt, way)
         assert np.abs(grads[trained]).max() > 0.01 and not np.abs(grads[fixed]).any()
+    cfg.task.columns_train = True
+    assert min(np.abs(x).max() for x in jax.grad(one_way, (0, 1))(img, txt, "i2t")) > 0.01
 
 
 # --- a small run ------------------------------------------------------------------------------------------------------
@@ -178,6 +180,7 @@ B, T, SIZE = 16, 8, 16
 
 def tiny(**leaves):
     c = config.blip2("eva_tiny", "tiny").unlock()
+    c.model.vit.depth = 1
     c.model.update(img_size=SIZE, embed_dim=16, dtype="float32")
     c.text.max_len, c.task = T, task.leaves()
     c.train.update(batch=B, steps=10)
@@ -189,12 +192,15 @@ def test_cost_of_a_step_is_as_counted_and_a_frozen_tower_has_no_backward():
     """The formula against the products of the step as it is traced; keys of an image once."""
     counted = {}
     for freeze in (("vit/.*",), ()):
-        cfg = tiny(**{"optim.freeze": freeze})
+        cfg = tiny(**{"optim.freeze": freeze, "model.qformer.vocab_size": 128})  # as many as are stored
         model, (tx, _) = task.build(cfg), optim.make(cfg, 5)
         state = jax.eval_shape(functools.partial(train_state.create, cfg, model, tx), jax.random.key(0))
         batch = {name: jax.ShapeDtypeStruct(*x) for name, x in task.shapes(cfg).items()}
         counted[freeze] = flops.count_function(step.make_step(cfg, model, tx, 5), state, batch) / B
-        assert counted[freeze] == pytest.approx(task.flops(cfg)["step"], rel=0.01)
+        # on one CPU, where layers are no loop, what the last layer's feed-forward makes of texts that are matched,
+        # which nobody reads, has no gradient
+        unneeded = 2 * 3 * T * 4 * cfg.model.qformer.width * cfg.model.qformer.mlp
+        assert counted[freeze] == pytest.approx(task.flops(cfg)["step"] - unneeded, rel=1e-3)
     assert counted[()] > 1.1 * counted[("vit/.*",)]
 
 
@@ -217,7 +223,7 @@ def test_a_mesh_changes_nothing():
         cfg = tiny(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape)))
         model, tx = task.build(cfg), optim.make(cfg, 5)[0]
         if not results:
-            start = jax.jit(functools.partial(train_state.create, cfg, model, tx))(jax.random.key(0))
+            start = train_state.create(cfg, model, tx, jax.random.key(0))
         mesh = sharding.make_mesh(cfg.mesh, jax.devices()[: np.prod(shape)])
         with jax.set_mesh(mesh):
             where = sharding.shardings_for(jax.eval_shape(lambda: start), mesh)
@@ -294,3 +300,4 @@ def test_a_run_on_scenes_resumes_bit_for_bit_and_is_evaluated(tiny_vocab, tmp_pa
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == saved and rows(tmp_path / "cut") == rows(tmp_path / "run")
+    assert loop.evaluate(cfg, tmp_path / "run") == out["eval"]

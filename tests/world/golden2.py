@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from blip_jax import config, trees
+from blip_jax.convert.layouts import to_ours
 from blip_jax.convert.rules import qformer as rules
-from blip_jax.models.text.med import padded_vocab
 from blip_jax.tasks import blip2_stage1
 from world import towers
 
@@ -88,7 +88,7 @@ class Case:
             own = range(self.sizes["tl"])[:: 2 if "crossattention" in key else 1]
             keys = [key.format(i=i) for i in own] if "{i}" in key else [key]
             if keys[0] in tensors:
-                found = [laid_out(tensors[k], layout, self.sizes["th"]) for k in keys]
+                found = [to_ours(tensors[k], layout, self.sizes["th"])[""] for k in keys]
                 out[path.removeprefix("params/")] = np.stack(found) if "{i}" in key else found[0]
         if any(key.startswith("visual_encoder.") for key in tensors):
             kind, heads, _ = self.tower
@@ -105,24 +105,6 @@ def given(answers, weights):
         return answers.pop(0)
 
     return draw
-
-
-def laid_out(x, layout, heads):
-    """The layouts that the Q-Former's rows have."""
-    match layout:
-        case "linear":
-            return x.T
-        case "lead":
-            return x[0]
-        case "heads_in":
-            return x.T.reshape(x.shape[1], heads, -1)
-        case "heads_in_bias":
-            return x.reshape(heads, -1)
-        case "heads_out":
-            return x.T.reshape(heads, -1, x.shape[0])
-        case "vocab":
-            return np.pad(x, [(0, padded_vocab(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
-    return x
 
 
 def close(ours, theirs, atol=ATOL, what=""):
