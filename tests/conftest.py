@@ -56,6 +56,12 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
+def pytest_collection_finish():
+    """What was imported stays, so no collection of garbage looks at it: each looks at all the rest, and reading what is
+    damaged ends with one."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache():
     """One cache of compiled programs for the tests, their workers and the processes they start; it outlives the run.
