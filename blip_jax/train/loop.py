@@ -38,7 +38,7 @@ from blip_jax.models import initial
 from blip_jax.parallel import processes, sharding
 from blip_jax.parallel.interrupt import Interrupt, Stopped
 from blip_jax.tasks import step as steps
-from blip_jax.train import metrics, optim, start
+from blip_jax.train import kept, metrics, optim, start
 from blip_jax.train import state as train_state
 from blip_jax.train.summary import bucket_report, describe, ending
 
@@ -161,10 +161,7 @@ def _newest(workdir: pathlib.Path) -> int | None:
 
 def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interrupt) -> dict:
     cfg, every, last = run.cfg, run.cfg.train, run.cfg.train.steps
-    step_fn = jax.jit(
-        steps.make_step(cfg, run.model, run.tx, run.epoch_steps, ahead=at.order.ahead(run.epoch_steps)),
-        **steps.jit_arguments(run.shardings, run.mesh),
-    )
+    step_fn = _step(run, at.order.ahead(run.epoch_steps))
     batches, compiled = run.data.batches(at.step, at.order), set()
     sums, step, crc = at.sums and metrics.load(at.sums), at.step, at.crc
     out, clock, ahead = {}, metrics.Clock(), None
@@ -220,6 +217,16 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
     return {"step": step, "stopped": stopped, **out}
 
 
+def _step(run: Run, ahead: int) -> Callable:
+    """The jitted step of a run, for every run of this process that has its settings."""
+
+    def make(settings):
+        step = steps.make_step(settings, run.model, run.tx, run.epoch_steps, ahead=ahead)
+        return jax.jit(step, **steps.jit_arguments(run.shardings, run.mesh))
+
+    return kept.of(run.cfg, make, "step", run.mesh, run.epoch_steps, ahead)
+
+
 def _reopen(run: Run, step: int, thoroughly: bool) -> None:
     """checkpoint.Damaged: checkpoint `step`, just saved, is not there or cannot be read back as it was saved.
 
@@ -266,7 +273,8 @@ def prepare(cfg, workdir) -> Run:
         )
     model = task.build(cfg)
     tx, lr = optim.make(cfg, epoch_steps)
-    shapes = jax.eval_shape(lambda: train_state.create(cfg, model, tx, jax.random.key(cfg.seed)))
+    fresh = lambda settings: jax.eval_shape(lambda: train_state.create(settings, model, tx, jax.random.key(cfg.seed)))
+    shapes = kept.of(cfg, fresh, "shapes")
     shardings = sharding.shardings_for(shapes, mesh)
     optim.factors(shapes.params, cfg.optim.lr_factors)  # wrong ones are found now, not when the step compiles
     return Run(
