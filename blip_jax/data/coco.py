@@ -19,6 +19,7 @@ import numpy as np
 
 from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.index import Index, indexes
+from blip_jax.data.pieces import parsed
 from blip_jax.data.source import MAX_TEXT, Source, expand, field_of, image_id, in_keys, read_at
 
 VERSION = 1
@@ -50,7 +51,7 @@ def is_one(path: str) -> bool:
 def build(path: str, image_key: str, caption_key: str) -> Index:
     """The index of one file. ValueError: what of it is not of this layout."""
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        content = parsed(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path!r} begins as COCO's captions do and is no JSON: {type(e).__name__}: {e}") from None
     images, annotations = content.get("images"), content.get("annotations", [])

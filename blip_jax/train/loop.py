@@ -297,7 +297,7 @@ def _files(cfg) -> Tokenizer:
         problems.append(str(e))
     for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
         try:
-            if isinstance(source, ConfigDict) and source.kind in ("json", "tar", "array_record", "vqa", "nlvr"):
+            if isinstance(source, ConfigDict) and source.kind not in ("tfds", "scenes"):
                 expand(name, source)
         except ValueError as e:
             problems.append(str(e))
