@@ -28,7 +28,7 @@ from blip_jax.models.blip2 import Blip2
 
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
-PROGRAMS = 16  # compiled for a model and kept; the one that was not used for longest makes room for a new one
+PROGRAMS = 8  # compiled for a model and kept; the one that was not used for longest makes room for a new one
 MOST_PENALTY = 10  # of either sign, of length_penalty: the power of a length that still is a float32
 LEAST_TEMPERATURE = 1e-6  # below it scores are no float32 any more
 LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with

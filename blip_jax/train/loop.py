@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import pathlib
-import re
 import time
 import zlib
 from collections.abc import Callable
@@ -305,7 +304,7 @@ def _files(cfg):
         problems.append(str(e))
     for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
         try:
-            if isinstance(source, ConfigDict) and source.kind in ("json", "tar", "array_record", "vqa", "nlvr"):
+            if isinstance(source, ConfigDict) and source.kind not in ("tfds", "scenes"):
                 expand(name, source)
         except ValueError as e:
             problems.append(str(e))
@@ -477,16 +476,8 @@ def _writing(run: Run):
     except (OSError, ValueError, RuntimeError) as e:  # tensorstore's are ValueErrors
         folder = run.workdir / checkpoint.SUBDIR
         raise OSError(
-            f"writing a checkpoint in {folder} failed: {_short(e)}; make room, then {_go_on(run.workdir)}"
+            f"writing a checkpoint in {folder} failed: {checkpoint.short(e)}; make room, then {_go_on(run.workdir)}"
         ) from e
-
-
-def _short(e: BaseException) -> str:
-    """What happened, in a line; of the system's errors, which tensorstore wraps in long ones, the system's words."""
-    text = " ".join(str(e).split()) or type(e).__name__
-    if number := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(number[1]))
-    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _closed(run: Run, manager) -> None:
