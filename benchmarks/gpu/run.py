@@ -65,6 +65,7 @@ def cases(full: bool, ahead: str = "") -> list[dict]:
         infer("caption", 128, captions=[1, 4]),
         train("b", "ours-2-text-layers", "step", text_layers=2, limit=250),
         train("c", "torch-2-text-layers", "torch", text_layers=2, limit=250),
+        train("b", "ours-16-positions", "step", positions=16),
         train("e", "ours-large", "step", model="large", batch=64),
         train("e", "torch-large", "torch", model="large", batch=64),
         train("h", "ours-autotuned", "step", flags="default", profile=True, late=True),

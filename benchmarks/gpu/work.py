@@ -137,6 +137,7 @@ def configured(case: dict):
     cfg = train.sized(case["size"], "pretrain", case["img_size"], case["dtype"], case["batch"])
     with cfg.unlocked():
         cfg.model.med.layers = case.get("text_layers") or cfg.model.med.layers
+        cfg.text.max_len = case.get("positions") or cfg.text.max_len
         cfg.data.epoch_examples = train.EPOCH_STEPS * cfg.train.batch
         if case["size"] == "tiny":
             cfg.loss.queue = 8 * cfg.train.batch
@@ -220,7 +221,19 @@ def compiled_step(cfg, mesh, tell: Callable):
 
 def said(case: dict) -> dict:
     """What of a case stands beside its figures."""
-    names = ("kind", "size", "img_size", "dtype", "batch", "text_layers", "compiled", "captions", "flags", "attention")
+    names = (
+        "kind",
+        "size",
+        "img_size",
+        "dtype",
+        "batch",
+        "text_layers",
+        "positions",
+        "compiled",
+        "captions",
+        "flags",
+        "attention",
+    )
     return {name: case[name] for name in names if name in case}
 
 
