@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from blip_jax import trees
-from blip_jax.convert import read
+from blip_jax.convert import read, vocabulary
 from blip_jax.convert.source import Source
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.batching import placed
@@ -102,7 +102,10 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     ValueError: `read.read`, also where it was trained with another vocabulary than text.vocab.
     """
     heads = read.heads_of(cfg) if pathlib.Path(origin).is_file() else {}
-    return read.read(origin, vocab=cfg.text.vocab, momentum=momentum, heads=heads)
+    found = read.read(origin, vocab=None, momentum=momentum, heads=heads)
+    if "llm" in cfg.model and cfg.model.llm and not found.state["params"].keys() & {"llm", "llm_proj"}:
+        return found  # the words of a Q-Former, of which a second stage reads none
+    return found._replace(vocab=vocabulary.of(found, cfg.text.vocab, str(origin)))
 
 
 def checksum(params: dict) -> int:
