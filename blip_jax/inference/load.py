@@ -127,8 +127,8 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     """
     heads = read.heads_of(cfg) if pathlib.Path(origin).is_file() else {}
     found = read.read(origin, vocab=None, momentum=momentum, heads=heads)
-    if cfg.model.get("llm") and "llm" not in found.state["params"]:
-        return found  # a part, or a first stage, whose texts are not those of this run
+    if "llm" in cfg.model and cfg.model.llm and not found.state["params"].keys() & {"llm", "llm_proj"}:
+        return found  # the words of a Q-Former, of which a second stage reads none
     return found._replace(vocab=vocabulary.of(found, cfg.text.vocab, str(origin)))
 
 
