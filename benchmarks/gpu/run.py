@@ -23,14 +23,14 @@ QUICK = {
     "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
     "JAX_THREEFRY_GPU_KERNEL_LOWERING": "true",
 }
-LATE = 170  # seconds
+LATE = 0.6  # of the time for everything
 PART = 15 * 2**20  # bytes of a piece of the compiled programs
 
 
 def cases(full: bool, ahead: str = "") -> list[dict]:
     """All measurements, those that are worth most first.
 
-    `env`: of the process; `late`: when all others are done, or after LATE seconds; limits in seconds from its start.
+    `env`: of the process; `late`: when all others are done, or after LATE of the time; limits: seconds from its start.
     Not `full`: small enough for a CPU. `ahead`: a file with our step, compiled already.
     """
     size = lambda name: name if full else "tiny"
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> int:
     env = environment(cache, args.rehearse)
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         chosen = [case | {"lock": str(cache / "lock")} for case in chosen]
-        Group(out, env, log, started, args.at_once).run(chosen, started + args.seconds)
+        group = Group(out, env, log, started, args.at_once, started + LATE * args.seconds)
+        group.run(chosen, started + args.seconds)
     pack(cache, out, args.pieces)
     print(summary(out / "results.jsonl"), flush=True)
     return 0
@@ -138,8 +139,8 @@ class Group:
     """Processes side by side, their output in one log. One that found no memory beside the others is started again
     once, when those that are not late are done."""
 
-    def __init__(self, out: pathlib.Path, env: dict[str, str], log, started: float, at_once: int):
-        self.out, self.env, self.log, self.started, self.at_once = out, env, log, started, at_once
+    def __init__(self, out: pathlib.Path, env: dict[str, str], log, started: float, at_once: int, late=float("inf")):
+        self.out, self.env, self.log, self.started, self.at_once, self.late = out, env, log, started, at_once, late
         self.writing, self.without_memory = threading.Lock(), set()
 
     def run(self, chosen: list[dict], end: float) -> None:
@@ -169,9 +170,9 @@ class Group:
             time.sleep(0.1)
 
     def due(self, case: dict, running: list) -> bool:
-        """A late case waits for those that are not."""
+        """A late case waits for those that are not, until `late`."""
         early = any(not other.get("late") for other, *_ in running)
-        return not case.get("late") or not early or time.monotonic() > self.started + LATE
+        return not case.get("late") or not early or time.monotonic() > self.late
 
     def start(self, case: dict, end: float) -> tuple:
         case = case | {"out": str(self.out / "results.jsonl")}

@@ -15,7 +15,8 @@ import work  # noqa: E402
 
 
 def test_a_process_that_hangs_is_ended_at_its_limit_and_the_others_go_on(tmp_path, monkeypatch):
-    (tmp_path / "work.py").write_text("import sys, time; print(sys.argv[1]); time.sleep(60 * ('hangs' in sys.argv[1]))")
+    program = "import json, sys, time; name = json.loads(sys.argv[1])['name']; time.sleep(60 * (name == 'hangs'))"
+    (tmp_path / "work.py").write_text(program)
     monkeypatch.setattr(run, "HERE", tmp_path)
     log, start = io.StringIO(), time.monotonic()
     cases = [{"name": name, "env": {}, "limit": 2 if name == "hangs" else 40} for name in ("hangs", "ends", "last")]
@@ -30,7 +31,8 @@ def test_a_process_that_hangs_is_ended_at_its_limit_and_the_others_go_on(tmp_pat
 
 
 def test_a_process_without_memory_is_started_once_more_when_the_others_are_done(tmp_path, monkeypatch):
-    (tmp_path / "work.py").write_text("import sys; sys.exit('RESOURCE_EXHAUSTED' if 'large' in sys.argv[1] else 1)")
+    program = "import json, sys; sys.exit('RESOURCE_EXHAUSTED' if json.loads(sys.argv[1])['name'] == 'large' else 1)"
+    (tmp_path / "work.py").write_text(program)
     monkeypatch.setattr(run, "HERE", tmp_path)
     log, start = io.StringIO(), time.monotonic()
     cases = [{"name": name, "env": {}, "limit": 20} for name in ("large", "broken")]
