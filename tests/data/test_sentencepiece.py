@@ -121,7 +121,8 @@ def test_pieces_as_the_package_gives_them(trained):
     for text in CAPTIONS + odd:
         assert real(tok, text, 200) == [*package.encode(text), 1], text
         back = package.decode([i for i in package.encode(text) if i != tok.unk])
-        assert tok.decode(package.encode(text)) == tidy(back), text
+        # of the spaces before the first word the package drops all, Hugging Face's tokenizer one
+        assert tok.decode(package.encode(text)).lstrip() == tidy(back), text
 
 
 @settings(max_examples=200, deadline=None)
