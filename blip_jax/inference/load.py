@@ -88,6 +88,11 @@ def load(
             f"{path} ({found.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
             "give a trained model"
         )
+    if found.family == "instruct_t5":
+        raise ValueError(
+            f"{path} is an InstructBLIP, whose Q-Former reads the question too: no verb gives it one yet, and without it "
+            "its answers would be others; give a BLIP-2"
+        )
     for note in found.notes if jax.process_index() == 0 else ():
         print(f"{path}: {note}", file=sys.stderr)
     cfg = found.cfg.copy_and_resolve_references().unlock()
