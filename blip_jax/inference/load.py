@@ -90,8 +90,8 @@ def load(
         )
     if found.family == "instruct_t5":
         raise ValueError(
-            f"{path} is an InstructBLIP, whose Q-Former reads the question too: no verb gives it one yet, and without it "
-            "its answers would be others; give a BLIP-2"
+            f"{path} is an InstructBLIP, whose Q-Former reads the question too: no verb gives it one yet, and without "
+            "it the answers would be others; give a BLIP-2"
         )
     for note in found.notes if jax.process_index() == 0 else ():
         print(f"{path}: {note}", file=sys.stderr)
