@@ -182,7 +182,7 @@ def test_a_misspelled_config_is_one_line_with_what_is_near(tmp_path, capsys, mon
     line = lambda path: fails(capsys, "train", f"--config={path}", "--workdir=x")
     assert line("configs/scene.py").endswith("did you mean configs/scenes.py?\n")
     assert "did you mean configs/scenes.py?" in line("configs/scenes") and "configs/photos.py?" in line("photos.py")
-    assert "configs is a folder: give a file of it, as configs/capfilt.py" in line("configs")
+    assert "configs is a folder: give a file of it, as configs/blip2_caption_coco.py" in line("configs")
     assert "which has no folder nowhere" in line("nowhere/x.py")
     assert "no argument: give --config=configs/scenes.py" in line("configs/scenes.py:vitb")
     for err in (line("configs/scene.py:vitb,14m"), line(""), line(tmp_path / "a:b.py")):

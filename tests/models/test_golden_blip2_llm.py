@@ -207,14 +207,16 @@ def test_golden_texts(name):
 
 
 def texts(case, method, ids, mask, soft):
-    """`language.generating` behind soft prompts that are there already."""
+    """`language.behind` soft prompts that are there already; settings that are numbers alone share a program."""
+    numbers = jnp.float32(method.length_penalty), jnp.int32(method.min_length)
+    return behind(case, method._replace(length_penalty=0.0, min_length=0), numbers, soft, ids, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def behind(case, method, numbers, soft, ids, mask):
     apply = functools.partial(case.model.apply, {"params": case.params})
-
-    @jax.jit
-    def run(soft, ids, mask):
-        return language.behind(apply, soft, ids, mask, jnp.zeros((len(ids), 2), jnp.uint32), method, case.special)
-
-    return run(soft, ids, mask)
+    method = method._replace(length_penalty=numbers[0], min_length=numbers[1])
+    return language.behind(apply, soft, ids, mask, jnp.zeros((len(ids), 2), jnp.uint32), method, case.special)
 
 
 def same_texts(ours, theirs, case, what):
