@@ -25,6 +25,10 @@ class Lazy:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
 
 def flat(tree: dict, prefix: str = "") -> dict:
     """{"a.b": value} of nested dicts."""

@@ -3,6 +3,7 @@
 What XLA compiles is kept from run to run, also for the processes that tests start.
 """
 
+import gc
 import os
 import pathlib
 import shutil
@@ -20,6 +21,8 @@ import pytest  # noqa: E402
 from blip_jax.config import base, source  # noqa: E402
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
+
+gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects and hardly a circle
 
 # The files that take longest, the longest first: a file goes to whichever worker is free, in this order.
 LONGEST = ("test_processes", "test_kill", "test_demo", "test_steps", "test_transformers", "test_capfilt_kill")
@@ -51,6 +54,12 @@ def pytest_collection_modifyitems(config, items):
         if item.path.parent.name == "lab":
             item.add_marker("lab")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """What was imported stays, so no collection of garbage looks at it: each looks at all the rest, and reading what is
+    damaged ends with one."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,8 @@ import re
 from collections import defaultdict
 
 CLASSES = (  # name -> class, first match wins
-    (r"nvjet|cublas|cutlass|xmma|gemm|_dot", "products"),
     (r"flash|fmha|cudnn|sdpa", "attention"),
+    (r"nvjet|cublas|cutlass|xmma|gemm|_dot", "products"),
     (r"memcpy|memset|copy|slice|concat|transpose|gather|scatter", "moving data"),
     (r"reduce|softmax", "reductions"),
     (r"threefry|rng", "random numbers"),

@@ -23,14 +23,14 @@ QUICK = {
     "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
     "JAX_THREEFRY_GPU_KERNEL_LOWERING": "true",
 }
-LATE = 250  # seconds
+LATE = 0.6  # of the time for everything
 PART = 15 * 2**20  # bytes of a piece of the compiled programs
 
 
 def cases(full: bool, ahead: str = "") -> list[dict]:
     """All measurements, those that are worth most first.
 
-    `env`: of the process; `late`: when all others are done, or after LATE seconds; limits in seconds from its start.
+    `env`: of the process; `late`: when all others are done, or after LATE of the time; limits: seconds from its start.
     Not `full`: small enough for a CPU. `ahead`: a file with our step, compiled already.
     """
     size = lambda name: name if full else "tiny"
@@ -51,6 +51,9 @@ def cases(full: bool, ahead: str = "") -> list[dict]:
         same = {"img_size": pixels(384), "dtype": "bfloat16", "rounds": 5 if full else 2, "env": QUICK, "limit": 330}
         return {"part": "d", "name": kind, "kind": kind, "size": size("base"), "batch": rows(batch)} | same | more
 
+    shapes = {"batch": rows(128), "heads": 12 if full else 2}
+    shapes |= {"shapes": [(197, 197), (577, 577), (60, 577), (30, 577)]} if full else {"shapes": [(5, 7)]}
+    shapes |= {} if full else {"implementation": "xla"}
     compiled = [train("b", "ours-ahead", "step", ahead=ahead)] if ahead else []
     return [
         {"part": "a", "name": "card", "kind": "card", "matrix": 8192 if full else 128}
@@ -58,13 +61,15 @@ def cases(full: bool, ahead: str = "") -> list[dict]:
         *compiled,
         train("b", "ours", "step", profile=True),
         train("c", "torch", "torch", profile=True),
-        train("i", "ours-cudnn", "step", attention="cudnn" if full else "xla", profile=True),
+        {"part": "i", "name": "attention", "kind": "attention", "env": QUICK, "limit": 200} | shapes,
         {"part": "a", "name": "golden", "kind": "golden", "env": QUICK, "limit": 300},
         infer("filter", 128),
-        infer("filter", 128, part="i", name="filter-cudnn", attention="cudnn" if full else "xla"),
         infer("caption", 128, captions=[1, 4]),
+        train("i", "ours-plain", "step", attention="plain", profile=True),
+        infer("filter", 128, part="i", name="filter-plain", attention="plain"),
         train("b", "ours-2-text-layers", "step", text_layers=2, limit=250),
         train("c", "torch-2-text-layers", "torch", text_layers=2, limit=250),
+        train("b", "ours-16-positions", "step", positions=16),
         train("e", "ours-large", "step", model="large", batch=64),
         train("e", "torch-large", "torch", model="large", batch=64),
         train("h", "ours-autotuned", "step", flags="default", profile=True, late=True),
@@ -91,7 +96,8 @@ def main(argv: list[str]) -> int:
     env = environment(cache, args.rehearse)
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         chosen = [case | {"lock": str(cache / "lock")} for case in chosen]
-        Group(out, env, log, started, args.at_once).run(chosen, started + args.seconds)
+        group = Group(out, env, log, started, args.at_once, started + LATE * args.seconds)
+        group.run(chosen, started + args.seconds)
     pack(cache, out, args.pieces)
     print(summary(out / "results.jsonl"), flush=True)
     return 0
@@ -104,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", default="gpu-out", help="folder of results.jsonl, log.txt, kernels-*.md, compiled.tar.*")
     made.add_argument("--seconds", type=float, default=440, help="for everything; what then still runs is ended")
-    made.add_argument("--at_once", type=int, default=16, help="processes side by side")
+    made.add_argument("--at_once", type=int, default=8, help="processes side by side")
     made.add_argument("--cache", default="", help="folder with compiled programs of an earlier run, or their pieces")
     made.add_argument(
         "--ahead", default="", help="file of `compile.py --batch=128 --save`: our step, compiled elsewhere"
@@ -130,11 +136,12 @@ def environment(cache: pathlib.Path, rehearse: bool) -> dict[str, str]:
 
 
 class Group:
-    """Processes side by side, their output in one log."""
+    """Processes side by side, their output in one log. One that found no memory beside the others is started again
+    once, when those that are not late are done."""
 
-    def __init__(self, out: pathlib.Path, env: dict[str, str], log, started: float, at_once: int):
-        self.out, self.env, self.log, self.started, self.at_once = out, env, log, started, at_once
-        self.writing = threading.Lock()
+    def __init__(self, out: pathlib.Path, env: dict[str, str], log, started: float, at_once: int, late=float("inf")):
+        self.out, self.env, self.log, self.started, self.at_once, self.late = out, env, log, started, at_once, late
+        self.writing, self.without_memory = threading.Lock(), set()
 
     def run(self, chosen: list[dict], end: float) -> None:
         """Starts all, in order; returns when all have ended, by themselves or at their limit, at `end` at the
@@ -158,12 +165,14 @@ class Group:
                 reader.join(5)
                 self.say(case["name"], f"exit status {process.returncode}")
                 running.remove(item)
+                if process.returncode and case["name"] in self.without_memory and not case.get("again"):
+                    waiting.append(case | {"late": True, "again": True})
             time.sleep(0.1)
 
     def due(self, case: dict, running: list) -> bool:
-        """A late case waits for those that are not."""
+        """A late case waits for those that are not, until `late`."""
         early = any(not other.get("late") for other, *_ in running)
-        return not case.get("late") or not early or time.monotonic() > self.started + LATE
+        return not case.get("late") or not early or time.monotonic() > self.late
 
     def start(self, case: dict, end: float) -> tuple:
         case = case | {"out": str(self.out / "results.jsonl")}
@@ -182,6 +191,8 @@ class Group:
 
     def read(self, name: str, lines) -> None:
         for line in lines:
+            if "OutOfMemoryError" in line or "RESOURCE_EXHAUSTED" in line:
+                self.without_memory.add(name)
             if line.strip():
                 self.say(name, line.rstrip()[:1500])
 

@@ -29,8 +29,8 @@ HELD = 75  # seconds that one measurement may hold the GPU; then its process end
 def main(argv: list[str]) -> int:
     case = json.loads(argv[0])
     tell = functools.partial(told, case["name"], pathlib.Path(case["out"]), time.perf_counter())
-    if "attention" in case:
-        use(case["attention"])
+    if case.get("attention") == "plain":
+        plainly()
     KINDS[case["kind"]](case, tell, functools.partial(alone, case["lock"]))
     return 0
 
@@ -43,13 +43,11 @@ def told(name: str, out: pathlib.Path, start: float, **found) -> None:
     print(json.dumps(row)[:1000], flush=True)
 
 
-def use(implementation: str) -> None:
-    """The vision tower's attention by `jax.nn.dot_product_attention`: what ours would gain from it."""
-    import jax
+def plainly() -> None:
+    """Attention that writes its scores, everywhere: what cuDNN's is worth."""
+    from blip_jax.models.layers import gpu
 
-    from blip_jax.models.vision import vit
-
-    vit.attention = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    gpu.available = lambda: False
 
 
 @contextlib.contextmanager
@@ -100,14 +98,19 @@ def several(job: Callable, n: int = 10) -> float:
 
 
 def golden(case: dict, tell: Callable, alone: Callable) -> None:
-    """The original's losses and gradients of a small model, against ours on this device."""
+    """The original's losses and gradients of a small model, against ours on this device; its sequences are too short
+    for cuDNN's attention, except where `least` says otherwise: there the texts' looks at pictures are cuDNN's."""
     sys.path.insert(0, str(HERE.parents[1] / "tests" / "models"))
     import jax
     import test_golden_blip as goldens
 
+    from blip_jax.models.layers import gpu
     from blip_jax.tasks import build
 
-    for dtype, precision in (("float32", "highest"), ("float32", "default"), ("bfloat16", "default")):
+    ways = [("float32", "highest", None), ("float32", "default", None), ("bfloat16", "default", None)]
+    for dtype, precision, least in [*ways, ("bfloat16", "default", 2)]:
+        if least:
+            gpu.LEAST = {"queries": least, "keys": least}
         made = goldens.Case("pretrain", "pretrain")
         with made.cfg.unlocked():
             made.cfg.model.dtype = dtype
@@ -123,11 +126,56 @@ def golden(case: dict, tell: Callable, alone: Callable) -> None:
             golden="pretrain",
             dtype=dtype,
             precision=precision,
+            least=least,
             device=jax.devices()[0].device_kind,
             loss_differences=losses,
             gradient_difference={"of": worst, "share_of_largest": float(far[worst])},
             seconds=time.perf_counter() - start,
         )
+
+
+def attention(case: dict, tell: Callable, alone: Callable) -> None:
+    """cuDNN's attention against the plain one: values and gradients, each side's largest difference from float32 as a
+    share of the largest number, and milliseconds forward and with gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    from blip_jax.models.layers import attention as plain
+    from blip_jax.models.layers import gpu
+
+    plainly()
+    if "implementation" in case:  # where there is no cuDNN
+        gpu.cudnn = functools.partial(jax.nn.dot_product_attention, implementation=case["implementation"])
+    sides = {"plain": plain.attention, "cudnn": gpu.attention}
+
+    def graded(function):
+        def run(g, *inputs):
+            y, back = jax.vjp(function, *inputs)
+            return y, *back(g)
+
+        return jax.jit(run)
+
+    for T, S in case["shapes"]:
+        keys = jax.random.split(jax.random.key(T + S), 4)
+        shape = lambda n: (case["batch"], n, case["heads"], 64)
+        args = [jax.random.normal(key, shape(n), jnp.bfloat16) for key, n in zip(keys, (T, T, S, S))]
+        with jax.default_matmul_precision("highest"):
+            exact = [np.asarray(x) for x in graded(sides["plain"])(*(x.astype(jnp.float32) for x in args))]
+        for name, function in sides.items():
+            forward, both = jax.jit(function), graded(function)
+            found = [np.asarray(x, np.float32) for x in both(*args)]
+            far = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, exact, strict=True)]
+            jax.block_until_ready(forward(*args[1:]))
+            with alone():
+                ms = [1e3 * several(job) for job in (lambda: forward(*args[1:]), lambda: both(*args))]
+            tell(
+                side=name,
+                queries=T,
+                keys=S,
+                differences=dict(zip(("out", "dq", "dk", "dv"), far)),
+                forward_ms=ms[0],
+                with_gradients_ms=ms[1],
+            )
 
 
 def configured(case: dict):
@@ -137,6 +185,7 @@ def configured(case: dict):
     cfg = train.sized(case["size"], "pretrain", case["img_size"], case["dtype"], case["batch"])
     with cfg.unlocked():
         cfg.model.med.layers = case.get("text_layers") or cfg.model.med.layers
+        cfg.text.max_len = case.get("positions") or cfg.text.max_len
         cfg.data.epoch_examples = train.EPOCH_STEPS * cfg.train.batch
         if case["size"] == "tiny":
             cfg.loss.queue = 8 * cfg.train.batch
@@ -220,7 +269,19 @@ def compiled_step(cfg, mesh, tell: Callable):
 
 def said(case: dict) -> dict:
     """What of a case stands beside its figures."""
-    names = ("kind", "size", "img_size", "dtype", "batch", "text_layers", "compiled", "captions", "flags", "attention")
+    names = (
+        "kind",
+        "size",
+        "img_size",
+        "dtype",
+        "batch",
+        "text_layers",
+        "positions",
+        "compiled",
+        "captions",
+        "flags",
+        "attention",
+    )
     return {name: case[name] for name in names if name in case}
 
 
@@ -360,6 +421,7 @@ def compared(case: dict, jobs: dict[str, Callable], rounds: int, image_flops: fl
 
 KINDS = {
     "card": card,
+    "attention": attention,
     "golden": golden,
     "step": step,
     "torch": step_of_torch,

@@ -21,6 +21,7 @@ import tensorstore as ts
 
 from blip_jax.checkpoint import sums
 from blip_jax.checkpoint.folders import (
+    FILE_SUMS,
     ITEMS,
     SUBDIR,
     SUMS,
@@ -217,18 +218,30 @@ def _parsed(folder: pathlib.Path, name: str) -> dict:
 def tree(folder: pathlib.Path) -> dict[str, Any]:
     """What orbax knows of each array of a checkpoint, by path: name, shape and dtype.
 
-    ValueError: they are not those that were written.
+    ValueError: they are not those that were written, or another of the files that describe them is not.
     """
+    expected = recorded(folder)
+    if expected and expected.get("files"):  # which the first checkpoints that had checksums lack
+        compare(_file_sums(folder), {f"state/{name}": crc for name, crc in sums.of_files(folder / "state").items()})
     try:
         with _quiet():
             found = ocp.StandardCheckpointHandler().metadata(plain(folder) / "state").tree
     except Exception as e:
         raise ValueError(f"state/ cannot be read ({type(e).__name__}: {short(e)})") from None
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
-    if expected := recorded(folder):
+    if expected:
         shapes = {path: said.split()[0] for path, said in expected["arrays"].items()}
         compare(shapes, {path: sums.said(x) for path, x in leaves.items()})
     return leaves
+
+
+def _file_sums(folder: pathlib.Path) -> dict[str, str]:
+    """What `store` wrote beside the state. ValueError: it is not there, or not as it was."""
+    try:
+        found = json.loads((folder / "state" / FILE_SUMS).read_bytes())
+        return {f"state/{name}": crc for name, crc in found.items()}
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        raise ValueError(f"state/{FILE_SUMS} cannot be read ({short(e)})") from None
 
 
 def _reader(folder: pathlib.Path) -> tuple[list[str], Callable[[str], np.ndarray]]:

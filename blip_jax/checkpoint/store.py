@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from blip_jax.checkpoint import sums
-from blip_jax.checkpoint.folders import SUBDIR, SUMS, plain, spelled, vocabulary
+from blip_jax.checkpoint.folders import FILE_SUMS, SUBDIR, SUMS, plain, spelled, vocabulary
 from blip_jax.checkpoint.load import Damaged, compare, damage, load_data, recorded, tree, whole
 from blip_jax.trees import Lazy, path_name
 
@@ -32,8 +33,24 @@ def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     kinds = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
     )
-    state = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
+    state = _states(type_handler_registry=kinds)
     return ocp.CheckpointManager(_folder(workdir), options=options, item_handlers=_handlers(state))
+
+
+def _states(**how) -> ocp.PyTreeCheckpointHandler:
+    """What writes states, and beside each the checksums of the files that describe its arrays.
+
+    An instance of orbax's own class, by which orbax knows what it is given.
+    """
+    handler = ocp.PyTreeCheckpointHandler(**how)
+    finalize = handler.finalize
+
+    def and_checksums(directory) -> None:  # in process 0, once all have written and before the folder has its name
+        finalize(directory)
+        (directory / FILE_SUMS).write_text(json.dumps(sums.of_files(pathlib.Path(directory))))
+
+    handler.finalize = and_checksums
+    return handler
 
 
 def _folder(workdir) -> pathlib.Path:
@@ -80,6 +97,7 @@ def _items(workdir: pathlib.Path, state, arrays: Mapping[str, str], data: dict, 
         "data": sums.of_json(data),
         "config": sums.of_json(config),
         "vocabulary": words and {"file": words.name, "crc": sums.of_bytes(words.read_bytes())},
+        "files": FILE_SUMS,
     }
     return ocp.args.Composite(
         state=ocp.args.PyTreeSave(state),
@@ -119,7 +137,7 @@ def write(workdir, state: dict, data: dict, config: dict) -> None:
     try:
         each = OneByOne(deepcopy_host_arrays=False)
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, each), (Lazy, each))
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
+        handler = _states(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
         with ocp.CheckpointManager(_folder(workdir), options=options, item_handlers=_handlers(handler)) as manager:
             manager.save(0, args=_items(workdir, state, arrays, data, config))

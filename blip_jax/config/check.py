@@ -177,7 +177,8 @@ def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
     if side.sizes.layers < 1:
         out.append(f"model.{side.part}.layers is {side.sizes.layers}: it must be at least 1")
     for name, part in (("vit", m.vit), (side.part, side.sizes)):
-        if part.heads < 1 or part.width < 1 or part.width % part.heads:
+        apart = "head_dim" in part  # T5's heads need not make up the width
+        if part.heads < 1 or part.width < 1 or part.width % part.heads and not apart:
             out.append(
                 f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = "
                 f"{part.heads}, as {nearest(part.width, part.heads)}"
@@ -190,6 +191,13 @@ def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
     if not cfg.text.vocab:
         out.append("text.vocab is empty: give a vocab.txt or tokenizer.json; `blip-jax vocab` trains one from captions")
     if tokenizer_vocab_size is None:
+        return out
+    if not side.added:
+        if tokenizer_vocab_size > side.vocab_size:
+            out.append(
+                f"{cfg.text.vocab} has {tokenizer_vocab_size} entries, more than model.{side.part}.vocab_size = "
+                f"{side.vocab_size}: give the language model's own tokenizer"
+            )
         return out
     entries = tokenizer_vocab_size - len(ADDED) + len(side.added)
     if entries != side.vocab_size:

@@ -61,7 +61,8 @@ class TextSide(NamedTuple):
 
     @property
     def positions(self) -> int:
-        return self.sizes.positions
+        """The most tokens of a text; T5's may be as long as one likes."""
+        return self.sizes.get("positions", 1 << 20)
 
     @property
     def vocab_size(self) -> int:
@@ -69,7 +70,9 @@ class TextSide(NamedTuple):
 
 
 def text_side(model) -> TextSide:
-    """Of `cfg.model`: BLIP's MED, with [DEC] and [ENC], or BLIP-2's Q-Former, with [DEC]."""
+    """Of `cfg.model`: BLIP's MED, with [DEC] and [ENC], BLIP-2's Q-Former, with [DEC], or its language model."""
     if "med" in model:
         return TextSide("med", model.med, ADDED)
+    if model.llm:
+        return TextSide("llm", model.llm, ())
     return TextSide("qformer", model.qformer, ADDED[:1])

@@ -174,8 +174,8 @@ def settings(
             model.llm.update(_llm(found["llm"], sizes, layers, heads["llm"], found["norm"] == "pre") | dict(llm_leaves))
             if found["llm"] == "t5" and "max_distance" not in llm_leaves:
                 notes.append(
-                    f"the largest distance that T5 tells apart is not in the file: {model.llm.max_distance} taken, as in "
-                    "the released models"
+                    f"the largest distance that T5 tells apart is not in the file: {model.llm.max_distance} taken, as "
+                    "in the released models"
                 )
         elif llm:
             width = sizes.get("J" if llm == "opt" else "C")

@@ -13,13 +13,12 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from blip_jax.convert import blip2, hf, hf_blip2_config, hf_config, torch_io
+from blip_jax.convert import blip2, hf, hf_blip2_config, hf_config, torch_io, vocabulary
 from blip_jax.convert.apply import folded, from_torch, infer, layer_counts, listed, rows, shown, written
 from blip_jax.convert.rules.blip2 import HF_BIAS, HF_NAMES, TIED, WORDS
 from blip_jax.convert.source import Source, dtype_notes, vocab_sizes
@@ -27,7 +26,7 @@ from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
 from blip_jax.trees import Lazy
 
-TOKENIZERS = ("tokenizer.json", "spiece.model")  # of a language model, in one file
+TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")  # of a language model
 SHARD = 2 << 30  # bytes of a file of weights, from which another begins
 SCALE = "logit_scale"
 
@@ -143,7 +142,7 @@ def _vocabulary(folder: pathlib.Path, family: str, model) -> tuple[pathlib.Path 
 
 
 def tokenizer_of(folder: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer of a language model that a folder has in one file."""
+    """The tokenizer of a language model that a folder has."""
     found = [hf.inside(folder, name) for name in TOKENIZERS if os.path.lexists(folder / name)]
     return next(iter(found), None)
 
@@ -192,7 +191,9 @@ def write(folder, source: Source) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if source.vocab is not None:
         names = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
-        shutil.copyfile(source.vocab, folder / names[source.vocab.suffix])
+        merges = source.vocab.with_name("merges.txt").is_file()
+        name = "vocab.json" if source.vocab.name == "vocab.json" and merges else names[source.vocab.suffix]
+        vocabulary.copy(source.vocab, folder / name)
     if source.family == "blip2":
         source.notes.append("the language modelling head is left out: transformers' class has no place for it")
     if model.vision_eps != hf_blip2_config.BLOCK_EPS:

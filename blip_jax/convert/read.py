@@ -99,7 +99,7 @@ def read(
     family: str = "",
     img_size: int = 0,
     heads: Mapping[str, int] | None = None,
-    vocab: str = "",
+    vocab: str | None = "",
     momentum: bool = True,
     drop_token_types: bool = False,
 ) -> Source:
@@ -114,7 +114,7 @@ def read(
       heads: part -> its number of heads, {"vit": 12, "med": 12}, where neither the file nor a config.json beside it
         says; default: that of the released models of its width, else width / 64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
-        else BERT's from the Hugging Face hub's cache.
+        else BERT's from the Hugging Face hub's cache. None: that one, or none, unchecked.
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
       drop_token_types: of BERT, leaves out the row that it adds to every token of a single text, as the original BLIP
         does; False: it goes into the position table, so that the encoder starts as BERT.
@@ -123,14 +123,17 @@ def read(
     """
     named = origins.names(path) if isinstance(path, str) else [path]
     if len(named) > 1:
-        parts = [(name, _open(locate(name), "", heads or {}, False)) for name in named]
-        source = narrow(blip2.composed(parts), family or blip2.composed(parts).family, path)
+        found = [(name, locate(name)) for name in named]
+        source = blip2.composed(
+            [(name, _open(x, "", (heads or {}) if x.is_file() else {}, False)) for name, x in found]
+        )
+        source = narrow(source, family or source.family, path)
     else:
         path = locate(path)
         source = _open(path, family, heads or {}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
-    return source._replace(vocab=vocabulary.of(source, vocab, str(path)))
+    return source if vocab is None else source._replace(vocab=vocabulary.of(source, vocab, str(path)))
 
 
 def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 
 from blip_jax.convert.foreign import load
 from blip_jax.convert.source import Source
@@ -67,6 +68,13 @@ def _of_language_model(source: Source, given: str, origin: str) -> pathlib.Path 
     return path
 
 
+def copy(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies a vocabulary file, and the merges.txt that belongs to OPT's vocab.json."""
+    shutil.copyfile(path, to)
+    if path.name == "vocab.json" and (merges := path.with_name("merges.txt")).is_file():
+        shutil.copyfile(merges, to.with_name(merges.name))
+
+
 def language_model(path: pathlib.Path) -> tuple[str, int]:
     """Which kind of text model a tokenizer file is for, a key of TOKENIZERS, and its entries, 0 where the file itself
     does not show them. ValueError: no tokenizer file."""
@@ -74,11 +82,15 @@ def language_model(path: pathlib.Path) -> tuple[str, int]:
         return "bert", 0
     if path.suffix == ".model":
         return "t5", 0
-    model = load(path).get("model")
+    content = load(path)
+    if content and all(type(i) is int for i in content.values()):  # a vocab.json
+        return "opt", len(content)
+    model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if kind not in JSON_KINDS:
         raise ValueError(
-            f"{path} is no tokenizer.json of {', '.join(JSON_KINDS)}: give a tokenizer.json, or T5's spiece.model"
+            f"{path} is no tokenizer.json of {', '.join(JSON_KINDS)}: give a tokenizer.json, OPT's vocab.json, or "
+            "T5's spiece.model"
         )
     words = model.get("vocab")
     return JSON_KINDS[kind], len(words) if isinstance(words, (dict, list)) else 0

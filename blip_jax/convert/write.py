@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 
 from blip_jax import checkpoint, lock, trees
-from blip_jax.convert import apply, blip2, hf, hf_blip2, torch_io
+from blip_jax.convert import apply, blip2, hf, hf_blip2, torch_io, vocabulary
 from blip_jax.convert.read import read
 from blip_jax.convert.rules.families import WORDS
 from blip_jax.convert.source import Source, official, vocab_sizes
@@ -144,7 +144,7 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
     workdir.mkdir()
     if source.vocab:
         kept = checkpoint.vocabulary(workdir, like=source.vocab)
-        shutil.copyfile(source.vocab, kept)
+        vocabulary.copy(source.vocab, kept)
         cfg.text.vocab = kept.name
     momentum = source.state.get("momentum")
     state = {

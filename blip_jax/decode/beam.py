@@ -70,7 +70,8 @@ def search(extend: Callable, logits, cache, prompt, how: Beam, n: int, *, eos: i
 
     Args:
       logits f32[B,V]: what follows the prompt; cache: arrays [L,B*M,...], each image's row repeated M times; prompt
-      i32[B,t]; n <= how.beams.
+      i32[B,t]; n <= how.beams. A model that is given no words has a start id for its prompt: that of the version, or,
+      with version 5, which has none, one beyond the vocabulary, which no penalty sees.
     Returns: ids i32[B,n,L] as `generate.sample`; log_prob f32[B,n], the model's own, the end included; score f32[B,n].
     """
     (B, t), M, L = prompt.shape, how.beams, how.max_length

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import trees
+from blip_jax.models.layers import stack
 from blip_jax.parallel import sharding
 
 ROWS = (  # path ending -> distribution, first match wins
     (r"(^|/)temp$", "temperature"),
     (r"scale$", "ones"),
-    (r"(patch_embed|vision_proj|text_proj|itm_head|cls_head/\w+)/(kernel|bias)$", "torch"),
+    (r"(patch_embed|vision_proj|text_proj|itm_head|llm_proj|cls_head/\w+)/(kernel|bias)$", "torch"),
     (r"bias$", "zeros"),
     (r"vit/pos_embed$", "positions"),
     (r"(kernel|embedding|query_tokens)$|vit/cls$", "normal"),
@@ -71,7 +72,8 @@ def init_params(cfg, model, key) -> dict:
     """Random parameters of `model` as nested dict; pure (use under jax.jit with out_shardings, or jax.eval_shape)."""
     size, T = cfg.model.img_size, min(8, cfg.text.max_len)
     img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)  # only their shapes count
-    shapes = jax.eval_shape(lambda: model.init(key, img, ids, jnp.ones((1, T), bool))["params"])
+    with stack.looped():
+        shapes = jax.eval_shape(lambda: model.init(key, img, ids, jnp.ones((1, T), bool))["params"])
     return parameters(shapes, key, std=cfg.model.init_std, pos_std=cfg.model.vit.pos_std)
 
 

@@ -64,8 +64,8 @@ PARAMS = (  # path ending -> logical dimensions, first match wins
     (r"lm_head/kernel$", ("embed", "vocab")),
     (r"lm_head/bias$", ("vocab",)),
     (r"merge/blocks/kernel$", ("embed", "norm")),
-    (r"(vision_proj|text_proj|itm_head|cls_head/out)/kernel$", ("embed", "proj")),
-    (r"(vision_proj|text_proj|itm_head|cls_head/out)/bias$", ("proj",)),
+    (r"(vision_proj|text_proj|itm_head|cls_head/out|llm_proj)/kernel$", ("embed", "proj")),
+    (r"(vision_proj|text_proj|itm_head|cls_head/out|llm_proj)/bias$", ("proj",)),
     (r"queue/(img|txt)$", ("queue", "proj")),
     (r"queue/image_id$", ("queue",)),
 )

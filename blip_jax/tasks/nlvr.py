@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,20 @@ def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
     return EvalRows(cfg, tokenizer, sentence, cfg.data.eval, skipped_path=skipped_path)
 
 
+@functools.cache
+def labels(model) -> Callable:
+    """The jitted program of `evaluate`, i32[B] of pictures and sentences, kept from one evaluation of a run to the
+    next."""
+
+    @jax.jit
+    def program(params, *arrays):
+        batch = dict(zip((*SIDES, "ids", "txt_mask"), arrays))
+        batch |= {side: normalize_pixels(batch[side]) for side in SIDES}
+        return jnp.argmax(logits(functools.partial(model.apply, {"params": params}), batch, None), axis=-1)
+
+    return program
+
+
 def evaluate(loaded, data: EvalRows, mesh) -> dict:
     """Accuracy and consistency in percent over the examples with labels, pictures in their order, and the number of all
     examples.
@@ -140,11 +155,7 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
     runner = Runner(mesh)
     size = runner.size(len(data), loaded.cfg.eval.batch)
 
-    @jax.jit
-    def program(params, *arrays):
-        batch = dict(zip((*SIDES, "ids", "txt_mask"), arrays))
-        batch |= {side: normalize_pixels(batch[side]) for side in SIDES}
-        return jnp.argmax(logits(functools.partial(loaded.model.apply, {"params": params}), batch, None), axis=-1)
+    program = labels(loaded.model)
 
     def passes():
         for records, rows in data.batches(size):

@@ -8,6 +8,7 @@ import collections
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -216,12 +217,12 @@ def answered(loaded, data: EvalRows, mesh):
     size = runner.size(len(data), loaded.cfg.eval.batch)
     if task.method == "generate":
         how = Beam(beams=task.beams, min_length=1, max_length=task.max_length)
-        program, whole = programs.answering(loaded.model, how, 1, eos=tokenizer.sep, pad=tokenizer.pad), ()
+        program, whole = jitted(programs.answering, loaded.model, how, 1, eos=tokenizer.sep, pad=tokenizer.pad), ()
     else:
         texts = candidates(task.answer_list)
         longest = int(tokenizer.lengths(texts, loaded.cfg.model.med.positions).max())
-        program, whole = programs.ranking(loaded.model, min(task.k, len(texts))), tokenizer.encode(texts, longest)
-    program = jax.jit(program)
+        program = jitted(programs.ranking, loaded.model, min(task.k, len(texts)))
+        whole = tokenizer.encode(texts, longest)
 
     def passes():
         for records, rows in data.batches(size):
@@ -237,6 +238,12 @@ def answered(loaded, data: EvalRows, mesh):
                     yield record, tokenizer.decode(found["ids"][b, 0, 1:])
                 else:
                     yield record, texts[found["candidate"][b, 0]]
+
+
+@functools.cache
+def jitted(make: Callable, *args, **how) -> Callable:
+    """The jitted program make(*args, **how), kept from one evaluation of a run to the next."""
+    return jax.jit(make(*args, **how))
 
 
 def candidates(path: str) -> list[str]:

@@ -20,6 +20,7 @@ from blip_jax.inference.load import read_for
 from blip_jax.models import initial
 from blip_jax.models.build import Start, fit
 from blip_jax.parallel import sharding
+from blip_jax.train import kept
 from blip_jax.train import state as train_state
 
 
@@ -199,9 +200,12 @@ def create(run, loaded: dict | None):
     """A new state on the mesh; with `loaded`, which is emptied, parameters and momentum copies start from it."""
     key = jax.random.key(run.cfg.seed)
     if loaded is None:
-        return jax.jit(lambda key: train_state.create(run.cfg, run.model, run.tx, key), out_shardings=run.shardings)(
-            key
-        )
+
+        def make(settings):
+            fresh = lambda key: train_state.create(settings, run.model, run.tx, key)
+            return jax.jit(fresh, out_shardings=run.shardings)
+
+        return kept.of(run.cfg, make, "create", run.mesh)(key)
     say(f"parameters start from {run.cfg.train.init_from}")
     lacking = (
         dict(trees.paths(trees.merge(run.shapes.params, run.shapes.frozen))).keys() - dict(trees.paths(loaded)).keys()

@@ -13,6 +13,7 @@ from world.convert import same_bits
 from blip_jax import config, trees
 from blip_jax.convert import hf_blip2, origins, read, write
 from blip_jax.convert.source import official as lavis_names
+from blip_jax.inference.load import read_for
 
 HEADS = dict(vit=4, qformer=3, llm=4)
 
@@ -89,6 +90,18 @@ def test_init_from_names_parts_and_says_where_each_comes_from(cut):
     }
     # a checkpoint of this task and parts for it: nothing of it starts from another place, nothing may be missing
     assert given.start.origin("llm_proj/kernel") == "llm_proj/kernel" and not given.start.new and not given.partial
+
+
+def test_a_second_stage_starts_from_a_first_one_whatever_its_words(tmp_path):
+    """text.vocab is then the language model's, and the Q-Former reads no text."""
+    cfg = config.blip2(llm="opt_tiny")
+    with cfg.unlocked():
+        cfg.text.vocab = str(tokenizer(tmp_path / "opt.json", "BPE"))
+        cfg.model.vit.heads, cfg.model.qformer.heads = (cases.heads("stage1_eva")[part] for part in ("vit", "qformer"))
+    path = cases.save(tmp_path / "stage1.safetensors", cases.weights("stage1_eva"))
+    found = read_for(cfg, path)
+    assert found.family == "blip2" and found.vocab is None
+    assert "its language model" not in refused(path, vocab=cfg.text.vocab, heads=cases.heads("stage1_eva"))
 
 
 def test_an_opt_of_which_the_head_is_saved_and_one_without_are_the_same(cut):

@@ -10,8 +10,10 @@ import pytest
 from world.blip2 import GOLDEN
 
 from blip_jax import config
+from blip_jax.cli import usage
 from blip_jax.convert import apply, blip2, hf_blip2, read, vocabulary
 from blip_jax.convert.rules.blip2 import HF_BIAS
+from blip_jax.convert.rules.families import FAMILIES
 from blip_jax.trees import Lazy
 
 LAVIS = json.loads((GOLDEN / "keys" / "meta.json").read_text())["checkpoints"]
@@ -124,3 +126,7 @@ def without_copies(shapes):
 
 def test_berts_words_and_dec_are_the_vocabulary_of_a_q_former():
     assert vocabulary.BERT_VOCAB[2] + 1 == config.QFORMER_SIZES["base"]["vocab_size"]
+
+
+def test_the_help_of_convert_names_all_families():
+    assert usage.FAMILIES.split(", ") == list(FAMILIES) and usage.FAMILIES in usage.text("convert").replace("\n", " ")

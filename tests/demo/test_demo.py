@@ -92,10 +92,7 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
     assert demo_results.table(results).count("yes") == 4
     assert demo_results.table(results).count("the paper has ") == 9
     with pytest.MonkeyPatch.context() as m:  # a second start trains and captions nothing
-        m.setattr(
-            "blip_jax.tasks.step.make_step",
-            lambda *_, **__: lambda *_: pytest.fail("a finished stage was trained again"),
-        )
+        m.setattr(stages.loop, "to_devices", lambda *_: pytest.fail("a finished stage was trained again"))
         m.setattr(two_stage, "two_stage_scores", lambda *_: pytest.fail("a model was evaluated again"))
         again = stages.run(demo_cfg, tmp_path)
     assert again["results"]["phases"] == [tuple(phase) for phase in results["phases"]]  # the time is not added to

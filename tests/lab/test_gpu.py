@@ -15,11 +15,12 @@ import work  # noqa: E402
 
 
 def test_a_process_that_hangs_is_ended_at_its_limit_and_the_others_go_on(tmp_path, monkeypatch):
-    (tmp_path / "work.py").write_text("import sys, time; print(sys.argv[1]); time.sleep(60 * ('hangs' in sys.argv[1]))")
+    program = "import json, sys, time; name = json.loads(sys.argv[1])['name']; time.sleep(60 * (name == 'hangs'))"
+    (tmp_path / "work.py").write_text(program)
     monkeypatch.setattr(run, "HERE", tmp_path)
     log, start = io.StringIO(), time.monotonic()
-    cases = [{"name": name, "env": {}, "limit": 2} for name in ("hangs", "ends", "last")]
-    run.Group(tmp_path, {}, log, start, at_once=2).run(cases, start + 50)
+    cases = [{"name": name, "env": {}, "limit": 2 if name == "hangs" else 40} for name in ("hangs", "ends", "last")]
+    run.Group(tmp_path, {}, log, start, at_once=2).run(cases, start + 100)
     said = log.getvalue()
     assert "hangs: ended at its limit" in said and "ends: exit status 0" in said and "last: exit status 0" in said
     late = {"name": "late", "env": {}, "limit": 2, "late": True}
@@ -27,6 +28,16 @@ def test_a_process_that_hangs_is_ended_at_its_limit_and_the_others_go_on(tmp_pat
     assert group.due(cases[0], [(late,)]) and group.due(late, [(late,)]) and not group.due(late, [(cases[0],)])
     run.Group(tmp_path, {}, log, start, at_once=1).run(cases[1:], time.monotonic())
     assert "last: not started: no time is left" in log.getvalue()
+
+
+def test_a_process_without_memory_is_started_once_more_when_the_others_are_done(tmp_path, monkeypatch):
+    program = "import json, sys; sys.exit('RESOURCE_EXHAUSTED' if json.loads(sys.argv[1])['name'] == 'large' else 1)"
+    (tmp_path / "work.py").write_text(program)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    log, start = io.StringIO(), time.monotonic()
+    cases = [{"name": name, "env": {}, "limit": 20} for name in ("large", "broken")]
+    run.Group(tmp_path, {}, log, start, at_once=2).run(cases, start + 50)
+    assert log.getvalue().count("large: exit status 1") == 2 and log.getvalue().count("broken: exit status 1") == 1
 
 
 def test_every_measurement_has_a_kind_and_a_name_of_its_own():

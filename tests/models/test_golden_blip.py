@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from world import jitted
 
 from blip_jax import config, losses, tasks
 from blip_jax.convert.apply import from_torch, to_torch
@@ -60,7 +61,7 @@ class Case:
         return batch | ({"image_id": jnp.asarray(self.io["idx"], jnp.int32)} if "idx" in self.io else {})
 
     def apply(self, method, *args, **kwargs):
-        return self.model.apply({"params": self.loaded["params"]}, *args, method=method, **kwargs)
+        return jitted.apply(self.model, self.loaded["params"], method, *args, **kwargs)
 
     def state(self, tx, first_ptr):
         momentum = self.loaded["momentum"]
@@ -440,11 +441,10 @@ def test_golden_nlvr_prediction_loss_and_gradients():
         )
         return losses.itm(logits, targets)[0], logits
 
-    value, logits = jax.jit(loss)(case.loaded["params"])
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.loaded["params"])
     close(logits, case.io["prediction"])
     close(value, case.io["loss"])
     if any(k.startswith("grad/") for k in case.io.files):
-        grads, _ = jax.jit(jax.grad(loss, has_aux=True))(case.loaded["params"])
         check_grads(
             case, to_torch("nlvr", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=case.meta["config"]["vocab"])
         )

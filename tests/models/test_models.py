@@ -1,9 +1,12 @@
 """ViT and MED: masks, sharing, stochastic depth, rematerialisation, and what a wrong size says."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from world import jitted
 
 from blip_jax import config
 from blip_jax.models.blip import Blip
@@ -28,7 +31,7 @@ def blip():
     params = jax.tree.map(lambda x: 5 * x, params)  # large enough weights for a difference to show
     return (
         model,
-        lambda method, *a, **k: jax.jit(lambda: model.apply({"params": params}, *a, method=method, **k))(),
+        functools.partial(jitted.apply, model, params),
         params,
     )
 
@@ -138,7 +141,7 @@ def test_keys_and_values_with_the_last_layer_apart_are_the_same(blip, inputs, mo
 
 
 def test_encoder_and_decoder_share_all_but_self_attention(blip, inputs):
-    model, _, params = blip
+    model, apply, params = blip
     img, ids, mask = inputs
 
     def changed(path, method, *args):
@@ -146,10 +149,10 @@ def test_encoder_and_decoder_share_all_but_self_attention(blip, inputs):
         bumped = params | {
             "med": params["med"] | {"blocks": blocks | {path: jax.tree.map(lambda x: x.at[0].add(0.1), blocks[path])}}
         }
-        run = lambda p: jax.jit(lambda p: jax.tree.leaves(model.apply({"params": p}, *args, method=method))[0])(p)
+        run = lambda p: jax.tree.leaves(jitted.apply(model, p, method, *args))[0]
         return bool(np.abs(run(params) - run(bumped)).max() > 1e-6)
 
-    kv = model.apply({"params": params}, model.apply({"params": params}, img, method="encode_image"), method="image_kv")
+    kv = apply("image_kv", apply("encode_image", img))
     uses = {
         path: [
             changed(path, "encode_text", ids, mask),
@@ -179,7 +182,7 @@ def test_logits_of_vocabulary_padding_cannot_win(blip, inputs):
 def test_remat_changes_neither_value_nor_gradient(remat):
     img = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
     vit = lambda remat: Vit(width=16, depth=3, heads=2, mlp=32, patch=8, img_size=16, drop_path=0.5, remat=remat)
-    params = vit("none").init(jax.random.key(0), img)
+    params = jax.jit(vit("none").init)(jax.random.key(0), img)
     loss = lambda p, remat: (
         vit(remat).apply(p, img, deterministic=False, rngs={"dropout": jax.random.key(1)}) ** 3
     ).sum()
@@ -191,7 +194,7 @@ def test_remat_changes_neither_value_nor_gradient(remat):
 def test_stochastic_depth_drops_whole_branches_of_examples_and_keeps_the_mean():
     block = Block(width=8, heads=2, mlp=16, init_std=0.02, drops=True, dtype=jnp.float32)
     rate, x = jnp.float32(0.25), jnp.zeros((4000, 2, 8))
-    params = block.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x[:1], rate)
+    params = jax.jit(block.init)({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x[:1], rate)
     # of zero tokens, the MLP's branch is this, attention's is zero
     params["params"]["mlp"]["fc2"]["bias"] += jnp.arange(1.0, 9.0)
     out = jax.jit(lambda k: block.apply(params, x, rate, rngs={"dropout": k})[0])(jax.random.key(2))

@@ -59,8 +59,15 @@ def asked(model, params, img, ids, mask):
 
 @functools.cache
 def questions():
-    model, params, _, question = world()
-    return jax.jit(lambda p, q: asked(model, p, *q))(params, question)
+    _, params, _, question = world()
+    return compiled_questions()(params, question)
+
+
+@functools.cache
+def compiled_questions():
+    """`asked` of the tiny model, jitted: of parameters and questions."""
+    model = world()[0]
+    return jax.jit(lambda p, q: asked(model, p, *q))
 
 
 def random_params(cfg, model, seed):
@@ -206,8 +213,13 @@ def test_weighted_answer_loss(over):
 
 def rank(*args, **how):
     """`rank_answers` of the tiny model."""
-    model, params, *_ = world()
-    return jax.jit(functools.partial(rank_answers, model, **how))(params, *args)
+    return ranking(tuple(how.items()))(world()[1], *args)
+
+
+@functools.cache
+def ranking(how):
+    """`rank_answers` of the tiny model, jitted."""
+    return jax.jit(functools.partial(rank_answers, world()[0], **dict(how)))
 
 
 @pytest.mark.parametrize("over, k", [("valid", 9), ("all", 9), ("all", 3), ("valid", 500)])
@@ -248,7 +260,7 @@ def test_smoothing_over_all_charges_short_answers_for_the_longest_of_the_list():
 
 def test_padding_of_candidates_questions_and_batch_does_not_change_the_ranking():
     model, params, apply, (img, ids, mask) = world()
-    kv_of = lambda *question: jax.jit(lambda p, q: asked(model, p, *q))(params, question)
+    kv_of = lambda *question: compiled_questions()(params, question)
     answers, answer_mask = candidates(np.random.default_rng(6))
     best, scores = rank(answers, answer_mask, questions(), mask, k=5)
     wider = lambda x: jnp.pad(x, ((0, 0), (0, 3)))

@@ -130,6 +130,7 @@ def test_sums_over_several_slices_are_made_in_parts_where_chips_have_sparsecores
 
 
 def test_training_and_its_plan_hand_them_to_the_compiler(tiny_cfg, tmp_path, monkeypatch, capsys):
+    tiny_cfg.seed = 77  # a run of no other test, whose step would be kept
     monkeypatch.setattr(compiler, "options", lambda mesh: {"xla_of_this_test": True})
     monkeypatch.setattr(step, "make_step", lambda *_, **__: lambda state, batch: (state, {}))
     empty = lambda s, place: jax.device_put(

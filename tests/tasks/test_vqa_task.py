@@ -3,6 +3,7 @@ pre-training.
 """
 
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -80,10 +81,17 @@ def loss_of(cfg, model):
     return lambda params, batch: vqa.loss(model, cfg, params, None, batch, keys)
 
 
+@functools.cache
+def of_golden():
+    """((loss, (metrics, found)), gradients) of the golden's batch."""
+    cfg, model, params, batch, _ = golden()
+    return jax.jit(jax.value_and_grad(loss_of(cfg, model), has_aux=True))(params, batch)
+
+
 def test_golden_vqa_task_loss_and_every_gradient():
     cfg, model, params, batch, io = golden()
     assert (np.asarray(batch["weights"]) == 0).any()  # some rows fill, and must not count
-    (loss, (metrics, found)), grads = jax.jit(jax.value_and_grad(loss_of(cfg, model), has_aux=True))(params, batch)
+    (loss, (metrics, found)), grads = of_golden()
     np.testing.assert_allclose(loss, io["loss"], atol=1e-5)
     assert float(metrics["loss"]) == float(loss) and found == {}
     grads = to_torch("vqa", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=cfg.model.med.vocab_size)
@@ -106,14 +114,18 @@ def test_micro_batches_add_up_to_the_batch():
     """Dropout is off and the sum is over questions, so the mean of two halves is the whole."""
     cfg, model, params, batch, _ = golden()
     loss = loss_of(cfg, model)
-    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
 
-    def micro(a, batch):
-        (_, (metrics, found)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return grads, metrics, found
+    @jax.jit
+    def in_halves(params, halves):
+        def micro(a, batch):
+            (_, (metrics, found)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+            return grads, metrics, found
 
-    whole, parts = jax.jit(lambda: micro(0, batch))(), jax.jit(lambda: accumulated(micro, halves, 2))()
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        return accumulated(micro, halves, 2)
+
+    (_, (metrics, found)), grads = of_golden()
+    parts = in_halves(params, jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch))
+    for a, b in zip(jax.tree.leaves((grads, metrics, found)), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 

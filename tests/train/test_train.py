@@ -178,8 +178,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         state, data = checkpoint.restore(manager, 3, run.shapes, run.shardings)
         broken = jax.tree.map(lambda x: x, state.params)
         broken["text_proj"]["bias"] = broken["text_proj"]["bias"].at[0].set(jnp.nan)
-        data |= {"step": 4, "sums": None}
-        checkpoint.save(manager, 4, state.replace(params=broken, step=jnp.int32(4)), data, {})
+        data |= {"step": 4, "sums": None, "examples": 64, "epoch": 1.0}
+        checkpoint.save(manager, 4, state.replace(params=broken, step=jnp.int32(4)), data, plain(cfg))
     with pytest.raises(loop.NonFiniteLoss, match="step 5: a loss or the gradient norm is not finite"):
         loop.fit(cfg, cut_run)
     assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["3", "4"]
@@ -245,7 +245,7 @@ def without_evaluation(full_run, workdir):
 def test_a_signal_within_an_evaluation_stops_it_and_the_same_command_makes_it_again(
     full_run, cfg, tmp_path, monkeypatch, capsys, place
 ):
-    workdir, cfg.eval.batch = tmp_path / "run", 8
+    workdir = tmp_path / "run"
     without_evaluation(full_run, workdir)
 
     def interrupting(items, desc, **kw):

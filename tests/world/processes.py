@@ -5,6 +5,7 @@ One server imports everything once and forks the processes of a run from itself.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -34,6 +35,7 @@ class Pod:
         self._server, port = server, free_port()
         self.logs = [folder / f"log-{k}.txt" for k in range(n)]
         self.pids = []
+        env = {"JAX_ENABLE_COMPILATION_CACHE": "true"} | env  # process 0 compiles for all, see `serve`
         for k in range(n if started is None else started):
             self.logs[k].write_text("")
             own = {
@@ -87,13 +89,21 @@ def serve() -> None:
     """Obeys lines, each a JSON object.
 
     {"log", "env", "call"} forks a process and answers with its id, {"wait": id} answers with its exit status.
+
+    Of a pod process 0 alone compiles; the others get its programs from it, or find them in the compile cache where
+    process 0 does. JAX has this for other platforms and takes it for granted that all processes give a program the same
+    name; on CPUs a name holds what each process thinks of the devices, so only their kinds are let in.
     """
     import jax
+    from jax._src import cache_key
 
     import blip_jax.capfilt.run  # noqa: F401
     import blip_jax.parallel.processes  # noqa: F401
     import blip_jax.train.loop  # noqa: F401
 
+    cache_key._hash_accelerator_config = cache_key._hash_devices
+    jax.config.update("jax_share_binary_between_hosts", True)
+    gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:

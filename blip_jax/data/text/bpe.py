@@ -87,6 +87,10 @@ class Tokenizer:
             ids[i, at], mask[i, at] = row, True
         return ids, mask
 
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a tokenizer.json that means this vocabulary."""
+        self._tok.save(str(path))
+
     def lengths(self, texts: list[str], max_len: int) -> np.ndarray:
         """i32[n]: how many positions `encode` fills for each text."""
         return np.minimum([1 + len(e) for e in self._tok.encode_batch_fast(texts)], max_len).astype(np.int32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -90,6 +91,10 @@ class Dropout(nn.Module):
             return x
         mask = kept(jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape))
         return jnp.where(mask, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+    def active(self, deterministic: bool) -> Callable | None:
+        """x -> x with zeros, or None where nothing would be dropped."""
+        return functools.partial(self, deterministic=False) if self.rate and not deterministic else None
 
 
 class LayerNorm(nn.Module):

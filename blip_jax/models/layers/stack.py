@@ -6,6 +6,8 @@ A stack is a tree of arrays [L,...] (parameters, keys and values), or, as `apart
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +39,20 @@ def parameters(module, layer, length: int, *example):
     return module.param("blocks", lambda key: jax.vmap(draw)(jax.random.split(key, length)))
 
 
+_looped = contextvars.ContextVar("looped", default=False)
+
+
+@contextlib.contextmanager
+def looped():
+    """Within it layers are one loop wherever they run: for what is traced for its shapes alone, in a time that does not
+    grow with L."""
+    token = _looped.set(True)
+    try:
+        yield
+    finally:
+        _looped.reset(token)
+
+
 def unrolled() -> bool:
     """Whether layers follow each other in the program instead of being one loop: on a single CPU.
 
@@ -44,7 +60,7 @@ def unrolled() -> bool:
     CPU compiler; twice the time of a token's products where few rows share it), and raises a whole stack of bfloat16 to
     float32 first.
     """
-    return single_cpu()
+    return single_cpu() and not _looped.get()
 
 
 class Ended(NamedTuple):

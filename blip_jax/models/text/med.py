@@ -98,8 +98,7 @@ class PostNormAttention(HeadedAttention):
 
     def self_attention(self, x, mask, deterministic, first_only=False):
         """x [B,T,D], mask bool[B,1,1|T,T] -> [B,T,D], or [B,1,D], the first position alone"""
-        drop = lambda p: self.drop(p, deterministic=deterministic)
-        queries = x[:, :1] if first_only else x
+        queries, drop = x[:, :1] if first_only else x, self.drop.active(deterministic)
         y = attention(self.project_q(queries), *self.project_kv(x), mask=mask, drop=drop)
         return self.closed(queries, y, deterministic)
 
@@ -120,8 +119,7 @@ class PostNormAttention(HeadedAttention):
 
     def cross_attention(self, x, kv, kv_mask, img_idx, deterministic):
         """x [B*G,T,D], kv of B images, kv_mask and img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
-        drop = lambda p: self.drop(p, deterministic=deterministic)
-        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, drop, kv_mask)
+        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, self.drop.active(deterministic), kv_mask)
         return self.closed(x, y, deterministic)
 
     def closed(self, x, y, deterministic):

@@ -67,8 +67,8 @@ class RelativeBias(nn.Module):
 class T5Attention(HeadedAttention):
     """Attention of T5, without biases and without scaling; heads need not make up the width."""
 
-    head_dim: int
-    dropout: float
+    head_dim: int = 64
+    dropout: float = 0.0
 
     def setup(self):
         dense = dict(use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
@@ -314,8 +314,8 @@ class T5(nn.Module):
             raise ValueError(f"act is {self.act!r}: choose one of {', '.join(ACTIVATIONS)}")
         if self.buckets < 4 or self.buckets % 2 or self.max_distance <= self.buckets // 2:
             raise ValueError(
-                f"buckets is {self.buckets} and max_distance {self.max_distance}: give an even number of buckets from 4 on, "
-                "and a distance of more than half of it, as 32 and 128"
+                f"buckets is {self.buckets} and max_distance {self.max_distance}: give an even number of buckets, 4 or "
+                "more, and a distance of more than half of it, as 32 and 128"
             )
         super().__post_init__()
 

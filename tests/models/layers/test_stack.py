@@ -71,3 +71,15 @@ def test_each_layer_is_drawn_for_itself_and_given_parameters_are_taken():
     assert kernel.shape == (L, D, D) and len(np.unique(kernel)) == kernel.size
     given = {"blocks": {"kernel": kernel + 1, "bias": params["blocks"]["bias"]}}
     np.testing.assert_array_equal(Holder().apply({"params": given}, jnp.zeros((1, D)))["kernel"], kernel + 1)
+
+
+def test_what_is_traced_for_its_shapes_meets_one_layer():
+    params, x, met = {"kernel": random(L, D, D)}, random(B, D), []
+    shapes = lambda: jax.eval_shape(lambda: stack.through(lambda x, p: (x @ p["kernel"], met.append(x)), x, params)[0])
+    whole, apart = shapes(), len(met)
+    with stack.looped():
+        assert shapes() == whole
+    assert apart == L and len(met) == L + 1
+    with pytest.raises(KeyError), stack.looped():
+        raise KeyError
+    assert stack.unrolled()
