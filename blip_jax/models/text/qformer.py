@@ -240,9 +240,10 @@ class QFormer(nn.Module):
         return self._through(x, mask, seen, None, (None,), deterministic)[0][1]
 
     def _through(self, x, mask, seen, kv, img_idx, deterministic):
-        """(queries, text) through all layers: (queries, text), and their keys and values [L,R,Q+T,N,H]."""
+        """(queries, text) through all layers: (queries, text), and of queries alone their keys and values
+        [L,R,Q,N,H]."""
         layer, cross = self._layer(), self.cross.layer()
-        pairs, keys = self.layers // CROSS_EVERY, None
+        pairs, keys, alone = self.layers // CROSS_EVERY, None, x[1] is None
         if self.dropout and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), (pairs, 3))
 
@@ -259,7 +260,7 @@ class QFormer(nn.Module):
                 given = x, mask, prefix, crosses, deterministic
                 x, found = layer.apply({"params": params}, *given, rngs=rng, method="attend")
                 own.append(KeysAndValues(*found))
-            return x, jax.tree.map(lambda *pair: jnp.stack(pair), *own)
+            return x, jax.tree.map(lambda *pair: jnp.stack(pair), *own) if alone else None
 
         with jax.named_scope("blocks"):
             stacks = stack.pairs(self.blocks), None if kv is None else self.cross.blocks, stack.pairs(seen), kv, keys
