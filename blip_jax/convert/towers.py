@@ -21,7 +21,7 @@ def find(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def penultimate(tensors: Mapping, depth: int = 0) -> tuple[str, Mapping, list[str]]:
-    """(family, tensors under that family's names, notes) of a file of LAVIS, EVA-CLIP or OpenAI's CLIP.
+    """(kind, tensors under the names of rules/vision.py, notes) of a file of LAVIS, EVA-CLIP or OpenAI's CLIP.
 
     A whole tower loses its last block and what follows it, since BLIP-2 takes the tokens of the block before (BLIP-2
     paper, section 3.3); what does not belong to the tower is left out. The notes name both.
@@ -54,7 +54,8 @@ def penultimate(tensors: Mapping, depth: int = 0) -> tuple[str, Mapping, list[st
     notes = []
     if dropped:
         notes.append(
-            f"of the whole tower of {count} blocks the first {wanted} are read: left out {listed(folded(dropped))}"
+            f"of the {count} blocks of the {kind} tower the first {wanted} are read, and nothing behind them: left out "
+            f"{listed(folded(dropped))}"
         )
     if others := [name for name in tensors if not name.startswith(prefix)]:
         notes.append(f"of the file only the image tower is read: left out {listed(folded(others))}")

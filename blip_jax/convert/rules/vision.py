@@ -9,10 +9,6 @@ EVA = (  # LAVIS's EVA ViT-g (eva_vit_g.pth): no bias of keys, no norm behind th
     ("blocks.{i}.attn.q_bias", "blocks/attn/q/bias", "heads_in_bias", "D"),
     ("blocks.{i}.attn.v_bias", "blocks/attn/v/bias", "heads_in_bias", "D"),
 )
-EVA_FUSED = (  # as Hugging Face's Blip2VisionModel stores it, after the renaming that rules/blip.py has for BLIP's
-    *(row for row in EVA if not row[0].endswith(("q_bias", "v_bias"))),
-    ("blocks.{i}.attn.qkv.bias", "blocks/attn/{qkv}/bias", "qv_bias", "3D"),
-)
 _RESBLOCK = "transformer.resblocks.{i}."
 CLIP = (  # the visual tower of OpenAI's CLIP ViT-L/14, also LAVIS's (clip_vit_L.pth)
     ("class_embedding", "cls", "same", "D"),
