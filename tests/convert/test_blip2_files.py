@@ -154,7 +154,7 @@ def test_a_whole_eva_tower_loses_its_last_block(cut):
     cases.save(tower.with_name("eva.safetensors"), tensors | block | norm)
     got = read.read(tower.with_name("eva.safetensors"), heads=HEADS)
     same_bits(flat(got.state), flat(read.read(tower, heads=HEADS).state))
-    assert any("of the whole tower of 4 blocks the first 3 are read" in note for note in got.notes)
+    assert any("of the 4 blocks of the eva tower the first 3 are read" in note for note in got.notes)
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
