@@ -78,7 +78,7 @@ def family_of(config: Mapping) -> str:
         return what
     kind = part(config, "text_config").get("model_type", "opt")
     families = {"opt": "blip2_opt", "t5": "blip2_t5"} if what == "" else {"t5": "instruct_t5"}
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         raise ValueError(
             f"config.json: {foreign.told('text_config.model_type', kind)}: here are {' and '.join(families)}"
             + " (InstructBLIP with Vicuna is not)" * (what == "instruct")
@@ -106,7 +106,8 @@ def check(config: Mapping, family: str, sizes: Mapping, layers: Mapping, pre_nor
                 problems.append(f"{foreign.told(dot + field, value)}, but the weights have {sizes[letter]}")
     vision, qformer = part(config, "vision_config"), part(config, "qformer_config")
     for name, given, stack in (("vision_config", vision, "vit"), ("qformer_config", qformer, "qformer")):
-        n, depth = given.get("num_attention_heads", DEFAULTS[name]["num_attention_heads"]), layers[stack]
+        n, depth = given.get("num_attention_heads"), layers[stack]
+        n = DEFAULTS[name]["num_attention_heads"] if n is None else n
         width = sizes.get("D" if stack == "vit" else "W", 0)
         if not foreign.whole(n) or width % n:
             problems.append(f"{foreign.told(f'{name}.num_attention_heads', n)}: it must divide the width {width}")

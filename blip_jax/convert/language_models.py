@@ -54,7 +54,7 @@ def said(kind: str, config: Mapping, sizes: Mapping, layers: Mapping, pre_norm: 
     problems = [
         f"{foreign.told(prefix + field, config[field])}, but the weights have {size}"
         for field, size in have.items()
-        if config.get(field) is not None and (type(config[field]) is not type(size) or config[field] != size)
+        if None not in (size, config.get(field)) and (type(config[field]) is not type(size) or config[field] != size)
     ]
     problems += [
         f"{foreign.told(prefix + field, config[field])}: the models here have {' or '.join(map(repr, values))}"

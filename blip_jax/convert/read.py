@@ -283,7 +283,7 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
     kind = config.get("model_type")
     if kind in ("bert", *language_models.KINDS):
         family = kind
-    elif kind in hf_blip2_config.KINDS:
+    elif isinstance(kind, str) and kind in hf_blip2_config.KINDS:
         return hf_blip2.read(path, heads)
     elif "architecture" in config and "model_type" not in config:
         family = "deit"

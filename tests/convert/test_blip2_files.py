@@ -154,7 +154,7 @@ def test_a_whole_eva_tower_loses_its_last_block(cut):
     cases.save(tower.with_name("eva.safetensors"), tensors | block | norm)
     got = read.read(tower.with_name("eva.safetensors"), heads=HEADS)
     same_bits(flat(got.state), flat(read.read(tower, heads=HEADS).state))
-    assert any("of the whole tower of 4 blocks the first 3 are read" in note for note in got.notes)
+    assert any("of the 4 blocks of the eva tower the first 3 are read" in note for note in got.notes)
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -252,6 +252,7 @@ def test_a_bias_of_keys_that_is_not_zero_is_refused(tmp_path):
         ("hf_opt", "text_config", {"do_layer_norm_before": False}, "do_layer_norm_before is False, but the weights"),
         ("hf_opt", "text_config", {"activation_function": "gelu"}, "activation_function is 'gelu': the models here"),
         ("hf_opt", "text_config", {"model_type": "llama"}, "text_config.model_type is 'llama': here are opt and t5"),
+        ("hf_opt", "text_config", {"model_type": [["opt"]]}, "model_type is [['opt']]: here are opt and t5"),
         ("hf_t5", "text_config", {"num_heads": 2}, "text_config.num_heads is 2, but the weights have 4"),
         ("hf_t5", "text_config", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu': the models here have"),
         ("hf_t5", "text_config", {"tie_word_embeddings": True}, "scores of such a T5 are scaled"),
