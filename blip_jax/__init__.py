@@ -1,4 +1,4 @@
-"""BLIP in JAX/Flax."""
+"""BLIP and BLIP-2 in JAX/Flax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["Blip", "__version__", "from_pretrained"]
 # imported when first asked for: jax takes a second
-_HOMES = {"from_pretrained": "blip_jax.inference.verbs", "Blip": "blip_jax.models.blip"}
+_HOMES = {"from_pretrained": "blip_jax.inference.pretrained", "Blip": "blip_jax.models.blip"}
 
 
 def __getattr__(name: str):

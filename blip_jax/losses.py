@@ -26,6 +26,14 @@ def similarity(emb, cols, temp):
     return jnp.einsum("GiE,GjE->Gij", emb, cols, precision="highest") / temp
 
 
+def query_similarity(qry, txt, temp):
+    """Scaled similarity of each image with its group's own texts, the largest cosine over its queries: f32[G,g,g].
+
+    qry: f32[G,g,Q,E], txt: f32[G,g,E], both unit norm; temp: f32[] (BLIP-2 paper, section 3.1, ITC).
+    """
+    return jnp.einsum("GiQE,GjE->GijQ", qry, txt, precision="highest").max(-1) / temp
+
+
 def queue_similarity(emb, queue, temp):
     """Scaled cosine of each row with the queue's columns: f32[G,g,K].
 
@@ -45,6 +53,13 @@ def itc_targets(positive, sim_m, alpha):
     return jax.lax.stop_gradient(alpha * jax.nn.softmax(sim_m, axis=-1) + (1 - alpha) * hard)
 
 
+def smoothed_targets(positive, smoothing: float):
+    """(1 - smoothing) * positives / number of positives + smoothing / C: f32[G,g,C] of bool[G,g,C] (reference: BLIP-2's
+    blip2_qformer).
+    """
+    return (1 - smoothing) * itc_targets(positive, None, 0.0) + smoothing / positive.shape[-1]
+
+
 def itc(sim_i2t, sim_t2i, target_i2t, target_t2i):
     """Image-text contrastive loss: the mean of both directions' cross-entropies, f32[] (paper section 3.2, ITC)."""
 
@@ -62,6 +77,18 @@ def hard_negative_weights(sim, positive, floor):
     """
     weights = jax.nn.softmax(jax.lax.stop_gradient(sim), axis=-1) + floor
     return jnp.where(positive, 0.0, weights)
+
+
+def masked_negative_weights(sim, positive):
+    """Sampling weights f32[G,g,g]: softmax(sim) over what is no positive, without gradient; zeros where there is none.
+
+    In exact arithmetic `hard_negative_weights` without a floor draws alike; here negatives that are far behind the
+    positives keep their weights.
+    """
+    lowest = jnp.where(positive, -jnp.inf, jax.lax.stop_gradient(sim))
+    largest = jnp.max(lowest, axis=-1, keepdims=True)
+    weights = jnp.where(positive, 0.0, jnp.exp(lowest - jnp.where(jnp.isfinite(largest), largest, 0.0)))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
 
 
 def draw_negatives(key, weights, first_row=0):

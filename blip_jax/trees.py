@@ -1,11 +1,33 @@
-"""Nested dicts by path: parameters and settings as (path, leaf) pairs and back."""
+"""Nested dicts by path: parameters and settings as (path, leaf) pairs and back; leaves that are still to be read."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
+
+
+class Lazy:
+    """An array that is read each time that `numpy.asarray` is called on it, so that a model larger than the memory can
+    go from one file to another."""
+
+    def __init__(self, shape: Sequence[int], dtype, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+
+    def __array__(self, dtype=None, copy=None):
+        x = self._read()
+        return x if dtype is None else x.astype(dtype, copy=False)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

@@ -158,7 +158,7 @@ def test_commands_exist(name):
 
 @every_document
 def test_configs_that_are_named_exist_and_load(name):
-    for file, argument in sorted(set(re.findall(r"(?:configs/)?\b(\w+\.py):(\w+(?:,\w+)*)", text(name)))):
+    for file, argument in sorted(set(re.findall(r"(?:configs/)?\b(\w+\.py):(\w+(?:[.,]\w+)*)", text(name)))):
         load(f"configs/{file}:{argument}")
     for file in sorted(set(re.findall(r"\bconfigs/(\w+\.py)", text(name)))):
         assert (ROOT / "configs" / file).is_file() or file in ("NAME.py", "x.py"), file

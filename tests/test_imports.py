@@ -12,7 +12,7 @@ LEVELS = (
     "trees console lock losses config decode.sampling data",
     "checkpoint models.layers tasks.momentum parallel",
     "models.vision models.text models.flops data.batches data.evaluation decode eval",
-    "models convert.apply convert.rules inference.batching inference.programs",
+    "models convert.apply convert.layouts convert.rules inference.batching inference.programs inference.language",
     "tasks",
     "inference convert",
     "train capfilt bench plan",

@@ -87,7 +87,7 @@ def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buck
         if hasattr(task, "leaves"):
             cfg.task = task.leaves()
         cfg.model.update(img_size=img_size, dtype=dtype)
-        positions = min(TEXT.get(objective, cfg.text.max_len), cfg.model.med.positions)
+        positions = min(TEXT.get(objective, cfg.text.max_len), config.text_side(cfg.model).positions)
         cfg.text.update(max_len=positions, buckets=buckets, vocab="of random ids")
         cfg.data.train.random = config.source("scenes", count=1)  # never opened
         cfg.train.update(batch=batch, steps=EPOCH_STEPS)
@@ -208,7 +208,7 @@ def random_batch(cfg, T: int, longest: int | None = None) -> dict[str, np.ndarra
         elif kind == np.bool_:
             out[name] = np.array(mask) if is_text else rng.integers(0, 2, shape).astype(bool)
         elif kind == np.int32:
-            tokens = rng.integers(5, cfg.model.med.vocab_size - 2, shape)
+            tokens = rng.integers(5, config.text_side(cfg.model).vocab_size - 2, shape)
             out[name] = (np.where(mask, tokens, 0) if is_text else np.arange(len(tokens))).astype(np.int32)
         else:
             out[name] = np.full(shape, 1 / shape[-1], dtype)

@@ -27,6 +27,7 @@ from blip_jax.capfilt import decisions, settings, summary
 from blip_jax.capfilt.decisions import BELOW, EMPTY, REPEATED, UNREADABLE, Row
 from blip_jax.capfilt.input import Batch, Records
 from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
+from blip_jax.config import text_side
 from blip_jax.console import say
 from blip_jax.convert import read
 from blip_jax.data.batches import open_all
@@ -135,7 +136,7 @@ def models(cfg) -> tuple[Loaded, Loaded]:
         )
 
     prompt, method = len(programs.prompt_ids(tokenizer, cfg.text.prompt)), cfg.method
-    room = captioner.cfg.model.med.positions
+    room = text_side(captioner.cfg.model).positions
     if not prompt < method.max_length <= room:
         raise ValueError(
             f"method.max_length is {method.max_length}: it must be more than the {prompt} tokens of text.prompt "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -15,19 +16,20 @@ import tensorstore as ts
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 SUMS = "checksums"  # an item that checkpoints of earlier versions lack
+FILE_SUMS = "checksums.json"  # in a state: of the files that describe its arrays
 LINKS: dict[pathlib.Path, pathlib.Path] = {}  # that this process made, by the folders they lead to
 PLAIN = re.compile(r"[\w/ .-]*")  # orbax and tensorstore take other characters for patterns, addresses, escapes, ...
 LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock files and for object stores
 
 
 def vocabulary(workdir, like="") -> pathlib.Path | None:
-    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt or vocab.json, whichever there is, else None.
+    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt, .json or .model, whichever is there; None.
 
     like: a vocabulary file; then where a copy of it belongs, whether there is one or not.
     """
-    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json")]
+    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json", ".model")]
     if like:
-        return found[pathlib.Path(like).suffix == ".json"]
+        return next((path for path in found if path.suffix == pathlib.Path(like).suffix), found[0])
     return next((path for path in found if path.is_file()), None)
 
 
@@ -169,5 +171,8 @@ def listed(names: list[str]) -> str:
 
 
 def short(e: BaseException) -> str:
-    """What an error of a library says, in a line."""
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+    """What an error of a library says, in a line; of the system's, which tensorstore wraps in long ones, its words."""
+    if number := re.search(r"os_error_code='(\d+)'", str(e)):
+        return os.strerror(int(number[1]))
+    line = next((line for line in map(str.strip, str(e).splitlines()) if line), type(e).__name__)
+    return line if len(line) <= 300 else f"{line[:300]} ..."

@@ -21,6 +21,7 @@ import tensorstore as ts
 
 from blip_jax.checkpoint import sums
 from blip_jax.checkpoint.folders import (
+    FILE_SUMS,
     ITEMS,
     SUBDIR,
     SUMS,
@@ -33,7 +34,7 @@ from blip_jax.checkpoint.folders import (
     short,
     vocabulary,
 )
-from blip_jax.trees import nest, path_name
+from blip_jax.trees import Lazy, nest, path_name
 
 # in the tree of a state that orbax keeps beside it: text layers that are no stack, frozen parameters
 OLD = re.compile(r"'med(_dec)?', 'layer_\d\d'|'frozen', '")
@@ -114,15 +115,16 @@ def _refuse_old(folder: pathlib.Path) -> pathlib.Path:
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------
-def load_params(path) -> dict:
+def load_params(path, lazy: bool = False) -> dict:
     """Parameters that a checkpoint holds, as a nested dict of numpy arrays, whatever mesh wrote them.
 
     Frozen ones are not among them: `convert.read.read` gives all.
 
-    `path`: a workdir (its newest checkpoint), or one checkpoint folder. ValueError: no complete checkpoint there, or a
+    `path`: a workdir (its newest checkpoint), or one checkpoint folder. lazy: gives arrays that are read when they are
+    used, and compared with their checksums then. ValueError: no complete checkpoint there, or a
     damaged one: what of it, and the newest good one beside it.
     """
-    return _load(newest(path), "params/")
+    return _load(newest(path), "params/", lazy)
 
 
 def load_extra(path) -> dict | None:
@@ -133,10 +135,16 @@ def load_extra(path) -> dict | None:
     return _load(newest(path), "extra/") or None
 
 
-def _load(folder: pathlib.Path, prefix: str) -> dict:
+def _load(folder: pathlib.Path, prefix: str, lazy: bool = False) -> dict:
+    def later(leaf, array, path: str) -> Lazy:
+        return Lazy(leaf.shape, leaf.dtype, lambda: whole(folder, lambda: array(path)))
+
     def read() -> dict:
         paths, array = _reader(folder)
         wanted = [path for path in paths if path.startswith(prefix)]
+        if lazy:
+            leaves = tree(folder)
+            return nest((path.removeprefix(prefix), later(leaves[path], array, path)) for path in wanted)
         with ThreadPoolExecutor(sums.THREADS) as pool:
             return nest((path.removeprefix(prefix), x) for path, x in zip(wanted, pool.map(array, wanted)))
 
@@ -210,18 +218,30 @@ def _parsed(folder: pathlib.Path, name: str) -> dict:
 def tree(folder: pathlib.Path) -> dict[str, Any]:
     """What orbax knows of each array of a checkpoint, by path: name, shape and dtype.
 
-    ValueError: they are not those that were written.
+    ValueError: they are not those that were written, or another of the files that describe them is not.
     """
+    expected = recorded(folder)
+    if expected and expected.get("files"):  # which the first checkpoints that had checksums lack
+        compare(_file_sums(folder), {f"state/{name}": crc for name, crc in sums.of_files(folder / "state").items()})
     try:
         with _quiet():
             found = ocp.StandardCheckpointHandler().metadata(plain(folder) / "state").tree
     except Exception as e:
         raise ValueError(f"state/ cannot be read ({type(e).__name__}: {short(e)})") from None
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
-    if expected := recorded(folder):
+    if expected:
         shapes = {path: said.split()[0] for path, said in expected["arrays"].items()}
         compare(shapes, {path: sums.said(x) for path, x in leaves.items()})
     return leaves
+
+
+def _file_sums(folder: pathlib.Path) -> dict[str, str]:
+    """What `store` wrote beside the state. ValueError: it is not there, or not as it was."""
+    try:
+        found = json.loads((folder / "state" / FILE_SUMS).read_bytes())
+        return {f"state/{name}": crc for name, crc in found.items()}
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        raise ValueError(f"state/{FILE_SUMS} cannot be read ({short(e)})") from None
 
 
 def _reader(folder: pathlib.Path) -> tuple[list[str], Callable[[str], np.ndarray]]:
@@ -252,7 +272,7 @@ def compare(expected: dict[str, str], found: dict[str, str]) -> None:
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
-def damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> list[str]:
+def damage(folder: pathlib.Path, share: int = 0, shares: int = 1, threads: int = sums.THREADS) -> list[str]:
     """What of a checkpoint is missing, cannot be read or is not what was written; [] if it is good.
 
     All of it is read, in memory one array for each thread. share, shares: of the arrays only every `shares`-th, from
@@ -274,7 +294,7 @@ def damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> list[str]:
         for path in (folder / "state" / "array_metadatas").glob("*"):
             json.loads(path.read_bytes())
         paths, read = _reader(folder)
-        with ThreadPoolExecutor(sums.THREADS) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda path: attempt(read, path), paths[share::shares]))
 
     with _quiet():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from blip_jax.checkpoint import sums
-from blip_jax.checkpoint.folders import SUBDIR, SUMS, plain, spelled, vocabulary
+from blip_jax.checkpoint.folders import FILE_SUMS, SUBDIR, SUMS, plain, spelled, vocabulary
 from blip_jax.checkpoint.load import Damaged, compare, damage, load_data, recorded, tree, whole
-from blip_jax.trees import path_name
+from blip_jax.trees import Lazy, path_name
 
 SLICE = 2**14  # bytes from which a part of an array is written by a device of its own, of those that have copies
+LAZY = 2  # arrays that are read at a time, where they need not be in memory
 WRITERS = 64  # devices that share the writing of one array, at most
 
 
@@ -31,8 +33,24 @@ def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
     kinds = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
     )
-    state = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
+    state = _states(type_handler_registry=kinds)
     return ocp.CheckpointManager(_folder(workdir), options=options, item_handlers=_handlers(state))
+
+
+def _states(**how) -> ocp.PyTreeCheckpointHandler:
+    """What writes states, and beside each the checksums of the files that describe its arrays.
+
+    An instance of orbax's own class, by which orbax knows what it is given.
+    """
+    handler = ocp.PyTreeCheckpointHandler(**how)
+    finalize = handler.finalize
+
+    def and_checksums(directory) -> None:  # in process 0, once all have written and before the folder has its name
+        finalize(directory)
+        (directory / FILE_SUMS).write_text(json.dumps(sums.of_files(pathlib.Path(directory))))
+
+    handler.finalize = and_checksums
+    return handler
 
 
 def _folder(workdir) -> pathlib.Path:
@@ -79,6 +97,7 @@ def _items(workdir: pathlib.Path, state, arrays: Mapping[str, str], data: dict, 
         "data": sums.of_json(data),
         "config": sums.of_json(config),
         "vocabulary": words and {"file": words.name, "crc": sums.of_bytes(words.read_bytes())},
+        "files": FILE_SUMS,
     }
     return ocp.args.Composite(
         state=ocp.args.PyTreeSave(state),
@@ -88,30 +107,43 @@ def _items(workdir: pathlib.Path, state, arrays: Mapping[str, str], data: dict, 
     )
 
 
+class OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes arrays one after the other, and reads those that are `trees.Lazy` when it is their turn.
+
+    The one place that reaches into orbax's handler; tests/train/test_checkpoint.py holds it to what it does.
+    """
+
+    async def _background_serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args):
+            await super()._background_serialize([np.asarray(value)], [info], [arg])
+
+
 def write(workdir, state: dict, data: dict, config: dict) -> None:
-    """Checkpoint 0 of a new workdir from numpy arrays, which must not change meanwhile: they are not copied first.
+    """Checkpoint 0 of a new workdir from numpy arrays, which must not change meanwhile: they are not copied first. Of
+    `trees.Lazy` arrays there are no more than LAZY in memory.
 
     Each array gets a file of its own, so that nothing is collected in memory; readers tell the two layouts apart by
     themselves. ValueError: it cannot be read back.
     """
     workdir = pathlib.Path(workdir).absolute()
-    state = jax.tree.map(np.asarray, state)
+    lazy = any(isinstance(x, Lazy) for x in jax.tree.leaves(state))
+    threads = min(LAZY, sums.THREADS) if lazy else sums.THREADS
+    state = jax.tree.map(lambda x: x if isinstance(x, Lazy) else np.asarray(x), state)
     leaves = {path_name(path): x for path, x in jax.tree.leaves_with_path(state)}
-    with ThreadPoolExecutor(sums.THREADS) as pool:
-        arrays = dict(zip(leaves, pool.map(sums.of_array, leaves.values())))
+    with ThreadPoolExecutor(threads) as pool:
+        arrays = dict(zip(leaves, pool.map(lambda x: sums.of_array(np.asarray(x)), leaves.values())))
     said = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns of every layout but its default
     try:
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
-        )
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
+        each = OneByOne(deepcopy_host_arrays=False)
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, each), (Lazy, each))
+        handler = _states(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
         with ocp.CheckpointManager(_folder(workdir), options=options, item_handlers=_handlers(handler)) as manager:
             manager.save(0, args=_items(workdir, state, arrays, data, config))
     finally:
         logging.set_verbosity(said)
-    if found := damage(workdir / SUBDIR / "0"):
+    if found := damage(workdir / SUBDIR / "0", threads=threads):
         raise Damaged(workdir / SUBDIR / "0", found)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pathlib
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from blip_jax.trees import path_name
 PLACE, FIRST, SECOND = (np.uint32(x) for x in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))  # odd: multiplying loses nothing
 BLOCK = 2**16  # words that are mixed at a time: they stay in a core's cache
 ROW = 2**8  # words from which a row is long enough for NumPy
+DESCRIBING = ("_METADATA", "_sharding", "array_metadatas/*")  # files of a state that are JSON
 THREADS = min(os.cpu_count() or 1, 16)  # that compute checksums
 
 
@@ -102,6 +104,12 @@ def said(x) -> str:
 def of_json(x) -> str:
     """Of what JSON keeps of `x`, however it is written."""
     return of_bytes(json.dumps(json.loads(json.dumps(x)), sort_keys=True).encode())
+
+
+def of_files(state: pathlib.Path) -> dict[str, str]:
+    """{path in the state: crc32} of the files in which orbax describes the arrays."""
+    found = sorted(path for pattern in DESCRIBING for path in state.glob(pattern))
+    return {str(path.relative_to(state)): of_bytes(path.read_bytes()) for path in found}
 
 
 def of_bytes(data: bytes) -> str:

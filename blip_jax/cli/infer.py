@@ -160,7 +160,7 @@ class Work:
     def __init__(self, values, files: list[str]):
         from tqdm import tqdm
 
-        from blip_jax.inference.verbs import from_pretrained
+        from blip_jax.inference.pretrained import from_pretrained
 
         self.json, self.files = values.json, files
         self.model = from_pretrained(values.model, dtype=values.dtype or None, vocab=values.vocab, batch=values.batch)

@@ -22,6 +22,8 @@ from blip_jax.cli.parse import parse
 from blip_jax.parallel import compiler
 from blip_jax.parallel.interrupt import Interrupt, Stopped
 
+# parts of models -> what they are called, of those that have attention heads
+HEADED = {"vit": "image encoder", "med": "MED", "qformer": "Q-Former", "llm": "language model"}
 AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
 
 
@@ -144,12 +146,10 @@ def convert(argv: list[str]) -> int:
     flags.DEFINE_string(
         "family", "", "what IN must hold, or the part of it to take; default: what it holds", flag_values=values
     )
-    for name, text in (
-        ("img_size", "pixels, resizes the position table"),
-        ("vit_heads", "heads of the ViT; default: what config.json says, else width / 64"),
-        ("med_heads", "heads of the MED; default: what config.json says, else width / 64"),
-    ):
-        flags.DEFINE_integer(name, 0, text, lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("img_size", 0, "pixels, resizes the position table", lower_bound=0, flag_values=values)
+    for name, what in HEADED.items():
+        text = f"heads of the {what}; default: what config.json says, else as in the released models"
+        flags.DEFINE_integer(f"{name}_heads", 0, text, lower_bound=0, flag_values=values)
     flags.DEFINE_bool(
         "drop_token_types", False, "of BERT, drop its token-type row as the original BLIP does", flag_values=values
     )
@@ -167,8 +167,7 @@ def convert(argv: list[str]) -> int:
         vocab=values.vocab,
         family=values.family,
         img_size=values.img_size,
-        vit_heads=values.vit_heads,
-        med_heads=values.med_heads,
+        heads={name: n for name in HEADED if (n := values[f"{name}_heads"].value)},
         drop_token_types=values.drop_token_types,
         verify=values.verify,
     )

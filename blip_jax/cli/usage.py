@@ -21,9 +21,9 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
   vocab     --captions=FILE ...                      train a WordPiece vocabulary from captions (repeat the flag)
             [--scenes=N] --size=N --out=vocab.txt    ... from N built-in scenes
   pack      'PATTERN' --out=DIR [--kind= --images=]  any source of data to ArrayRecord shards, or go on with them
-  convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out: .pth, Hugging Face folders,
-            [--verify --vocab=FILE --family=         initial weights
-             --img_size= --vit_heads= --med_heads=]
+  convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out, BLIP and BLIP-2: .pth, Hugging
+            [--verify --vocab=FILE --family=         Face folders, initial weights; IN of BLIP-2 may be several files
+             --img_size= --vit_heads= ...]           with commas
 
   caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
   match     PICTURES --text=...                      texts against pictures
@@ -47,6 +47,10 @@ asked: a run diverged, a picture could not be used, a plan does not fit. `blip-j
 Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config/leaves.py lists them with their units.
 """
 LEAVES = "any leaf of the config, as --config.optim.lr=2e-4; blip_jax/config/leaves.py lists them with their units"
+FAMILIES = (  # of checkpoints, as convert/rules/families.py has them; that would import jax
+    "pretrain, retrieval, itm, features, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, blip2_opt, "
+    "blip2_t5, instruct_t5, eva, clip, opt, t5"
+)
 COMMANDS = {  # command -> (what follows its name, what it does)
     "train": (
         "--config=FILE.py --workdir=DIR [--config.LEAF=VALUE ...]",
@@ -80,8 +84,9 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     ),
     "convert": (
         "IN OUT [--to=ours|official|hf]",
-        "Reads a checkpoint of any known kind (.pth, Hugging Face folder or name, initial weights, a workdir of ours) "
-        "and writes it as another.",
+        "Reads a checkpoint of BLIP or BLIP-2 of any known kind (.pth, Hugging Face folder or name, initial weights, a "
+        "workdir of ours) and writes it as another. Of BLIP-2, whose .pth lack what was frozen, IN may be several "
+        "names with commas: blip2_pretrained_opt2.7b.pth,eva_vit_g.pth,facebook/opt-2.7b. Families: " + FAMILIES + ".",
     ),
     "caption": ("PICTURE ... --model=MODEL", "Captions of pictures."),
     "match": ("PICTURE ... --model=MODEL --text=TEXT ...", "How well each text fits each picture."),

@@ -9,12 +9,14 @@ import re
 
 from ml_collections import ConfigDict
 
+from blip_jax.config.sizes import ADDED, text_side
+
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "dots", "full"),
     "loss.smoothing_over": ("valid", "all"),
     "optim.schedule": ("epoch_decay", "epoch_cosine", "cosine", "constant"),
-    "optim.decay_mask": ("all", "kernels"),
+    "optim.decay_mask": ("all", "weights", "kernels"),
 }
 SOURCE_KINDS = ("scenes", "tsv")  # besides the modules of FORMATS
 FORMATS = "blip_jax.data.formats"
@@ -29,7 +31,6 @@ RANGES = {  # leaf -> (least, most), both allowed
             "optim.accumulate",
             "model.embed_dim",
             "model.vit.depth",
-            "model.med.layers",
             "text.max_words",
             "text.bucket_window",
             "data.max_pixels",
@@ -172,23 +173,37 @@ def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
             f"model.img_size is {m.img_size}: it must be a multiple of model.vit.patch = {m.vit.patch}, "
             f"as {nearest(m.img_size, m.vit.patch)}"
         )
-    for name, part in (("vit", m.vit), ("med", m.med)):
-        if part.heads < 1 or part.width < 1 or part.width % part.heads:
+    side = text_side(m)
+    if side.sizes.layers < 1:
+        out.append(f"model.{side.part}.layers is {side.sizes.layers}: it must be at least 1")
+    for name, part in (("vit", m.vit), (side.part, side.sizes)):
+        apart = "head_dim" in part  # T5's heads need not make up the width
+        if part.heads < 1 or part.width < 1 or part.width % part.heads and not apart:
             out.append(
                 f"model.{name}.width is {part.width}: it must be a multiple of model.{name}.heads = "
                 f"{part.heads}, as {nearest(part.width, part.heads)}"
             )
-    if m.med.positions < cfg.text.max_len:
+    if side.positions < cfg.text.max_len:
         out.append(
-            f"text.max_len is {cfg.text.max_len} but the text model has model.med.positions = "
-            f"{m.med.positions}: lower the first to {m.med.positions} or raise the second"
+            f"text.max_len is {cfg.text.max_len} but the text model has model.{side.part}.positions = "
+            f"{side.positions}: lower the first to {side.positions} or raise the second"
         )
     if not cfg.text.vocab:
         out.append("text.vocab is empty: give a vocab.txt or tokenizer.json; `blip-jax vocab` trains one from captions")
-    if tokenizer_vocab_size is not None and tokenizer_vocab_size != m.med.vocab_size:
+    if tokenizer_vocab_size is None:
+        return out
+    if not side.added:
+        if tokenizer_vocab_size > side.vocab_size:
+            out.append(
+                f"{cfg.text.vocab} has {tokenizer_vocab_size} entries, more than model.{side.part}.vocab_size = "
+                f"{side.vocab_size}: give the language model's own tokenizer"
+            )
+        return out
+    entries = tokenizer_vocab_size - len(ADDED) + len(side.added)
+    if entries != side.vocab_size:
         out.append(
-            f"model.med.vocab_size is {m.med.vocab_size}, but {cfg.text.vocab} has {tokenizer_vocab_size} "
-            f"entries with [DEC] and [ENC]: set model.med.vocab_size={tokenizer_vocab_size} or name another "
+            f"model.{side.part}.vocab_size is {side.vocab_size}, but {cfg.text.vocab} has {entries} "
+            f"entries with {' and '.join(side.added)}: set model.{side.part}.vocab_size={entries} or name another "
             "text.vocab"
         )
     return out

@@ -104,7 +104,7 @@ def base(size: str = "base") -> ConfigDict:
     c.loss.alpha = 0.4  # weight of the soft targets after the ramp
     c.loss.alpha_ramp_epochs = 2.0  # linear ramp of alpha from 0
     c.loss.group_size = 0  # examples among which columns and hard negatives are drawn (one GPU's, originally); 0: all
-    c.loss.label_smoothing = 0.1  # of the language modelling loss
+    c.loss.label_smoothing = 0.1  # of the language modelling loss; in BLIP-2's first stage of the contrastive one too
     c.loss.smoothing_over = "valid"  # mean of that term over: valid positions | all (torch 1.10, the published runs)
 
     c.optim = ConfigDict()
@@ -118,7 +118,9 @@ def base(size: str = "base") -> ConfigDict:
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.05
-    c.optim.decay_mask = "all"  # all (the original: biases, norms, temperature too) | kernels (matrices only)
+    # all (the original: biases, norms, temperature too) | weights (LAVIS: all but biases and norms) | kernels (matrices
+    # only)
+    c.optim.decay_mask = "all"
     c.optim.freeze = ()  # regexes on parameter paths, e.g. ("vit/.*",): no gradient, no update, no optimiser state
     # (regex on parameter paths, factor) pairs, the first that matches in full counts; others: 1. The factor of the
     # learning rate, hence of the decay too, is a number above 0, or one for each layer of a stack: layer_decay makes
@@ -178,7 +180,7 @@ def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigD
         c.optim.freeze = ("vit/.*", "llm/.*") if llm else ("vit/.*",)
         c.optim.lr, c.optim.min_lr, c.optim.warmup_lr = 1e-4, 5e-5 if llm else 1e-5, 1e-6
         c.optim.schedule, c.optim.warmup_steps = "cosine", 2000
-        c.optim.b2 = 0.98
+        c.optim.b2, c.optim.decay_mask = 0.98, "weights"
         c.data.crop_scale, c.data.randaugment = (0.5, 1.0), False
         c.loss.momentum, c.loss.queue, c.loss.alpha = False, 0, 0.0
         c.loss.smoothing_over = "valid"

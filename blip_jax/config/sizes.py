@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 # reference ViT sizes (BLIP paper, section 4.1); pos_std: standard deviation of the initial position table
 VIT_SIZES = {
     "base": dict(width=768, depth=12, heads=12, mlp=3072, patch=16, pos_std=0.02),
@@ -45,3 +47,32 @@ LLM_SIZES = {
 _OPT = dict(kind="opt", positions=2048, vocab_size=50272)
 _T5 = dict(kind="t5", buckets=32, max_distance=128, vocab_size=32128)
 LLM_SIZES = {name: (_OPT if name.startswith("opt") else _T5) | sizes for name, sizes in LLM_SIZES.items()}
+
+
+ADDED = ("[DEC]", "[ENC]")  # tokens that the tokenizer has behind the entries of its file
+
+
+class TextSide(NamedTuple):
+    """The model that reads the texts of a config."""
+
+    part: str  # its name in `cfg.model`
+    sizes: Any  # there
+    added: tuple[str, ...]  # of ADDED, those that its vocabulary has
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a text; T5's may be as long as one likes."""
+        return self.sizes.get("positions", 1 << 20)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes.vocab_size
+
+
+def text_side(model) -> TextSide:
+    """Of `cfg.model`: BLIP's MED, with [DEC] and [ENC], BLIP-2's Q-Former, with [DEC], or its language model."""
+    if "med" in model:
+        return TextSide("med", model.med, ADDED)
+    if model.llm:
+        return TextSide("llm", model.llm, ())
+    return TextSide("qformer", model.qformer, ADDED[:1])

@@ -10,14 +10,24 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from blip_jax.convert.rules.blip import FAMILIES, FIRST_LAYER, IGNORED, OPTIONAL, TIED, TOWERS
-from blip_jax.models.text.med import padded_vocab
+from blip_jax.convert.layouts import HEADED, to_ours, to_theirs
+from blip_jax.convert.rules.families import FAMILIES, IGNORED, OPTIONAL, STACKS, TIED, TOWERS
+from blip_jax.trees import Lazy
 
 # endings of the paths that hold integers, 64 bits wide in the originals' files
 COUNTERS = ("queue/ptr", "queue/image_id")
+CALLED = {"vit": "ViT", "med": "MED", "qformer": "Q-Former", "llm": "language model"}
 SHOWN = 20  # names or lines that a message has
 MAX_TENSORS = 20_000  # of a file; the largest of the released models has 1560
 MAX_LAYERS = 1000  # of a tower: a number in a name beyond it is none of a layer
+
+
+class Stack(NamedTuple):
+    """Which layers of the original a stack of ours holds: first, first + step, ... of those counted as `counted`."""
+
+    counted: str
+    first: int
+    step: int
 
 
 class Row(NamedTuple):
@@ -30,31 +40,32 @@ class Row(NamedTuple):
     stacked: bool  # whether the keys are slices of one parameter
 
 
-def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int, med_heads: int) -> dict:
+def from_torch(family: str, tensors: Mapping[str, np.ndarray], heads: Mapping[str, int], *, lazy: bool = False) -> dict:
     """State dict of a PyTorch model -> nested dict of our arrays, {"params": ..., "momentum": ...}.
 
     Arrays are f32, but for counters, which stay as they are.
 
     Args:
-      family: a key of `rules.blip.FAMILIES`.
+      family: a key of `rules.families.FAMILIES`.
       tensors: arrays under the original's names, or what `numpy.asarray` reads and has shape and dtype. Tied copies may
-        be present and must then be equal; an optional group (`rules.blip.OPTIONAL`) may be absent. What needs no
-        rearranging is not copied.
-      vit_heads, med_heads: not stored in the tensors, so they must be given.
+        be present and must then be equal; an optional group (`OPTIONAL`) may be absent. What needs no rearranging is
+        not copied.
+      heads: number of attention heads of each part that has some, {"vit": 12, "med": 12}: it is not stored in the
+        tensors.
+      lazy: gives `Lazy` arrays, so that no more than one of them need ever be in memory.
     Raises: ValueError listing all missing, unknown, unequal and misshapen keys and all values that are not finite
       together.
     """
     table = rows(family, tensors)
     problems = check_keys(family, tensors, table)
     sizes = infer(table, tensors)
-    problems += _check_shapes(table, tensors, sizes, vit_heads, med_heads)
+    problems += _check_shapes(table, tensors, sizes, heads)
     problems += _check_values(family, tensors, table)
     if problems:
         raise ValueError("\n  ".join([f"this is not a complete {family!r} state dict:", *shown(problems)]))
     out: dict = {}
     for row in table:
-        heads = vit_heads if "/vit/" in row.path else med_heads
-        for path, x in _read(row, tensors, heads):
+        for path, x in (_later if lazy else _read)(row, tensors, heads.get(part(row.path), 0)):
             _put(out, path, x)
     return out
 
@@ -62,8 +73,8 @@ def from_torch(family: str, tensors: Mapping[str, np.ndarray], *, vit_heads: int
 def rows(family: str, tensors: Iterable[str]) -> list[Row]:
     """The table of a family, with a key for every layer that any of `tensors` (their names) belongs to.
 
-    Absent groups are left out. Each tower has one number of layers, the largest found, so that a layer that some module
-    lacks counts as missing.
+    Absent groups are left out. Each stack has as many layers as any of its tensors shows, so that a layer that some
+    module lacks counts as missing.
     """
     absent = {key for _, keys in absent_groups(family, tensors) for key in keys}
     counts = layer_counts(family, tensors)
@@ -71,30 +82,41 @@ def rows(family: str, tensors: Iterable[str]) -> list[Row]:
     for key, path, layout, shape in FAMILIES[family]:
         if key in absent:
             continue
-        stacked, first = "{i}" in key, FIRST_LAYER.get(path, 0)
-        keys = [key.format(i=i) for i in range(first, counts[tower(path)])] if stacked else [key]
+        keys, stacked = [key], "{i}" in key
+        if stacked:
+            counted, first, step = layers_of(path)
+            keys = [key.format(i=i) for i in range(first, counts[counted], step)]
         out.append(Row(keys, path, layout, shape, stacked))
     return out
 
 
-def tower(path: str) -> str:
-    """The tower ("vit", "med") that a parameter of a stack belongs to."""
-    return next(TOWERS[name] for name in path.split("/") if name in TOWERS)
+def part(path: str) -> str:
+    """The part ("vit", "med", "qformer", "llm") whose number of heads counts for a parameter; "" if none does."""
+    return next((TOWERS[name] for name in path.split("/") if name in TOWERS), "")
 
 
-def layer_counts(family: str, tensors: Iterable[str]) -> dict[str, int]:
-    """tower -> its layers, one more than the highest number in a torch key; 0 where there is none.
+def stack(path: str) -> str:
+    """The stack that a parameter of one belongs to: params/qformer/cross/blocks/... -> "qformer/cross"."""
+    return path.split("/blocks/")[0].split("params/")[-1]
+
+
+def layers_of(path: str) -> Stack:
+    return Stack(*STACKS.get(stack(path), (stack(path), 0, 1)))
+
+
+def layer_counts(family: str, tensors: Iterable[str]) -> collections.Counter:
+    """stack -> its layers in the original, one more than the highest number in a torch key; 0 where there is none.
 
     ValueError: a number from MAX_LAYERS on.
     """
-    counts, parts = dict.fromkeys(TOWERS.values(), 0), {}
+    counts, stacks = collections.Counter(), {}
     for key, path, *_ in FAMILIES[family]:
         if "{i}" in key:
-            parts[key.split("{i}")[0]] = tower(path)
-    pattern = re.compile("(" + "|".join(map(re.escape, parts)) + r")(\d+)[./]")
+            stacks[key.split("{i}")[0]] = layers_of(path).counted
+    pattern = re.compile("(" + "|".join(map(re.escape, stacks)) + r")(\d+)[./]")
     for name in tensors:
-        if parts and (match := pattern.match(name)):
-            which, number = parts[match[1]], match[2].lstrip("0") or "0"
+        if stacks and (match := pattern.match(name)):
+            which, number = stacks[match[1]], match[2].lstrip("0") or "0"
             if len(number) > len(str(MAX_LAYERS)) or int(number) >= MAX_LAYERS:
                 raise ValueError(
                     f"{name[:120]} is of layer {number[:20]}{'...' * (len(number) > 20)}: a model has fewer than "
@@ -202,8 +224,8 @@ def shape_of(words: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(int(n or 1) * (sizes[letter] if letter else 1) for n, letter in parts)
 
 
-def _check_shapes(table, tensors, sizes, vit_heads: int, med_heads: int) -> list[str]:
-    out = []
+def _check_shapes(table, tensors, sizes, heads: Mapping[str, int]) -> list[str]:
+    out, divided = [], {}
     for row in table:
         for key in row.keys:
             if key in tensors and set(re.findall("[A-Za-z]", row.shape)) <= sizes.keys():
@@ -216,9 +238,13 @@ def _check_shapes(table, tensors, sizes, vit_heads: int, med_heads: int) -> list
                 out.append(
                     f"misshapen: {key} is {list(tensors[key].shape)}, not of the form [{', '.join(row.shape.split())}]"
                 )
-    for letter, heads, part in (("D", vit_heads, "ViT"), ("W", med_heads, "MED")):
-        if letter in sizes and (heads < 1 or sizes[letter] % heads):
-            out.append(f"the {part}'s width {sizes[letter]} does not divide into {heads} heads")
+        if (axis := HEADED.get(row.layout)) is not None:
+            word = row.shape.split()[axis].lstrip("0123456789")  # the rows or columns that heads share, of one block
+            divided[word] = part(row.path)
+    for letter, name in divided.items():
+        n = heads.get(name, 0)
+        if letter in sizes and (n < 1 or sizes[letter] % n):
+            out.append(f"the {CALLED.get(name, name)}'s width {sizes[letter]} does not divide into {n} heads")
     if "P" in sizes and (sizes["P"] - 1) != int((sizes["P"] - 1) ** 0.5) ** 2:
         out.append(f"the position table has {sizes['P']} rows: it must be 1 + a square")
     if {"N", "H", "D"} <= sizes.keys() and sizes["N"] * sizes["H"] != sizes["D"]:
@@ -264,8 +290,8 @@ def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
     """(our path, our array) of one row: a stack of all layers, or just one."""
     stacks: dict[str, np.ndarray] = {}
     for i, key in enumerate(row.keys):
-        for part, x in _to_ours(as_float32(tensors[key]), row.layout, heads).items():
-            path = row.path.replace("{qkv}", part)
+        for name, x in to_ours(as_float32(tensors[key]), row.layout, heads).items():
+            path = row.path.replace("{qkv}", name)
             if row.stacked:
                 stacks.setdefault(path, np.empty((len(row.keys), *x.shape), x.dtype))[i] = x
             else:
@@ -273,136 +299,105 @@ def _read(row: Row, tensors, heads: int) -> Iterator[tuple[str, np.ndarray]]:
     yield from stacks.items()
 
 
-def _to_ours(x, layout: str, heads: int) -> dict[str, np.ndarray]:
-    """What `{qkv}` stands for, or "" -> our array of a torch tensor; layouts: as in rules/blip.py."""
-    if layout in ("qkv", "qkv_bias"):
-        return {
-            name: _laid_out(block, layout.replace("qkv", "heads_in"), heads)
-            for name, block in zip("qkv", np.split(x, 3, axis=0))
-        }
-    return {"": _laid_out(x, layout, heads)}
+def _later(row: Row, tensors, heads: int) -> Iterator[tuple[str, Lazy]]:
+    """As `_read`, of arrays that are still to be read."""
+    if not row.keys:
+        return
+    shown = to_ours(np.broadcast_to(np.uint8(0), tensors[row.keys[0]].shape), row.layout, heads)  # shapes alone
+    for name, like in shown.items():
+
+        def read(name=name, shape=like.shape):
+            if not row.stacked:
+                return to_ours(as_float32(tensors[row.keys[0]]), row.layout, heads)[name]
+            out = np.empty((len(row.keys), *shape), np.float32)
+            for i, key in enumerate(row.keys):
+                out[i] = to_ours(as_float32(tensors[key]), row.layout, heads)[name]
+            return out
+
+        shape = (len(row.keys), *like.shape) if row.stacked else like.shape
+        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read)
 
 
-def _laid_out(x, layout: str, heads: int) -> np.ndarray:
-    rows = x.shape[0] if x.ndim else 1
-    match layout:
-        case "same":
-            return x
-        case "lead":
-            return x.reshape(x.shape[1:])
-        case "lead2":
-            return x.reshape(x.shape[2:])
-        case "scalar":
-            return x.reshape(())
-        case "linear" | "transpose":
-            return x.T
-        case "conv":
-            return x.transpose(2, 3, 1, 0)
-        case "heads_in":
-            return x.T.reshape(x.shape[1], heads, rows // heads)
-        case "heads_in_bias":
-            return x.reshape(heads, rows // heads)
-        case "heads_out":
-            return x.T.reshape(heads, x.shape[1] // heads, rows)
-        case "vocab":
-            return np.pad(x, [(0, padded_vocab(rows) - rows)] + [(0, 0)] * (x.ndim - 1))
-    raise KeyError(layout)
-
-
-def to_torch(family: str, state: Mapping, *, vocab_size: int, consume: bool = False) -> dict[str, np.ndarray]:
+def to_torch(
+    family: str, state: Mapping, *, vocab_size: int | Mapping[str, int], consume: bool = False
+) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: {"params", "momentum"} -> arrays under the original's names.
 
-    The padding rows of the stored vocabulary (from vocab_size on) are dropped; a tied copy is the same array as its
-    original. An optional group of which the state has nothing is left out. consume: takes what was written out of
-    `state`, so that the two are never in memory together. ValueError lists all parameters that are missing.
+    A tied copy is the same array as its original. The arguments and errors are those of `written`.
     """
-    out, problems, depths = {}, [], _depths(state)
-    absent = {row[0] for _, pattern in OPTIONAL.get(family, ()) for row in _unless_held(family, pattern, state)}
-    for torch_key, path, layout, _ in FAMILIES[family]:
-        if torch_key in absent or depths.get(path.split("/merge/")[0], 1) <= FIRST_LAYER.get(path, 0):
-            continue
-        try:
-            written = _write(torch_key, path, layout, state, vocab_size, consume)
-            out |= {key: x.astype(np.int64) if path.endswith(COUNTERS) else x for key, x in written}
-        except KeyError as e:
-            problems.append(f"{path} (no {e})")
-    if problems:
-        raise ValueError(f"the state lacks parameters of family {family!r}:\n  " + "\n  ".join(problems))
+    out = dict(written(family, state, vocab_size=vocab_size, consume=consume))
     for copy, original in copies(family, [Row(list(out), "", "", "", False)]):
         out[copy] = out[original]
     return out
 
 
-def _depths(tree: Mapping, prefix: str = "") -> dict[str, int]:
-    """Path of each module that has a stack -> the stack's layers."""
-    out = {}
-    for name, value in tree.items():
-        if name == "blocks":
-            leaf = value
-            while isinstance(leaf, Mapping):
-                leaf = next(iter(leaf.values()), ())
-            out[prefix.rstrip("/")] = len(leaf)
-        elif isinstance(value, Mapping):
-            out |= _depths(value, f"{prefix}{name}/")
-    return out
+def written(
+    family: str, state: Mapping, *, vocab_size: int | Mapping[str, int], consume: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(the original's name, its array) of each parameter of {"params", "momentum"}, one after the other, no copies.
+
+    The padding rows of the stored vocabulary are dropped: vocab_size is its number of entries, or that of each part,
+    {"qformer": 30523, "llm": 50272}. An optional group of which the state has nothing is left out. consume: takes what
+    was written out of `state`, so that the two are never in memory together.
+    ValueError, before anything is given: all parameters that are missing.
+    """
+    absent = {row[0] for _, pattern in OPTIONAL.get(family, ()) for row in _unless_held(family, pattern, state)}
+    table = [row for row in FAMILIES[family] if row[0] not in absent and not _beyond(row[1], state)]
+    problems = []
+    for _, path, *_ in table:
+        try:
+            for name in _paths(path):
+                _get(state, name)
+        except KeyError as e:
+            problems.append(f"{path} (no {e})")
+    if problems:
+        raise ValueError(f"the state lacks parameters of family {family!r}:\n  " + "\n  ".join(problems))
+    for torch_key, path, layout, _ in table:
+        arrays = [np.asarray(_get(state, name, consume)) for name in _paths(path)]
+        size = vocab_size.get(part(path), 0) if isinstance(vocab_size, Mapping) else vocab_size
+        if "{i}" in torch_key:
+            _, first, step = layers_of(path)
+            for i in range(len(arrays[0])):
+                yield torch_key.format(i=first + step * i), to_theirs([a[i] for a in arrays], layout, size)
+        else:
+            x = to_theirs(arrays, layout, size)
+            yield torch_key, x.astype(np.int64) if path.endswith(COUNTERS) else x
+
+
+def _paths(path: str) -> list[str]:
+    """What `{qkv}` in a path stands for."""
+    return [path.replace("{qkv}", c) for c in ("qkv" if "{qkv}" in path else " ")]
+
+
+def _beyond(path: str, state: Mapping) -> bool:
+    """Whether a parameter is of a stack that begins after the last layer of the one it is counted with."""
+    own = layers_of(path) if "/blocks/" in path else Stack("", 0, 1)
+    if not own.first:
+        return False
+    try:
+        leaf = _get(state, path.split("params/")[0] + f"params/{own.counted}/blocks")
+    except KeyError:
+        return False
+    while isinstance(leaf, Mapping):
+        leaf = next(iter(leaf.values()), ())
+    return len(leaf) <= own.first
 
 
 def _unless_held(family: str, pattern: str, state: Mapping) -> list[tuple]:
-    """The rows of an optional group if the state holds nothing of it, else none."""
+    """The rows of an optional group if the state holds nothing that only it has, else none."""
     group = [row for row in FAMILIES[family] if re.fullmatch(pattern, row[0])]
+    own, others = (
+        {name for row in FAMILIES[family] if (row in group) is inside for name in _paths(row[1])}
+        for inside in (True, False)
+    )
 
     def held(path):
         try:
-            return _get(state, path.replace("{qkv}", "q")) is not None
+            return _get(state, path) is not None
         except KeyError:
             return False
 
-    return [] if any(held(path) for _, path, *_ in group) else group
-
-
-def _write(torch_key, path, layout, state, vocab_size, consume):
-    """(torch key, torch array) of one row."""
-    arrays = [_get(state, path.replace("{qkv}", c), consume) for c in ("qkv" if "{qkv}" in path else " ")]
-    if "{i}" in torch_key:
-        for i in range(len(arrays[0])):
-            yield (
-                torch_key.format(i=FIRST_LAYER.get(path, 0) + i),
-                _to_torch([a[i] for a in arrays], layout, vocab_size),
-            )
-    else:
-        yield torch_key, _to_torch(arrays, layout, vocab_size)
-
-
-def _to_torch(arrays, layout, vocab_size):
-    if layout in ("qkv", "qkv_bias"):
-        return np.concatenate([_to_torch([a], layout.replace("qkv", "heads_in"), vocab_size) for a in arrays])
-    return np.asarray(_laid_back(np.asarray(arrays[0]), layout, vocab_size), order="C")
-
-
-def _laid_back(x: np.ndarray, layout: str, vocab_size: int) -> np.ndarray:
-    """The inverse of `_laid_out`."""
-    match layout:
-        case "same":
-            return x
-        case "lead":
-            return x[None]
-        case "lead2":
-            return x[None, None]
-        case "scalar":
-            return x.reshape(1)
-        case "linear" | "transpose":
-            return x.T
-        case "conv":
-            return x.transpose(3, 2, 0, 1)
-        case "heads_in":
-            return x.reshape(x.shape[0], -1).T
-        case "heads_in_bias":
-            return x.reshape(-1)
-        case "heads_out":
-            return x.reshape(-1, x.shape[-1]).T
-        case "vocab":
-            return x[:vocab_size]
-    raise KeyError(layout)
+    return [] if any(held(path) for path in own - others) else group
 
 
 def _get(tree, path: str, take: bool = False):

@@ -11,6 +11,7 @@ import json
 import pathlib
 import reprlib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from blip_jax.models.text.med import EPS
@@ -49,11 +50,13 @@ GENERIC = frozenset(
 
 
 class Said(NamedTuple):
-    """heads: {"vit_heads"} or {"med_heads"}, if it is said; problems: what does not fit; notes: what is ignored."""
+    """heads: {"vit"} or {"med"}, if it is said; problems: what does not fit; notes: what is ignored; more: of a
+    language model, leaves of `cfg.model.llm`."""
 
     heads: dict[str, int]
     problems: list[str]
     notes: list[str]
+    more: Mapping = MappingProxyType({})
 
 
 def load(path: pathlib.Path) -> dict:
@@ -147,7 +150,7 @@ def bert(
         heads = HEADS
         notes.append(f"config.json lacks num_attention_heads: {HEADS} taken, transformers' default for BERT")
     rest = config.keys() - used - have.keys()
-    said = {"med_heads": heads} if heads is not None and not problems else {}
+    said = {"med": heads} if heads is not None and not problems else {}
     return Said(said, problems, notes + ignored(field for field in rest if config[field] is not None))
 
 
@@ -189,7 +192,7 @@ def timm(config: Mapping, sizes: Mapping[str, int], layers: Mapping[str, int]) -
         for field in place
         if field not in used and place[field] is not None
     ]
-    said = {"vit_heads": heads} if heads is not None and not problems else {}
+    said = {"vit": heads} if heads is not None and not problems else {}
     return Said(said, problems, notes + ignored(dict.fromkeys(rest)))
 
 

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from blip_jax.convert import foreign, hf_config, torch_io
 from blip_jax.convert.apply import MAX_TENSORS, from_torch, infer, layer_counts, rows, shown, to_torch
-from blip_jax.convert.rules.blip import HF_NAMES, TIED, WORDS
+from blip_jax.convert.rules.blip import HF_NAMES
+from blip_jax.convert.rules.families import TIED, WORDS
 from blip_jax.convert.source import Source, dtype_notes, make_config
 from blip_jax.convert.wrappers import unwrap
 from blip_jax.data.text.wordpiece import Case, Tokenizer
@@ -32,12 +33,13 @@ VOCABULARIES = ("vocab.txt", "tokenizer.json")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
-def _renaming(pairs) -> list[tuple[re.Pattern, str]]:
+def renaming(pairs) -> list[tuple[re.Pattern, str]]:
+    """(beginning of a name, another), `{i}` a number or several in a message -> patterns and what to put there."""
     layer = lambda name: re.escape(name).replace(r"\{i\}", r"(\d+|\{[\d,i-]+\})")
     return [(re.compile(rf"(?<![\w.]){layer(old)}"), new.replace("{i}", r"\1")) for old, new in pairs]
 
 
-_TO_HF, _TO_ORIGINAL = _renaming(HF_NAMES), _renaming((hf, original) for original, hf in HF_NAMES)
+_TO_HF, _TO_ORIGINAL = renaming(HF_NAMES), renaming((hf, original) for original, hf in HF_NAMES)
 
 
 def to_hf(text: str) -> str:
@@ -55,10 +57,10 @@ def to_original(name: str) -> str:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
+def read(folder, heads: Mapping[str, int] | None = None) -> Source:
     """A folder as transformers' `save_pretrained` or the hub leaves it -> Source of family caption, itm or vqa.
 
-    vit_heads, med_heads: instead of what config.json says. vocab: a file of the folder, one that fits the model before
+    heads: instead of what config.json says. vocab: a file of the folder, one that fits the model before
     others. Notes tell what was taken otherwise than config.json has it.
     ValueError: no such folder or architecture; activations, eps or ids that our models do not have, sizes that the
     weights contradict (listed together); weights that are not complete. No file outside the folder is read.
@@ -82,14 +84,14 @@ def read(folder, *, vit_heads: int = 0, med_heads: int = 0) -> Source:
     if problems:
         raise ValueError("\n  ".join([f"{folder / 'config.json'} does not fit:", *shown(problems)]))
     heads = {
-        "vit_heads": vit_heads or parts["vision_config"]["num_attention_heads"],
-        "med_heads": med_heads or hf_config.text_heads(parts, notes),
+        "vit": (heads or {}).get("vit") or parts["vision_config"]["num_attention_heads"],
+        "med": (heads or {}).get("med") or hf_config.text_heads(parts, notes),
     }
     try:
-        state = from_torch(family, tensors, **heads)
+        state = from_torch(family, tensors, heads)
     except ValueError as e:
         raise ValueError(f"{folder}: {to_hf(str(e))}") from None
-    c = make_config(family, sizes, layers, **heads)
+    c = make_config(sizes, layers, heads)
     notes += hf_config.ignored(config, family, c.model, tokenizer) + dtype_notes(tensors)
     return Source(family, state, c, vocab, notes)
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blip_jax import tasks, trees
-from blip_jax.convert.rules.blip import INITIAL
+from blip_jax.convert.rules.families import INITIAL
 from blip_jax.convert.source import Source
 from blip_jax.models import initial
 from blip_jax.models.build import Start, fit
@@ -46,6 +46,7 @@ class Together(NamedTuple):
     start: Start  # how those of the model are found among them
     partial: bool  # whether some may be missing: all origins are initial weights
     replaced: dict[str, list[str]]  # origin -> paths of which an earlier one has parameters, too
+    parts: dict[str, str]  # part, a top-level name of the parameters -> the last origin that has some of it
 
 
 def names(init_from: str) -> list[str]:
@@ -70,17 +71,19 @@ def _exists(path: str) -> bool:
 def together(cfg, sources: Sequence[tuple[str, Source]]) -> Together:
     """What (name, checkpoint as read) give a run of `cfg`; of a parameter that two of them have, the later one's
     counts."""
-    params, replaced = {}, {}
+    params, replaced, parts = {}, {}, {}
     for name, source in sources:
         new = dict(trees.paths(source.state["params"]))
+        parts |= {path.split("/")[0]: name for path in new}
         if both := sorted(new.keys() & params.keys()):
             replaced[name] = both
         params |= new
     # a checkpoint of this very task fits as it is; else the task may say what its parameters start from
-    own = {source.cfg.objective for _, source in sources} == {cfg.objective}
+    whole = [source for _, source in sources if source.family not in INITIAL] or [source for _, source in sources]
+    own = {source.cfg.objective for source in whole} == {cfg.objective}
     start = Start() if own else getattr(tasks.of(cfg), "START", Start())
     partial = all(source.family in INITIAL for _, source in sources)
-    return Together(trees.nest(params.items()), start, partial, replaced)
+    return Together(trees.nest(params.items()), start, partial, replaced, parts)
 
 
 # --- references -------------------------------------------------------------------------------------------------------

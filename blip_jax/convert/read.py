@@ -14,16 +14,33 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax import checkpoint, trees
-from blip_jax.convert import apply, bert, foreign, hf, hub, origins, saved, torch_io
-from blip_jax.convert.rules.blip import FAMILIES, INITIAL, WORDS
-from blip_jax.convert.source import Source, dtype_notes, make_config
+from blip_jax.convert import (
+    apply,
+    bert,
+    blip2,
+    foreign,
+    hf,
+    hf_blip2,
+    hf_blip2_config,
+    hub,
+    language_models,
+    origins,
+    saved,
+    torch_io,
+    towers,
+    vocabulary,
+)
+from blip_jax.convert.rules.blip2 import WHOLE
+from blip_jax.convert.rules.families import FAMILIES, WORDS
+from blip_jax.convert.source import POSITION_IDS, Source, dtype_notes, make_config
+from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
-from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
-from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.data.text.wordpiece import EXTRA
+from blip_jax.models.vision.towers import resized
 
 HEAD_DIM = 64  # of every released model
 RELEASED = (768, 1024)  # their widths
-BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30524)  # repository, file, entries with [DEC] and [ENC]
+NAMES = {"deit": "timm", "bert": "BERT"} | language_models.KINDS
 TASKS = {  # family -> objective, tokens of a text, what captions continue
     "pretrain": ("pretrain", 30, ""),
     "retrieval": ("retrieval", 35, ""),
@@ -32,7 +49,10 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
     "caption": ("caption", 40, "a picture of "),
     "vqa": ("vqa", 35, ""),
     "nlvr": ("nlvr", 64, ""),
-    **dict.fromkeys(INITIAL, ("pretrain", 30, "")),
+    **dict.fromkeys(("deit", "augreg", "bert"), ("pretrain", 30, "")),
+    **dict.fromkeys(("blip2", "blip2_itm", "eva", "clip"), ("blip2_stage1", 32, "")),
+    **dict.fromkeys(("blip2_opt", "blip2_t5", "opt", "t5"), ("blip2_stage2", 32, "")),
+    "instruct_t5": ("blip2_stage2", 128, ""),
 }
 MARKS = (  # family -> a tensor that only it has, or only it and those above it; first match wins
     ("augreg", r"Transformer/encoderblock_\d+/.*"),
@@ -43,6 +63,15 @@ MARKS = (  # family -> a tensor that only it has, or only it and those above it;
     ("retrieval", r"text_encoder\..*", r"temp|idx_queue|\w+_m\..*"),
     ("itm", r"text_encoder\..*", r"(itm_head|text_proj|vision_proj)\..*"),
     ("features", r"text_encoder\..*"),
+    ("blip2_opt", r"Qformer\..*", r"opt_proj\..*"),
+    ("instruct_t5", r"Qformer\.bert\.embeddings\.word_embeddings\..*", r"t5_proj\..*"),
+    ("blip2_t5", r"Qformer\..*", r"t5_proj\..*"),
+    ("blip2", r"Qformer\..*", r"temp|Qformer\.cls\..*"),
+    ("blip2_itm", r"Qformer\..*", r"(itm_head|text_proj|vision_proj)\..*"),
+    ("eva", r"blocks\.\d+\.attn\.q_bias"),
+    ("clip", r"transformer\.resblocks\..*", "class_embedding"),
+    ("opt", r"model\.decoder\.layers\..*"),
+    ("t5", r"(encoder|decoder)\.block\.\d+\.layer\.0\.SelfAttention\..*"),
     ("deit", r"blocks\.\d+\.attn\.qkv\..*"),
     ("bert", r"bert\.encoder\.layer\..*"),
 )
@@ -69,9 +98,8 @@ def read(
     *,
     family: str = "",
     img_size: int = 0,
-    vit_heads: int = 0,
-    med_heads: int = 0,
-    vocab: str = "",
+    heads: Mapping[str, int] | None = None,
+    vocab: str | None = "",
     momentum: bool = True,
     drop_token_types: bool = False,
 ) -> Source:
@@ -80,23 +108,32 @@ def read(
     An official or LAVIS .pth, a Hugging Face folder or name on its hub, initial weights, or a workdir of ours.
 
     Args:
-      family: "" = as found; else it must be that, or a part of it (`rules.blip.WORDS`): the rest is left out.
+      path: several names, separated by commas, are a checkpoint of BLIP-2 and the parts that it lacks.
+      family: "" = as found; else it must be that, or a part of it (`rules.families.WORDS`): the rest is left out.
       img_size: pixels; resizes the position table as the originals do.
-      vit_heads, med_heads: numbers of heads where neither the file nor a config.json beside it says; default: width /
-        64.
+      heads: part -> its number of heads, {"vit": 12, "med": 12}, where neither the file nor a config.json beside it
+        says; default: that of the released models of its width, else width / 64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
-        else BERT's from the Hugging Face hub's cache.
+        else BERT's from the Hugging Face hub's cache. None: that one, or none, unchecked.
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
       drop_token_types: of BERT, leaves out the row that it adds to every token of a single text, as the original BLIP
         does; False: it goes into the position table, so that the encoder starts as BERT.
     Raises: ValueError: it is none of these, not complete, of another family; no vocabulary, one of another size or of
       other tokens; settings beside the weights that contradict them or our models.
     """
-    path = locate(path)
-    source = _open(path, family, {"vit_heads": vit_heads, "med_heads": med_heads}, momentum, (), drop_token_types)
+    named = origins.names(path) if isinstance(path, str) else [path]
+    if len(named) > 1:
+        found = [(name, locate(name)) for name in named]
+        source = blip2.composed(
+            [(name, _open(x, "", (heads or {}) if x.is_file() else {}, False)) for name, x in found]
+        )
+        source = narrow(source, family or source.family, path)
+    else:
+        path = locate(path)
+        source = _open(path, family, heads or {}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
-    return source._replace(vocab=_vocabulary(source, vocab, str(path)))
+    return source if vocab is None else source._replace(vocab=vocabulary.of(source, vocab, str(path)))
 
 
 def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> dict:
@@ -139,10 +176,13 @@ def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> 
 
 
 def _open_origin(place: str, cfg, via: tuple) -> Source:
-    path, heads = locate(place), {"vit_heads": 0, "med_heads": 0}
-    if path.is_file():
-        heads = {"vit_heads": cfg.model.vit.heads, "med_heads": cfg.model.med.heads}
-    return _open(path, "", heads, False, via)
+    path = locate(place)
+    return _open(path, "", heads_of(cfg) if path.is_file() else {}, False, via)
+
+
+def heads_of(cfg) -> dict[str, int]:
+    """part -> its number of heads, of all parts that `cfg.model` has."""
+    return {name: part.heads for name, part in cfg.model.items() if isinstance(part, ConfigDict) and "heads" in part}
 
 
 def _open(
@@ -205,12 +245,12 @@ def _is_ours(path: pathlib.Path) -> bool:
 def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: tuple) -> Source:
     if any(heads.values()):
         raise ValueError(
-            f"{folder} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and --med_heads"
+            f"{folder} is a checkpoint of ours and names its numbers of heads: leave out --vit_heads and the like"
         )
     cfg, converted = _settings(folder), checkpoint.load_data(folder).get("converted", {})
     params = frozen(folder, via=via)  # first: an origin that is missing is found before anything large is read
     state, momentum = (
-        {"params": trees.merge(checkpoint.load_params(folder), params)},
+        {"params": trees.merge(checkpoint.load_params(folder, lazy="qformer" in cfg.model), params)},
         checkpoint.load_extra(folder) if with_momentum else None,
     )
     saved.check_sizes(cfg, state["params"], folder)
@@ -223,6 +263,8 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
         checkpoint.own_vocabulary(folder),
         [],
         tuple(converted.get("absent", ())),
+        converted.get("kept", {}),
+        tuple(name for name in ("vit", "llm") if name in params) if "qformer" in cfg.model else (),
     )
 
 
@@ -232,32 +274,42 @@ def _settings(folder: pathlib.Path) -> ConfigDict:
 
 
 def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> Source:
-    """A Hugging Face folder, of BLIP, of BERT or of a ViT of timm."""
+    """A Hugging Face folder, of BLIP, BLIP-2, BERT, OPT, T5, or of a ViT of timm."""
     if not os.path.lexists(path / "config.json"):
         raise ValueError(
             f"{path} holds neither checkpoints of ours ({checkpoint.SUBDIR}/) nor a Hugging Face model (config.json)"
         )
     config = hf.settings(path, "config.json")
-    if config.get("model_type") == "bert":
-        family = "bert"
+    kind = config.get("model_type")
+    if kind in ("bert", *language_models.KINDS):
+        family = kind
+    elif kind in hf_blip2_config.KINDS:
+        return hf_blip2.read(path, heads)
     elif "architecture" in config and "model_type" not in config:
         family = "deit"
     else:
-        return hf.read(path, **heads)
+        return hf.read(path, heads)
     opened = hf.open_weights(path)
     tensors, notes = plain_names(opened, str(path))
     if find_family(tensors) != family:
         raise ValueError(
-            f"{path}: config.json is of {'BERT' if family == 'bert' else 'timm'}, but the weights are not: they hold "
+            f"{path}: config.json is of {NAMES[family]}, but the weights are not: they hold "
             f"{apply.listed(apply.folded(tensors)[:6]) or 'nothing'}"
         )
     vocab, tokenizer = None, None
+    if family in language_models.KINDS:
+        vocab = hf_blip2.tokenizer_of(path)
     if family == "bert":
         size = tensors[bert.WORDS].shape[0] if bert.WORDS in tensors else 0
         vocab, tokenizer, more = hf.vocabulary(path, size + len(EXTRA))
         notes += more
 
     def said(sizes, layers) -> foreign.Said:
+        if family in language_models.KINDS:
+            pre_norm = blip2.kinds(family, tensors)["norm"] == "pre"
+            found = language_models.said(family, config, sizes, layers, pre_norm)
+            rest = foreign.ignored(language_models.ignored(family, config))
+            return found._replace(notes=[*found.notes, *rest])
         if family == "deit":
             return foreign.timm(config, sizes, layers)
         return foreign.bert(config, sizes, layers, bert.token_types(tensors), tokenizer and tokenizer.pad)
@@ -298,7 +350,11 @@ def plain_names(tensors: Mapping, origin: str) -> tuple[Mapping, list[str]]:
         tensors, notes = unwrap(tensors, lambda names: bool(find_family(bert.names(dict.fromkeys(names)))))
     except ValueError as e:
         raise ValueError(f"{origin}: {e}") from None
-    return bert.names(tensors), notes
+    tensors = bert.names(tensors)
+    if find_family(tensors) in ("", "eva", "clip") and towers.find(tensors):
+        _, tensors, more = towers.penultimate(tensors, blip2.depth(tensors))
+        notes += more
+    return tensors, notes
 
 
 def _of_tensors(
@@ -314,18 +370,24 @@ def _of_tensors(
     said: of (sizes, layers), what settings that lie beside the weights say.
     """
     found = find_family(tensors)
+    if not found and any(name.startswith("llm_proj.") for name in tensors):
+        raise ValueError(f"{origin} is an InstructBLIP with Vicuna: of language models only OPT and T5 are here")
     if not found and any(name.startswith("vision_model.") for name in tensors):
         raise ValueError(
             f"{origin} holds a model under Hugging Face's names: give the folder it lies in, with its config.json"
         )
     if not (found or family):
         raise ValueError(
-            f"{origin} holds {apply.listed(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP and no "
-            f"initial weights; families are {', '.join(FAMILIES)}"
+            f"{origin} holds {apply.listed(apply.folded(tensors)[:6]) or 'nothing'}, ...: no checkpoint of BLIP or "
+            f"BLIP-2 and no initial weights; families are {', '.join(FAMILIES)}"
         )
 
     found = found or family
+    held, later = set(tensors), blip2.is_one(found)
     try:
+        if later:
+            blip2.refuse_half(tensors)
+            tensors = words_and_head(tensors, prefix) if (prefix := blip2.t5_prefix(tensors)) is not None else tensors
         table = apply.rows(found, tensors)
         sizes, layers = apply.infer(table, tensors), apply.layer_counts(found, tensors)
     except ValueError as e:
@@ -334,12 +396,19 @@ def _of_tensors(
     if beside.problems:
         raise ValueError("\n  ".join([f"{origin}: the config.json does not fit:", *apply.shown(beside.problems)]))
     notes = [*beside.notes]
-    heads = {
-        "vit_heads": sizes["N"] if "N" in sizes else _heads(origin, "vit_heads", heads, sizes.get("D"), beside, notes),
-        "med_heads": _heads(origin, "med_heads", heads, sizes.get("W"), beside, notes),
-    }
+    kinds = blip2.kinds(found, tensors) if later else {}
+    heads = (
+        blip2.heads(origin, sizes, kinds, heads, beside.heads, notes)
+        if later
+        else {
+            "vit": sizes["N"] if "N" in sizes else _heads(origin, "vit", heads, sizes.get("D"), beside, notes),
+            "med": _heads(origin, "med", heads, sizes.get("W"), beside, notes),
+        }
+    )
+    if later and found in WHOLE and POSITION_IDS in tensors and len(tensors[POSITION_IDS].shape) == 2:
+        sizes.setdefault("T", tensors[POSITION_IDS].shape[1])
     try:
-        state = apply.from_torch(found, tensors, **heads)
+        state = apply.from_torch(found, tensors, heads, lazy=later)
         if found == "bert":
             bert.settle_token_types(state["params"]["med"], tensors, drop_token_types, notes)
     except ValueError as e:
@@ -348,42 +417,48 @@ def _of_tensors(
             hint = f"\nand it holds {WORDS[found][0]}, not {WORDS[family][0]} (--family={family})"
         raise ValueError(f"{origin}: {e}{hint}") from None
 
-    notes += dtype_notes(tensors) + [f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors)]
+    notes += dtype_notes(tensors) + [
+        f"{what} is not in the file" for what, _ in apply.absent_groups(found, tensors) if what
+    ]
     if found == "bert":
         sizes["V"] = bert.add_tokens(state["params"]["med"], sizes["V"], notes)
 
     copies = [copy for copy, _ in apply.copies(found, table)]
     optional = copies + list(apply.buffers([*copies, *(key for row in table for key in row.keys)]))
+    optional += [POSITION_IDS] * (found in WHOLE) + ["temp"] * (found == "blip2_itm")
     return Source(
         family=found,
         state=state,
-        cfg=make_config(found, sizes, layers, **heads),
+        cfg=blip2.settings(found, sizes, layers, kinds, heads, beside.more, notes)
+        if later
+        else make_config(sizes, layers, heads),
         vocab=None,
         notes=notes,
-        absent=tuple(name for name in optional if name not in tensors),
+        absent=tuple(name for name in optional if name not in held),
     )
 
 
 def _heads(origin: str, name: str, given: Mapping, width: int | None, beside: foreign.Said, notes: list[str]) -> int:
     said = beside.heads.get(name)
+    asked = given.get(name, 0)
     if width is None:
-        return given[name] or 1
-    if said and given[name] and said != given[name]:
+        return asked or 1
+    if said and asked and said != asked:
         raise ValueError(
-            f"{origin}: its config.json says {said} heads, not {given[name]}: leave out --{name}, or of a run set "
-            f"model.{name.split('_')[0]}.heads={said}"
+            f"{origin}: its config.json says {said} heads, not {asked}: leave out --{name}_heads, or of a run set "
+            f"model.{name}.heads={said}"
         )
-    if said or given[name]:
-        return said or given[name]
+    if said or asked:
+        return said or asked
     if width % HEAD_DIM:
         raise ValueError(
             f"{origin}: a width of {width} is no multiple of {HEAD_DIM}, the head dim of the released models: give the "
-            f"number of heads with --{name}"
+            f"number of heads with --{name}_heads"
         )
     if width not in RELEASED:
         notes.append(
             f"the number of heads is not said anywhere: {width // HEAD_DIM} taken, width / {HEAD_DIM} as in the "
-            f"released models; --{name} if it is another"
+            f"released models; --{name}_heads if it is another"
         )
     return width // HEAD_DIM
 
@@ -400,9 +475,10 @@ def _settle(source: Source) -> None:
     with c.unlocked():
         c.objective = objective
         c.model.update(dtype="float32")
-        c.text.update(vocab="", max_len=min(max_len, c.model.med.positions), prompt=prompt)
+        positions = (c.model.qformer if "qformer" in c.model else c.model.med).positions
+        c.text.update(vocab="", max_len=min(max_len, positions), prompt=prompt)
         c.loss.update(momentum=bool(momentum), queue=queue)
-    if source.family in ("itm", "features"):
+    if source.family in ("itm", "features", "blip2_itm"):
         source.state["params"].setdefault("temp", np.float32(0.07))
 
 
@@ -415,72 +491,7 @@ def _resize(source: Source, img_size: int) -> None:
         return
     for part in (source.state["params"], source.state.get("momentum", {}).get("params", {})):
         if "vit" in part:
-            part["vit"]["pos_embed"] = resize_pos_embed(part["vit"]["pos_embed"], positions)
+            part["vit"]["pos_embed"] = resized(np.asarray(part["vit"]["pos_embed"]), positions, part["vit"])
     with source.cfg.unlocked():
         model.img_size = img_size
     source.notes.append(f"position table resized from {before} to {img_size} pixels")
-
-
-def _vocabulary(source: Source, given: str, origin: str) -> pathlib.Path | None:
-    """The vocabulary file, checked against the model and its own; None for a model without text.
-
-    ValueError: none that fits.
-    """
-    if "med" not in source.state["params"]:
-        return None
-    size = source.cfg.model.med.vocab_size
-    path = pathlib.Path(given) if given else source.vocab or _from_hub(size)
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != size:
-        raise ValueError(
-            f"{path} has {tokenizer.vocab_size} entries with {' and '.join(EXTRA)}, but the model has {size}: give the "
-            "vocabulary it was trained with, --vocab=FILE"
-        )
-    if (tokenizer.dec, tokenizer.enc) != (size - 2, size - 1):
-        raise ValueError(
-            f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two of "
-            f"{size}"
-        )
-    if given and source.vocab and tokenizer.crc != _crc(source.vocab, size, tokenizer.crc):
-        raise ValueError(
-            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {source.vocab}, "
-            "which came with it"
-        )
-    return path
-
-
-def _crc(vocab: pathlib.Path, size: int, otherwise: int) -> int:
-    """Tokenizer.crc of a file, or `otherwise`.
-
-    The latter where the file does not fit a model of `size` entries, and so is not what it was trained with.
-    """
-    try:
-        own = Tokenizer(vocab)
-    except ValueError:
-        return otherwise
-    return own.crc if own.vocab_size == size else otherwise
-
-
-def _from_hub(size: int) -> pathlib.Path:
-    repository, name, entries = BERT_VOCAB
-    remedy = "give one with --vocab=FILE, a vocab.txt or tokenizer.json"
-    if size != entries:
-        raise ValueError(
-            f"no vocabulary came with the checkpoint, and {size} entries are not those of {repository}: {remedy}"
-        )
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ValueError(
-            f"no vocabulary came with the checkpoint: {remedy}; or pip install 'blip-jax[hub]', which fetches that of "
-            f"{repository}"
-        ) from None
-    for local in (True, False):
-        try:
-            return pathlib.Path(hf_hub_download(repository, name, local_files_only=local))
-        except Exception as e:  # not in the cache, then: no network, no such host, a proxy's page
-            reason = e
-    raise ValueError(
-        f"no vocabulary came with the checkpoint, and {name} of {repository} could not be fetched "
-        f"({type(reason).__name__}): {remedy}"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,10 @@ from ml_collections import ConfigDict
 
 from blip_jax import config
 from blip_jax.convert import apply
-from blip_jax.convert.rules.blip import INITIAL, WORDS
+from blip_jax.convert.rules.blip2 import WHOLE
+from blip_jax.convert.rules.families import INITIAL, WORDS
+
+POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 
 
 class Source(NamedTuple):
@@ -21,7 +25,8 @@ class Source(NamedTuple):
 
     cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
     it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
-    way back leaves them out.
+    way back leaves them out. kept: fields of a config.json that nothing here needs, but the way back does.
+    frozen: parts of the parameters that a run of ours only refers to, which LAVIS's files leave out.
     """
 
     family: str
@@ -30,11 +35,11 @@ class Source(NamedTuple):
     vocab: pathlib.Path | None
     notes: list[str]
     absent: tuple[str, ...] = ()
+    kept: Mapping = MappingProxyType({})
+    frozen: tuple[str, ...] = ()
 
 
-def make_config(
-    family: str, sizes: Mapping[str, int], layers: Mapping[str, int], vit_heads: int, med_heads: int
-) -> ConfigDict:
+def make_config(sizes: Mapping[str, int], layers: Mapping[str, int], heads: Mapping[str, int]) -> ConfigDict:
     """`config.base()` with the sizes that tensors show (`apply.infer`, `apply.layer_counts`).
 
     What they do not show stays.
@@ -42,19 +47,27 @@ def make_config(
     c = config.base("large" if sizes.get("D") == config.VIT_SIZES["large"]["width"] else "base")
     with c.unlocked():
         if "D" in sizes:
-            c.model.vit.update(width=sizes["D"], depth=layers["vit"], heads=vit_heads, mlp=sizes["F"], patch=sizes["p"])
+            c.model.vit.update(
+                width=sizes["D"], depth=layers["vit"], heads=heads["vit"], mlp=sizes["F"], patch=sizes["p"]
+            )
             c.model.img_size = int((sizes["P"] - 1) ** 0.5) * sizes["p"]
         if "W" in sizes:
             c.model.med.update(
                 width=sizes["W"],
                 layers=layers["med"],
-                heads=med_heads,
+                heads=heads["med"],
                 mlp=sizes["M"],
                 positions=sizes["T"],
                 vocab_size=sizes["V"],
             )
         c.model.embed_dim = sizes.get("E", c.model.embed_dim)
     return c
+
+
+def vocab_sizes(cfg) -> dict[str, int]:
+    """part -> entries of its vocabulary, of all parts that `cfg.model` has."""
+    parts = ((name, part) for name, part in cfg.model.items() if isinstance(part, ConfigDict))
+    return {name: part.vocab_size for name, part in parts if "vocab_size" in part}
 
 
 def dtype_notes(tensors: Mapping) -> list[str]:
@@ -72,7 +85,11 @@ def official(source: Source, consume: bool = False) -> dict[str, np.ndarray]:
             f"{WORDS[source.family][0]} (family {source.family}) are no model: they start pre-training, --config.train."
             "init_from, and there is nothing to write back"
         )
-    tensors = apply.to_torch(source.family, source.state, vocab_size=source.cfg.model.med.vocab_size, consume=consume)
+    params = {name: part for name, part in source.state["params"].items() if name not in source.frozen}
+    state = {**source.state, "params": params} if source.frozen else source.state
+    tensors = apply.to_torch(source.family, state, vocab_size=vocab_sizes(source.cfg), consume=consume)
     for name, beside in apply.buffers(tensors).items():
         tensors[name] = np.arange(len(tensors[beside]), dtype=np.int64)[None]
+    if source.family in WHOLE:  # LAVIS has this buffer also where the table is not
+        tensors[POSITION_IDS] = np.arange(source.cfg.model.qformer.positions, dtype=np.int64)[None]
     return {name: x for name, x in tensors.items() if name not in source.absent}

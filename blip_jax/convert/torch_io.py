@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from blip_jax.convert.apply import MAX_TENSORS, listed
 from blip_jax.convert.wrappers import unpack
+from blip_jax.trees import Lazy
 
 # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
 BLOW_UP = 4
@@ -38,17 +39,6 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
-class Lazy:
-    """A tensor that is read from its file each time that `numpy.asarray` is called on it."""
-
-    def __init__(self, shape, dtype, read):
-        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
-
-    def __array__(self, dtype=None, copy=None):
-        x = self._read()
-        return x if dtype is None else x.astype(dtype, copy=False)
 
 
 class Tensors(Mapping):

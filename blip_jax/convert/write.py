@@ -13,12 +13,13 @@ import re
 import resource
 import shutil
 import time
+from collections.abc import Mapping
 
 from blip_jax import checkpoint, lock, trees
-from blip_jax.convert import apply, torch_io
+from blip_jax.convert import apply, blip2, hf, hf_blip2, torch_io, vocabulary
 from blip_jax.convert.read import read
-from blip_jax.convert.rules.blip import WORDS
-from blip_jax.convert.source import Source, official
+from blip_jax.convert.rules.families import WORDS
+from blip_jax.convert.source import Source, official, vocab_sizes
 from blip_jax.parallel.interrupt import Interrupt
 
 FORMATS = ("ours", "official", "hf")
@@ -32,8 +33,7 @@ def convert(
     vocab: str = "",
     family: str = "",
     img_size: int = 0,
-    vit_heads: int = 0,
-    med_heads: int = 0,
+    heads: Mapping[str, int] | None = None,
     drop_token_types: bool = False,
     verify: bool = False,
 ) -> None:
@@ -53,23 +53,20 @@ def convert(
     if os.path.lexists(out):
         raise _exists(out)
     with lock.held_output(out), Interrupt():
-        _convert(path, out, to, vocab, family, img_size, vit_heads, med_heads, drop_token_types, verify)
+        _convert(path, out, to, vocab, family, img_size, heads, drop_token_types, verify)
 
 
 def _exists(out: pathlib.Path) -> ValueError:
     return ValueError(f"{out} exists already: give another OUT, or remove it first")
 
 
-def _convert(
-    path, out: pathlib.Path, to: str, vocab, family, img_size, vit_heads, med_heads, drop_token_types, verify: bool
-) -> None:
+def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, drop_token_types, verify: bool) -> None:
     began = time.perf_counter()
     source = read(
         path,
         family=family,
         img_size=img_size,
-        vit_heads=vit_heads,
-        med_heads=med_heads,
+        heads=heads,
         vocab=vocab,
         drop_token_types=drop_token_types,
     )
@@ -81,9 +78,7 @@ def _convert(
         elif to == "official":
             write_official(beside, source, consume=not verify)
         else:
-            from blip_jax.convert import hf
-
-            hf.write(beside, source)
+            (hf_blip2 if blip2.is_one(source.family) else hf).write(beside, source)
         for note in source.notes:
             print(f"  {note}")
         if verify:
@@ -115,13 +110,26 @@ def _name(beside: pathlib.Path, out: pathlib.Path) -> None:
 def describe(source: Source) -> str:
     """What a source is, in a line."""
     m, parts = source.cfg.model, source.state["params"]
-    sizes = [f"ViT {m.vit.depth} x {m.vit.width}, {m.vit.heads} heads, {m.img_size} px"] * ("vit" in parts)
-    sizes += [f"MED {m.med.layers} x {m.med.width}, {m.med.heads} heads, {m.med.vocab_size} entries"] * ("med" in parts)
+    sizes = []
+    if "vit" in parts:
+        kind = f"{m.vit.kind.upper()} " if "kind" in m.vit else ""
+        sizes.append(f"{kind}ViT {m.vit.depth} x {m.vit.width}, {m.vit.heads} heads, {m.img_size} px")
+    if "med" in parts:
+        sizes.append(f"MED {m.med.layers} x {m.med.width}, {m.med.heads} heads, {m.med.vocab_size} entries")
+    if "qformer" in parts:
+        q = m.qformer
+        text = f"{q.vocab_size} entries" if "word" in parts["qformer"]["embed"] else "no text"
+        sizes.append(f"Q-Former {q.layers} x {q.width}, {q.heads} heads, {q.queries} queries, {text}")
+    if "llm" in parts:
+        llm = m.llm
+        sizes.append(f"{llm.kind.upper()} {llm.layers} x {llm.width}, {llm.heads} heads, {llm.vocab_size} entries")
 
-    count = 0
+    count, entries = 0, vocab_sizes(source.cfg)
     for path, x in trees.paths(parts):
-        unpadded = re.search("word/embedding$|lm_head/bias$", path)
-        count += math.prod((m.med.vocab_size, *x.shape[1:]) if unpadded else x.shape)
+        shape = list(x.shape)
+        if re.search("word/embedding$|lm_head/bias$|^llm/lm_head/kernel$", path):  # without padding
+            shape[path.endswith("kernel")] = entries[apply.part(path)]
+        count += math.prod(shape)
 
     momentum = source.state.get("momentum", {})
     queue = f" and queues of {len(momentum['queue']['img'])}" if "queue" in momentum else ""
@@ -136,7 +144,7 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
     workdir.mkdir()
     if source.vocab:
         kept = checkpoint.vocabulary(workdir, like=source.vocab)
-        shutil.copyfile(source.vocab, kept)
+        vocabulary.copy(source.vocab, kept)
         cfg.text.vocab = kept.name
     momentum = source.state.get("momentum")
     state = {
@@ -145,6 +153,7 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
         "extra": momentum and {"params": None, "queue": None} | momentum,
     }
     record = {"family": source.family, "origin": origin, "notes": source.notes, "absent": list(source.absent)}
+    record |= {"kept": dict(source.kept)} if source.kept else {}
     checkpoint.write(
         workdir, state, {"step": 0, "crc": 0, "sums": None, "converted": record}, json.loads(cfg.to_json())
     )
@@ -159,6 +168,8 @@ def write_official(path: pathlib.Path, source: Source, consume: bool = False) ->
     """
     left = _left_out(source)
     torch_io.save_pth(path, official(source, consume=consume))
+    if source.frozen:
+        source.notes.append(f"left out, as in LAVIS's files: {', '.join(source.frozen)}, which the run held frozen")
     if left:
         source.notes.append(f"the originals' files have no place for {', '.join(left)}")
 

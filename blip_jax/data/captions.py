@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blip_jax.config import source
-from blip_jax.data import paths
+from blip_jax.data import coco, paths
 from blip_jax.data.formats import csv, kind_of, open_source
 from blip_jax.data.source import BadRecord, as_captions, field_of
 from blip_jax.data.table import CAPTION, pick
@@ -61,6 +61,10 @@ def _lines(path: str, _) -> list[str]:
 
 
 def _json(path: str, caption_key: str) -> Iterator[Any]:
+    if coco.is_one(path):
+        found = coco.build(path, "image", caption_key)
+        yield from coco.captions(found, range(len(found.arrays["ids"])))
+        return
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").strip()
         lines = [line for line in text.split("\n") if line.strip()]

@@ -11,10 +11,16 @@ import contextlib
 import io
 import os
 import re
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
 
+A_PIXEL = 8  # bytes for each of the most pixels that there may be: decoding a picture takes no more
+GREY = ("1", "L", "LA")  # Pillow's modes that become L, besides those of integers
+# Pillow's names for the way colours of 16 bits are stored, of which it keeps the upper bytes -> for the lower bytes
+LOWER = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA") for a, b in (("B", "L"), ("L", "B"))}
+LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in ("RGB", "RGBA")}
 READS = 10_000  # of a header: more is a comment or a list of segments that never ends, each read a step of Python
 READS_OF_PIXELS = 5_000_000  # likewise while pixels are decoded
 CHUNKS = 200_000  # of a PNG, and segments of a JPEG
@@ -124,3 +130,36 @@ def check_scans(data: bytes, pixels: int, max_pixels: int) -> None:
         if marker != START:
             at += int.from_bytes(data[at : at + 2])
     raise BadImage(f"broken picture: more than {CHUNKS} segments")
+
+
+def cost(im) -> int:
+    """Bytes that decoding an opened picture takes at most, about.
+
+    RGB is 4 a pixel, grey 1; beside it stands what it was made from, or its crop.
+    """
+    if im.format == "WEBP":
+        a_pixel = 16  # two frames of the decoder, its copy of the result
+    elif im.format in ("AVIF", "HEIF"):
+        a_pixel = 14  # planes of up to 16 bits, the copy of the result
+    elif stored(im) in LOWER:
+        a_pixel = 12 if im.mode == "RGB" else 16  # upper bytes, lower bytes
+    elif "progressive" in im.info:
+        a_pixel = max(8, 4 + _coefficients(im))
+    elif im.mode in GREY or im.mode.startswith("I;16"):
+        a_pixel = 4
+    else:
+        a_pixel = 8
+    return round(im.width * im.height * a_pixel)
+
+
+def _coefficients(im) -> float:
+    """Bytes a pixel that a progressive JPEG takes until its last scan: 2 for each value of each channel."""
+    sampling = [(h, v) for _, h, v, _ in getattr(im, "layer", ())]
+    most = max((h for h, _ in sampling), default=0) * max((v for _, v in sampling), default=0)
+    return 2 * sum(h * v for h, v in sampling) / most if most else 6
+
+
+def stored(im) -> str:
+    """Pillow's name for the way the pixels of an opened file are stored, "" where they are decoded already."""
+    args = getattr(im, "tile", None) and im.tile[0][3]
+    return (args if isinstance(args, str) else args[0]) if args else ""

@@ -12,13 +12,26 @@ import contextlib
 import functools
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from blip_jax.data.encoded import READS, READS_OF_PIXELS, ROOM, BadImage, Reads, check_scans, essential, named
+from blip_jax.data.encoded import (
+    A_PIXEL,
+    GREY,
+    LOWER,
+    READS,
+    READS_OF_PIXELS,
+    ROOM,
+    BadImage,
+    Reads,
+    check_scans,
+    cost,
+    essential,
+    named,
+    stored,
+)
 
 try:
     from PIL import AvifImagePlugin
@@ -44,9 +57,6 @@ TURNS = {  # value of the orientation tag -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow's names for the way colours of 16 bits are stored, of which it keeps the upper bytes -> for the lower bytes
-LOWER = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA") for a, b in (("B", "L"), ("L", "B"))}
-LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in ("RGB", "RGBA")}
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
 DEPTHS = (8, 10, 12, 14, 16)  # bits of the sensors whose values 16-bit and integer pictures hold
 FILL = 128  # grey of the places that a warp uncovers
@@ -68,8 +78,9 @@ def decode(data: bytes, max_pixels: int, upright: bool = False) -> tuple[Image.I
     """
     with _refusing():
         opened = [_opened(data, max_pixels)]
-    with ROOM.hold(_cost(opened[0][0])), _refusing():
-        return _rgb(opened.pop(), upright)
+    with ROOM.hold(cost(opened[0][0])), _refusing():
+        im, notes = _8_bits(opened.pop(), upright)
+        return (im if im.mode == "RGB" else im.convert("RGB")), notes
 
 
 @contextlib.contextmanager
@@ -78,14 +89,15 @@ def decoded(
 ) -> Iterator[list[tuple[Image.Image, list[str]]]]:
     """`decode` of several pictures at once, which are closed at the end of the `with` block.
 
+    Grey ones stay grey, mode L, which is a quarter of the memory: the transforms below make them RGB.
     Waits until there is room for all of them beside those of other threads (encoded.ROOM). Do not nest.
     """
     with _refusing():
         opened = [_opened(data, max_pixels) for data in encoded]
-    with ROOM.hold(sum(_cost(im) for im, _ in opened)):
+    with ROOM.hold(sum(cost(im) for im, _ in opened)):
         with _refusing():
             opened.reverse()  # each is let go when it is converted
-            found = [_rgb(opened.pop(), upright) for _ in encoded]
+            found = [_8_bits(opened.pop(), upright) for _ in encoded]
         try:
             yield found
         finally:
@@ -98,9 +110,9 @@ def converted(im: Image.Image) -> Iterator[tuple[Image.Image, list[str]]]:
     """What `decoded` gives, upright, of a picture that is a PIL image, decoded or not. BadImage: as there."""
     if 0 in im.size:
         raise BadImage(f"broken picture: {im.width}x{im.height}")
-    with ROOM.hold(_cost(im)):
+    with ROOM.hold(cost(im)):
         with _refusing():
-            found = _rgb((im, None), upright=True)
+            found = _8_bits((im, None), upright=True)
         yield found
 
 
@@ -142,6 +154,11 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Reads]:
             f"decompression bomb: {values} values of a {im.format} of {w}x{h} that is decoded one by one, "
             f"{IN_PYTHON_VALUES} at most"
         )
+    if (size := cost(im)) > A_PIXEL * max_pixels:
+        raise BadImage(
+            f"decompression bomb: a {im.format} of {w}x{h} takes {size >> 20} MiB to decode, more than {A_PIXEL} bytes "
+            f"for each of data.max_pixels={max_pixels}"
+        )
     if im.format in ("JPEG", "MPO"):
         check_scans(data, w * h, max_pixels)
     return im, file
@@ -175,49 +192,31 @@ def heif() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _cost(im: Image.Image) -> int:
-    """Bytes that decoding takes at most, about: RGB is 4 a pixel, beside it stand what it was made from or its crop."""
-    if im.format in ("WEBP", "AVIF", "HEIF"):
-        a_pixel = 20  # frames and planes of the decoder, and its copy of the result
-    elif "progressive" in im.info or _stored(im) in LOWER:
-        a_pixel = 12  # coefficients of all channels, 2 bytes each, until the last scan; lower bytes
-    else:
-        a_pixel = 8
-    return im.width * im.height * a_pixel
-
-
-def _stored(im: Image.Image) -> str:
-    """Pillow's name for the way the pixels of an opened file are stored, "" where they are decoded already."""
-    args = getattr(im, "tile", None) and im.tile[0][3]
-    return (args if isinstance(args, str) else args[0]) if args else ""
-
-
-def _rgb(opened: tuple[Image.Image, Reads | None], upright: bool) -> tuple[Image.Image, list[str]]:
-    """What `decode` gives of an opened picture and of the file that it is the first frame of, if it is from one."""
+def _8_bits(opened: tuple[Image.Image, Reads | None], upright: bool) -> tuple[Image.Image, list[str]]:
+    """What `decoded` gives of an opened picture and of the file that it is the first frame of, if it is from one."""
     im, file = opened
     del opened
-    size, stored, notes = im.size, _stored(im), []
+    size, packed, notes = im.size, stored(im), []
     im.load()
     turn = TURNS.get(_orientation(im)) if upright else None
     if im.mode == "F" or im.mode.startswith("I"):
-        rgb, note = _to_8_bits(im)
+        out, note = _to_8_bits(im)
         notes.append(note)
-    elif file and stored in LOWER:
-        rgb, note = _colours_to_8_bits(im, file)
+    elif file and packed in LOWER:
+        out, note = _colours_to_8_bits(im, file)
         notes.append(note)
-    elif im.mode == "RGB" and im.format in ("JPEG", "PNG", "BMP", "PPM"):
-        rgb = im  # as it is: looking for further frames below does not change these
+    elif im.mode in ("RGB", "L") and im.format in ("JPEG", "PNG", "BMP", "PPM"):
+        out = im  # as it is: looking for further frames below does not change these
     else:
-        rgb = im.convert("RGB")
+        out = im.convert("L" if im.mode in GREY else "RGB")
     if file and im.format != "MPO" and _animated(im, file):
         notes.append("animated picture, first frame used")
     del im  # a third of what a deep picture takes
-    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
     if max(size) < TINY:
         notes.append("tiny picture")
     if max(size) > STRETCHED * min(size):
         notes.append("extreme aspect ratio")
-    return rgb if turn is None else rgb.transpose(turn), notes
+    return out if turn is None else out.transpose(turn), notes
 
 
 def _orientation(im: Image.Image) -> int:
@@ -229,24 +228,34 @@ def _orientation(im: Image.Image) -> int:
 
 def _to_8_bits(im: Image.Image) -> tuple[Image.Image, str]:
     """Greyscale of more than 8 bits to 8, and a note (PIL's own conversion clips everything above 255)."""
-    return _scaled(im, lambda box: np.asarray(im.crop(box)), (im.height, im.width))
+    grey, note = _scaled(im, lambda box: np.asarray(im.crop(box)), (im.height, im.width))
+    return Image.fromarray(grey), note
 
 
 def _colours_to_8_bits(im: Image.Image, file: Reads) -> tuple[Image.Image, str]:
     """Colours of 16 bits, of whose file Pillow gives the upper bytes, to 8, and a note."""
-    upper = im.convert("RGB")
+    upper = im if im.mode == "RGB" else im.convert("RGB")
     if max(most for _, most in upper.getextrema()) >= 1 << DEPTHS[-2] - 8:
         return upper, "16-bit picture, scaled to 8 bits"
     lower = _open(Reads(file.getvalue()))
     for i, (decoder, box, at, args) in enumerate(lower.tile):
-        own = LOWER[_stored(lower)]
+        own = LOWER[stored(lower)]
         lower.tile[i] = type(lower.tile[i])(decoder, box, at, own if isinstance(args, str) else (own, *args[1:]))
-    lower = lower.convert("RGB")
-    lines = lambda box: np.asarray(upper.crop(box)).astype(np.uint16) << 8 | np.asarray(lower.crop(box))
-    return _scaled(im, lines, (im.height, im.width, 3))
+    lower.load()
+    lower = lower if lower.mode == "RGB" else lower.convert("RGB")
+    halves = [upper, lower]
+    del upper, lower
+
+    def lines(box) -> np.ndarray:
+        high, low = (np.asarray(half.crop(box)) for half in halves)
+        return high.astype(np.uint16) << 8 | low
+
+    colours, note = _scaled(im, lines, (im.height, im.width, 3))
+    halves.clear()  # before there is another copy
+    return Image.fromarray(colours), note
 
 
-def _scaled(im: Image.Image, lines: Callable, shape: tuple) -> tuple[Image.Image, str]:
+def _scaled(im: Image.Image, lines: Callable, shape: tuple) -> tuple[np.ndarray, str]:
     """The values that `lines` gives of a box, scaled by what they hold and rounded, as u8[shape], and a note."""
     h, w = shape[:2]
     at_once = max(1, (1 << 20) // w)  # lines, so that no second copy of the picture is made
@@ -261,7 +270,7 @@ def _scaled(im: Image.Image, lines: Callable, shape: tuple) -> tuple[Image.Image
     for box in boxes:
         out[box[1] : box[3]] = grey[lines(box)]
     note = "16-bit picture" if bits == 16 else f"picture of 16 bits or more that holds {bits}"
-    return Image.fromarray(out), f"{note}, scaled to 8 bits"
+    return out, f"{note}, scaled to 8 bits"
 
 
 def _animated(im: Image.Image, file: Reads) -> bool:
@@ -273,12 +282,16 @@ def _animated(im: Image.Image, file: Reads) -> bool:
 
 
 def eval_transform(im: Image.Image, size: int) -> np.ndarray:
-    """PIL RGB -> u8[size,size,3]: bicubic to exactly size x size, aspect ignored (BLIP's evaluation transform)."""
-    return np.asarray(im.resize((size, size), Image.Resampling.BICUBIC))
+    """PIL RGB or L -> u8[size,size,3]: bicubic to exactly size x size, aspect ignored (BLIP's evaluation transform)."""
+    return _resized(im, size)
+
+
+def _resized(im: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(im.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
 
 
 def train_transform(im: Image.Image, size: int, rng: np.random.Generator, *, scale, flip: bool, randaugment: bool):
-    """PIL RGB -> u8[size,size,3]: random-resized crop, flip with probability 1/2, RandAugment(2, 5)."""
+    """PIL RGB or L -> u8[size,size,3]: random-resized crop, flip with probability 1/2, RandAugment(2, 5)."""
     img = crop_resize(im, size, random_crop(*im.size, scale, rng))
     if flip and rng.random() < 0.5:
         img = np.ascontiguousarray(img[:, ::-1])
@@ -304,7 +317,7 @@ def random_crop(w: int, h: int, scale, rng: np.random.Generator, ratio=(3 / 4, 4
 def crop_resize(im: Image.Image, size: int, box: tuple[int, int, int, int]) -> np.ndarray:
     """Crop, then bicubic resize: the filter sees nothing outside the box (as PIL's resize(box=...) would)."""
     x, y, w, h = box
-    return np.asarray(im.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC))
+    return _resized(im.crop((x, y, x + w, y + h)), size)
 
 
 def rand_augment(img: np.ndarray, rng: np.random.Generator) -> np.ndarray:

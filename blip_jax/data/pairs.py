@@ -28,8 +28,14 @@ def captions(record: dict, max_words: int) -> tuple[list[str], list[str]]:
 
 def text(record: dict, rng: np.random.Generator, cfg) -> tuple[str, list[str]]:
     """One of the record's captions after cfg.text.prompt, and notes. BadRecord: it has none."""
+    found, notes = caption(record, rng, cfg)
+    return cfg.text.prompt + found, notes
+
+
+def caption(record: dict, rng: np.random.Generator, cfg) -> tuple[str, list[str]]:
+    """One of the record's captions, cleaned, and notes. BadRecord: it has none."""
     found, notes = captions(record, cfg.text.max_words)
-    return cfg.text.prompt + found[int(rng.integers(len(found)))], notes
+    return found[int(rng.integers(len(found)))], notes
 
 
 def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:

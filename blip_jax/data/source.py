@@ -16,6 +16,8 @@ The key of a record says where it is, and no two records of a run have the same:
 
     <source>:<file>/<member>        of a shard, as "web:00000.tar/0001"
     <source>:<file>#<row>:<image>   of a list, as "coco:train.json#12:img/7.jpg"; ":<image>" where the row names one
+    <source>:<key>                  of ArrayRecord, the key that the record was written with, if it does not begin so
+    <source>:scene-<seed>-<index>   of the built-in world
 
 <file> is the path below the folder that all files of the source share (`in_keys`), rows count from 0 in each file.
 """

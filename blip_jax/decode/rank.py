@@ -30,3 +30,17 @@ def rank(first_logits, score: Callable, ids, mask, k: int):
     rows = chosen.reshape(-1)
     scores, order = jax.lax.top_k(score(ids[rows], mask[rows]).reshape(B, k), k)
     return jnp.take_along_axis(chosen, order, axis=1), scores
+
+
+def text_nll(first_logits, logits, ids, mask):
+    """Summed negative log-probability f32[B,C] of C texts behind each of B prompts: the least is the likeliest text.
+
+    Args:
+      first_logits: f32[B,V], what follows a prompt; logits: f32[B,C,T-1,V], what follows tokens 0..T-2 of each text.
+      ids i32[C,T], mask bool[C,T]: the texts, without a start id, ends included, padded at the right.
+    """
+    B, C, T = len(first_logits), *ids.shape
+    of = lambda x, token: jnp.take_along_axis(x, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(x, axis=-1)
+    first = of(jnp.broadcast_to(first_logits[:, None], (B, C, first_logits.shape[-1])), jnp.tile(ids[:, 0], (B, 1)))
+    others = of(logits, jnp.broadcast_to(ids[:, 1:], (B, C, T - 1)))
+    return -(first + jnp.sum(others * mask[:, 1:], axis=-1))

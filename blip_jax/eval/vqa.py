@@ -54,22 +54,33 @@ def plain_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy of one answer, 0 to 1, against those of (ten) people."""
+def accuracy(prediction: str, answers: Sequence[str], *, as_lavis: bool = False) -> float:
+    """Accuracy of one answer, 0 to 1, against those of (ten) people.
+
+    as_lavis: LAVIS's own copy of the program, by which BLIP-2's zero-shot results were measured: the answer is brought
+    into the common form always, those of people lose their punctuation alone, and only unless all agree. So no answer
+    scores against ten times "t-shirt", "Red" or "two".
+    """
     prediction, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers))
-    if len(set(answers)) > 1:
-        prediction, *answers = (plain_words(without_punctuation(text)) for text in (prediction, *answers))
+    differ = len(set(answers)) > 1
+    if differ or as_lavis:
+        prediction = plain_words(without_punctuation(prediction))
+    if differ:
+        answers = [without_punctuation(text) for text in answers]
+        answers = answers if as_lavis else [plain_words(text) for text in answers]
     agreeing = answers.count(prediction)
     others = [agreeing - (answer == prediction) for answer in answers]  # without one of the people, in turn
     return sum(min(1.0, n / 3) for n in others) / len(others)
 
 
-def score(predictions: Mapping[int, str], questions: Mapping[int, Mapping]) -> dict[str, float]:
+def score(
+    predictions: Mapping[int, str], questions: Mapping[int, Mapping], *, as_lavis: bool = False
+) -> dict[str, float]:
     """Accuracies in percent, rounded to two places as the official program prints them: "accuracy", and per type where
     types are known.
 
     predictions: question id -> answer. questions: question id -> {"answers": texts of people, and maybe "answer_type",
-    "question_type"}.
+    "question_type"}. as_lavis: as in `accuracy`.
     Returns {"accuracy", "answer_type/yes/no", "question_type/how many", ...}. ValueError: a question without a
     prediction.
     """
@@ -79,7 +90,7 @@ def score(predictions: Mapping[int, str], questions: Mapping[int, Mapping]) -> d
         )
     found: dict[str, list[float]] = {}
     for number, question in questions.items():
-        value = accuracy(predictions[number], question["answers"])
+        value = accuracy(predictions[number], question["answers"], as_lavis=as_lavis)
         kinds = [f"{kind}/{question[kind]}" for kind in ("answer_type", "question_type") if question.get(kind)]
         for name in ("accuracy", *kinds):
             found.setdefault(name, []).append(value)

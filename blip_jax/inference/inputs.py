@@ -80,10 +80,10 @@ def _told(picture: Picture, notes: list[str], seen: np.ndarray) -> np.ndarray:
     return seen
 
 
-def texts(given, name: str, clean: Callable[[str], str]) -> tuple[list[str], bool]:
+def texts(given, name: str, clean: Callable[[str], str], empty: bool = False) -> tuple[list[str], bool]:
     """The texts cleaned by `clean`, and whether it was one.
 
-    ValueError: lists every one that is no text or holds no word.
+    ValueError: lists every one that is no text or holds no word, which `empty` allows.
 
     `name`: of the argument. Characters that cannot be encoded are removed first, as in training.
     """
@@ -100,7 +100,7 @@ def texts(given, name: str, clean: Callable[[str], str]) -> tuple[list[str], boo
             problems.append(f"{where} is {_kind(row)}: give a str")
             continue
         out.append(clean(plain_text(row)[0]))
-        if not out[-1].strip():
+        if not out[-1].strip() and not empty:
             problems.append(
                 f"{where} is empty" if not row.strip() else f"{where} is {row[:40]!r}, of which cleaning leaves no word"
             )

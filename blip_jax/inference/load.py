@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import sys
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +14,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from blip_jax import trees
-from blip_jax.convert import read
+from blip_jax.convert import origins, read, vocabulary
 from blip_jax.convert.source import Source
-from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.data.text import tokenizers
 from blip_jax.inference.batching import placed
 from blip_jax.models.blip import Blip
+from blip_jax.models.blip2 import Blip2
 from blip_jax.tasks import build
 
 NEEDS = {  # what is asked of a model -> the parts it takes, the checkpoints that have them
     "caption": (("text decoder",), "a captioner or a pre-training checkpoint"),
     "match": (("text encoder", "projections", "matching head"), "a retrieval or pre-training checkpoint"),
     "answer": (("question encoder and answer decoder",), "a VQA checkpoint"),
+    "generate": (("language model",), "a checkpoint of BLIP-2's second stage"),
     "text and multimodal features": (("text encoder",), "a retrieval or pre-training checkpoint"),
 }
 
@@ -34,18 +37,19 @@ class Loaded(NamedTuple):
     model: Any  # a module of blip_jax.models
     params: dict  # on the devices of a mesh, or NumPy f32
     cfg: ConfigDict  # config.base with the checkpoint's objective, model and texts
-    tokenizer: Tokenizer
+    tokenizer: Any  # of data.text
     origin: str  # the checkpoint folder, file or Hugging Face folder
 
     def parts(self) -> dict[str, bool]:
         """Which parts there are beside the image encoder."""
-        blip = isinstance(self.model, Blip)
+        blip, later = isinstance(self.model, Blip), isinstance(self.model, Blip2)
         return {
-            "text decoder": blip and "lm_head" in self.params["med"],
-            "text encoder": blip and self.model.encoder,
+            "text decoder": later or blip and "lm_head" in self.params["med"],
+            "text encoder": later or blip and self.model.encoder,
             "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
             "matching head": "itm_head" in self.params,
             "question encoder and answer decoder": "med_dec" in self.params,
+            "language model": "llm" in self.params,
         }
 
     def require(self, what: str, name: str = "") -> None:
@@ -63,34 +67,59 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, vit_heads: int = 0, med_heads: int = 0
+    path, mesh: Mesh | None = None, dtype: str = "", vocab: str = "", *, heads: Mapping[str, int] | None = None
 ) -> Loaded:
     """A trained model, ready for use.
 
-    Of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name on its hub.
+    Of a workdir, one of its checkpoint folders, a .pth of the originals, a Hugging Face folder or a name on its hub; or
+    of several with commas, a BLIP-2 and the parts that its file lacks.
 
     Args:
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
         float32.
       dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
-      vocab, vit_heads, med_heads: as in `convert.read.read`.
+      vocab, heads: as in `convert.read.read`.
     ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
     """
-    origin = read.locate(path)
-    found = read.read(origin, vocab=str(vocab), vit_heads=vit_heads, med_heads=med_heads, momentum=False)
+    found = read.read(str(path), vocab=str(vocab), heads=heads, momentum=False)
     params = found.state["params"]
-    if missing := [what for part, what in (("vit", "image encoder"), ("med", "text model")) if part not in params]:
+    if missing := _missing(found):
         raise ValueError(
             f"{path} ({found.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
             "give a trained model"
+        )
+    if found.family == "instruct_t5":
+        raise ValueError(
+            f"{path} is an InstructBLIP, whose Q-Former reads the question too: no verb gives it one yet, and without "
+            "it the answers would be others; give a BLIP-2"
         )
     for note in found.notes if jax.process_index() == 0 else ():
         print(f"{path}: {note}", file=sys.stderr)
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
-    if mesh is not None:
-        params = placed(params, mesh, cfg.model.dtype)
-    return Loaded(build(cfg), params, cfg.lock(), Tokenizer(found.vocab), str(origin))
+    params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
+    tokenizer = tokenizers.of(cfg.model, _vocabulary(found, path))
+    where = ",".join(str(read.locate(name)) for name in origins.names(str(path)))
+    return Loaded(build(cfg), params, cfg.lock(), tokenizer, where)
+
+
+def _missing(found: Source) -> list[str]:
+    """What a checkpoint lacks to be a model."""
+    params = found.state["params"]
+    text = "qformer" if "qformer" in params or "ln_vision" in params else "med"
+    needed = {"vit": "image encoder", text: "text model"}
+    if "llm_proj" in params:
+        needed["llm"] = "language model"
+    return [what for part, what in needed.items() if part not in params]
+
+
+def _vocabulary(found: Source, path) -> pathlib.Path:
+    if found.vocab is None:
+        raise ValueError(
+            f"no tokenizer came with {path}: give that of its language model with --vocab=FILE (vocab=), OPT's "
+            "vocab.json beside its merges.txt, T5's spiece.model, or the tokenizer.json of either"
+        )
+    return found.vocab
 
 
 def read_for(cfg, origin, momentum: bool = False) -> Source:
@@ -101,9 +130,11 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     momentum: whether the momentum encoder and queues of a workdir are read, too.
     ValueError: `read.read`, also where it was trained with another vocabulary than text.vocab.
     """
-    m = cfg.model
-    heads = {"vit_heads": m.vit.heads, "med_heads": m.med.heads} if pathlib.Path(origin).is_file() else {}
-    return read.read(origin, vocab=cfg.text.vocab, momentum=momentum, **heads)
+    heads = read.heads_of(cfg) if pathlib.Path(origin).is_file() else {}
+    found = read.read(origin, vocab=None, momentum=momentum, heads=heads)
+    if "llm" in cfg.model and cfg.model.llm and not found.state["params"].keys() & {"llm", "llm_proj"}:
+        return found  # the words of a Q-Former, of which a second stage reads none
+    return found._replace(vocab=vocabulary.of(found, cfg.text.vocab, str(origin)))
 
 
 def checksum(params: dict) -> int:

@@ -22,6 +22,7 @@ from blip_jax import losses
 from blip_jax.decode import beam, generate
 from blip_jax.decode.rank import rank
 from blip_jax.models.blip import unit
+from blip_jax.models.blip2 import Blip2
 from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import stacked_as_bits, text_layers_apart
 from blip_jax.models.text.med import images_of, stored
@@ -154,6 +155,7 @@ class Method(NamedTuple):
     max_length: int = 20
     beams: int = 3  # beam; at most MOST_BEAMS
     length_penalty: float = 1.0  # beam
+    rule: str = "blip"  # beam: how lengths are counted, a key of `beam.RULES`
 
 
 def example_key(key: str, seed: int) -> np.ndarray:
@@ -202,10 +204,9 @@ def _decoding(model, method: Method, *, eos: int, pad: int) -> Callable:
     """The token loop: (params, image keys and values of B images, keys u32[B,2], prompt i32[t]) -> captions."""
     if method.kind not in ("nucleus", "beam"):
         raise ValueError(f"method {method.kind!r} is unknown: choose nucleus or beam")
-    rows_per_image = method.n if method.kind == "nucleus" else method.beams
 
     def decode(params, kv, keys, prompt):
-        B, n = images_of(kv), rows_per_image
+        B = images_of(kv)
         kv, params = stored(kv), text_layers_apart(params)
 
         def extend(ids, at, cache):
@@ -214,33 +215,49 @@ def _decoding(model, method: Method, *, eos: int, pad: int) -> Callable:
         # the prompt is the same for all texts of an image: one pass over it, whose result they share
         start = jnp.tile(jnp.asarray(prompt, jnp.int32), (B, 1))
         logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, method.max_length - 1))
-        cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
+        return written(extend, logits, cache, start, keys, method, eos=eos, pad=pad)
 
-        if method.kind == "beam":
-            how = beam.Beam(
-                method.beams, method.length_penalty, method.repetition_penalty, method.min_length, method.max_length
-            )
-            ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
-            return {"ids": ids, "log_prob": log_prob}
+    return decode
 
-        how = generate.Sampling(
-            method.top_p,
-            method.top_k,
-            method.temperature,
+
+def written(extend: Callable, logits, cache, start, keys, method: Method, *, eos: int, pad: int) -> dict:
+    """n texts for each of B images, of which a decoder has read the beginning once.
+
+    Args:
+      extend: as in decode/generate.py, on R = B*n rows (of beams B*M), those of an image one behind another.
+      logits f32[B,V], cache arrays [L,B,...]: what the decoder said to `start` i32[B,t]; keys u32[B,2].
+    Returns: {"ids": i32[B,n,L], "log_prob": f32[B,n]}, L = method.max_length.
+    """
+    B, n = len(start), method.n if method.kind == "nucleus" else method.beams
+    cache = jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), cache)
+    if method.kind == "beam":
+        how = beam.Beam(
+            method.beams,
+            method.length_penalty,
             method.repetition_penalty,
             method.min_length,
             method.max_length,
+            method.rule,
         )
+        ids, log_prob, _ = beam.search(extend, logits, cache, start, how, method.n, eos=eos, pad=pad)
+        return {"ids": ids, "log_prob": log_prob}
 
-        def key_of(key, row):  # each text has random numbers of its own, by its number among those of its image
-            return jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
+    how = generate.Sampling(
+        method.top_p,
+        method.top_k,
+        method.temperature,
+        method.repetition_penalty,
+        method.min_length,
+        method.max_length,
+    )
 
-        logits, start, keys = (jnp.repeat(x, n, axis=0) for x in (logits, start, keys))
-        own = jax.vmap(key_of)(keys, jnp.arange(B * n))
-        ids, log_prob = generate.sample(extend, logits, cache, start, own, how, eos=eos, pad=pad)
-        return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
+    def key_of(key, row):  # each text has random numbers of its own, by its number among those of its image
+        return jax.random.fold_in(jax.random.wrap_key_data(key), row % n)
 
-    return decode
+    logits, start, keys = (jnp.repeat(x, n, axis=0) for x in (logits, start, keys))
+    own = jax.vmap(key_of)(keys, jnp.arange(B * n))
+    ids, log_prob = generate.sample(extend, logits, cache, start, own, how, eos=eos, pad=pad)
+    return {"ids": ids.reshape(B, n, -1), "log_prob": log_prob.reshape(B, n)}
 
 
 def text_of(tokenizer, ids, prompt_len: int) -> str:
@@ -329,10 +346,16 @@ def rank_answers(
 
 # --- features ---------------------------------------------------------------------------------------------------------
 def image_features(model, projected: bool) -> Callable:
-    """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}."""
+    """(params, img u8[B,S,S,3]) -> {"image_embeds": f32[B,P,D], "image_embeds_proj": f32[B,P,E] if `projected`}.
+
+    Of BLIP-2's first stage these are the queries, [B,Q,W] and [B,Q,E].
+    """
 
     def features(params, img):
-        img_tok = encode_pixels(model, params, img).astype(jnp.float32)
+        img_tok = encode_pixels(model, params, img)
+        if isinstance(model, Blip2):
+            img_tok, _ = model.apply({"params": params}, img_tok, method="look")
+        img_tok = img_tok.astype(jnp.float32)
         out = {"image_embeds": img_tok}
         return out | {"image_embeds_proj": _projection(model, params, img_tok, "vision_proj")} if projected else out
 
@@ -346,8 +369,8 @@ def text_features(model, projected: bool) -> Callable:
     f32[B,T,E]}.
     """
 
-    def encode(blip, ids, txt_mask):
-        return blip.med(ids, txt_mask)
+    def encode(model, ids, txt_mask):
+        return model.encode_text(ids, txt_mask)[0]
 
     def features(params, ids, txt_mask):
         txt_tok = model.apply({"params": params}, ids, txt_mask, method=encode).astype(jnp.float32)
@@ -360,11 +383,14 @@ def text_features(model, projected: bool) -> Callable:
 def multimodal_features(model) -> Callable:
     """States of the tokens of texts that look at images, with [ENC] first.
 
-    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}.
+    (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"multimodal_embeds": f32[B,T,D]}; of BLIP-2's first
+    stage the states of the queries that see image and text, [B,Q,W].
     """
 
-    def encode(blip, ids, txt_mask, kv):
-        return blip.med(ids.at[:, 0].set(blip.enc_id), txt_mask, kv=kv)
+    def encode(model, ids, txt_mask, kv):
+        if isinstance(model, Blip2):
+            return model.join(ids, txt_mask, kv)
+        return model.med(ids.at[:, 0].set(model.enc_id), txt_mask, kv=kv)
 
     def features(params, img, ids, txt_mask):
         kv = view(model, "kv")(params, img)["kv"]

@@ -1,4 +1,4 @@
-"""A model in two lines: `from_pretrained(path)` gives one that captions, matches, answers and describes in features.
+"""What `from_pretrained` gives of a BLIP, or a first stage of BLIP-2: captions, matching, answers and features.
 
 Pictures are given as a path, bytes, a PIL image or an array u8[H,W,3], one or many; they are decoded as in training
 (first frame, alpha dropped), turned upright where an orientation tag says so, as photographs of phones need it, and
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import os
-import pathlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,16 +18,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from blip_jax.config import text_side
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.decode import beam
 from blip_jax.inference import inputs, programs
 from blip_jax.inference.batching import Runner, at_least, at_most, padded
-from blip_jax.inference.load import Loaded, load
-from blip_jax.parallel import sharding
+from blip_jax.inference.load import Loaded
+from blip_jax.models.blip2 import Blip2
 
 THREADS = 8  # that decode the pictures of a batch
 TEXTS = 8  # go through a pass for each image that would: they are that much less work
-PROGRAMS = 16  # compiled for a model and kept; the one that was not used for longest makes room for a new one
+PROGRAMS = 8  # compiled for a model and kept; the one that was not used for longest makes room for a new one
 MOST_PENALTY = 10  # of either sign, of length_penalty: the power of a length that still is a float32
 LEAST_TEMPERATURE = 1e-6  # below it scores are no float32 any more
 LEAST_TOKENS = 8  # texts are padded to this many, or the next power of two, up to what the model was trained with
@@ -38,39 +37,6 @@ MODES = {  # of features -> whether it takes images, texts
     "text": (False, True),
     "multimodal": (True, True),
 }
-
-
-def from_pretrained(
-    name_or_path, *, dtype: str | None = None, mesh: Mesh | None = None, vocab="", batch: int = 0
-) -> Pretrained:
-    """A model with verbs.
-
-    Args:
-      name_or_path: a workdir of `blip-jax train` or `convert`, or one of its checkpoint folders; a PyTorch checkpoint,
-        official or LAVIS's; a Hugging Face folder; or a name on the Hugging Face hub.
-      dtype: of the computation, "float32" | "bfloat16"; None: float32 on CPUs, bfloat16 elsewhere.
-      mesh: of `sharding.make_mesh`, over which parameters and batches are spread; None: the first device alone.
-      vocab: vocab.txt or tokenizer.json; "": the one that came with the checkpoint.
-      batch: most images per pass, rounded down to a power of two; 0: 2 on CPUs, 64 elsewhere.
-    Compiled programs are kept in $XDG_CACHE_HOME/blip_jax (~/.cache/blip_jax), unless jax_compilation_cache_dir is set.
-    ValueError: what is wrong with the checkpoint, its vocabulary, the mesh or another argument.
-    """
-    if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
-        raise ValueError(f"name_or_path is {inputs.shown(name_or_path)}: give a file, a folder or a name on the hub")
-    vocab = "" if vocab is None else vocab
-    if not isinstance(vocab, (str, os.PathLike)):
-        raise ValueError(f"vocab is {inputs.shown(vocab)}: give the path of a vocab.txt or tokenizer.json")
-    mesh = _mesh(mesh)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if dtype is None or isinstance(dtype, str) and not dtype:
-        dtype = "float32" if on_cpu else "bfloat16"
-    if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype is {inputs.shown(dtype)}: choose float32 or bfloat16, or None")
-    batch = inputs.whole(batch, "batch")
-    if batch < 0:
-        raise ValueError(f"batch is {batch}: it must be positive, or 0 for 2 on CPUs and 64 elsewhere")
-    _keep_compiled()
-    return Pretrained(load(name_or_path, mesh, dtype, vocab), mesh, batch or (2 if on_cpu else 64), str(name_or_path))
 
 
 class Pretrained:
@@ -145,7 +111,7 @@ class Pretrained:
             inputs.whole(beams, "beams"),
             inputs.number(length_penalty, "length_penalty"),
         )
-        start, seed = self._check(how, prompt), _seed(seed)
+        start, seed = self._check(how, prompt), seeded(seed)
         pictures, one = inputs.pictures(images)
 
         def rows(at: slice):
@@ -171,8 +137,8 @@ class Pretrained:
         The first text is compared with the first image and so on; a single one of either with all of the other: NumPy
         f32[n], or two floats where one image and one text are given. every_pair: every image with every text,
         f32[images,texts].
-        first: the token at the text's beginning, "[ENC]" as in training, or "[CLS]", which the original's stand-alone
-          matching model and transformers have there.
+        first: the token at the text's beginning, "[ENC]" as in training (BLIP-2 has [CLS] there), or "[CLS]", which
+          the original's stand-alone matching model and transformers have.
         """
         self._loaded.require("match")
         if first not in ("[ENC]", "[CLS]"):
@@ -296,7 +262,10 @@ class Pretrained:
             return self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]]
 
         program = self._program(("multimodal features",), lambda: programs.multimodal_features(self.model))
-        return _without_padding(self._map(program, len(t), rows), txt_mask[t]), one_text and one_image
+        found, one = self._map(program, len(t), rows), one_text and one_image
+        if isinstance(self.model, Blip2):  # states of its queries, which have no padding
+            return found, one
+        return _without_padding(found, txt_mask[t]), one
 
     def _program(self, key: tuple, make: Callable[[], Callable]) -> Callable:
         """make() under jax.jit, made once for each `key` that is among the last PROGRAMS asked for."""
@@ -319,42 +288,13 @@ class Pretrained:
         """The prompt's tokens with [DEC]. ValueError: everything that is wrong with the arguments of `caption`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
-        start, room = programs.prompt_ids(self.tokenizer, plain_text(prompt)[0]), self.cfg.model.med.positions
-        most, wrong = programs.MOST_SAMPLED, []
-
-        def expect(right: bool, name: str, what: str, value=None):
-            if not right:
-                wrong.append(f"{name} is {inputs.shown(getattr(how, name) if value is None else value)}: {what}")
-
-        if how.kind not in ("beam", "nucleus"):
-            wrong.append(f"method is {how.kind}: choose beam or nucleus")
-        expect(how.n >= 1, "n", "it must be at least 1")
-        expect(how.n <= most, "n", f"at most {most} texts of an image are made at once; another seed gives others")
-        if how.kind == "beam":
-            expect(how.n <= how.beams, "n", f"{how.beams} beams give at most so many; raise beams")
-        expect(how.beams >= 1, "beams", "it must be at least 1")
-        expect(how.beams <= programs.MOST_BEAMS, "beams", f"at most {programs.MOST_BEAMS} are searched")
-        expect(0 < how.top_p <= 1, "top_p", "it must lie between 0 and 1")
-        expect(how.top_k >= 0, "top_k", "it must not be negative; 0 is none")
-        expect(how.temperature > 0, "temperature", "it must be positive")
-        expect(not 0 < how.temperature < LEAST_TEMPERATURE, "temperature", f"give {LEAST_TEMPERATURE} or more")
-        expect(how.repetition_penalty > 0, "repetition_penalty", "it must be positive")
-        expect(
-            abs(how.length_penalty) <= MOST_PENALTY,
-            "length_penalty",
-            f"it must lie between -{MOST_PENALTY} and {MOST_PENALTY}",
-        )
-        expect(
-            len(start) < how.max_length <= room,
-            "max_length",
-            f"it must be more than the {len(start)} tokens of the prompt with [DEC], and at most the model's {room} "
-            "positions",
-        )
-        expect(
-            0 <= how.min_length <= how.max_length,
-            "min_length",
-            f"it must lie between 0 and max_length = {how.max_length}",
-        )
+        start, room = programs.prompt_ids(self.tokenizer, plain_text(prompt)[0]), text_side(self.cfg.model).positions
+        wrong = checked(how)
+        if not len(start) < how.max_length <= room:
+            wrong.append(
+                f"max_length is {inputs.shown(how.max_length)}: it must be more than the {len(start)} tokens of the "
+                f"prompt with [DEC], and at most the model's {room} positions"
+            )
         if wrong:
             raise ValueError("; ".join(wrong))
         return start
@@ -368,11 +308,12 @@ class Pretrained:
         )
         if beams > programs.MOST_BEAMS:
             raise ValueError(f"beams is {inputs.shown(beams)}: at most {programs.MOST_BEAMS} are searched")
-        if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= self.cfg.model.med.positions:
+        most = text_side(self.cfg.model).positions
+        if beams < 1 or not 0 <= min_length <= max_length or not 1 < max_length <= most:
             raise ValueError(
                 f"beams, min_length, max_length are {', '.join(map(inputs.shown, (beams, min_length, max_length)))}: "
                 "give at least 1 beam and "
-                f"lengths in order, more than 1 token and at most the model's {self.cfg.model.med.positions} positions"
+                f"lengths in order, more than 1 token and at most the model's {most} positions"
             )
         return beam.Beam(beams, min_length=min_length, max_length=max_length)
 
@@ -383,7 +324,7 @@ class Pretrained:
         if k < 1:
             raise ValueError(f"k is {inputs.shown(k)}: it must be at least 1")
         answers, _ = inputs.texts(answers, "answers", str.strip)
-        ids, ans_mask = self._tokens(answers, self.cfg.model.med.positions)
+        ids, ans_mask = self._tokens(answers, text_side(self.cfg.model).positions)
         k = min(k, len(answers))
         program = self._program(("rank", k, ids.shape), lambda: programs.ranking(self.model, k))
         # the logits of k answers to each question of a pass are there at once
@@ -398,7 +339,7 @@ class Pretrained:
         self, pictures: list, ids, txt_mask, txt_emb, first: str, in_pairs: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """(probability, cosine), f32[images,texts], or f32[n,1] in pairs."""
-        first_id = self.tokenizer.enc if first == "[ENC]" else self.tokenizer.cls
+        first_id = {"[ENC]": None, "[CLS]": self.tokenizer.cls}[first]  # None: as the model was trained
         see = self._program(("view",), lambda: programs.view(self.model, "kv", "img_emb"))
         match = self._program(("match", first_id), lambda: programs.match(self.model, first_id))
 
@@ -451,31 +392,40 @@ def _without_padding(found: dict, txt_mask: np.ndarray) -> dict[str, np.ndarray]
     return {name: x[:, : real.shape[1]] * real[..., None] for name, x in found.items()} | {"text_mask": real}
 
 
-def _mesh(mesh: Mesh | None) -> Mesh:
-    """`mesh`, or one of the first device alone.
+def checked(how: programs.Method) -> list[str]:
+    """What is wrong with how texts are to be made."""
+    most, wrong = programs.MOST_SAMPLED, []
 
-    ValueError: it has other axes than those of blip_jax/parallel/sharding.py.
-    """
-    if mesh is None:
-        return sharding.mesh_of((1, 1, 1), jax.devices()[:1])
-    if not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh is {inputs.shown(mesh)}: give one of blip_jax.parallel.sharding.make_mesh, or None")
-    if mesh.axis_names != sharding.MESH:
-        raise ValueError(
-            f"mesh has the axes {mesh.axis_names}: make it with "
-            "blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
-        )
-    return mesh
+    def expect(right: bool, name: str, what: str, value=None):
+        if not right:
+            wrong.append(f"{name} is {inputs.shown(getattr(how, name) if value is None else value)}: {what}")
+
+    if how.kind not in ("beam", "nucleus"):
+        wrong.append(f"method is {how.kind}: choose beam or nucleus")
+    expect(how.n >= 1, "n", "it must be at least 1")
+    expect(how.n <= most, "n", f"at most {most} texts of an image are made at once; another seed gives others")
+    if how.kind == "beam":
+        expect(how.n <= how.beams, "n", f"{how.beams} beams give at most so many; raise beams")
+    expect(how.beams >= 1, "beams", "it must be at least 1")
+    expect(how.beams <= programs.MOST_BEAMS, "beams", f"at most {programs.MOST_BEAMS} are searched")
+    expect(0 < how.top_p <= 1, "top_p", "it must lie between 0 and 1")
+    expect(how.top_k >= 0, "top_k", "it must not be negative; 0 is none")
+    expect(how.temperature > 0, "temperature", "it must be positive")
+    expect(not 0 < how.temperature < LEAST_TEMPERATURE, "temperature", f"give {LEAST_TEMPERATURE} or more")
+    expect(how.repetition_penalty > 0, "repetition_penalty", "it must be positive")
+    expect(
+        abs(how.length_penalty) <= MOST_PENALTY,
+        "length_penalty",
+        f"it must lie between -{MOST_PENALTY} and {MOST_PENALTY}",
+    )
+    expect(
+        0 <= how.min_length <= how.max_length, "min_length", f"it must lie between 0 and max_length = {how.max_length}"
+    )
+    return wrong
 
 
-def _seed(seed) -> int:
+def seeded(seed) -> int:
     seed = inputs.whole(seed, "seed")
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed is {inputs.shown(seed)}: give one of at most 64 bits")
     return seed
-
-
-def _keep_compiled() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(root / "blip_jax"))

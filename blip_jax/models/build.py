@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blip_jax import trees
-from blip_jax.models.vision.vit import resize_pos_embed
+from blip_jax.models.vision import towers
 
 
 def same(path: str) -> str:
@@ -19,7 +19,8 @@ def same(path: str) -> str:
 
 
 class Start(NamedTuple):
-    """What the parameters of a model start from in a checkpoint of another kind, a pre-training one."""
+    """What the parameters of a model start from in a checkpoint of another kind, a pre-training one, where that has
+    none of the same path."""
 
     origin: Callable[[str], str] = same  # path of a parameter -> path of the one it starts from
     new: str = ""  # regex on paths: these start random
@@ -37,8 +38,8 @@ class Fitted(NamedTuple):
 
 
 def fit(loaded: dict, shapes: dict, name: str, start: Start = Start(), partial: bool = False) -> Fitted:
-    """Parameters `loaded` as those of a model with parameters of `shapes`: the ViT's position table is resized,
-    anything else must agree.
+    """Parameters `loaded` as those of a model with parameters of `shapes`: the position table of the
+    image tower is resized by the rule of its kind, anything else must agree.
 
     name: of the checkpoint, for messages; partial: parameters that are missing from it may start random.
     ValueError: every parameter that is missing or has another shape.
@@ -46,9 +47,9 @@ def fit(loaded: dict, shapes: dict, name: str, start: Start = Start(), partial: 
     have, params, random, missing, problems, resized = dict(trees.paths(loaded)), {}, [], [], [], None
     used = set()
     for path, want in trees.paths(shapes):
-        origin = start.origin(path)
+        origin = path if path in have else start.origin(path)
         x = have.get(origin)
-        if start.new and re.fullmatch(start.new, path):
+        if start.new and re.fullmatch(start.new, path) and x is None:
             random.append(path)
             continue
         if x is None:
@@ -57,7 +58,7 @@ def fit(loaded: dict, shapes: dict, name: str, start: Start = Start(), partial: 
         used.add(origin)
         if path == "vit/pos_embed" and x.shape != want.shape and x.shape[-1] == want.shape[-1]:
             resized = x.shape[0], want.shape[0]
-            x = resize_pos_embed(x, want.shape[0])
+            x = towers.resized(np.asarray(x), want.shape[0], loaded["vit"])
         if x.shape == want.shape:
             params[path] = np.asarray(x, want.dtype)
         elif start.misfit and re.fullmatch(start.misfit, path):

@@ -145,6 +145,82 @@ def caption_step(cfg, original: bool = False, T: int | None = None) -> dict[str,
     return _step(cfg, T, False, True, original)
 
 
+def qformer_layers(model, T: int, written: int = 0) -> float:
+    """All Q-Former layers for T positions that see each other, and `written` ones before them; without the image."""
+    q = model.qformer
+    return q.layers * (text_layer(q, T, T) + 4 * T * written * q.width)
+
+
+def looking(model) -> float:
+    """Cross-attention of the queries to one image in all Q-Former layers that have one, keys and values apart."""
+    q = model.qformer
+    return q.layers // 2 * (2 * q.queries * 2 * q.width**2 + 4 * q.queries * positions(model) * q.width)
+
+
+def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True) -> dict[str, float]:
+    """FLOPs per image-text pair of a step of BLIP-2's first stage (BLIP-2 paper, section 3.1), result as
+    `pretrain_step`; frozen: the tower has no backward.
+
+    Keys and values of an image are computed once for the queries and the three matching groups, and the text that is
+    generated reads the queries' of the same pass.
+    """
+    model, T = cfg.model, T or cfg.text.max_len
+    q, E, rows = model.qformer, model.embed_dim, cfg.loss.group_size or cfg.train.batch // cfg.optim.accumulate
+    project, similarity = 2 * E * q.width * (q.queries + 1), 2 * 2 * E * q.queries * rows
+    parts = {
+        "vision": vision(model)[0],
+        "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
+        "queries": qformer_layers(model, q.queries) + looking(model),
+        "text": qformer_layers(model, T),
+        "match": 3 * (qformer_layers(model, q.queries + T) + looking(model) + 2 * q.queries * q.width * 2),
+        "decoder": qformer_layers(model, T - 1, q.queries),
+        "lm_head": (T - 1) * lm_head(q),
+        "itc": project + similarity,
+    }
+    forward = sum(parts.values())
+    # of similarities the columns have no gradient; a trained tower has none of pixels
+    whole = forward - parts["vision"] - similarity
+    backward = 2 * whole + similarity + (0.0 if frozen else 2 * parts["vision"] - vision(model)[1])
+    return {**parts, "forward": forward, "step": forward + backward}
+
+
+def language_model(llm, T: int, U: int = 0) -> tuple[float, float]:
+    """(Products with matrices, scores and weighted sums) of all layers of a language model, `cfg.model.llm`, over T
+    positions, of T5 its decoder over U too; the head apart."""
+    D, F = llm.width, llm.mlp
+    if llm.kind == "opt":
+        project = 2 * T * 2 * D * llm.embed_width if llm.embed_width != D else 0
+        return llm.layers * 2 * T * (4 * D**2 + 2 * D * F) + project, llm.layers * 4 * T * T * D
+    inner, decoders = llm.heads * llm.head_dim, llm.get("decoder_layers", 0) or llm.layers
+    own = lambda n: 2 * n * (4 * D * inner + 3 * D * F)
+    cross = 2 * U * 2 * D * inner + 2 * T * 2 * D * inner
+    mixing = llm.layers * T * T + decoders * (U * U + U * T)
+    return llm.layers * own(T) + decoders * (own(U) + cross), 4 * inner * mixing
+
+
+def blip2_stage2_step(cfg, T: int | None = None, *, frozen: bool = True, llm_frozen: bool = True) -> dict[str, float]:
+    """FLOPs per image-text pair of a step of BLIP-2's second stage (BLIP-2 paper, section 3.2), result as
+    `pretrain_step`; T: positions of the text, of T5's both. frozen: the tower has no backward; llm_frozen: the language
+    model has the gradients of its inputs alone.
+    """
+    model, T = cfg.model, T or cfg.text.max_len
+    q, llm = model.qformer, model.llm
+    width, (matrices, mixing) = llm.get("embed_width", llm.width), language_model(llm, q.queries + T, T)
+    parts = {
+        "vision": vision(model)[0],
+        "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
+        "queries": qformer_layers(model, q.queries) + looking(model),
+        "llm_proj": 2 * q.queries * q.width * width,
+        "llm": matrices + mixing,
+        "lm_head": T * 2 * width * llm.vocab_size,
+    }
+    forward = sum(parts.values())
+    frozen_matrices = matrices + parts["lm_head"] if llm_frozen else 0.0  # no gradient of these
+    backward = 2 * (forward - parts["vision"]) - frozen_matrices
+    backward += 0.0 if frozen else 2 * parts["vision"] - vision(model)[1]
+    return {**parts, "forward": forward, "step": forward + backward}
+
+
 def trained(cfg, parts: dict[str, float], unneeded: float | None = None) -> dict[str, float]:
     """The count of a step from forward FLOPs by part, all of which train: adds "forward" and "step".
 

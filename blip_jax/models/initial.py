@@ -21,10 +21,10 @@ from blip_jax.parallel import sharding
 ROWS = (  # path ending -> distribution, first match wins
     (r"(^|/)temp$", "temperature"),
     (r"scale$", "ones"),
-    (r"(patch_embed|vision_proj|text_proj|itm_head|cls_head/\w+)/(kernel|bias)$", "torch"),
+    (r"(patch_embed|vision_proj|text_proj|itm_head|llm_proj|cls_head/\w+)/(kernel|bias)$", "torch"),
     (r"bias$", "zeros"),
     (r"vit/pos_embed$", "positions"),
-    (r"(kernel|embedding)$|vit/cls$", "normal"),
+    (r"(kernel|embedding|query_tokens)$|vit/cls$", "normal"),
 )
 SMALL = 2**20  # parameters of at most so many numbers are drawn together, whatever their shapes
 CONSTANTS = {"temperature": 0.07, "ones": 1.0, "zeros": 0.0}

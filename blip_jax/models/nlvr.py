@@ -35,7 +35,7 @@ class TwinLayer(nn.Module):
 
     def setup(self):
         cross = lambda: HeadedAttention(self.width, self.heads, self.init_std, self.dtype)
-        self.self_attn = PostNormAttention(self.width, self.heads, self.init_std, self.dtype, self.dropout)
+        self.self_attn = PostNormAttention(self.width, self.heads, self.init_std, self.dtype, dropout=self.dropout)
         self.cross_attn0, self.cross_attn1 = cross(), cross()
         self.cross_ln, self.mlp_ln = LayerNorm(EPS, self.dtype), LayerNorm(EPS, self.dtype)
         self.mlp = Mlp(self.mlp_width, self.init_std, self.dtype)
@@ -47,7 +47,7 @@ class TwinLayer(nn.Module):
         drop = lambda y: self.drop(y, deterministic=deterministic)
         x = self.self_attn.self_attention(x, mask, deterministic, first_only)
         seen0, seen1 = (
-            a.project_out(attention(a.project_q(x), *a.project_kv(tok), drop=drop))
+            a.project_out(attention(a.project_q(x), *a.project_kv(tok), drop=self.drop.active(deterministic)))
             for a, tok in ((self.cross_attn0, img_tok0), (self.cross_attn1, img_tok1))
         )
         both = (seen0 + seen1) / 2 if merge is None else merge(jnp.concatenate([seen0, seen1], axis=-1))

@@ -208,6 +208,8 @@ def hold_aborts() -> None:
 class Lifeline:
     """The connections of a process after the roll call; threads listen to them.
 
+    A call into C that keeps Python's lock keeps these threads, too: one of STILL seconds ends the run.
+
     hosts: name of every process's host. offset: seconds that this host's clock is ahead of process 0's. remedy: what to
     do when another process is gone, asked for at that moment.
     """

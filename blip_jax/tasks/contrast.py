@@ -160,7 +160,11 @@ def negatives(own: dict, same, floor: float, keys: step.Keys):
 
     own: {"i2t", "t2i"} f32[G,g,g], scaled similarities; same, floor: as in `losses.hard_negative_weights`.
     """
-    weights = {way: losses.hard_negative_weights(sim, same, floor) for way, sim in own.items()}
+    return drawn({way: losses.hard_negative_weights(sim, same, floor) for way, sim in own.items()}, keys)
+
+
+def drawn(weights: dict, keys: step.Keys):
+    """`negatives` of given weights, {"i2t", "t2i"} f32[G,g,g]."""
     neg_img = keys.draw(jax.random.fold_in(keys.step, 0), weights["t2i"], keys.first_row)
     neg_txt = keys.draw(jax.random.fold_in(keys.step, 1), weights["i2t"], keys.first_row)
     return neg_img, neg_txt

@@ -13,8 +13,6 @@ import errno
 import json
 import os
 import pathlib
-import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -32,7 +30,7 @@ from blip_jax.convert import read
 from blip_jax.data.batches import TrainData
 from blip_jax.data.order import Order
 from blip_jax.data.source import expand
-from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.data.text import tokenizers
 from blip_jax.inference.batching import placed
 from blip_jax.inference.load import Loaded, read_for
 from blip_jax.models import initial
@@ -58,7 +56,7 @@ class Run:
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     task: ModuleType  # of blip_jax.tasks: model, rows, loss, evaluation
-    tokenizer: Tokenizer
+    tokenizer: Any  # of data.text, of the config's kind
 
     model: Any  # of blip_jax.models
     tx: optax.GradientTransformation
@@ -248,7 +246,7 @@ def prepare(cfg, workdir) -> Run:
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep_vocabulary(tokenizer, workdir)
+    _keep_vocabulary(cfg.model, tokenizer, workdir)
     mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
     rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
     data = TrainData(
@@ -297,16 +295,16 @@ def prepare(cfg, workdir) -> Run:
     )
 
 
-def _files(cfg) -> Tokenizer:
+def _files(cfg):
     """The tokenizer of a config. ValueError: every file that is missing, of vocabulary and data, before any is read."""
     problems, tokenizer = [], None
     try:
-        tokenizer = Tokenizer(cfg.text.vocab)
+        tokenizer = tokenizers.of(cfg.model, cfg.text.vocab)
     except ValueError as e:
         problems.append(str(e))
     for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
         try:
-            if isinstance(source, ConfigDict) and source.kind in ("json", "tar", "array_record", "vqa", "nlvr"):
+            if isinstance(source, ConfigDict) and source.kind not in ("tfds", "scenes"):
                 expand(name, source)
         except ValueError as e:
             problems.append(str(e))
@@ -338,7 +336,7 @@ def evaluate(cfg, workdir, path="") -> dict:
     if not len(cfg.data.eval):
         raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
     origin = read.locate(path) if path else checkpoint.newest(workdir)
-    tokenizer = Tokenizer(cfg.text.vocab)
+    tokenizer = tokenizers.of(cfg.model, cfg.text.vocab)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -478,16 +476,8 @@ def _writing(run: Run):
     except (OSError, ValueError, RuntimeError) as e:  # tensorstore's are ValueErrors
         folder = run.workdir / checkpoint.SUBDIR
         raise OSError(
-            f"writing a checkpoint in {folder} failed: {_short(e)}; make room, then {_go_on(run.workdir)}"
+            f"writing a checkpoint in {folder} failed: {checkpoint.short(e)}; make room, then {_go_on(run.workdir)}"
         ) from e
-
-
-def _short(e: BaseException) -> str:
-    """What happened, in a line; of the system's errors, which tensorstore wraps in long ones, the system's words."""
-    text = " ".join(str(e).split()) or type(e).__name__
-    if number := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(number[1]))
-    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _closed(run: Run, manager) -> None:
@@ -530,10 +520,10 @@ def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
     return result
 
 
-def _keep_vocabulary(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+def _keep_vocabulary(model, tokenizer, workdir: pathlib.Path) -> None:
     """Copies the vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
     kept, copy = checkpoint.vocabulary(workdir), checkpoint.vocabulary(workdir, like=tokenizer.path)
-    if kept and _means(kept, tokenizer):
+    if kept and _means(model, kept, tokenizer):
         return
     if kept and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
         raise ValueError(
@@ -542,15 +532,15 @@ def _keep_vocabulary(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
         )
     if jax.process_index() == 0:
         beside = copy.with_name(copy.name + ".tmp")
-        shutil.copyfile(tokenizer.path, beside)
+        tokenizer.save(beside)
         beside.replace(copy)
         if kept and kept != copy:
             kept.unlink()
 
 
-def _means(vocab: pathlib.Path, tokenizer: Tokenizer) -> bool:
+def _means(model, vocab: pathlib.Path, tokenizer) -> bool:
     """Whether a file is the vocabulary of `tokenizer`; one that cannot be read is not."""
     try:
-        return Tokenizer(vocab).crc == tokenizer.crc
+        return tokenizers.of(model, vocab).crc == tokenizer.crc
     except ValueError:
         return False

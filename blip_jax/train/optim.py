@@ -16,7 +16,7 @@ import optax
 from blip_jax.trees import nest, path_name, paths
 
 SCHEDULES = ("epoch_decay", "epoch_cosine", "cosine", "constant")
-DECAY_MASKS = ("all", "kernels")
+DECAY_MASKS = ("all", "weights", "kernels")
 
 
 def make(cfg, epoch_steps: int, ahead: int = 0) -> tuple[optax.GradientTransformation, Callable]:
@@ -111,9 +111,19 @@ def schedule(cfg, epoch_steps: int, ahead: int = 0) -> Callable:
 
 
 def decay_mask(name: str) -> Callable | None:
-    """Which leaves decay: "all" (None: every one, as the original) or "kernels" (leaves named `kernel`, matrices)."""
+    """Which leaves decay: "all" (None: every one, as BLIP's original), "weights" (as LAVIS: all but biases and the
+    scales of norms, so query tokens, tables and temperature too) or "kernels" (leaves named `kernel`, matrices).
+    """
     if name not in DECAY_MASKS:
         raise ValueError(f"optim.decay_mask is {name!r}: choose one of {DECAY_MASKS}")
     if name == "all":
         return None
-    return lambda params: jax.tree.map_with_path(lambda path, _: path_name(path).split("/")[-1] == "kernel", params)
+
+    def mask(params):
+        # LAVIS goes by dimensions, and the class token of CLIP alone, whose tower has a norm before it, has one
+        still = ("bias", "scale", *("cls",) * ("ln_pre" in params.get("vit", {})))
+        leaf = lambda path: path_name(path).split("/")[-1]
+        decays = (lambda path: leaf(path) == "kernel") if name == "kernels" else (lambda path: leaf(path) not in still)
+        return jax.tree.map_with_path(lambda path, _: decays(path), params)
+
+    return mask

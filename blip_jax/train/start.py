@@ -77,6 +77,8 @@ def load(run, found: list | None = None) -> dict | None:
     given = origins.together(run.cfg, [(origin, read_for(run.cfg, path)) for origin, path in found])
     for origin, both in given.replaced.items():
         say(f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}")
+    for origin in dict.fromkeys(given.parts.values()) if len(found) > 1 else ():
+        say(f"{', '.join(part for part, of in given.parts.items() if of == origin)} from {origin}")
     shapes = trees.merge(run.shapes.params, run.shapes.frozen)
     return fit_params(given.params, shapes, " + ".join(origin for origin, _ in found), given.partial, given.start)
 

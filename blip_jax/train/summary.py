@@ -12,7 +12,7 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from blip_jax import __version__, trees
+from blip_jax import __version__, config, trees
 from blip_jax.console import plain, revision, say
 from blip_jax.parallel import compiler, sharding
 
@@ -24,7 +24,7 @@ def describe(run, newest: int | None) -> None:
     """
     cfg, devices = run.cfg, jax.devices()
     resolved = json.dumps(plain(cfg), indent=2)
-    parameters = parameter_table(run.shapes.params, run.shapes.frozen, cfg.model.med.vocab_size)
+    parameters = parameter_table(run.shapes.params, run.shapes.frozen, config.text_side(cfg.model).vocab_size)
     arrays = sharding.report(run.shapes, run.mesh)
     pair = run.task.flops(cfg)["step"]
     lines = [
@@ -63,10 +63,10 @@ def describe(run, newest: int | None) -> None:
 
 def _settings(cfg) -> str:
     """The settings that one looks for first, in a line."""
-    m = cfg.model
+    m, text = cfg.model, config.text_side(cfg.model).sizes
     return (
         f"{cfg.objective}: ViT {m.vit.depth} x {m.vit.width}, patch {m.vit.patch}, {m.img_size} px; text "
-        f"{m.med.layers} x {m.med.width}, {cfg.text.max_len} tokens; {m.dtype}; batch {cfg.train.batch}, "
+        f"{text.layers} x {text.width}, {cfg.text.max_len} tokens; {m.dtype}; batch {cfg.train.batch}, "
         f"{cfg.train.steps} steps, learning rate {cfg.optim.lr:g}, {cfg.optim.schedule}, seed {cfg.seed}"
     )
 

@@ -79,9 +79,14 @@ def rows_of(out) -> list[decisions.Row]:
 
 
 def kept_of(out, source: str) -> dict[str, list[str]]:
-    """key -> captions of the records of one output source."""
+    """key in the tables -> captions of the records of one output source."""
     src = open_source(source, config.source("array_record", f"{out}/shards/*/{source}.array_record"))
-    return {src[i]["key"]: src[i]["captions"] for i in range(len(src))}
+    return {in_table(src[i]["key"]): src[i]["captions"] for i in range(len(src))}
+
+
+def in_table(key: str) -> str:
+    """The key in the tables of a record of the output, which is a source with a name of its own, web or synthetic."""
+    return re.sub("^(web|synthetic):(?=web:|world:)", "", key)
 
 
 # --- the decisions
@@ -90,28 +95,32 @@ def kept_of(out, source: str) -> dict[str, list[str]]:
 def test_every_text_has_a_row_and_a_reason(finished):
     rows, records = rows_of(finished), web_records()
     assert [r.record for r in rows if r.dataset == "web"] == sorted(r.record for r in rows if r.dataset == "web")
-    assert {r.key for r in rows} == {r["key"] for r in records} | {f"scene-0-{i}" for i in range(9)}
+    assert {r.key for r in rows} == {f"web:{r['key']}" for r in records} | {f"world:scene-0-{i}" for i in range(9)}
     by_key = collections.defaultdict(list)
     for row in rows:
         by_key[row.key].append(row)
     for key, own in by_key.items():
         synthetic = [r for r in own if r.source == "synthetic"]
         assert own == [r for r in own if r.source == "web"] + synthetic
-        assert len(synthetic) == (0 if key == "web-5" else 2)
+        assert len(synthetic) == (0 if key == "web:web-5" else 2)
         assert all((r.log_prob is None) == (r.source == "web") for r in own)
         texts = [r.text for r in own if r.reason in ("matched", "below threshold")]
         assert len(set(texts)) == len(texts) and set(texts) == {r.text for r in own if r.text} - {
             r.text for r in own if r.reason.startswith("unreadable")
         }
     web = lambda key: [(r.text, r.reason) for r in by_key[key] if r.source == "web"]
-    assert web("web-0") == [("", "empty caption")]
-    assert web("web-1")[0][0] == "a small square" and web("web-1")[1] == ("a small square", "repeated")
-    assert web("web-3") == []  # no web caption, but two synthetic ones
-    assert web("web-5") == [
+    assert web("web:web-0") == [("", "empty caption")]
+    assert web("web:web-1")[0][0] == "a small square" and web("web:web-1")[1] == ("a small square", "repeated")
+    assert web("web:web-3") == []  # no web caption, but two synthetic ones
+    assert web("web:web-5") == [
         ("a cut picture", "unreadable: truncated picture"),
         ("of a ring", "unreadable: truncated picture"),
     ]
-    assert [t for t, _ in web("web-6")] == ["a red star, number 6", "a red circle, number 6", "a red circle, number 6"]
+    assert [t for t, _ in web("web:web-6")] == [
+        "a red star, number 6",
+        "a red circle, number 6",
+        "a red circle, number 6",
+    ]
     for row in rows:
         assert row.kept == (row.reason == "matched")
         assert (row.itm is None) == (row.reason == "empty caption" or row.reason.startswith("unreadable"))
@@ -120,7 +129,10 @@ def test_every_text_has_a_row_and_a_reason(finished):
     assert {r.reason for r in rows if r.source == "web"} >= {"matched", "below threshold"}
     assert {r.reason for r in rows if r.source == "synthetic"} >= {"matched", "below threshold"}
     skipped = [json.loads(line) for line in (finished / "skipped.jsonl").read_text().splitlines()]
-    assert [(s["source"], s["key"], s["used"]) for s in skipped] == [("web", "web-4", True), ("web", "web-5", False)]
+    assert [(s["source"], s["key"], s["used"]) for s in skipped] == [
+        ("web", "web:web-4", True),
+        ("web", "web:web-5", False),
+    ]
     assert skipped[0]["reason"] == "NUL characters removed" and skipped[1]["reason"].startswith("truncated picture: ")
 
 
@@ -159,7 +171,7 @@ def test_scores_and_captions_are_those_of_the_models_one_by_one(cfg, models, fin
             apply(judge[0], "project_image", judge[1], tok),
         )
         np.testing.assert_allclose(row.itc, (txt @ img.T)[0, 0], atol=1e-6)
-    for key in ("web-4", "scene-0-3"):
+    for key in ("web:web-4", "world:scene-0-3"):
         own = [r for r in rows_of(finished) if r.key == key and r.source == "synthetic"]
         picture = decode(sources[own[0].dataset][own[0].record]["image"], 10**6)[0]
         img = eval_transform(picture, 16)[None]
@@ -185,7 +197,7 @@ def test_shards_are_what_the_table_says_and_train(cfg, finished, tiny_cfg, model
         places = {row.key: (row.dataset, row.record) for row in rows}
         for i in range(len(src)):
             record = src[i]
-            dataset, number = places[record["key"]]
+            dataset, number = places[in_table(record["key"])]
             original = sources[dataset][number]
             assert record["image"] == original["image"] and record["image_id"].split(":")[-1] == original["image_id"]
             assert set(record) == set(original)  # also what only this source has: "from", "truth"
@@ -203,7 +215,7 @@ def test_shards_are_what_the_table_says_and_train(cfg, finished, tiny_cfg, model
     )
     with data.batches() as batches:
         keys = [key for _ in range(4) for key in next(batches)["key"]]
-    assert data.counts()["skipped"] == {} and set(keys) <= {r.key for r in rows if r.kept}
+    assert data.counts()["skipped"] == {} and set(map(in_table, keys)) <= {r.key for r in rows if r.kept}
 
 
 def test_summary_counts_what_the_tables_hold(finished):
@@ -327,7 +339,7 @@ def test_refilter_refuses(finished, cfg, models, tmp_path, capsys):
     record["settings"]["data"]["sources"]["web"]["path"] = str(moved / "a.array_record")
     (tmp_path / "begun" / "capfilt.json").write_text(json.dumps(record))
     os.symlink(finished / "shards", tmp_path / "begun" / "shards")
-    with pytest.raises(ValueError, match="record .* of source 'web' is 'web-.*', in the run it was 'web-.*'"):
+    with pytest.raises(ValueError, match="record .* of source 'web' is 'web:web-.*', in the run it was 'web:web-.*'"):
         refilter(tmp_path / "begun", 0.0, tmp_path / "x")
     assert not list((tmp_path / "x" / "unfinished").glob("*")) and not (tmp_path / "x" / "shards" / "00000").exists()
 
@@ -443,7 +455,7 @@ def test_duplicate_keys_name_both_places(where, cfg, world, tmp_path):
     places = ["record 1 of source 'rows' (shard 00000)", second]
     if where == "two processes":
         places.reverse()
-    assert f"key 'k1' occurs twice: {places[0]} and {places[1]}" in str(e.value)
+    assert f"key 'rows:k1' occurs twice: {places[0]} and {places[1]}" in str(e.value)
     assert not (tmp_path / "out" / "summary.json").exists()
     assert not list((tmp_path / "out" / "unfinished").glob("*"))
 
@@ -527,7 +539,7 @@ def test_a_file_that_cannot_grow(tmp_path):
     writer = shards.ShardWriter(tmp_path, 0)
     writer.add(record, [row])
     writer.commit()
-    assert shards.finished(tmp_path, 1) == [0] and kept_of(tmp_path, "web") == {"k": ["text"]}
+    assert shards.finished(tmp_path, 1) == [0] and kept_of(tmp_path, "web") == {"web:k": ["text"]}
 
 
 def test_two_processes_with_one_number(tmp_path):

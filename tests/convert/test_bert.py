@@ -58,7 +58,7 @@ def test_the_heads_are_those_of_config_json(folder):
         assert got.cfg.model.med.heads == heads and queries(got) == (2, 32, heads, 32 // heads)
         assert not any("config.json" in note for note in got.notes)  # all else agreed
     with pytest.raises(ValueError, match="its config.json says 8 heads, not 4: leave out --med_heads"):
-        read.read(folder(num_attention_heads=8), med_heads=4)
+        read.read(folder(num_attention_heads=8), heads=dict(med=4))
     with pytest.raises(ValueError, match="a width of 32 is no multiple of 64"):  # 12 do not divide it
         read.read(folder(num_attention_heads=None))
 
@@ -117,15 +117,15 @@ def test_a_file_is_read_with_the_config_json_beside_it(folder, vocab):
     path = folder(num_attention_heads=8) / "model.safetensors"
     assert read.read(path, vocab=vocab).cfg.model.med.heads == 8
     with pytest.raises(ValueError, match="model.med.heads=8"):
-        read.read(path, vocab=vocab, med_heads=4)
+        read.read(path, vocab=vocab, heads=dict(med=4))
     folder(model_type="roberta")
     with pytest.raises(ValueError, match="model_type is 'roberta': of the text models only 'bert' is read"):
         read.read(path, vocab=vocab)
     folder(hidden_size=768)
-    got = read.read(path, vocab=vocab, med_heads=4)
+    got = read.read(path, vocab=vocab, heads=dict(med=4))
     assert "config.json beside it is of another model: not read" in got.notes
     path.with_name("config.json").write_text("[" * 10**5)
-    assert any("config.json cannot be read" in note for note in read.read(path, vocab=vocab, med_heads=4).notes)
+    assert any("config.json cannot be read" in note for note in read.read(path, vocab=vocab, heads=dict(med=4)).notes)
 
 
 def test_the_originals_med_config_beside_a_checkpoint(tmp_path, vocab):
@@ -134,11 +134,11 @@ def test_the_originals_med_config_beside_a_checkpoint(tmp_path, vocab):
         MODEL | SIZES | {"vocab_size": 120, "encoder_width": 48, "add_cross_attention": True, "num_attention_heads": 8}
     )
     (tmp_path / "med_config.json").write_text(json.dumps(med))
-    got = read.read(path, vocab=vocab, vit_heads=4)
+    got = read.read(path, vocab=vocab, heads=dict(vit=4))
     assert (got.cfg.model.med.heads, got.cfg.model.vit.heads) == (8, 4)
     (tmp_path / "med_config.json").write_text(json.dumps(med | {"encoder_width": 768}))
     with pytest.raises(ValueError, match="encoder_width is 768, but the weights have 48"):
-        read.read(path, vocab=vocab, vit_heads=4)
+        read.read(path, vocab=vocab, heads=dict(vit=4))
 
 
 def test_heads_that_nothing_says_are_said(tmp_path, vocab):

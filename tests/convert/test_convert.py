@@ -17,7 +17,7 @@ from world.convert import converted, same_bits, store, vocab  # noqa: F401 (fixt
 
 from blip_jax import checkpoint, config, trees
 from blip_jax.cli import main
-from blip_jax.convert import apply, torch_io
+from blip_jax.convert import apply, torch_io, vocabulary
 from blip_jax.convert import read as reading
 from blip_jax.convert import write as writing
 from blip_jax.data.text.wordpiece import Tokenizer
@@ -70,7 +70,7 @@ def test_names_and_shapes_of_released_files(family, size):
     listed |= {key: (1, *listed[beside][:1]) for key, beside in apply.buffers(listed).items()}
     assert listed == shapes
     assert apply.check_keys(family, stand_ins, table) == [] and reading.find_family(stand_ins) == family
-    cfg = reading.make_config(family, letters, apply.layer_counts(family, stand_ins), letters["D"] // 64, 12)
+    cfg = reading.make_config(letters, apply.layer_counts(family, stand_ins), {"vit": letters["D"] // 64, "med": 12})
     want = model_settings(size, official.IMG_SIZE.get(family, 384))
     assert json.loads(cfg.model.to_json()) == want
 
@@ -356,9 +356,9 @@ def test_heads_come_from_the_width_or_the_flags(tmp_path, vocab):
     with pytest.raises(ValueError, match="a width of 48 is no multiple of 64.*--vit_heads"):
         reading.read(path, vocab=vocab)
     with pytest.raises(ValueError, match="a width of 32 .*--med_heads"):
-        reading.read(path, vocab=vocab, vit_heads=3)
+        reading.read(path, vocab=vocab, heads=dict(vit=3))
     with pytest.raises(ValueError, match="ViT's width 48 does not divide into 5 heads"):
-        reading.read(path, vocab=vocab, vit_heads=5, med_heads=2)
+        reading.read(path, vocab=vocab, heads=dict(vit=5, med=2))
     wide = official.tensors("itm", official.TINY | dict(D=128, W=64), img_size=16)
     model = reading.read(store(tmp_path, "wide", wide), vocab=vocab).cfg.model
     assert (model.vit.heads, model.med.heads) == (2, 1)
@@ -406,7 +406,7 @@ def test_berts_vocabulary_is_fetched_where_the_hub_is(tmp_path, vocab, monkeypat
         return vocab
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    monkeypatch.setattr(reading, "BERT_VOCAB", (*reading.BERT_VOCAB[:2], 120))
+    monkeypatch.setattr(vocabulary, "BERT_VOCAB", (*vocabulary.BERT_VOCAB[:2], 118))
     assert str(reading.read(path, **HEADS).vocab) == vocab
     assert asked == [("google-bert/bert-base-uncased", "vocab.txt", local) for local in (True, False)]
     vocab = None

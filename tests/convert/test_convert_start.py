@@ -61,7 +61,7 @@ def test_augreg(tmp_path):
 @pytest.mark.parametrize("prefix, old_norms, head", [("bert.", True, True), ("bert.", False, True), ("", False, False)])
 def test_bert(prefix, old_norms, head, tmp_path, vocab):
     arrays, plain = official.bert(prefix=prefix, old_norms=old_norms, head=head), official.bert(head=head)
-    got = read.read(store(tmp_path, "bert", arrays), vocab=vocab, med_heads=4)
+    got = read.read(store(tmp_path, "bert", arrays), vocab=vocab, heads=dict(med=4))
     med = got.state["params"]["med"]
     assert got.family == "bert" and got.cfg.model.med.vocab_size == 120 and ("lm_head" in med) == head
     layer = jax.tree.map(lambda x: x[1], med["blocks"])
@@ -88,8 +88,8 @@ def test_a_folder_of_bert(tmp_path, vocab):
     (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
     store(folder, "model", official.bert())
     (folder / "vocab.txt").write_text(open(vocab).read())
-    assert read.read(folder, med_heads=4).vocab == folder / "vocab.txt"
-    assert read.read(folder, med_heads=4).family == "bert"
+    assert read.read(folder, heads=dict(med=4)).vocab == folder / "vocab.txt"
+    assert read.read(folder, heads=dict(med=4)).family == "bert"
 
 
 # --- training from it -------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_heads_missing_or_transformers_default_at_berts_width_are_twelve(written
     ):
         edit(folder, change)
         assert kernel().shape == (768, 12, 64) and "12 taken" in reading.read(folder).notes[0]
-        assert kernel(med_heads=8).shape == (768, 8, 96)
+        assert kernel(heads=dict(med=8)).shape == (768, 8, 96)
     edit(folder, lambda c: c["text_config"].update(num_attention_heads=6))
     assert kernel().shape == (768, 6, 128)
 

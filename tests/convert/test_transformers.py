@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
-from world import jitted
+from world import jitted, towers
 
 import blip_jax
 from blip_jax import config
@@ -532,7 +532,7 @@ def full():
             part.position_ids = torch.arange(512)[None]
         assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
     of = lambda *parts: {hf.to_original(name): x.numpy() for name, x in tensors.items() if name.startswith(parts)}
-    heads = dict(vit_heads=12, med_heads=12)
+    heads = dict(heads=dict(vit=12, med=12))
     vqa = from_torch("vqa", of("vision_model", "text_encoder", "text_decoder"), **heads)["params"]
     itm = {"vit": vqa["vit"], "med": vqa["med"], "temp": np.float32(0.07)}
     for name in ("vision_proj", "text_proj", "itm_head"):
@@ -593,3 +593,41 @@ def test_full_size_answers(full):
         long(ids), pixels, attention_mask=long(mask), max_length=8, do_sample=False, num_beams=3, length_penalty=0.0
     )
     same_texts(ours.texts(kv, [30522], beams=3, length_penalty=0.0, min_length=0, max_length=8), given, sep=102)
+
+
+# --- BLIP-2 -----------------------------------------------------------------------------------------------------------
+def test_blip2s_vision_tower_agrees():
+    """Blip2VisionModel with random weights and heads of 88; its norm behind the blocks is BLIP-2's ln_vision."""
+    sizes = dict(hidden_size=176, num_attention_heads=2, intermediate_size=768, num_hidden_layers=2, patch_size=14)
+    torch.manual_seed(0)
+    settings = transformers.Blip2VisionConfig(**sizes, image_size=28, layer_norm_eps=1e-6, initializer_range=0.1)
+    theirs = transformers.Blip2VisionModel(settings).eval()
+    names = {
+        "embeddings.class_embedding": "cls_token",
+        "embeddings.position_embedding": "pos_embed",
+        "embeddings.patch_embedding": "patch_embed.proj",
+        "encoder.layers": "blocks",
+        "self_attn.qkv": "attn.qkv",
+        "self_attn.projection": "attn.proj",
+        "layer_norm": "norm",
+    }
+    tensors, rng = {}, np.random.default_rng(0)
+    with torch.no_grad():
+        for name, x in theirs.named_parameters():
+            x += 0.1 * torch.from_numpy(rng.normal(size=tuple(x.shape)).astype(np.float32))
+            if name.endswith("qkv.bias"):  # keys have none
+                x[176:352] = 0
+            for old, new in names.items():
+                name = name.replace(old, new)
+            tensors[name] = x.numpy().copy()
+        pixel_values = torch.from_numpy(rng.normal(size=(2, 3, 28, 28)).astype(np.float32))
+        want = theirs(pixel_values=pixel_values).last_hidden_state.numpy()
+    for name in [name for name in tensors if name.endswith("qkv.bias")]:
+        q, _, v = np.split(tensors.pop(name), 3)
+        tensors |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+    norm = {"ln_vision." + leaf: tensors.pop("post_layernorm." + leaf) for leaf in ("weight", "bias")}
+    params = towers.parameters("eva", tensors, 2, prefix="")
+    vit = towers.of_shapes("eva", params, 2, 28)
+    assert params["blocks"]["attn"]["q"]["kernel"].shape == (2, 176, 2, 88)
+    out = jax.jit(vit.apply)({"params": params}, towers.pixels(pixel_values.numpy()))
+    np.testing.assert_allclose(towers.ln_vision(norm, out, 1e-6), want, rtol=0, atol=2e-5)

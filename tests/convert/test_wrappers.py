@@ -95,7 +95,7 @@ def test_initial_weights_and_hugging_face_folders_may_be_wrapped_too(tmp_path, v
     got = read.read(tmp_path / "deit.safetensors", **HEADS)
     assert got.family == "deit" and "names are read without module." in got.notes
     save_file(under("_orig_mod.", official.bert(prefix="", head=False)), tmp_path / "bert.safetensors")
-    assert read.read(tmp_path / "bert.safetensors", vocab=vocab, med_heads=4).family == "bert"
+    assert read.read(tmp_path / "bert.safetensors", vocab=vocab, heads=dict(med=4)).family == "bert"
     from blip_jax.convert import hf
 
     hf.write(tmp_path / "hf", read.read(*caption_file(tmp_path), vocab=vocab, **HEADS))

@@ -118,7 +118,7 @@ def test_damaged_files_are_named(tmp_path):
             continue
         for i in range(len(source)):
             try:
-                assert source[i]["key"] == f"{i:04d}"
+                assert source[i]["key"] == f"web:{i:04d}"
             except R.BadRecord as e:
                 assert e.key == f"web:a#{i}" and e.reason.startswith("malformed record")
 
@@ -127,7 +127,9 @@ def test_a_record_without_image_id_is_its_own_picture(tmp_path):
     ids = [None, "", "nan", 7, 7.0, "7", float("nan"), True]
     rows = [{"key": f"k{i}", "image": b"x", "captions": [], "image_id": one} for i, one in enumerate(ids)]
     source = opened(write(tmp_path / "a", rows))
-    assert [source[i]["image_id"] for i in range(len(ids))] == ["k0", "k1", "k2", "7", "7", "7", "k6", "k7"]
+    assert [source[i]["image_id"] for i in range(len(ids))] == [
+        *("web:k0", "web:k1", "web:k2", "7", "7", "7", "web:k6", "web:k7")
+    ]
 
 
 # --- captions beside

@@ -64,6 +64,20 @@ def test_bomb_is_found_on_the_header():
     assert reason(encode(noise(0, 101, 10)), 1000).startswith("decompression bomb: 101x10")
 
 
+def test_what_takes_more_memory_than_its_pixels_is_refused_on_its_header():
+    limit = 100 * 100 * 5 // 4  # of pixels, 10 bytes for each that is there
+    colours = noise(0, 100, 100)
+    deep = png_16(np.zeros((100, 100, 3), np.uint16))
+    full = {"progressive": True, "subsampling": 0}
+    for name, data in (("WEBP", encode(colours, "WEBP")), ("PNG", deep)):
+        said = reason(data, limit)
+        assert said.startswith(f"decompression bomb: a {name} of 100x100 takes 0 MiB to decode, more than 8 bytes for")
+    for data in (encode(colours, "JPEG", **full), encode(colours, "PNG"), encode(colours.convert("RGBA"), "PNG")):
+        assert image.decode(data, limit)[0].size == (100, 100)
+    assert "decompression bomb" in reason(encode(colours, "JPEG", **full), limit - 1)
+    assert image.decode(encode(colours, "JPEG", progressive=True), limit - 1)[0].size == (100, 100)  # fewer colours
+
+
 @pytest.mark.parametrize(
     "mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG")]
 )
@@ -73,6 +87,22 @@ def test_other_modes_become_rgb(mode, kind):
     assert got.mode == "RGB" and got.size == im.size and notes == []
     if mode in ("RGBA", "LA"):  # alpha is dropped, not blended
         np.testing.assert_array_equal(np.asarray(got), np.asarray(im.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("1", "PNG"), ("LA", "PNG"), ("I;16", "PNG"), ("L", "GIF")])
+def test_grey_is_grey_until_it_is_small(mode, kind):
+    """A quarter of the memory, and the pixels that it has as RGB."""
+    grey = noise(0, 300, 200).convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    data = encode(deep if mode == "I;16" else grey.convert(mode), kind)
+    whole, draw = image.decode(data, LIMIT)[0], lambda: np.random.default_rng(3)
+    how = {"scale": (0.2, 1.0), "flip": True, "randaugment": True}
+    with image.decoded([data], LIMIT) as [(im, _)]:
+        assert im.mode == "L" if kind != "GIF" else im.mode in ("L", "RGB")
+        np.testing.assert_array_equal(image.eval_transform(im, 32), image.eval_transform(whole, 32))
+        np.testing.assert_array_equal(
+            image.train_transform(im, 32, draw(), **how), image.train_transform(whole, 32, draw(), **how)
+        )
 
 
 def test_16_bit_is_scaled_and_noted():

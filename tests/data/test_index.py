@@ -9,8 +9,8 @@ import pytest
 from world.pictures import add_to_tar, encode, noise
 
 from blip_jax import config
-from blip_jax.data import index, members, rows
-from blip_jax.data.formats import open_source
+from blip_jax.data import coco, index, members, rows
+from blip_jax.data.formats import csv, open_source
 
 JPG = encode(noise(0))
 
@@ -33,7 +33,7 @@ def write(path, names):
 def made(monkeypatch):
     """Names of the files whose index was made here."""
     found = []
-    for module in (members, rows):
+    for module in (members, rows, csv, coco):
         build = module.build
         monkeypatch.setattr(
             module, "build", lambda path, build=build, **k: (found.append(os.path.basename(path)), build(path, **k))[1]
@@ -65,6 +65,21 @@ def test_lists_too(tmp_path, made):
     path.write_text(json.dumps([{"image": "0.jpg", "caption": str(i)} for i in range(3)]))
     assert captions(path, "json") == captions(path, "json") == [["0"], ["1"], ["2"]]
     assert made == ["l.json"]
+
+
+def test_tables_and_cocos_files_too(tmp_path, made):
+    (tmp_path / "0.jpg").write_bytes(JPG)
+    (tmp_path / "a.csv").write_text("filepath,title\n" + "".join(f"0.jpg,{i}\n" for i in range(3)))
+    (tmp_path / "a.tsv").write_text("filepath\ttitle\n0.jpg\tx\n")
+    official = {"images": [{"id": 7, "file_name": "0.jpg"}], "annotations": [{"image_id": 7, "caption": "y"}]}
+    (tmp_path / "c.json").write_text(json.dumps(official))
+    for _ in range(2):
+        assert captions(tmp_path / "a.csv", "csv") == [["0"], ["1"], ["2"]]
+        assert captions(tmp_path / "a.tsv", "tsv") == [["x"]] and captions(tmp_path / "c.json", "json") == [["y"]]
+        assert made == ["a.csv", "a.tsv", "c.json"]
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("0.jpg,3\n")
+    assert len(captions(tmp_path / "a.csv", "csv")) == 4 and made[3:] == ["a.csv"]
 
 
 def test_another_file_has_another_index(shard, made):

@@ -68,7 +68,7 @@ def test_the_records_of_any_source_in_their_order(sources, tmp_path, name):
     out, source = tmp_path / "out", open_source(name, sources[name])
     done = pack(name, sources[name], out, shard_examples=5, threads=3, max_bad_share=1.0)
     wanted = usable(source)
-    assert content(packed(out)) == wanted and len(wanted) == (21 if name in ("list", "table") else 23)
+    assert content(packed(out, name)) == wanted and len(wanted) == (21 if name in ("list", "table") else 23)
     missing = {"missing file": 2} if len(wanted) == 21 else {}
     texts = sum(len(captions) for _, captions in wanted)
     assert done == {

@@ -160,17 +160,17 @@ def test_captions_of_a_record_are_all_used(tok, web, tmp_path):
 
 
 def test_mixture_weights_and_epochs_within_a_source(tok, web, tmp_path):
-    write_array_record(tmp_path / "b.ar", [{**r, "key": f"b{r['key']}"} for r in records(10)])
+    write_array_record(tmp_path / "b.ar", records(10))
     other = config.source("array_record", str(tmp_path / "b.ar"), weight=3.0)
     data = make(settings({"web": web, "other": other}), tok, tmp_path)
     assert data.epoch_examples == 50 and list(data.sources) == ["other", "web"]
     keys = [k for b in run(data, 40) for k in b["key"]]
-    from_other = [k for k in keys if k.startswith("b")]
+    from_other = [k for k in keys if k.startswith("other:")]
     assert len(from_other) == 240  # 3 of 4, exactly
     for i in range(0, 240, 10):
         assert len(set(from_other[i : i + 10])) == 10
     for n in range(1, 41):  # spread evenly, not in runs
-        assert abs(sum(k.startswith("b") for k in keys[: 8 * n]) - 6 * n) <= 1
+        assert abs(sum(k.startswith("other:") for k in keys[: 8 * n]) - 6 * n) <= 1
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

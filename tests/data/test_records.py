@@ -110,8 +110,16 @@ def test_array_record(tmp_path):
     write_array_record(tmp_path / "b.array_record", [{**r, "truth": {"n": 1}} for r in rows[2:]])
     source = open_source("x", config.source("array_record", str(tmp_path / "*.array_record")))
     assert content(source) == wanted(rows)
-    assert [source[i]["key"] for i in range(5)] == [r["key"] for r in rows]
+    assert [source[i]["key"] for i in range(5)] == [f"x:{r['key']}" for r in rows]
     assert source[3]["truth"] == {"n": 1} and source[3]["image_id"] == "id3"
+
+
+def test_equal_keys_of_two_array_record_sources_are_two(tmp_path):
+    write_array_record(tmp_path / "a", [{"key": key, "image": b""} for key in ("1", "x:1", "xx:1")])
+    config_of = config.source("array_record", str(tmp_path / "a"))
+    x, y = (open_source(name, config_of) for name in "xy")
+    assert [x[i]["key"] for i in range(3)] == ["x:1", "x:1", "x:xx:1"]  # as it was packed from a source of this name
+    assert [y[i]["key"] for i in range(3)] == [y[i]["image_id"] for i in range(3)] == ["y:1", "y:x:1", "y:xx:1"]
 
 
 def test_array_record_is_complete_or_absent(tmp_path):
@@ -226,6 +234,15 @@ def test_missing_image_folder(tmp_path):
     path = write_json(tmp_path, records(1))
     with pytest.raises(ValueError, match="image folder .*nowhere"):
         open_source("x", config.source("json", str(path), images=str(tmp_path / "nowhere")))
+
+
+def test_a_tar_of_what_is_not_read_says_what_it_holds(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("0.jpg.gz", "0.txt.gz", "1.mp"):
+            add_to_tar(tar, name, b"abc")
+    message = r"no sample in .*s.tar' has a picture .*; other members are \.jpg\.gz \(1\), .*\.mp \(1\); give shards as"
+    with pytest.raises(ValueError, match=message):
+        open_source("x", config.source("tar", str(tmp_path / "s.tar")))
 
 
 def test_tar_without_pairs(tmp_path):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip_jax.config import source
+from blip_jax.data.formats import open_source
 from blip_jax.data.scenes import words as scene_words
 from blip_jax.data.scenes.words import is_true, read
 from blip_jax.data.scenes.world import CONTRAST, EASY_COLOURS, EASY_SHAPES, NOISE, Scenes, _mask, vocab_captions
@@ -60,8 +62,18 @@ def test_png_decodes_to_the_size_asked_for(size):
 def test_records_have_the_fields_of_a_source_and_plain_truth():
     record = Scenes(2, 3, noise=1.0)[1]
     assert set(record) == {"key", "image", "captions", "image_id", "truth"}
-    assert record["key"] == record["image_id"] == "scene-2-1" and len(record["captions"]) == 1
+    assert record["key"] == "scenes:scene-2-1" and len(record["captions"]) == 1
     assert json.loads(json.dumps(record["truth"])) == record["truth"]
+
+
+def test_two_sources_share_no_key_and_equal_pictures_their_id():
+    """Two worlds of one seed in a mixture: the second brings the first's pictures with noise, the others other ones."""
+    leaves = ({}, {"noise": 1.0}, {"size": 48}, {"easy": True})
+    worlds = [open_source(f"w{i}", source("scenes", count=2, seed=2, **own)) for i, own in enumerate(leaves)]
+    records = [world[1] for world in worlds]
+    assert [r["key"] for r in records] == [f"w{i}:scene-2-1" for i in range(4)]
+    assert [r["image_id"] == records[0]["image_id"] for r in records] == [True, True, False, False]
+    assert [r["image"] == records[0]["image"] for r in records] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("index", [-1, 10])

@@ -3,6 +3,7 @@
 Cached against uncached decoding, beam search against exhaustive search.
 """
 
+import functools
 import itertools
 
 import jax
@@ -15,7 +16,7 @@ from world import jitted
 
 from blip_jax import config
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.decode import beam, generate, sampling
+from blip_jax.decode import beam, generate, limits, sampling
 from blip_jax.inference import programs
 from blip_jax.models import initial
 from blip_jax.models.vision.vit import normalize_pixels
@@ -162,6 +163,85 @@ def test_beam_search_gives_at_most_as_many_texts_as_beams(n, beams):
         beam.search(
             None, jnp.zeros((1, 6)), None, jnp.zeros((1, 2), jnp.int32), beam.Beam(beams=beams), n, eos=EOS, pad=PAD
         )
+
+
+def test_an_unknown_rule_is_an_error():
+    with pytest.raises(ValueError, match="rule is 'bart': beam search has blip, lavis, hf; give one of them"):
+        beam.search(
+            None, jnp.zeros((1, 6)), None, jnp.zeros((1, 2), jnp.int32), beam.Beam(rule="bart"), 1, eos=EOS, pad=PAD
+        )
+
+
+def searched(log_probs, start, how):
+    """(best text, score), one hypothesis at a time: what transformers 4.15, 4.33 and 5.23 do behind a start id."""
+    M, running, pool = how.beams, [((start,), 0.0)], []
+    for n in range(1, how.max_length):  # ids of a running text
+        found = []
+        for ids, total in running:
+            scores = log_probs[ids[-1], ids[max(n - 2, 0)]].copy()
+            for token in set(ids):
+                scores[token] *= how.repetition_penalty
+            scores[EOS] = -np.inf if n < how.min_length else scores[EOS]
+            found += [((*ids, token), total + score) for token, score in enumerate(scores)]
+        found = sorted(found, key=lambda text: -text[1])[: 2 * M]
+        pool += [(ids, s / n**how.length_penalty) for ids, s in found[:M] if ids[-1] == EOS]
+        pool = sorted(pool, key=lambda text: -text[1])[:M]
+        running = [text for text in found if text[0][-1] != EOS][:M]
+        best = running[0][1] if how.rule == "hf" else found[0][1]
+        length = n + 1 if how.rule == "lavis" else n
+        if len(pool) == M and pool[-1][1] >= best / length**how.length_penalty:
+            break
+    else:
+        length = how.max_length - (how.rule == "hf")
+        pool += [(ids, s / length**how.length_penalty) for ids, s in running]
+    return max(pool, key=lambda text: text[1])
+
+
+def test_beam_search_follows_the_rule_of_each_version():
+    starts = (0, 1, 2, 4, 5)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def found(seed, penalty, rule):
+        extend, prompt = table_model(seed), jnp.array(starts)[:, None]
+        logits, cache = extend(prompt, 0, jnp.zeros((1, len(starts), 8), jnp.int32))
+        how = settings_of(penalty, rule)
+        ids, _, score = beam.search(extend, logits, jnp.repeat(cache, 3, axis=1), prompt, how, 1, eos=EOS, pad=PAD)
+        return ids[:, 0], score[:, 0], logits_of_pairs(extend)
+
+    def settings_of(penalty, rule):
+        return beam.Beam(3, penalty, repetition_penalty=1.2, min_length=2, max_length=8, rule=rule)
+
+    def logits_of_pairs(extend):
+        """f32[last,before,V]"""
+        last, before = (x.reshape(-1) for x in jnp.meshgrid(jnp.arange(6), jnp.arange(6), indexing="ij"))
+        return extend(jnp.stack([before, last], 1), 0, jnp.zeros((1, 36, 2), jnp.int32))[0].reshape(6, 6, 6)
+
+    texts = {rule: [] for rule in beam.RULES}
+    for rule, got in texts.items():
+        for seed, penalty in ((2, 1.0), (19, 2.0), (66, 1.0), (71, 1.0), (3, 0.0), (4, -1.0)):
+            ids, score, logits = (np.asarray(x) for x in found(seed, penalty, rule))
+            log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+            for row, start in enumerate(starts):
+                text, value = searched(log_probs, start, settings_of(penalty, rule))
+                assert tuple(ids[row][: len(text)]) == text and (ids[row][len(text) :] == PAD).all(), (rule, seed)
+                assert abs(score[row] - value) < 1e-4 * max(1, abs(value))
+                got.append(text)
+    assert texts["blip"] != texts["lavis"] != texts["hf"] != texts["blip"]
+
+
+def test_limits_in_new_tokens():
+    at = limits.lengths(4, 2, 6)
+    assert at == {"min_length": 6, "max_length": 10}
+    open_ = [np.isfinite(sampling.min_length(jnp.zeros((1, 6)), n, at["min_length"], EOS)[0, EOS]) for n in (4, 5, 6)]
+    assert open_ == [False, False, True]  # the end may be the third new token: two are before it
+
+
+def test_limits_of_lavis_and_limits_that_do_not_fit():
+    assert limits.of_lavis(8, 30, start_in_max=True) == {"least": 7, "most": 29}
+    assert limits.of_lavis(1, 10, start_in_max=False) == limits.of_lavis(0, 10, start_in_max=False)
+    for least, most in ((-1, 3), (4, 3), (0, 0)):
+        with pytest.raises(ValueError, match=f"least={least}, most={most} new tokens"):
+            limits.lengths(1, least, most)
 
 
 def test_a_prompt_as_long_as_the_text_is_an_error():

@@ -8,11 +8,9 @@ import pytest
 
 from blip_jax.eval import vqa
 
-GOLDEN = (
-    pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden")
-    / "scores"
-    / "vqa_accuracy"
-)
+ROOT = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden")
+GOLDEN = ROOT / "scores" / "vqa_accuracy"
+LAVIS = ROOT / "blip2" / "text_and_scores" / "meta.json"
 
 
 def golden(name):
@@ -34,6 +32,21 @@ def test_every_golden_question_and_the_means():
     assert got["accuracy"] == whole["overall"]
     assert {k.split("/", 1)[1]: v for k, v in got.items() if k.startswith("answer_type")} == whole["perAnswerType"]
     assert {k.split("/", 1)[1]: v for k, v in got.items() if k.startswith("question_type")} == whole["perQuestionType"]
+
+
+def test_answers_are_normalised_and_scored_as_by_lavis():
+    case = json.loads(LAVIS.read_text(encoding="utf-8"))
+    for text, plain in case["normalise"]:
+        assert vqa.plain_words(vqa.without_punctuation(text)) == plain, text
+    other = 0
+    for prediction, answers, accuracy in case["vqa"]:
+        got = vqa.accuracy(prediction, answers, as_lavis=True)
+        assert got == pytest.approx(accuracy, abs=1e-9), (prediction, answers)
+        whole = vqa.score({1: prediction}, {1: {"answers": answers}}, as_lavis=True)
+        assert whole == {"accuracy": round(100 * accuracy, 2)}
+        other += got != vqa.accuracy(prediction, answers)
+    assert other  # the official program has another opinion of some
+    assert vqa.accuracy("red", ["red"], as_lavis=True) == 0  # one answer alone has no others to agree with
 
 
 def test_a_quirk_or_two():

@@ -51,7 +51,7 @@ class Case:
             cfg.text.max_len = s["L"]
         self.model = build(cfg)
         tensors = load_file(GOLDEN / (weights or name) / "weights.safetensors")
-        self.loaded = jax.tree.map(jnp.asarray, from_torch(family, tensors, vit_heads=s["vheads"], med_heads=s["th"]))
+        self.loaded = jax.tree.map(jnp.asarray, from_torch(family, tensors, heads=dict(vit=s["vheads"], med=s["th"])))
         assert self.model.enc_id == self.meta["tokens"]["enc"] == self.meta["tokens"]["dec"] + 1
 
     def batch(self, suffix=""):

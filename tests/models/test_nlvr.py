@@ -10,7 +10,7 @@ import pytest
 
 from blip_jax import config, trees
 from blip_jax.convert.apply import from_torch, to_torch
-from blip_jax.convert.rules.blip import FIRST_LAYER
+from blip_jax.convert.rules.blip import STACKS
 from blip_jax.models import initial
 from blip_jax.models.blip import Blip
 from blip_jax.models.build import fit
@@ -72,7 +72,7 @@ def test_parameter_count_of_the_published_model():
     assert sum(x.size for x in jax.tree.leaves(shapes)) - (padded_vocab(30524) - 30524) * 768 == 259_372_034
     assert {len(x) for x in jax.tree.leaves(shapes["med"]["blocks"])} == {12}
     assert {len(x) for x in jax.tree.leaves(shapes["med"]["merge"]["blocks"])} == {12 - FIRST_MERGE}
-    assert {first for path, first in FIRST_LAYER.items() if "/merge/" in path} == {FIRST_MERGE}
+    assert STACKS["med/merge"] == ("med", FIRST_MERGE, 1)
 
 
 def test_keys_of_the_state_dict_and_back():
@@ -87,7 +87,7 @@ def test_keys_of_the_state_dict_and_back():
     assert [int(k.split(".")[3]) for k in merging] == [6, 7, 8, 9, 10, 11] and {tensors[k].shape for k in merging} == {
         (6, 12)
     }
-    back = from_torch("nlvr", tensors, vit_heads=2, med_heads=3)["params"]
+    back = from_torch("nlvr", tensors, heads=dict(vit=2, med=3))["params"]
     again = to_torch("nlvr", {"params": back}, vocab_size=V)
     assert set(again) == set(tensors) and all(np.array_equal(again[k], tensors[k]) for k in tensors)
     assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -108,7 +108,7 @@ def test_a_missing_tensor_is_named_wherever_it_stands(gone):
     tensors = to_torch("nlvr", {"params": params}, vocab_size=V)
     del tensors[gone]
     with pytest.raises(ValueError, match=f"missing: {gone}$"):
-        from_torch("nlvr", tensors, vit_heads=4, med_heads=4)
+        from_torch("nlvr", tensors, heads=dict(vit=4, med=4))
 
 
 def test_a_model_that_only_averages_needs_no_merging_layer():
@@ -116,7 +116,7 @@ def test_a_model_that_only_averages_needs_no_merging_layer():
     params = random_params(cfg, build(cfg), 0)
     tensors = to_torch("nlvr", {"params": params}, vocab_size=V)
     assert not any("merge" in k for k in tensors)
-    assert jax.tree.structure(from_torch("nlvr", tensors, vit_heads=4, med_heads=4)["params"]) == jax.tree.structure(
+    assert jax.tree.structure(from_torch("nlvr", tensors, heads=dict(vit=4, med=4))["params"]) == jax.tree.structure(
         params
     )
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import special
 
 from blip_jax.models.layers.cpu import summed
-from blip_jax.models.layers.norm import LayerNorm, gelu, softmax
+from blip_jax.models.layers.norm import LayerNorm, gelu, quick_gelu, softmax
 
 X = np.random.default_rng(0).normal(0, 3, (4, 7, 32)).astype(np.float32)
 G = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
@@ -28,6 +28,7 @@ def pairs():
     ours, theirs, params = norms()
     return {
         "gelu": (gelu, jax_gelu),
+        "quick gelu": (quick_gelu, lambda x: x * jax.nn.sigmoid(1.702 * x)),
         "softmax": (lambda s: softmax(s, jnp.float32), jax_softmax),
         "layer norm": (lambda x: ours(params, x), lambda x: theirs(params, x)),
     }
@@ -68,7 +69,7 @@ def test_layer_norms_parameters_have_gradients():
 
 def test_results_and_gradients_are_in_the_dtypes_asked_for():
     x = jnp.asarray(X, jnp.bfloat16)
-    for f in (gelu, lambda x: LayerNorm(1e-6, jnp.bfloat16).apply(norms()[2], x)):
+    for f in (gelu, quick_gelu, lambda x: LayerNorm(1e-6, jnp.bfloat16).apply(norms()[2], x)):
         y, back = jax.vjp(f, x)
         assert y.dtype == back(y)[0].dtype == jnp.bfloat16
     p, back = jax.vjp(lambda s: softmax(s, jnp.bfloat16), X)

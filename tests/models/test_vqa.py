@@ -115,7 +115,7 @@ def test_keys_of_the_state_dict_and_back():
     params = random_params(cfg, build(cfg), 0)
     tensors = to_torch("vqa", {"params": params}, vocab_size=V)
     assert len(tensors) + 2 == 791  # the originals also store `position_ids` of both text models
-    back = from_torch("vqa", tensors, vit_heads=2, med_heads=3)["params"]
+    back = from_torch("vqa", tensors, heads=dict(vit=2, med=3))["params"]
     again = to_torch("vqa", {"params": back}, vocab_size=V)
     assert set(again) == set(tensors) and all(np.array_equal(again[k], tensors[k]) for k in tensors)
     assert jax.tree.structure(back) == jax.tree.structure(params)

@@ -52,7 +52,7 @@ def test_golden_nlvr_task_loss_predictions_and_every_gradient():
     s = meta["config"]
     cfg = sized(s, "nlvr", s["nl_tl"])
     model, tensors = nlvr.build(cfg), load_file(GOLDEN / "nlvr" / "weights.safetensors")
-    params = jax.tree.map(jnp.asarray, from_torch("nlvr", tensors, vit_heads=s["vheads"], med_heads=s["th"])["params"])
+    params = jax.tree.map(jnp.asarray, from_torch("nlvr", tensors, heads=dict(vit=s["vheads"], med=s["th"]))["params"])
     left, right = jnp.split(jnp.asarray(io["image"]).transpose(0, 2, 3, 1), 2)
     batch = {
         "img0": left,

@@ -46,7 +46,7 @@ def golden():
         cfg.model.update(img_size=s["img"], dropout=0.0, dtype="float32")
         cfg.loss.smoothing_over = "valid"
     tensors = load_file(GOLDEN / "weights.safetensors")
-    params = jax.tree.map(jnp.asarray, from_torch("vqa", tensors, vit_heads=s["vheads"], med_heads=s["th"])["params"])
+    params = jax.tree.map(jnp.asarray, from_torch("vqa", tensors, heads=dict(vit=s["vheads"], med=s["th"]))["params"])
     n = io["n"].tolist()
     slots = max(SLOTS, *n)
     ids, mask = (

@@ -189,6 +189,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(tmp_path):
             try:
                 got, data = restored(workdir, 3)
                 assert checkpoint.load_config(workdir) == CONFIG and data == {"step": 3}
+                assert path.name not in ("_METADATA", "_sharding", "metadata", "checksums.json", "process_0"), path
                 quiet.append((path, checkpoint.damage(folder)))
                 for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
                     np.testing.assert_array_equal(sums.stored(x), sums.stored(y))
@@ -214,21 +215,29 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(tmp_path):
         ("checksums/metadata", "{"),
         ("checksums/metadata", None),
         ("state/array_metadatas/process_0", "{"),
+        ("state/_METADATA", lambda text: text.replace("jax.Array", "jax.Arrax", 1)),
+        ("state/_METADATA", lambda text: text + " "),
+        ("state/array_metadatas/process_0", lambda text: text.replace("1", "0", 1)),
+        ("state/array_metadatas/process_0", None),
+        ("state/checksums.json", None),
+        ("state/checksums.json", "{}"),
+        ("state/checksums.json", "7"),
     ],
 )
 def test_the_command_line_names_a_damaged_file_in_its_last_line(tmp_path, capfd, file, text):
     workdir = saved(tmp_path / "run", 2, 3)
     damaged = workdir / "checkpoints" / "3" / file
+    if callable(text):
+        assert (text := text(before := damaged.read_text())) != before
     damaged.unlink() if text is None else damaged.write_text(text)
     with pytest.raises(ValueError, match="checkpoint 3 in .* is .*checkpoint 2 is the newest (good|complete) one") as e:
         restored(workdir, 3)
         checkpoint.load_config(workdir)
     capfd.readouterr()  # what orbax warned of
     assert "\n" not in str(e.value)
-    if "array_metadatas" not in file:  # which parameters do not need
-        assert main.main(["convert", str(workdir), str(tmp_path / "out")]) == 2
-        err = capfd.readouterr().err
-        assert err.count("\n") == 1 and "checkpoint 3 in" in err and "checkpoint 2 is the newest" in err
+    assert main.main(["convert", str(workdir), str(tmp_path / "out")]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "checkpoint 3 in" in err and "checkpoint 2 is the newest" in err
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "3"]
 
 
@@ -243,6 +252,22 @@ def test_a_checkpoint_without_checksums_is_read_and_said_to_be_unverified(tmp_pa
         capfd.readouterr().err
         == f"{folder} has no checksums, as it is of an earlier version: read without verifying it\n"
     )
+
+
+def test_a_checkpoint_of_before_the_files_had_checksums_is_read(tmp_path):
+    state = saved(tmp_path, 3) / "checkpoints" / "3" / "state"
+    (state / "checksums.json").unlink()
+    noted = state.parent / "checksums" / "metadata"
+    found = json.loads(noted.read_text())
+    del found["files"], found["itself"]
+    noted.write_text(json.dumps(found | {"itself": sums.of_json(found)}))
+    assert not checkpoint.damage(state.parent) and restored(tmp_path, 3)[1] == {"step": 3}
+
+
+def test_an_error_of_a_library_is_one_line():
+    assert checkpoint.short(ValueError("\n first \nsecond")) == "first" and checkpoint.short(KeyError()) == "KeyError"
+    full = ValueError("Error writing\n local file [os_error_code='28'] [source locations='...']")
+    assert checkpoint.short(full) == os.strerror(28) and len(checkpoint.short(ValueError("x" * 999))) == 304
 
 
 def test_another_vocabulary_than_the_one_that_was_there_is_refused(tmp_path):

@@ -325,7 +325,7 @@ def test_every_reader_gets_all_parameters(finished, origin, cfg, tmp_path):
 
     model = blip_jax.from_pretrained(finished)
     assert len(model.caption([np.zeros((32, 32, 3), np.uint8)], method="beam")) == 1
-    heads = {"vit_heads": cfg.model.vit.heads, "med_heads": cfg.model.med.heads, "vocab": cfg.text.vocab}
+    heads = {"heads": {"vit": cfg.model.vit.heads, "med": cfg.model.med.heads}, "vocab": cfg.text.vocab}
     files = (read.read(convert(finished, tmp_path), **heads), read.read(convert(finished, tmp_path, "-hf")))
     for found in files:  # their tables are without the padding of the vocabulary
         same(unpadded(flat(found.state["params"])), unpadded(want))

@@ -52,7 +52,9 @@ def gradients(n=5):
     return [jax.tree.map(lambda x: rng.normal(size=np.shape(x)), params()) for _ in range(n)]
 
 
-@pytest.mark.parametrize("mask, undecayed", [("all", ()), ("kernels", ("vit/fc/bias", "vit/cls", "temp"))])
+@pytest.mark.parametrize(
+    "mask, undecayed", [("all", ()), ("weights", ("vit/fc/bias",)), ("kernels", ("vit/fc/bias", "vit/cls", "temp"))]
+)
 def test_adamw_is_torchs(mask, undecayed):
     grads = gradients()
     got = dict(trees.paths(run(config(schedule="constant", decay_mask=mask), grads)))
@@ -60,6 +62,15 @@ def test_adamw_is_torchs(mask, undecayed):
         mine = [dict(trees.paths(g))[path] for g in grads]
         want = torch_adamw(p, mine, 1e-2, decay=0.0 if path in undecayed else 0.05)
         np.testing.assert_allclose(got[path], want, rtol=2e-6, atol=2e-7, err_msg=path)
+
+
+def test_the_class_token_of_clip_does_not_decay_as_weights():
+    """In LAVIS it has one dimension there, in EVA's tower three."""
+    eva = {"vit": {"cls": np.zeros(3), "pos_embed": np.zeros((2, 3)), "blocks": {"ln1": {"scale": np.zeros((1, 3))}}}}
+    clip = {"vit": eva["vit"] | {"ln_pre": {"scale": np.zeros(3)}}}
+    decays = lambda params: dict(trees.paths(optim.decay_mask("weights")(params)))
+    assert decays(eva) == {"vit/cls": True, "vit/pos_embed": True, "vit/blocks/ln1/scale": False}
+    assert decays(clip) == decays(eva) | {"vit/cls": False, "vit/ln_pre/scale": False}
 
 
 def test_clipping_is_off_by_default_and_scales_the_whole_gradient():

@@ -35,12 +35,13 @@ def test_all_files_that_are_missing_are_named_at_once(tiny_cfg, tmp_path):
         tiny_cfg.data.train.a = source("json", "nowhere/a.json")
         tiny_cfg.data.train.b = source("tar", "nowhere/*.tar")
         tiny_cfg.data.eval.c = source("array_record", "nowhere/c.array_record")
+        tiny_cfg.data.eval.d = source("csv", "nowhere/d.csv")
     tiny_cfg.text.vocab = "nowhere/vocab.txt"
     with pytest.raises(ValueError) as error:
         loop.prepare(tiny_cfg, tmp_path / "run")
     head, *lines = str(error.value).splitlines()
-    assert head == "4 things that the config names cannot be had:"
-    for line, name in zip(lines, ("nowhere/vocab.txt", "'a'", "'b'", "'c'"), strict=True):
+    assert head == "5 things that the config names cannot be had:"
+    for line, name in zip(lines, ("nowhere/vocab.txt", "'a'", "'b'", "'c'", "'d'"), strict=True):
         assert name in line
     assert not (tmp_path / "run").exists()
 

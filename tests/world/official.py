@@ -14,7 +14,7 @@ import numpy as np
 BASE = dict(D=768, depth=12, F=3072, p=16, W=768, M=3072, layers=12, V=30524, T=512, E=256, K=57600)
 LARGE = BASE | dict(D=1024, depth=24, F=4096)
 TINY = dict(D=48, depth=2, F=96, p=8, W=32, M=64, layers=2, V=120, T=40, E=16, K=24)
-TINY_HEADS = dict(vit_heads=4, med_heads=4)
+TINY_HEADS = dict(heads=dict(vit=4, med=4))
 IMG_SIZE = {"pretrain": 224, "features": 224, "vqa": 480, "deit": 224, "augreg": 224}  # else 384
 
 

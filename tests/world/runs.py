@@ -44,7 +44,9 @@ def begun(cfg, workdir: pathlib.Path) -> pathlib.Path:
     """`workdir` with the first checkpoint of a run of `cfg` whose parameters are still the random ones."""
     run = loop.prepare(cfg, workdir)
     with jax.set_mesh(run.mesh), checkpoint.open_dir(run.workdir, 1) as manager:
-        checkpoint.save(manager, 1, start.create(run, None), {"step": 1, "crc": 0, "sums": None}, plain(run.cfg))
+        state, data = start.create(run, None), {"step": 1, "crc": 0, "sums": None}
+        data |= {"frozen": start.reference(run, state, [])} if state.frozen else {}
+        checkpoint.save(manager, 1, state.stored, data, plain(run.cfg))
     return run.workdir
 
 

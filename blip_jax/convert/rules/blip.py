@@ -14,6 +14,7 @@ stacked parameter. Layouts (torch -> ours), with N heads, H head dim:
   qkv / qkv_bias      three stacked blocks of rows, one for each path (path holds `{qkv}`), then heads_in
                       or heads_in_bias
   vocab               rows padded with zeros to the stored vocabulary
+  vocab_linear        [V, D] -> [D, V], columns padded likewise
   transpose           [E, K] -> [K, E]
   scalar              [1] -> []
 Shapes are words of a number, a letter, or both (a multiple); a letter is one size in a whole family:
@@ -137,12 +138,11 @@ NLVR_TEXT = (  # two cross-attentions, one for each image, under one LayerNorm
     *_norm(_CROSS + ".output.LayerNorm", "blocks/cross_ln"),
     *_dense(_CROSS + ".output.merge_layer", "merge/blocks", "W", "2W"),
 )
-FIRST_LAYER = {  # our path -> first layer that has it, where that is not layer 0: earlier layers average the two
-    "params/med/merge/blocks/kernel": 6,
-    "params/med/merge/blocks/bias": 6,
+# stack -> that with which its layers are counted, its first layer, its step
+STACKS = {
+    "med_dec": ("med", 0, 1),
+    "med/merge": ("med", 6, 1),  # earlier layers average the two
 }
-# module with a stack -> the tower whose number of layers it has
-TOWERS = {"vit": "vit", "med": "med", "med_dec": "med"}
 
 _FLAX_BLOCK = "Transformer/encoderblock_{i}/"
 _FLAX_ATTENTION = _FLAX_BLOCK + "MultiHeadDotProductAttention_1/"

@@ -7,9 +7,8 @@ import os
 import pkgutil
 
 from blip_jax.data import paths
-from blip_jax.data.formats import csv
+from blip_jax.data.formats import csv, json
 from blip_jax.data.formats.array_record import BLOCK, MAGIC, ArrayRecords
-from blip_jax.data.formats.json import JsonRows
 from blip_jax.data.formats.tar import TarShards
 from blip_jax.data.formats.tfds import Tfds
 from blip_jax.data.scenes.world import Scenes
@@ -18,10 +17,11 @@ from blip_jax.data.table import IMAGE, URL, pick, to_fetch
 
 
 def _scenes(name: str, cfg) -> Source:
-    return Scenes(seed=cfg.seed, count=cfg.count, size=cfg.size, noise=cfg.noise, captions=cfg.captions, easy=cfg.easy)
+    settings = {leaf: getattr(cfg, leaf) for leaf in ("seed", "count", "size", "noise", "captions", "easy")}
+    return Scenes(**settings, name=name)
 
 
-KINDS = {"json": JsonRows, "tar": TarShards, "array_record": ArrayRecords, "tfds": Tfds, "scenes": _scenes}
+KINDS = {"json": json.open, "tar": TarShards, "array_record": ArrayRecords, "tfds": Tfds, "scenes": _scenes}
 KINDS |= {"tsv": csv.open}
 READS = {"vqa": "json", "nlvr": "json", "tsv": "csv"}  # kinds whose files look like another's; of the rest their own
 PACKED = {

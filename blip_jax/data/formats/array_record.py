@@ -43,8 +43,9 @@ CODECS = {ord("z"): "zstd", ord("b"): "brotli", ord("s"): "snappy"}
 class ArrayRecords(Source):
     """ArrayRecord files of msgpack maps {key, image, captions, image_id}, as `blip-jax pack` writes them.
 
-    A record has the key that it was written with. `captions_of` is there where each file has its captions beside it.
-    24 bytes a record are kept.
+    The key is the one that the record was written with, behind "<source>:" unless it begins so: what a source was
+    packed into has its keys under its name, and two sources never share one. `captions_of` is there where each file
+    has its captions beside it. 24 bytes a record are kept.
     """
 
     def __init__(self, name: str, cfg):
@@ -79,13 +80,15 @@ class ArrayRecords(Source):
         data = self._files[f].read(key, k, self._reader)
         try:
             record = unpack(data)
-            key, image = record["key"], record["image"]
+            own, image = record["key"], record["image"]
         except (ValueError, KeyError) as e:
             raise BadRecord(key, f"malformed record: {type(e).__name__}: {e}") from None
-        if not isinstance(key, str) or not isinstance(image, bytes):
-            raise BadRecord(str(key)[:200], "malformed record: key must be text and image bytes")
+        if not isinstance(own, str) or not isinstance(image, bytes):
+            raise BadRecord(key, f"malformed record: key must be text and image bytes, the key is {str(own)[:80]!r}")
+        key = own if own.startswith(f"{self.name}:") else f"{self.name}:{own}"
         return {
             **record,
+            "key": key,
             "captions": as_captions(key, record.get("captions")),
             "image_id": image_id(record.get("image_id"), key),
         }

@@ -10,44 +10,51 @@ import array
 import collections
 import contextlib
 import csv
-import functools
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from blip_jax.data.source import MAX_TEXT, BadRecord, read_at
+from blip_jax.data import rows
+from blip_jax.data.index import Index, indexes
+from blip_jax.data.source import MAX_TEXT, BadRecord, expand, read_at
 from blip_jax.data.table import CAPTION, IMAGE, URL, Table, pick
 
 SEPARATORS = "\t,;|"
 QUOTED = 1 << 20  # bytes that a row with quotes may take; a quote that is not closed in so many is a letter
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
+# the index of one table (blip_jax/data/index.py): byte offsets of the rows behind the first line, and of the end
+VERSION, LAYOUT, sound, probe = 1, rows.LAYOUT, rows.sound, rows.probe
+
+
+def build(path: str, image_key: str) -> Index:
+    """The index of one table. ValueError: it is none."""
+    with pathlib.Path(path).open("rb") as file:
+        names, separator = _first_line(path, file, image_key)
+        return Index({"starts": np.frombuffer(array.array("q", _rows(file, separator, len(names))), np.int64)}, {})
+
 
 def open(name: str, cfg) -> Table:
     """Opens the tables of a config.source. ValueError: they are none, or have no column of pictures."""
-    return Table(name, cfg, functools.partial(Lines, image_key=cfg.image_key))
+    files = expand(name, cfg)
+    found = dict(zip(files, indexes(sys.modules[__name__], files, {"image_key": cfg.image_key}, name)))
+    return Table(name, cfg, lambda path: Lines(path, cfg.image_key, found[path]))
 
 
 class Lines:
-    """One table; 8 bytes a row are kept. ValueError: it is none."""
+    """One table; 8 bytes a row are kept. ValueError: it is none.
 
-    def __init__(self, path: str, image_key: str = "image"):
+    index: of `build`; None: it is made.
+    """
+
+    def __init__(self, path: str, image_key: str = "image", index: Index | None = None):
         self.path = path
         with pathlib.Path(path).open("rb") as file:
-            head = file.readline(QUOTED)
-            start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
-            if head.startswith(UTF_16):
-                raise ValueError(f"{path!r} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
-            try:
-                first = head[start:].decode()
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{path!r} is not UTF-8 text ({e}): give a CSV or TSV table") from None
-            if not first.strip() or "\0" in first or len(head) == QUOTED:
-                raise ValueError(f"{path!r} is {'no table' if first else 'empty'}: give a CSV or TSV table")
-            self.names, self._separator = _header(first, image_key)
-            self._starts = np.frombuffer(array.array("q", _rows(file, self._separator, len(self.names))), np.int64)
+            self.names, self._separator = _first_line(path, file, image_key)
+        self._starts = (index or build(path, image_key)).arrays["starts"]
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -74,6 +81,20 @@ class Lines:
 def _parsed(lines, separator: str, strict: bool = False) -> Iterator[list[str]]:
     csv.field_size_limit(MAX_TEXT)
     return csv.reader(lines, delimiter=separator, strict=strict)
+
+
+def _first_line(path: str, file, image_key: str) -> tuple[list[str], str]:
+    """`_header` of a table, behind whose first line `file` then stands. ValueError: it is none."""
+    head = file.readline(QUOTED)
+    if head.startswith(UTF_16):
+        raise ValueError(f"{path!r} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    try:
+        first = head.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path!r} is not UTF-8 text ({e}): give a CSV or TSV table") from None
+    if not first.strip() or "\0" in first or len(head) == QUOTED:
+        raise ValueError(f"{path!r} is {'no table' if first else 'empty'}: give a CSV or TSV table")
+    return _header(first, image_key)
 
 
 def _header(first: str, image_key: str) -> tuple[list[str], str]:

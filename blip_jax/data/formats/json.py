@@ -1,4 +1,5 @@
-"""BLIP's lists of {image, caption, image_id}, as one JSON array or JSON lines, beside a folder of pictures."""
+"""BLIP's lists of {image, caption, image_id}, as one JSON array or JSON lines, beside a folder of pictures; or COCO's
+official caption files, which are told by their beginning (blip_jax/data/coco.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import os
 
 import numpy as np
 
-from blip_jax.data import rows
+from blip_jax.data import coco, rows
 from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.index import indexes
 from blip_jax.data.source import (
@@ -25,6 +26,12 @@ from blip_jax.data.source import (
 
 MAX_PATH = 300  # letters of an image path that a key shows
 LOOKED_AT = 100  # first rows of a list that decide at opening whether it is the right kind of file
+
+
+def open(name: str, cfg) -> Source:
+    """Opens the files of a config.source. ValueError: they are neither BLIP's lists nor COCO's files, or both."""
+    official = coco.open(name, cfg)
+    return JsonRows(name, cfg) if official is None else official
 
 
 class JsonRows(Source):

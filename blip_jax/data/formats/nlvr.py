@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
+from blip_jax.data.pieces import parsed
 from blip_jax.data.source import BadRecord, Source, expand, in_keys
 
 PAIR = re.compile(r"(?P<split>\w+)-(?P<set>\d+)-(?P<pair>\d+)")  # of pictures, in an identifier and in a file's name
@@ -77,9 +78,7 @@ def _content(name: str, path: str) -> tuple[list[Example | None], bool]:
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").strip()
         rows = (
-            json.loads(text)
-            if text.startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
+            parsed(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
     except (ValueError, RecursionError) as e:
         raise ValueError(f"data source {name!r}: {path} is neither JSON nor JSON lines ({e})") from e

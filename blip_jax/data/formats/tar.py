@@ -57,7 +57,7 @@ class TarShards(Source):
         self._ends_of = [index.arrays["ends"] for index in found]
         self._members = [index.arrays["names"] for index in found]
         self._ends = np.cumsum([len(rows) for rows in self._rows]).tolist()
-        if len(self):
+        if len(self) or any(index.notes["unused"] for index in found):
             self._check(name, cfg, [index.notes for index in found])
 
     def _check(self, name: str, cfg, notes: list[dict]) -> None:

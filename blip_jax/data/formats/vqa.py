@@ -9,13 +9,13 @@ Visual Genome's image).
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from typing import NamedTuple
 
 from blip_jax.data.folders import check_links, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
+from blip_jax.data.pieces import parsed
 from blip_jax.data.source import BadRecord, Source, expand, in_keys
 
 
@@ -106,7 +106,7 @@ def open(name: str, cfg) -> Questions:
 def _content(name: str, path: str):
     """A list of BLIP's rows, or an official file as a dict."""
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        content = parsed(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"data source {name!r}: {path} is no JSON ({e})") from e
     official = isinstance(content, dict) and (

@@ -147,7 +147,8 @@ class Scenes:
 
     noise: the share of the captions that is web noise.
 
-    A record is {"key", "image": PNG bytes, "captions": [str], "image_id", "truth"}; its truth is {"objects",
+    A record is {"key": "<source>:scene-<seed>-<index>", "image": PNG bytes, "captions": [str], "image_id": the same for
+    the same picture in another source, "truth"}; its truth is {"objects",
     "background", "noise": kind of noise of the first caption or None, "true_caption"}, all plain values.
     """
 
@@ -186,9 +187,15 @@ class Scenes:
             raise IndexError(f"record {index} of {self.count} of source {self.name!r}")
         scene, png = self.scene(index), io.BytesIO()
         render(scene, self.size).save(png, "PNG", compress_level=1)
-        key, told = f"scene-{self.seed}-{index}", self.web_captions(index)
+        told = self.web_captions(index)
         truth = {**scene, "noise": told[0][0], "true_caption": self.clean_captions(index, 1)[0]}
-        return {"key": key, "image": png.getvalue(), "captions": [c for _, c in told], "image_id": key, "truth": truth}
+        return {
+            "key": f"{self.name}:scene-{self.seed}-{index}",
+            "image": png.getvalue(),
+            "captions": [c for _, c in told],
+            "image_id": f"scene-{self.seed}-{index}-{self.size}px{'-easy' * self.easy}",  # all that the picture is of
+            "truth": truth,
+        }
 
     def captions_of(self, index: int) -> list[str]:
         """The captions of record `index` without its picture."""

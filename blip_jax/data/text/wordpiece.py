@@ -7,6 +7,8 @@ import functools
 import json
 import logging
 import pathlib
+import shutil
+import sys
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
@@ -16,6 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, normalizers, trainers
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
+from tqdm import tqdm
 
 from blip_jax.data.text.clean import plain_text, tidy
 
@@ -139,14 +142,16 @@ class Tokenizer:
             if self._said or self._seen < least or self._unknown <= UNKNOWN * self._seen:
                 return
             self._said = True
-        log.warning(
-            "%d of the first %d tokens are [UNK], words that %s lacks, such as %s: the model cannot tell them apart. "
-            "Give a vocabulary of the texts' language, or make one with `blip-jax vocab`",
-            self._unknown,
-            self._seen,
-            self.path,
-            ", ".join(map(repr, self._examples[:5])),
+        tqdm.write(  # above a bar of progress, if there is one
+            f"warning: {self._unknown} of the first {self._seen} tokens are [UNK], words that {self.path} lacks, such "
+            f"as {', '.join(map(repr, self._examples[:5]))}: the model cannot tell them apart. Give a vocabulary of "
+            "the texts' language, or make one with `blip-jax vocab`",
+            file=sys.stderr,
         )
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a file that means this vocabulary."""
+        shutil.copyfile(self.path, path)
 
     def lengths(self, texts: list[str], max_len: int) -> np.ndarray:
         """i32[n]: how many positions `encode` fills for each text."""

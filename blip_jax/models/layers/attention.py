@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip_jax.models.layers import gpu
 from blip_jax.models.layers.cpu import einsum, summed
 from blip_jax.models.layers.dense import Dense, DenseGeneral
 from blip_jax.models.layers.norm import gelu, kept, softmax
@@ -16,16 +17,25 @@ from blip_jax.parallel.collectives import within_cells
 from blip_jax.parallel.sharding import constrain
 
 
-def attention(q, k, v, mask=None, drop: Callable | None = None):
-    """Scaled dot-product attention, softmax in float32.
+def attention(q, k, v, mask=None, drop: Callable | None = None, *, scale: float | None = None, bias=None):
+    """Dot-product attention, softmax in float32.
 
     Args:
       q: [B,T,N,H]; k, v: [B,S,N,H].
       mask: bool, broadcastable to [B,N,T,S], True = attend; None = all.
       drop: applied to the probabilities [B,N,T,S]; None = nothing.
+      scale: of the products; None = H ** -0.5.
+      bias: f32, broadcastable to [B,N,T,S], added to the products; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
+
+    Without mask and drop, on NVIDIA's GPUs, long sequences are cuDNN's: the same to rounding.
     """
-    s = einsum("B T N H, B S N H -> B N T S", q * q.shape[-1] ** -0.5, k, summed)
+    if mask is None and drop is None and bias is None and scale is None and gpu.applies(q, k, v):
+        return kept(gpu.attention(q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    s = einsum("B T N H, B S N H -> B N T S", q if scale == 1.0 else q * scale, k, summed)
+    if bias is not None:
+        s = s + bias
     if mask is not None:
         s = jnp.where(mask, s, jnp.finfo(jnp.float32).min)
     p = softmax(s, v.dtype)
@@ -33,7 +43,33 @@ def attention(q, k, v, mask=None, drop: Callable | None = None):
     return kept(einsum("B N T S, B S N H -> B T N H", p, v))
 
 
-def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None):
+def prefixed_attention(q, prefix, k, v, mask=None, drop: Callable | None = None):
+    """`attention` to keys that n rows of q share, and behind them to each row's own; the shared are never repeated.
+
+    Args:
+      q: [B*n,T,N,H], row b*n + i; prefix: (k, v), each [B,Q,N,H], all of them attended to; k, v: [B*n,S,N,H].
+      mask: of the own keys, bool, broadcastable to [B*n,N,T,S]; None = all.
+      drop: applied to the probabilities [B*n,N,T,Q+S]; None = nothing.
+    Returns: [B*n,T,N,H] in the dtype of v.
+    """
+    (R, T, N, H), (B, Q) = q.shape, prefix[0].shape[:2]
+    n = R // B
+    q = q * H**-0.5
+    shared = einsum("B T N H, B S N H -> B N T S", q.reshape(B, n * T, N, H), prefix[0], summed)
+    shared = shared.reshape(B, N, n, T, Q).swapaxes(1, 2).reshape(R, N, T, Q)
+    own = einsum("B T N H, B S N H -> B N T S", q, k, summed)
+    if mask is not None:
+        own = jnp.where(mask, own, jnp.finfo(jnp.float32).min)
+    p = softmax(jnp.concatenate([shared, own], axis=-1), v.dtype)
+    p = p if drop is None else drop(p)
+    shared = p[..., :Q].reshape(B, n, N, T, Q).swapaxes(1, 2).reshape(B, N, n * T, Q)
+    y = einsum("B N T S, B S N H -> B T N H", shared, prefix[1], summed).reshape(R, T, N, H)
+    return kept((y + einsum("B N T S, B S N H -> B T N H", p[..., Q:], v, summed)).astype(v.dtype))
+
+
+def grouped_cross_attention(
+    q, k, v, img_idx: tuple, drop: Callable | None = None, kv_mask=None, *, scale: float | None = None
+):
     """Attention of G texts per image to that image's keys and values, which are never repeated per text.
 
     Args:
@@ -43,6 +79,7 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
           Cells keep a gather on the devices
         that hold them: one cell of all images means that keys and values travel between all devices.
       kv_mask: bool[B,P], True = a key that is attended to; None = all.
+      scale: as in `attention`.
     Returns: [B*G,T,N,H]. Groups that look at their own image are folded into one longer query of that image.
     """
     G, (B, _, N, H), T = len(img_idx), k.shape, q.shape[1]
@@ -52,7 +89,7 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
     mask = None if kv_mask is None else kv_mask[:, None, None]
     if own:
         folded = jnp.concatenate([q[:, g] for g in own], axis=1)  # B, len(own)*T, N, H
-        for g, o in zip(own, jnp.split(attention(folded, k, v, mask, drop), len(own), axis=1)):
+        for g, o in zip(own, jnp.split(attention(folded, k, v, mask, drop, scale=scale), len(own), axis=1)):
             outs[g] = o
     for g in range(G):
         if img_idx[g] is not None:
@@ -61,7 +98,8 @@ def grouped_cross_attention(q, k, v, img_idx: tuple, drop: Callable | None = Non
                 keys = kept(of(k))
             with jax.named_scope("values"):
                 values = kept(of(v))
-            outs[g] = attention(q[:, g], keys, values, None if mask is None else within_cells(mask, img_idx[g]), drop)
+            seen = None if mask is None else within_cells(mask, img_idx[g])
+            outs[g] = attention(q[:, g], keys, values, seen, drop, scale=scale)
     return jnp.stack(outs, axis=1).reshape(B * G, T, N, H)
 
 
@@ -73,11 +111,14 @@ class HeadedAttention(nn.Module):
     heads: int
     init_std: float
     dtype: Any
+    key_bias: bool = True
 
     def setup(self):
-        init = nn.initializers.normal(self.init_std)
-        headed = lambda: DenseGeneral((self.heads, self.width // self.heads), dtype=self.dtype, kernel_init=init)
-        self.q, self.k, self.v = headed(), headed(), headed()
+        init, head_dim = nn.initializers.normal(self.init_std), self.width // self.heads
+        headed = lambda bias=True: DenseGeneral(
+            (self.heads, head_dim), use_bias=bias, dtype=self.dtype, kernel_init=init
+        )
+        self.q, self.k, self.v = headed(), headed(self.key_bias), headed()
         self.out = DenseGeneral(self.width, axis=(-2, -1), embed=1, dtype=self.dtype, kernel_init=init)
 
     def project_q(self, x):
@@ -95,17 +136,18 @@ class HeadedAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc1, exact-erf GELU, fc2: [B,T,D] -> [B,T,D], hidden width F."""
+    """fc1, activation (exact-erf GELU), fc2: [B,T,D] -> [B,T,D], hidden width F."""
 
     hidden: int
     init_std: float
     dtype: Any
+    activation: Callable = gelu
 
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.normal(self.init_std)
         h = Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
-        h = gelu(constrain(h, "act_batch", None, "act_mlp"))
+        h = self.activation(constrain(h, "act_batch", None, "act_mlp"))
         return constrain(
             Dense(x.shape[-1], embed=1, dtype=self.dtype, kernel_init=init, name="fc2")(h),
             "act_batch",

@@ -44,13 +44,17 @@ Dense = functools.partial(_layer, nn.Dense)
 DenseGeneral = functools.partial(_layer, nn.DenseGeneral)
 
 
+TEXT_MODELS = ("med", "qformer", "llm")  # beginnings of the paths of parameters in stacks of text layers
+
+
 def rounds(path: str) -> bool:
     """Whether the layers round the parameter at `path` to the dtype of the computation whenever they use it: the
-    matrices of vit and med.
+    matrices of vit and of the text models; T5's biases of positions are no matrix.
 
     Rounded once beforehand they give the same results, bit for bit.
     """
-    return path.startswith(("vit/", "med")) and path.endswith(("/kernel", "/embedding"))
+    matrix = path.endswith(("/kernel", "/embedding")) and not path.endswith("rel_bias/embedding")
+    return path.startswith(("vit/", *TEXT_MODELS)) and matrix
 
 
 def rounded(params: dict, dtype) -> dict:
@@ -61,7 +65,8 @@ def rounded(params: dict, dtype) -> dict:
 
 
 def rounded_once(params: dict, dtype) -> dict:
-    """Parameters with med's that `rounds` in `dtype`, each where it lies: for training, where several passes use them.
+    """Parameters with the text models' that `rounds` in `dtype`, each where it lies: for training, where several passes
+    use them.
 
     Their gradients then meet in `dtype`, before they are summed over the devices: once a step, not once for every pass.
     On CPUs the ViT's stacked kernels that are in bfloat16 already, which are frozen, are as `as_bits` has them.
@@ -72,7 +77,7 @@ def rounded_once(params: dict, dtype) -> dict:
         return words_summed_in_parts(x) if path.endswith("word/embedding") and sharding.splits("embed") else x
 
     out = trees.nest(
-        (path, keep(path, x) if rounds(path) and path.startswith("med") else x) for path, x in trees.paths(params)
+        (path, keep(path, x) if rounds(path) and path.startswith(TEXT_MODELS) else x) for path, x in trees.paths(params)
     )
     return stacked_as_bits(out) if platform() == "cpu" else out
 
@@ -87,9 +92,13 @@ def text_layers_apart(params: dict) -> dict:
     once, where a program would do it in every call and a loop over tokens for every token."""
     if not single_cpu():
         return params
-    return params | {
-        name: part | {"blocks": apart(part["blocks"])} for name, part in params.items() if name.startswith("med")
-    }
+
+    def cut(part):
+        return {
+            name: apart(x) if name == "blocks" else cut(x) if isinstance(x, dict) else x for name, x in part.items()
+        }
+
+    return {name: cut(part) if name.startswith(TEXT_MODELS) else part for name, part in params.items()}
 
 
 def apart(stack) -> tuple:

@@ -1,15 +1,16 @@
-"""GELU, LayerNorm and softmax whose gradients keep little: what jax's own derivatives store is several times larger;
-and dropout.
+"""GELU, LayerNorm, RMSNorm and softmax whose gradients keep little: what jax's own derivatives store is several times
+larger; and dropout.
 
 All compute in float32 and return the dtype of their input (or the one asked for). In units of the input's size the
-backward pass keeps: GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), softmax its result, which the product
-behind it keeps anyway (jax: 1 more).
+backward pass keeps: GELU 1 (jax: 4), LayerNorm 1 and two numbers a row (jax: 4), RMSNorm 1 and one, softmax its result,
+which the product behind it keeps anyway (jax: 1 more).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +45,21 @@ def _gelu_back(x, dy):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_back)
 
 
+@jax.custom_vjp
+def quick_gelu(x):
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return (_f32(x) * jax.nn.sigmoid(1.702 * _f32(x))).astype(x.dtype)
+
+
+def _quick_gelu_back(x, dy):
+    x32 = _f32(x)
+    gate = jax.nn.sigmoid(1.702 * x32)
+    return ((_f32(dy) * gate * (1.0 + 1.702 * x32 * (1.0 - gate))).astype(x.dtype),)
+
+
+quick_gelu.defvjp(lambda x: (quick_gelu(x), x), _quick_gelu_back)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(s, dtype):
     """Softmax over the last axis of f32 s, in `dtype`; the gradient takes the probabilities as rounded to it."""
@@ -75,6 +91,10 @@ class Dropout(nn.Module):
             return x
         mask = kept(jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape))
         return jnp.where(mask, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+    def active(self, deterministic: bool) -> Callable | None:
+        """x -> x with zeros, or None where nothing would be dropped."""
+        return functools.partial(self, deterministic=False) if self.rate and not deterministic else None
 
 
 class LayerNorm(nn.Module):
@@ -119,6 +139,42 @@ def _layer_norm_back(eps, dtype, kept, dy):
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_back)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, as T5's. Parameter scale, f32[D]; the result is in
+    `dtype`."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """[...,D] -> [...,D]"""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return _rms_norm(x, scale, self.epsilon, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rms_norm(x, scale, eps, dtype):
+    return _rms_norm_forward(x, scale, eps, dtype)[0]
+
+
+def _rms_norm_forward(x, scale, eps, dtype):
+    x32 = _f32(x)
+    rrms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * rrms * scale).astype(dtype), (x, rrms, scale)
+
+
+def _rms_norm_back(eps, dtype, kept, dy):
+    x, rrms, scale = kept
+    dy, normed = _f32(dy), _f32(x) * rrms
+    g = dy * scale
+    dx = rrms * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=tuple(range(dy.ndim - 1))).astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_back)
 
 
 def _f32(x):

@@ -95,6 +95,27 @@ def through(body: Callable, x, *stacks) -> tuple[Any, Any]:
     return x, jax.tree.map(lambda *layers: joined(layers), *outs) if outs else None
 
 
+def pairs(stack):
+    """A stack of 2n layers as one of n pairs, for bodies that run two layers (`both`); no copy. None is None."""
+    if stack is None:
+        return None
+    if unrolled() or is_apart(stack):
+        layers = apart(stack)
+        return tuple(zip(layers[::2], layers[1::2]))
+    return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), stack)
+
+
+def both(pair) -> tuple:
+    """The two layers' parts of a part of `pairs`; their gradients are joined, not added up. None: two of None."""
+    if pair is None:
+        return None, None
+    if type(pair) is tuple:
+        return pair
+    leaves, tree = jax.tree.flatten(pair)
+    halves = [[half.reshape(x.shape[1:]) for half in jax.lax.split(x, (1, 1))] for x in leaves]
+    return tuple(map(tree.unflatten, zip(*halves)))
+
+
 def part(stack, start: int, stop: int):
     """Layers start..stop-1 of a stack, a copy."""
     return stack[start:stop] if is_apart(stack) else jax.tree.map(lambda x: x[start:stop], stack)

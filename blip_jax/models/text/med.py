@@ -47,24 +47,28 @@ class StoredKeysAndValues(NamedTuple):
 
 
 def images_of(kv) -> int:
-    """How many images (or questions) keys and values belong to, stored or not."""
-    return (kv.last.k[None] if isinstance(kv, stack.Ended) else kv.k).shape[1]
+    """How many images (or questions) keys and values belong to, stored or not: of any tree of arrays [L,B,...]."""
+    return jax.tree.leaves(kv)[0].shape[1]
 
 
-def stored(kv: KeysAndValues) -> StoredKeysAndValues:
-    """Keys and values for many calls of `Med.extend`."""
-    wide = _loop_dtype(kv.k.dtype)
+def stored(kv):
+    """Keys and values, `KeysAndValues` or a tree of them, for many calls of a text model's `extend`."""
+    return jax.tree.map(_stored, kv, is_leaf=lambda x: isinstance(x, KeysAndValues))
+
+
+def _stored(kv: KeysAndValues) -> StoredKeysAndValues:
+    wide = loop_dtype(kv.k.dtype)
     found = StoredKeysAndValues(jnp.moveaxis(kv.k, 2, -1).astype(wide), jnp.moveaxis(kv.v, 2, 3).astype(wide))
     return jax.lax.optimization_barrier(found)
 
 
-def _opened(kv, dtype):
+def opened(kv, dtype):
     """(k, v), each [B,P,N,H], of one layer's part of keys and values, stored or not."""
     k, v = (jnp.moveaxis(kv.k, -1, 1), jnp.moveaxis(kv.v, 2, 1)) if isinstance(kv, StoredKeysAndValues) else kv
     return k.astype(dtype), v.astype(dtype)
 
 
-def _loop_dtype(dtype):
+def loop_dtype(dtype):
     """What a token loop keeps keys and values in: a CPU's small products are in float32, and it would raise
     bfloat16 for every token."""
     return jnp.float32 if single_cpu() else dtype
@@ -77,7 +81,7 @@ def empty_cache(sizes, rows: int, length: int, dtype):
     sizes: `cfg.model.med`; dtype: of the computation.
     """
     zeros = jnp.zeros(
-        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), _loop_dtype(dtype)
+        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), loop_dtype(dtype)
     )
     return zeros, zeros
 
@@ -94,27 +98,31 @@ class PostNormAttention(HeadedAttention):
 
     def self_attention(self, x, mask, deterministic, first_only=False):
         """x [B,T,D], mask bool[B,1,1|T,T] -> [B,T,D], or [B,1,D], the first position alone"""
-        drop = lambda p: self.drop(p, deterministic=deterministic)
-        queries = x[:, :1] if first_only else x
+        queries, drop = x[:, :1] if first_only else x, self.drop.active(deterministic)
         y = attention(self.project_q(queries), *self.project_kv(x), mask=mask, drop=drop)
-        return self._close(queries, y, deterministic)
+        return self.closed(queries, y, deterministic)
 
     def cached_attention(self, x, cache, layer, start):
         """Causal, at positions start..start+t-1: x [R,t,D], cache (k, v) [L,R,S,N,H] -> ([R,t,D], cache with these
         t in layer i32[])."""
+        k, v, seen, cache = self.cached(x, cache, layer, start)
+        return self.closed(x, attention(self.project_q(x), k, v, mask=seen), True), cache
+
+    def cached(self, x, cache, layer, start):
+        """What x [R,t,D] at positions start..start+t-1 attends to in layer i32[]: k, v [R,S,N,H], mask bool[t,S], and
+        the cache with these t."""
         write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, start, 0, 0))
         cache = tuple(write(old, new) for old, new in zip(cache, self.project_kv(x)))
         k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(self.dtype) for x in cache)
         seen = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
-        return self._close(x, attention(self.project_q(x), k, v, mask=seen), True), cache
+        return k, v, seen, cache
 
     def cross_attention(self, x, kv, kv_mask, img_idx, deterministic):
         """x [B*G,T,D], kv of B images, kv_mask and img_idx as in `grouped_cross_attention` -> [B*G,T,D]"""
-        drop = lambda p: self.drop(p, deterministic=deterministic)
-        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, drop, kv_mask)
-        return self._close(x, y, deterministic)
+        y = grouped_cross_attention(self.project_q(x), *kv, img_idx, self.drop.active(deterministic), kv_mask)
+        return self.closed(x, y, deterministic)
 
-    def _close(self, x, y, deterministic):
+    def closed(self, x, y, deterministic):
         return self.ln(x + self.drop(self.project_out(y), deterministic=deterministic))
 
 
@@ -132,7 +140,7 @@ class MedLayer(nn.Module):
     dtype: Any
 
     def setup(self):
-        block = lambda: PostNormAttention(self.width, self.heads, self.init_std, self.dtype, self.dropout)
+        block = lambda: PostNormAttention(self.width, self.heads, self.init_std, self.dtype, dropout=self.dropout)
         self.cross_attn = block()
         if self.encoder:
             self.self_attn = block()
@@ -157,7 +165,7 @@ class MedLayer(nn.Module):
 
     def extend(self, x, cache, layer, start, kv, kv_mask, img_idx):
         x, cache = self.self_attn_dec.cached_attention(x, cache, layer, start)
-        x = self.cross_attn.cross_attention(x, _opened(kv, self.dtype), kv_mask, img_idx, True)
+        x = self.cross_attn.cross_attention(x, opened(kv, self.dtype), kv_mask, img_idx, True)
         return self.mlp_ln(x + self.mlp(x)), cache
 
     def image_kv(self, img_tok):

@@ -1,0 +1,73 @@
+"""Checkpoints of BLIP-2 from the golden cases: as files of LAVIS, as Hugging Face folders, and cut into their parts."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from world import official
+
+GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
+CLASSES = {
+    "hf_opt": "Blip2ForConditionalGeneration",
+    "hf_t5": "Blip2ForConditionalGeneration",
+    "hf_itm": "Blip2ForImageTextRetrieval",
+}
+TOWER, LANGUAGE_MODELS = "visual_encoder.", ("opt_model.", "t5_model.")
+
+
+def meta(case):
+    return json.loads((GOLDEN / case / "meta.json").read_text())
+
+
+def weights(case):
+    return load_file(GOLDEN / case / "weights.safetensors")
+
+
+def heads(case):
+    """Of a case under LAVIS's names; its CLIP tower has one head of 64, whatever the sizes say."""
+    m = meta(case)
+    out = {"vit": 1 if "clip" in case else m["config"]["vheads"], "qformer": m["config"]["th"]}
+    return out | ({"llm": m["llm"].get("num_attention_heads", m["llm"].get("num_heads"))} if "llm" in m else {})
+
+
+def vocab(path, entries):
+    """A vocab.txt of a Q-Former with `entries`, [DEC] the last of them."""
+    return official.vocabulary(path, entries + 1)
+
+
+def settings(case):
+    """config.json of a case of transformers, as its class would write it."""
+    config = meta(case)["config"]
+    config |= {"architectures": [CLASSES[case]], "model_type": "blip-2"}
+    if "text_config" in config:
+        config["text_config"]["model_type"] = case.removeprefix("hf_")
+    return config
+
+
+def folder(path, case, config=None, tensors=None):
+    """A case as a Hugging Face folder, with other settings or tensors if they are given."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(settings(case) if config is None else config))
+    save(path / "model.safetensors", weights(case) if tensors is None else tensors)
+    return path
+
+
+def save(path, tensors):
+    save_file({name: np.ascontiguousarray(x) if x.ndim else x for name, x in tensors.items()}, path)
+    return path
+
+
+def parts(case):
+    """Tensors of a second-stage case: what LAVIS saves, its image tower, its language model, under their own names."""
+    left, tower, llm = {}, {}, {}
+    for name, x in weights(case).items():
+        if name.startswith(TOWER):
+            tower[name.removeprefix(TOWER)] = x
+        elif name.startswith(LANGUAGE_MODELS):
+            llm[name.split(".", 1)[1]] = x
+        else:
+            left[name] = x
+    return left, tower, llm

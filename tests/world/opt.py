@@ -1,0 +1,80 @@
+"""OPT from tensors under transformers' names, and its texts behind prompts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip_jax import trees
+from blip_jax.convert.rules import opt as rules
+from blip_jax.decode import beam, generate
+from blip_jax.models.text.med import padded_vocab
+from blip_jax.models.text.opt import after_prompts
+
+PAD, START = 1, 2
+
+
+def laid_out(x, layout, heads):
+    match layout:
+        case "same":
+            return x
+        case "linear":
+            return x.T
+        case "heads_in":
+            return x.T.reshape(x.shape[1], heads, -1)
+        case "heads_in_bias":
+            return x.reshape(heads, -1)
+        case "heads_out":
+            return x.T.reshape(heads, -1, len(x))
+        case "vocab":
+            return np.pad(x, ((0, padded_vocab(len(x)) - len(x)), (0, 0)))
+    raise KeyError(layout)
+
+
+def loaded(tensors, sizes, prefix=""):
+    """Parameters from tensors under transformers' names."""
+    out = []
+    table = rules.rows(prefix, "", pre_norm=sizes["pre_norm"], projected=sizes["embed_width"] != sizes["width"])
+    for key, path, layout, _ in table:
+        keys = [key.format(i=i) for i in range(sizes["layers"])] if "{i}" in key else [key]
+        arrays = [laid_out(tensors[k], layout, sizes["heads"]) for k in keys]
+        out.append((path, jnp.asarray(np.stack(arrays) if "{i}" in key else arrays[0])))
+    return trees.nest(out)
+
+
+def sizes_of(llm):
+    """Our names of the sizes in a config of transformers."""
+    return dict(
+        width=llm["hidden_size"],
+        layers=llm["num_hidden_layers"],
+        heads=llm["num_attention_heads"],
+        mlp=llm["ffn_dim"],
+        positions=llm["max_position_embeddings"],
+        vocab_size=llm["vocab_size"],
+        embed_width=llm["word_embed_proj_dim"],
+        pre_norm=llm["do_layer_norm_before"],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
+def search(model, params, embeds, mask, how, beams, length, repetition, rule):
+    """how: length_penalty f32[], min_length i32[] and eos i32[]; else one program would serve each setting."""
+    penalty, least, eos = how
+    apply = functools.partial(model.apply, {"params": params})
+    B, S = len(mask), mask.shape[1] + length - 2
+    logits, cache = apply(embeds, mask, apply(B, S, method="empty_cache"), method="prefill")
+    times = lambda x, axis: jnp.repeat(x, beams or 1, axis=axis)
+    extend = after_prompts(functools.partial(apply, method="extend"), times(mask, 0), S)
+    # the start id that no model is given: seen by the repetition penalty of LAVIS's version, not by that of version 5
+    prompt = jnp.full((B, 1), logits.shape[-1] if rule == "hf" else START)
+    if not beams:
+        greedy = generate.GREEDY._replace(min_length=least, max_length=length)
+        ids, log_prob = generate.sample(
+            extend, logits, cache, prompt, jax.random.split(jax.random.key(0), B), greedy, eos=eos, pad=PAD
+        )
+        return ids, log_prob, logits
+    settings = beam.Beam(beams, penalty, repetition, least, length, rule)
+    cache = tuple(times(x, 1) for x in cache)
+    ids, _, score = beam.search(extend, logits, cache, prompt, settings, 1, eos=eos, pad=PAD)
+    return ids[:, 0], score[:, 0], logits
