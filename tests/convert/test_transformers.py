@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
-from world import towers
+from world import jitted, towers
 
 import blip_jax
 from blip_jax import config
@@ -111,16 +111,21 @@ class Ours:
         self.size, self.sep = self.source.cfg.model.img_size, SEP
 
     def __call__(self, method, *args, **kwargs):
-        return jax.jit(lambda p, *a: self.model.apply({"params": p}, *a, method=method, **kwargs))(self.params, *args)
+        return jitted.apply(self.model, self.params, method, *args, **kwargs)
 
     def texts(self, kv, prompt, **how):
         """i32[B,L]: greedy where how has no beams."""
         method = programs.Method(
             **({"kind": "beam"} if "beams" in how else {"top_k": 1}), **{"repetition_penalty": 1.0, **how}
         )
-        decode = programs.decoder(self.model, prompt, method, eos=self.sep, pad=PAD)
         keys = np.zeros((images_of(kv), 2), np.uint32)
-        return np.asarray(jax.jit(decode)(self.params, kv, keys)["ids"][:, 0])
+        return np.asarray(decoder(self.model, tuple(prompt), method, self.sep)(self.params, kv, keys)["ids"][:, 0])
+
+
+@functools.cache
+def decoder(model, prompt, method, sep):
+    """The jitted program that continues a prompt."""
+    return jax.jit(programs.decoder(model, list(prompt), method, eos=sep, pad=PAD))
 
 
 def pictures(n, size, seed=5):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from world import jitted
 
 from blip_jax import config
 from blip_jax.data.text.wordpiece import Tokenizer
@@ -288,7 +289,7 @@ def test_cached_logits_equal_uncached_ones_whatever_the_padding(captioner):
     ids[:, 0] = tokenizer.dec
     lengths, ids = (ids != tokenizer.pad).sum(1), jnp.asarray(ids)
     assert 5 < lengths[0] < lengths[1] < 14
-    apply = lambda *a, method: model.apply({"params": params}, *a, method=method)
+    apply = lambda *args, method: jitted.apply(model, params, method, *args)
     kv = apply(apply(jnp.asarray(pictures(2), jnp.float32) / 255, method="encode_image"), method="image_kv")
     whole = apply(ids, ids != tokenizer.pad, kv, method="lm_logits")
     cache, got = model.empty_cache(2, 13), []
@@ -310,7 +311,7 @@ def test_log_prob_is_the_models_own(captioner):
     img = pictures(4)
     out = jax.jit(programs.captioner(model, tokenizer, "a picture of ", method))(params, img, keys(4))
     prompt = len(programs.prompt_ids(tokenizer, "a picture of "))
-    apply = lambda *a, method: model.apply({"params": params}, *a, method=method)
+    apply = lambda *args, method: jitted.apply(model, params, method, *args)
     tok = apply(normalize_pixels(jnp.asarray(img)), method="encode_image")
     for i in range(3):
         ids = jnp.asarray(out["ids"][:, i])

@@ -136,13 +136,15 @@ def test_match_is_the_model_s_own(models):
     img_tok = [apply(model, "encode_image", seen(img)) for img in imgs]
     img_emb, kv = [apply(model, "project_image", x)[0] for x in img_tok], [apply(model, "image_kv", x) for x in img_tok]
     words = [tokens(model, text_) for text_ in TEXTS]
+    score = jax.jit(
+        lambda params, first_id, *args: model.model.apply({"params": params}, *args, first_id=first_id, method="match")
+    )
     txt_emb = [apply(model, "encode_text", *own)[1][0] for own in words]
     itc = np.array([[a @ b for b in txt_emb] for a in img_emb])
     for first, first_id in (("[ENC]", model.tokenizer.enc), ("[CLS]", model.tokenizer.cls)):
         itm = np.zeros((3, 3), np.float32)
         for t, own in enumerate(words):
-            score = jax.jit(functools.partial(model.model.apply, first_id=first_id, method="match"))
-            itm[:, t] = [jax.nn.softmax(score({"params": model.params}, *own, x))[0, 1] for x in kv]
+            itm[:, t] = [jax.nn.softmax(score(model.params, first_id, *own, x))[0, 1] for x in kv]
         for got, want in (
             (model.match(imgs, TEXTS, first=first, every_pair=True), (itm, itc)),
             (model.match(imgs, TEXTS, first=first), (np.diag(itm), np.diag(itc))),
@@ -202,6 +204,7 @@ def test_ranked_answers_are_the_model_s_own(models):
     answers = ["red", "blue", "a small star", "left", "the green ring", "square"]
     ids, mask = map(jnp.asarray, model.tokenizer.encode(answers, 30))
     for k in (2, 99):
+        rank = jax.jit(functools.partial(programs.rank_answers, model.model, k=k))
         found = model.answer(imgs, QUESTIONS, method="rank", answers=answers, k=k)
         for img, question, got in zip(imgs, QUESTIONS, found):
             q_ids, q_mask = tokens(model, question)
@@ -212,7 +215,6 @@ def test_ranked_answers_are_the_model_s_own(models):
                 q_mask,
                 apply(model, "image_kv", apply(model, "encode_image", seen(img))),
             )
-            rank = jax.jit(functools.partial(programs.rank_answers, model.model, k=k))
             best, score = rank(model.params, ids, mask, apply(model, "question_kv", states))
             assert got["answer"] == answers[best[0, 0]]
             close(got["score"], score[0, 0])
@@ -262,18 +264,13 @@ def test_features_are_the_model_s_own(models):
         "multimodal_embeds",
         "text_mask",
     ]
+    multimodal = lambda blip, ids, mask, kv: blip.med(ids, mask, kv=kv)
     for i, (img, text_) in enumerate(zip(imgs, TEXTS)):
         ids, mask = tokens(model, text_)
         t, img_tok = ids.shape[1], apply(model, "encode_image", seen(img))
         txt_tok, txt_emb = apply(model, "encode_text", ids, mask)
         begun = np.where(np.arange(t) == 0, model.tokenizer.enc, ids)
-        both = apply(
-            model,
-            lambda blip, ids, mask, kv: blip.med(ids, mask, kv=kv),
-            begun,
-            mask,
-            apply(model, "image_kv", img_tok),
-        )
+        both = apply(model, multimodal, begun, mask, apply(model, "image_kv", img_tok))
         close(of_images["image_embeds"][i], img_tok[0])
         close(of_images["image_embeds_proj"][i, 0], apply(model, "project_image", img_tok)[0])
         close(of_texts["text_embeds"][i, :t], txt_tok[0])

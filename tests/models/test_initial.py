@@ -1,5 +1,7 @@
 """Initial parameters: the distributions that the modules name, keys by path, the same numbers on every mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,13 @@ from blip_jax.parallel import sharding
 from blip_jax.tasks import build
 
 
-def made(objective="pretrain", key=0, **model):
+@functools.cache
+def made(objective, key=0):
+    """(config, model, parameters by path)"""
     cfg = config.base("tiny")
     with cfg.unlocked():
         cfg.objective = objective
-        cfg.model.update(img_size=16, **model)
+        cfg.model.update(img_size=16)
     return (
         cfg,
         build(cfg),
@@ -46,7 +50,7 @@ def test_distributions_are_those_of_the_modules(objective):
 
 
 def test_every_number_is_its_own():
-    ours = made()[2]
+    ours = made("pretrain")[2]
     numbers = np.concatenate(
         [np.ravel(x[..., :7]) for path, x in ours.items() if path.endswith("kernel") and x.ndim > 2]
     )
@@ -55,16 +59,16 @@ def test_every_number_is_its_own():
 
 
 def test_a_parameter_does_not_depend_on_the_others():
-    whole, captioner = made()[2], made("caption")[2]
+    whole, captioner = made("pretrain")[2], made("caption")[2]
     assert len(captioner) < len(whole)
     for path, x in captioner.items():
         np.testing.assert_array_equal(x, whole[path], err_msg=path)
-    other = made(key=1)[2]
+    other = made("pretrain", 1)[2]
     assert not np.array_equal(other["vit/cls"], whole["vit/cls"])
 
 
 def test_a_mesh_changes_nothing():
-    cfg, model, alone = made()
+    cfg, model, alone = made("pretrain")
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     create = lambda key: initial.init_params(cfg, model, key)
     with jax.set_mesh(mesh):

@@ -2,6 +2,7 @@
 pre-training.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from blip_jax.data.source import BadRecord
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.models import initial
 from blip_jax.models.build import fit
+from blip_jax.models.layers import stack
 from blip_jax.tasks import nlvr
 from blip_jax.tasks.step import Keys
 from blip_jax.train import loop
@@ -61,11 +63,14 @@ def test_golden_nlvr_task_loss_predictions_and_every_gradient():
     }
     keys = Keys(jax.random.key(0), jax.random.key(1), 0)
     step = jax.jit(jax.value_and_grad(lambda p: nlvr.loss(model, cfg, p, None, batch, keys), has_aux=True))
-    (loss, (metrics, found)), grads = step(params)
+    with stack.looped():  # the layers one by one: test_golden_blip.py
+        (loss, (metrics, found)), grads = step(params)
     np.testing.assert_allclose(loss, io["loss"], atol=1e-5)
-    told = lambda batch: nlvr.logits(lambda *a, **how: model.apply({"params": params}, *a, **how), batch, None)
-    np.testing.assert_allclose(told(batch), io["prediction"], atol=1e-5)
-    np.testing.assert_allclose(told(batch | {"img0": right, "img1": left}), io["prediction_swapped"], atol=1e-5)
+    told = jax.jit(lambda p, batch: nlvr.logits(functools.partial(model.apply, {"params": p}), batch, None))
+    with stack.looped():
+        np.testing.assert_allclose(told(params, batch), io["prediction"], atol=1e-5)
+        swapped = told(params, batch | {"img0": right, "img1": left})
+    np.testing.assert_allclose(swapped, io["prediction_swapped"], atol=1e-5)
     assert float(metrics["accuracy"]) == np.mean(io["prediction"].argmax(1) == io["targets"]) and found == {}
 
     grads = to_torch("nlvr", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=s["vocab"])

@@ -21,6 +21,7 @@ from blip_jax.models import initial
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import build
 from blip_jax.train import state as train_state
+from world import jitted
 from world.pictures import noise
 
 TEXTS = ["a small red star", "a blue ring on the left of a large green square", "ring"]
@@ -79,9 +80,7 @@ def seen(img: np.ndarray) -> np.ndarray:
 
 
 def apply(model, method, *args, **how):
-    return jax.jit(lambda params, *args: model.model.apply({"params": params}, *args, method=method, **how))(
-        model.params, *args
-    )
+    return jitted.apply(model.model, model.params, method, *args, **how)
 
 
 def tokens(model, text_: str):
