@@ -174,5 +174,5 @@ def short(e: BaseException) -> str:
     """What an error of a library says, in a line; of the system's, which tensorstore wraps in long ones, its words."""
     if number := re.search(r"os_error_code='(\d+)'", str(e)):
         return os.strerror(int(number[1]))
-    line = next((line for line in map(str.strip, str(e).splitlines()) if line), type(e).__name__)
-    return line if len(line) <= 300 else f"{line[:300]} ..."
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -71,7 +71,7 @@ def test_text_attention_drops_probabilities_in_training_alone(given, monkeypatch
     monkeypatch.setattr(gpu, "LEAST", {"queries": 4, "keys": 4})
     x = jnp.zeros((2, 6, 16), jnp.bfloat16)
     for dropout, deterministic, expected in ((0.1, True, 1), (0.1, False, 0), (0.0, False, 1)):
-        layer = PostNormAttention(16, 2, 0.02, jnp.bfloat16, dropout)
+        layer = PostNormAttention(16, 2, 0.02, jnp.bfloat16, dropout=dropout)
         run = lambda x: layer.init_with_output(
             {"params": jax.random.key(0), "dropout": jax.random.key(1)},
             x,

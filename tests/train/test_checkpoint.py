@@ -265,7 +265,10 @@ def test_a_checkpoint_of_before_the_files_had_checksums_is_read(tmp_path):
 
 
 def test_an_error_of_a_library_is_one_line():
-    assert checkpoint.short(ValueError("\n first \nsecond")) == "first" and checkpoint.short(KeyError()) == "KeyError"
+    assert (
+        checkpoint.short(ValueError("\n first \nsecond")) == "first second"
+        and checkpoint.short(KeyError()) == "KeyError"
+    )
     full = ValueError("Error writing\n local file [os_error_code='28'] [source locations='...']")
     assert checkpoint.short(full) == os.strerror(28) and len(checkpoint.short(ValueError("x" * 999))) == 304
 
