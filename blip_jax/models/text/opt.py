@@ -137,7 +137,8 @@ class Embed(nn.Module):
         return rows(self._table(), ids)
 
     def places(self, positions):
-        return rows(self.pos.embedding.astype(self.dtype), positions + OFFSET)
+        table = gathered(self.pos.embedding.astype(self.dtype), ("patch", "embed"), ("patch", None))
+        return rows(table, positions + OFFSET)
 
     def attend(self, x):
         """x [...,E] -> f32[...,Vp], products with every word's embedding, summed in float32"""
