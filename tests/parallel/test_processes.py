@@ -116,7 +116,7 @@ def test_two_processes_stopped_killed_and_finished(whole, stopped, server, folde
             "--devices",
             "4",
             "--timeout",
-            "300",
+            "900",
             "--",
             sys.executable,
             "-m",
