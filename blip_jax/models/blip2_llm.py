@@ -86,11 +86,12 @@ class Blip2Llm(nn.Module):
             head=False,
             init_std=self.init_std,
             dropout=self.dropout,
+            remat=self.remat,
             dtype=self.dtype,
         )
         llm = dict(self.llm_sizes)
         self.llm = LANGUAGE_MODELS[llm.pop("kind")](
-            **llm, init_std=self.init_std, dropout=self.llm_dropout, dtype=self.dtype
+            **llm, init_std=self.init_std, dropout=self.llm_dropout, remat=self.remat, dtype=self.dtype
         )
         self.llm_proj = Dense(
             self.embed_width,
