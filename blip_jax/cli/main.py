@@ -195,6 +195,13 @@ def bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def score(argv: list[str]) -> int:
+    """blip-jax score."""
+    from blip_jax.cli.score import score
+
+    return score(argv)
+
+
 def plan(argv: list[str]) -> int:
     """blip-jax plan."""
     from blip_jax.cli.plan import plan
@@ -214,6 +221,7 @@ COMMANDS = {
     "answer": infer.answer,
     "features": infer.features,
     "demo": demo,
+    "score": score,
     "bench": bench,
     "plan": plan,
 }

