@@ -1,4 +1,15 @@
-"""BLIP-2 in miniature on the built-in world, second stage; the demo derives the others from it."""
+"""BLIP-2 in miniature on the built-in world: its second stage, from which the demo derives all its runs.
+
+The world is blip_jax/data/scenes/world.py, its easy side, as of configs/scenes.py. Paper rows: BLIP-2, arXiv
+2301.12597, figure 5 and table 6, whose order the demo checks.
+Data, drawn as needed, 48 px, one patch a cell of the world's grid: `world`, pictures with two true captions each. The
+demo's language model learns from captions of other pictures, which it never sees. No crop, no flip.
+Command: bash launch/demo.sh blip2, or blip-jax demo blip2 --workdir=runs/demo_blip2: two vocabularies, a BLIP and its
+          tower, the language model, first stage with ITG and without, second stage with the first and without,
+          captions, report. blip_jax/demo/blip2.py has the steps of each as shares of train.steps, which are the second
+          stage's.
+Hardware: 2 CPU cores. What came out: docs/results.md.
+"""
 
 from blip_jax.config import blip2, source
 
@@ -14,7 +25,7 @@ def get_config():
     c.model.img_size = 48
     c.model.embed_dim = 64
     c.model.dropout = c.model.llm_dropout = 0.0
-    c.model.dtype = "float32"
+    c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
     c.text.max_len = 24
     with c.data.unlocked():
         c.data.train.world = source("scenes", count=4000, captions=2, seed=2, size=48, easy=True)

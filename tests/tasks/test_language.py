@@ -64,6 +64,24 @@ def test_each_token_is_told_from_those_before_it_alone(tokenizer):
     assert np.abs(changed[:, 5] - logits[:, 5]).max() > 1e-2
 
 
+def test_t5_writes_behind_what_it_reads():
+    cfg, rng = small("t5"), np.random.default_rng(0)
+    model, ids = language.build(cfg), rng.integers(3, 140, (2, 3, 6)).astype(np.int32)
+    mask = np.arange(6) < np.array([6, 4, 2])[:, None]
+    batch = {"ids": ids[0], "txt_mask": mask, "out_ids": ids[1], "out_mask": mask[::-1]}
+    params = initial.init_params(cfg, model, jax.random.key(0))
+    say = lambda b: np.asarray(model.apply({"params": params}, *b.values(), method="target_logits"))
+    loss, _ = language.loss(model, cfg, params, None, batch, step.Keys(jax.random.key(1), None, 0))
+    told = np.take_along_axis(np.asarray(jax.nn.log_softmax(say(batch))), ids[1][..., None], -1)[..., 0]
+    assert loss == pytest.approx(-told[mask[::-1]].mean(), rel=1e-5)
+
+    later, read = ids[1].copy(), ids[0].copy()
+    later[:, 3] = (later[:, 3] + 1) % 140
+    read[:, 0] = (read[:, 0] + 1) % 140
+    np.testing.assert_allclose(say(batch | {"out_ids": later})[:, :4], say(batch)[:, :4], atol=1e-5)
+    assert np.abs(say(batch | {"ids": read}) - say(batch))[..., :140].max() > 1e-2
+
+
 def test_its_settings_are_checked(tokenizer):
     cfg = small()
     cfg.text.vocab = str(tokenizer.path)
