@@ -1,6 +1,7 @@
 """Runs that are killed: kill -9 at any moment leaves them able to resume and to end as if nothing had happened.
 
-A captioner, which starts in half the time; a pre-training with momentum and queue is killed in test_processes.py.
+A captioner, which starts in half the time, and BLIP-2's second stage, whose frozen parts are drawn again at each start;
+a pre-training with momentum and queue is killed in test_processes.py.
 """
 
 import os
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+from world.language import on_scenes, tiny, vocabularies
 from world.runs import leaves, rows, write_config
 
 from blip_jax import checkpoint
@@ -84,11 +87,21 @@ class Trainer:
         assert self.server.wait(60) == 0
 
 
-def test_sigterm_and_kill_at_20_moments(tiny_cfg, tmp_path):
+def captioner(cfg, folder):
+    cfg.objective = "caption"
+    return cfg
+
+
+def second_stage(cfg, folder):
+    return on_scenes(tiny("opt", **{"text.vocab": str(vocabularies(folder)["opt"])}))
+
+
+@pytest.mark.parametrize("make", [captioner, second_stage])
+def test_sigterm_and_kill_at_20_moments(make, tiny_cfg, tmp_path):
     """One run is first stopped by a signal, then killed again and again, and ends as the one that nobody disturbed."""
-    tiny_cfg.train.steps, tiny_cfg.train.save_every, tiny_cfg.train.log_every, tiny_cfg.train.keep = 42, 2, 3, 2
-    tiny_cfg.objective = "caption"
-    trainer = Trainer(write_config(tiny_cfg, tmp_path / "config.py"), tmp_path)
+    cfg = make(tiny_cfg, tmp_path)
+    cfg.train.update(steps=42, save_every=2, log_every=3, keep=2)
+    trainer = Trainer(write_config(cfg, tmp_path / "config.py"), tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     started = time.perf_counter()
     trainer.start(whole)
