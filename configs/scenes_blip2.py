@@ -37,9 +37,9 @@ def get_config():
     c.optim.decay_mask = "kernels"
     c.optim.clip = 1.0
     c.train.batch = 16
-    c.train.steps = 1000
+    c.train.steps = 300
     c.train.log_every = 100
-    c.train.save_every = 1000
+    c.train.save_every = 300
     c.train.keep = 1
     c.eval.k = 32
     return c

@@ -68,7 +68,7 @@ def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
     def train(name: str) -> Stage:
         title, _, cost = RUNS[name]
         fit = lambda: stop_if(loop.fit(config_of(cfg, workdir, name), workdir / name))
-        return Stage(title, cost * cfg.train.steps / 1000, fit)
+        return Stage(title, cost * cfg.train.steps / 300, fit)
 
     tower = Stage("image tower of it", 1.0, lambda: _cut_tower(workdir))
     captions = Stage("captions of unseen pictures", 20.0, lambda: findings.caption(cfg, workdir))
