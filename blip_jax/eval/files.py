@@ -138,6 +138,15 @@ def caption_references(path: str) -> People:
     return People(captions, domains)
 
 
+def picture_ids(path: str) -> list[int]:
+    """The ids of the pictures to caption, in order: of a file in COCO's layout, or of BLIP's list of NoCaps."""
+    found = content(path)
+    listed, field = (found, "img_id") if isinstance(found, list) else (found.get("images"), "id")
+    if not isinstance(listed, list) or not all(isinstance(row, dict) and is_number(row.get(field)) for row in listed):
+        raise ValueError(f"{path}: it is neither in COCO's layout, with `images`, nor BLIP's list of {{image, img_id}}")
+    return list(single(path, ((int(row[field]), None) for row in listed), "picture"))
+
+
 def _of_lists(path: str, found: list) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for i, row in enumerate(found):
@@ -191,13 +200,23 @@ def _answers(row: dict) -> Any:
     return [a.get("answer") if isinstance(a, dict) else a for a in official] if official else row.get("answer")
 
 
-def vqa_questions(path: str) -> list[int]:
-    """The ids of an official file of questions, or of BLIP's list, in order."""
+class Asked(NamedTuple):
+    """The questions of a file."""
+
+    ids: list[int]
+    subset: str  # of the pictures, as "test2015"; "" where the file does not say
+
+
+def vqa_questions(path: str) -> Asked:
+    """Of an official file of questions, or of BLIP's list, in order; annotations beside them ask nothing."""
     found = content(path)
+    if isinstance(found, dict) and "annotations" in found and "questions" not in found:
+        return Asked([], "")
     asked = found.get("questions") if isinstance(found, dict) else found
     if not isinstance(asked, list) or not all(isinstance(q, dict) and is_number(q.get("question_id")) for q in asked):
         raise ValueError(f"{path}: it is no file of VQA's questions: each needs a `question_id`")
-    return list(single(path, ((int(q["question_id"]), None) for q in asked), "question"))
+    subset = found.get("data_subtype", "") if isinstance(found, dict) else ""
+    return Asked(list(single(path, ((int(q["question_id"]), None) for q in asked), "question")), subset)
 
 
 # --- NLVR2 ------------------------------------------------------------------------------------------------------------
