@@ -172,7 +172,8 @@ def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigD
         c.model.dropout = 0.1  # Q-Former: hidden states and attention probabilities
         c.model.llm_dropout = 0.1 if llm else 0.0  # of the frozen language model: the original runs it in training mode
         c.model.dtype = "bfloat16"
-        c.model.remat = "none"  # blocks of the tower, where it is trained
+        # blocks of the tower, where it is trained, as in BLIP; full: layers of Q-Former and language model, too
+        c.model.remat = "none"
         # epsilon of ln_vision: LAVIS's 1e-5, Hugging Face's conversions 1e-6
         c.model.vision_eps = 1e-5
         c.text.max_len = 32

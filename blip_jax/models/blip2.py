@@ -81,6 +81,7 @@ class Blip2(nn.Module):
             kv_width=self.vit_sizes["width"],
             init_std=self.init_std,
             dropout=self.dropout,
+            remat=self.remat,
             dtype=self.dtype,
         )
         init = torch_uniform(width)

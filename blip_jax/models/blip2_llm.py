@@ -92,9 +92,12 @@ class Blip2Llm(nn.Module):
             head=False,
             init_std=self.init_std,
             dropout=self.dropout,
+            remat=self.remat,
             dtype=self.dtype,
         )
-        self.llm = language_model(self.llm_sizes, init_std=self.init_std, dropout=self.llm_dropout, dtype=self.dtype)
+        self.llm = language_model(
+            self.llm_sizes, init_std=self.init_std, dropout=self.llm_dropout, remat=self.remat, dtype=self.dtype
+        )
         self.llm_proj = Dense(
             self.embed_width,
             dtype=self.dtype,
