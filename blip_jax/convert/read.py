@@ -257,7 +257,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
     if momentum:
         state["momentum"] = {name: part for name, part in momentum.items() if part}
     return Source(
-        converted.get("family", cfg.objective),
+        converted.get("family") or (cfg.model.llm.kind if cfg.objective == "language" else cfg.objective),
         state,
         cfg,
         checkpoint.own_vocabulary(folder),

@@ -10,9 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
+from blip_jax.inference.batching import at_least
 from blip_jax.inference.programs import Method, encode_pixels, written
 from blip_jax.models.layers.dense import text_layers_apart
+
+MOST_PROMPT = 1024  # tokens
+LEAST_PROMPT = 8  # prompts are padded to this many, or the next power of two
 
 
 class Ids(NamedTuple):
@@ -23,6 +28,34 @@ class Ids(NamedTuple):
     pad: int
 
 
+# --- texts as ids -----------------------------------------------------------------------------------------------------
+def special(model, tokenizer) -> Ids:
+    """OPT begins a text with its "</s>" and ends it with a new line, T5 begins with padding."""
+    if model.llm_sizes["kind"] == "opt":
+        return Ids(tokenizer.bos, tokenizer.newline, tokenizer.pad)
+    return Ids(tokenizer.pad, tokenizer.eos, tokenizer.pad)
+
+
+def prompt_ids(model, tokenizer, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids i32[n,T], mask bool[n,T] of prompts behind which up to `most` tokens will stand.
+
+    T is the bucket of the longest, before which (OPT) or behind which (T5) the others are padded.
+    ValueError: one that leaves no room for them.
+    """
+    opt, room = model.llm_sizes["kind"] == "opt", MOST_PROMPT
+    if opt:
+        room = min(room, model.llm_sizes["positions"] - model.qformer_sizes["queries"] - most)
+    sizes = tokenizer.lengths(prompts, 1 << 20)
+    if (longest := int(sizes.max())) > room:
+        raise ValueError(
+            f"prompt {int(sizes.argmax())} has {longest} tokens: at most {max(room, 0)} are read, so that {most} new "
+            "ones have room; shorten it"
+        )
+    T = min(at_least(longest, LEAST_PROMPT), room)
+    return tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
 def generating(model, method: Method, special: Ids) -> Callable:
     """Texts that follow a prompt about each image.
 
@@ -36,6 +69,21 @@ def generating(model, method: Method, special: Ids) -> Callable:
         return behind(apply, soft, ids, txt_mask, keys, method, special)
 
     return generate
+
+
+def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
+    """`generating` of one prompt for all images: (params, img u8[B,S,S,3], keys u32[B,2]) -> the same result.
+
+    ValueError: a prompt that leaves no room for method.max_length tokens.
+    """
+    generate = generating(model, method, special(model, tokenizer))
+    ids, txt_mask = prompt_ids(model, tokenizer, [prompt], method.max_length - 1)
+
+    def caption(params, img, keys):
+        rows = (jnp.broadcast_to(x, (len(img), x.shape[1])) for x in (ids, txt_mask))
+        return generate(params, img, keys, *rows)
+
+    return caption
 
 
 def behind(apply: Callable, soft, ids, txt_mask, keys, method: Method, special: Ids) -> dict:

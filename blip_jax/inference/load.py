@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
     """A trained model."""
 
     model: Any  # a module of blip_jax.models
-    params: dict  # on the devices of a mesh, or NumPy f32
+    params: dict  # on the devices of a mesh; else NumPy f32, or what is read as such when numpy.asarray is called on it
     cfg: ConfigDict  # config.base with the checkpoint's objective, model and texts
     tokenizer: Any  # of data.text
     origin: str  # the checkpoint folder, file or Hugging Face folder
@@ -76,7 +76,7 @@ def load(
 
     Args:
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
-        float32.
+        float32, those of a BLIP-2 where they lie.
       dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
       vocab, heads: as in `convert.read.read`.
     ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
@@ -97,10 +97,14 @@ def load(
         print(f"{path}: {note}", file=sys.stderr)
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
-    params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
+    params = params if mesh is None else placed(params, mesh, cfg.model.dtype)
     tokenizer = tokenizers.of(cfg.model, _vocabulary(found, path))
-    where = ",".join(str(read.locate(name)) for name in origins.names(str(path)))
-    return Loaded(build(cfg), params, cfg.lock(), tokenizer, where)
+    return Loaded(build(cfg), params, cfg.lock(), tokenizer, place(path))
+
+
+def place(path) -> str:
+    """Where the model lies that `path` names: `Loaded.origin`. ValueError: `read.locate`."""
+    return ",".join(str(read.locate(name)) for name in origins.names(str(path)))
 
 
 def _missing(found: Source) -> list[str]:

@@ -18,7 +18,6 @@ from blip_jax.inference.batching import at_least, padded
 from blip_jax.inference.verbs import LEAST_TOKENS, TEXTS, Pretrained, checked, seeded
 
 QUESTION = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}  # BLIP-2 paper, section 4.1
-MOST_PROMPT = 1024  # tokens
 CANDIDATES = 64  # texts that are scored at once after each prompt
 
 
@@ -136,10 +135,10 @@ class Prompted(Pretrained):
         least, most = inputs.whole(least, "min_length"), inputs.whole(most, "max_length")
         if rule not in beam.RULES:
             raise ValueError(f"rule is {inputs.shown(rule)}: choose one of {', '.join(beam.RULES)}")
-        if not 0 <= least <= most or not 1 <= most <= MOST_PROMPT:
+        if not 0 <= least <= most or not 1 <= most <= language.MOST_PROMPT:
             raise ValueError(
                 f"min_length, max_length are {inputs.shown(least)}, {inputs.shown(most)} new tokens: give lengths in "
-                f"order, the second from 1 to {MOST_PROMPT}"
+                f"order, the second from 1 to {language.MOST_PROMPT}"
             )
         how = programs.Method(
             method,
@@ -157,44 +156,22 @@ class Prompted(Pretrained):
             raise ValueError("; ".join(wrong))
         return how
 
-    @property
-    def _special(self) -> language.Ids:
-        """OPT begins a text with its "</s>" and ends it with a new line, T5 begins with padding."""
-        if self.cfg.model.llm.kind == "opt":
-            return language.Ids(self.tokenizer.bos, self.tokenizer.newline, self.tokenizer.pad)
-        return language.Ids(self.tokenizer.pad, self.tokenizer.eos, self.tokenizer.pad)
-
     def _prompts(self, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[n,T], mask bool[n,T]: T is the bucket of the longest, before which or behind which the others are
-        padded. ValueError: one that leaves no room for `most` more tokens."""
-        opt = self.cfg.model.llm.kind == "opt"
-        room = MOST_PROMPT
-        if opt:
-            room = min(room, self.cfg.model.llm.positions - self.cfg.model.qformer.queries - most)
-        sizes = self.tokenizer.lengths(prompts, 1 << 20)
-        if (longest := int(sizes.max())) > room:
-            raise ValueError(
-                f"prompt {int(sizes.argmax())} has {longest} tokens: at most {room} are read, so that {most} new ones "
-                "have room; shorten it"
-            )
-        T = min(at_least(longest, LEAST_TOKENS), room)
-        return self.tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
+        return language.prompt_ids(self.model, self.tokenizer, prompts, most)
 
     # --- work ---------------------------------------------------------------------------------------------------------
     def _texts_behind(self, pictures: list, prompts: list[str], how: programs.Method, seed) -> list[list[tuple]]:
         """[(text, log_prob), ...] of each picture and its prompt."""
         i, t = inputs.pairs(len(pictures), len(prompts), "prompts")
         ids, mask = self._prompts(prompts, how.max_length - 1)
-        seed = seeded(seed)
+        seed, special = seeded(seed), language.special(self.model, self.tokenizer)
 
         def rows(at: slice):
             img = self._pixels([pictures[j] for j in i[at]])
             names = [hashlib.blake2b(x, digest_size=16).hexdigest() + prompts[j] for x, j in zip(img, t[at])]
             return img, np.stack([programs.example_key(name, seed) for name in names]), ids[t[at]], mask[t[at]]
 
-        program = self._program(
-            ("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, self._special)
-        )
+        program = self._program(("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, special))
         limit = self._images_of(how.n if how.kind == "nucleus" else how.beams)
         found = self._map(program, len(t), rows, limit)
         return [

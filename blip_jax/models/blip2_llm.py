@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,11 @@ from blip_jax.models.vision.towers import tower
 from blip_jax.models.vision.vit import torch_uniform
 
 LANGUAGE_MODELS = {"opt": Opt, "t5": T5}  # kind of cfg.model.llm -> its class
+
+
+def language_model(sizes: Mapping, **settings) -> Opt | T5:
+    """The language model of these sizes, `cfg.model.llm`; its other fields are `settings`."""
+    return LANGUAGE_MODELS[sizes["kind"]](**{name: x for name, x in sizes.items() if name != "kind"}, **settings)
 
 
 class Blip2Llm(nn.Module):
@@ -89,9 +95,8 @@ class Blip2Llm(nn.Module):
             remat=self.remat,
             dtype=self.dtype,
         )
-        llm = dict(self.llm_sizes)
-        self.llm = LANGUAGE_MODELS[llm.pop("kind")](
-            **llm, init_std=self.init_std, dropout=self.llm_dropout, remat=self.remat, dtype=self.dtype
+        self.llm = language_model(
+            self.llm_sizes, init_std=self.init_std, dropout=self.llm_dropout, remat=self.remat, dtype=self.dtype
         )
         self.llm_proj = Dense(
             self.embed_width,

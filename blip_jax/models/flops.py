@@ -158,9 +158,9 @@ def looking(model) -> float:
     return q.layers // 2 * (2 * q.queries * 2 * q.width**2 + 4 * q.queries * positions(model) * q.width)
 
 
-def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True) -> dict[str, float]:
+def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True, itg: bool = True) -> dict[str, float]:
     """FLOPs per image-text pair of a step of BLIP-2's first stage (BLIP-2 paper, section 3.1), result as
-    `pretrain_step`; frozen: the tower has no backward.
+    `pretrain_step`; frozen: the tower has no backward; itg: texts are generated.
 
     Keys and values of an image are computed once for the queries and the three matching groups, and the text that is
     generated reads the queries' of the same pass.
@@ -174,8 +174,8 @@ def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True) -> dict[st
         "queries": qformer_layers(model, q.queries) + looking(model),
         "text": qformer_layers(model, T),
         "match": 3 * (qformer_layers(model, q.queries + T) + looking(model) + 2 * q.queries * q.width * 2),
-        "decoder": qformer_layers(model, T - 1, q.queries),
-        "lm_head": (T - 1) * lm_head(q),
+        "decoder": qformer_layers(model, T - 1, q.queries) if itg else 0.0,
+        "lm_head": (T - 1) * lm_head(q) if itg else 0.0,
         "itc": project + similarity,
     }
     forward = sum(parts.values())
