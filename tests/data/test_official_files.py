@@ -1,5 +1,6 @@
-"""Readers of the official files of the paper's tasks, and of BLIP's own: the same questions from both, pictures and videos
-in the layouts that people have, and what is odd about them."""
+"""Readers of the official files of the paper's tasks, and of BLIP's own: the same from both, pictures and videos in the
+layouts that people have, and what is odd about them.
+"""
 
 import json
 import pathlib
@@ -15,8 +16,8 @@ MINI = pathlib.Path(__file__).resolve().parent.parent / "mini"
 
 
 def opened(kind, *paths, images):
-    path = str(MINI / paths[0]) if len(paths) == 1 else "{" + ",".join(str(MINI / path) for path in paths) + "}"
-    return open_source("s", config.source(kind, path, images=str(images)))
+    path = paths[0] if len(paths) == 1 else "{" + ",".join(paths) + "}"
+    return open_source("s", config.source(kind, f"{MINI}/{path}", images=str(images)))
 
 
 def read(path):
@@ -70,7 +71,7 @@ def test_dialogs(split, dense, dialogs):
 
 def test_dialogs_that_do_not_belong_together_or_are_none(dialogs, tmp_path):
     val, dense = "visdial/visdial_1.0_val.json", "visdial/visdial_1.0_train_dense_sample.json"
-    with pytest.raises(ValueError, match=r"4 dense annotations are of rounds .* do not hold, such as \[\(790, 9\)"):
+    with pytest.raises(ValueError, match=r"3 dense annotations are of rounds .* do not hold, such as \[\(790, 9\)"):
         opened("visdial", val, dense, images=dialogs)
     with pytest.raises(ValueError, match="neither dialogs of Visual Dialog 1.0"):
         opened("visdial", "vqa/annotation/vqa_val.json", images=dialogs)
