@@ -23,6 +23,14 @@ class Ids(NamedTuple):
     pad: int
 
 
+def special(kind: str, tokenizer) -> Ids:
+    """Of a language model of `kind`: OPT begins a text with its "</s>" and ends it with a new line, T5 begins with
+    padding."""
+    if kind == "opt":
+        return Ids(tokenizer.bos, tokenizer.newline, tokenizer.pad)
+    return Ids(tokenizer.pad, tokenizer.eos, tokenizer.pad)
+
+
 def generating(model, method: Method, special: Ids) -> Callable:
     """Texts that follow a prompt about each image.
 
@@ -57,11 +65,12 @@ def behind(apply: Callable, soft, ids, txt_mask, keys, method: Method, special: 
 def likelihood(model) -> Callable:
     """How likely each of C given texts is after each image's prompt.
 
-    (params, img, ids, txt_mask as of `generating`, out_ids i32[C,U], out_mask bool[C,U], and question and its mask) ->
-    {"nll": f32[B,C]}, the sum of the negative log-likelihoods of a text's tokens.
+    (params, img, ids, txt_mask, and maybe question and its mask as of `generating`, out_ids i32[C,U], out_mask
+    bool[C,U]) -> {"nll": f32[B,C]}, the sum of the negative log-likelihoods of a text's tokens.
     """
 
-    def nll(params, img, ids, txt_mask, out_ids, out_mask, *question):
+    def nll(params, img, ids, txt_mask, *more):
+        *question, out_ids, out_mask = more
         apply = functools.partial(model.apply, {"params": text_layers_apart(params)})
         soft = apply(encode_pixels(model, params, img), *question, method="soft_prompt")
         return {"nll": apply(soft, ids, txt_mask, out_ids, out_mask, method="nll")}
