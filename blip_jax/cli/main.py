@@ -175,17 +175,19 @@ def convert(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    """blip-jax demo."""
-    default = configs.ROOT / "configs" / "scenes.py"
+    """blip-jax demo, and blip-jax demo blip2."""
+    later = argv[1:2] == ["blip2"]
+    default = configs.ROOT / "configs" / ("scenes_blip2.py" if later else "scenes.py")
+    argv = [argv[0], *argv[1 + later :]]
     if not configs.given(argv):
         if not default.exists():
             raise ValueError(f"{default} is missing: run from a checkout of the project, or give --config")
         argv = [argv[0], f"--config={default}", *argv[1:]]
     cfg, values = config_of_run(argv)
-    from blip_jax.demo import stages
+    from blip_jax.demo import blip2, stages
 
     with Interrupt():
-        return AGAIN if stages.run(cfg, values.workdir)["stopped"] else 0
+        return AGAIN if (blip2 if later else stages).run(cfg, values.workdir)["stopped"] else 0
 
 
 def bench(argv: list[str]) -> int:
@@ -193,6 +195,13 @@ def bench(argv: list[str]) -> int:
     from blip_jax.cli.bench import bench
 
     return bench(argv)
+
+
+def score(argv: list[str]) -> int:
+    """blip-jax score."""
+    from blip_jax.cli.score import score
+
+    return score(argv)
 
 
 def plan(argv: list[str]) -> int:
@@ -214,6 +223,7 @@ COMMANDS = {
     "answer": infer.answer,
     "features": infer.features,
     "demo": demo,
+    "score": score,
     "bench": bench,
     "plan": plan,
 }

@@ -41,9 +41,8 @@ def kinds(family: str, names: Iterable[str]) -> dict[str, str]:
 def family_of(cfg) -> str:
     """The family of a run of ours of `cfg`, "" of one of BLIP."""
     kind = cfg.model.llm.kind if cfg.model.get("llm") else ""
-    return {"blip2_stage1": "blip2", "blip2_stage2": f"blip2_{kind}", "blip2_vqa": f"instruct_{kind}"}.get(
-        cfg.objective, ""
-    )
+    families = {"blip2_stage1": "blip2", "blip2_stage2": f"blip2_{kind}", "blip2_vqa": f"instruct_{kind}"}
+    return (families | {"language": kind}).get(cfg.objective, "")
 
 
 def depth(tensors: Mapping) -> int:

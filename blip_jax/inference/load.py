@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
     """A trained model."""
 
     model: Any  # a module of blip_jax.models
-    params: dict  # on the devices of a mesh, or NumPy f32
+    params: dict  # on the devices of a mesh; else NumPy f32, or what is read as such when numpy.asarray is called on it
     cfg: ConfigDict  # config.base with the checkpoint's objective, model and texts
     tokenizer: Any  # of data.text; None of a model that reads no text
     origin: str  # the checkpoint folder, file or Hugging Face folder
@@ -78,7 +78,7 @@ def load(
 
     Args:
       mesh: where the parameters go, placed by `sharding` and rounded to the dtype once; None: they stay on the host in
-        float32.
+        float32, those of a BLIP-2 where they lie.
       dtype: of the computation, "float32" | "bfloat16"; "": as it was trained.
       vocab, heads: as in `convert.read.read`.
     ValueError: `read.read`; initial weights, which are no model; a mesh that does not divide a parameter.
@@ -97,9 +97,13 @@ def load(
     questions = (found.questions or vocabulary.of_questions(found)) if vocabulary.reads_questions(found) else ""
     own = found.family != "blip2_vision"  # which reads no text
     tokenizer = tokenizers.of(cfg.model, _vocabulary(found, path), questions) if own else None
-    params = jax.tree.map(np.asarray, params) if mesh is None else placed(params, mesh, cfg.model.dtype)
-    where = ",".join(str(read.locate(name)) for name in origins.names(str(path)))
-    return Loaded(build(cfg), params, cfg.lock(), tokenizer, where)
+    params = params if mesh is None else placed(params, mesh, cfg.model.dtype)
+    return Loaded(build(cfg), params, cfg.lock(), tokenizer, place(path))
+
+
+def place(path) -> str:
+    """Where the model lies that `path` names: `Loaded.origin`. ValueError: `read.locate`."""
+    return ",".join(str(read.locate(name)) for name in origins.names(str(path)))
 
 
 def _missing(found: Source) -> list[str]:

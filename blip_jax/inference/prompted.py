@@ -19,7 +19,6 @@ from blip_jax.inference.batching import at_least, padded
 from blip_jax.inference.verbs import LEAST_TOKENS, TEXTS, Pretrained, checked, seeded
 
 QUESTION = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}  # BLIP-2 paper, section 4.1
-MOST_PROMPT = 1024  # tokens
 CANDIDATES = 64  # texts that are scored at once after each prompt
 
 
@@ -144,10 +143,10 @@ class Prompted(Pretrained):
         least, most = inputs.whole(least, "min_length"), inputs.whole(most, "max_length")
         if rule not in beam.RULES:
             raise ValueError(f"rule is {inputs.shown(rule)}: choose one of {', '.join(beam.RULES)}")
-        if not 0 <= least <= most or not 1 <= most <= MOST_PROMPT:
+        if not 0 <= least <= most or not 1 <= most <= language.MOST_PROMPT:
             raise ValueError(
                 f"min_length, max_length are {inputs.shown(least)}, {inputs.shown(most)} new tokens: give lengths in "
-                f"order, the second from 1 to {MOST_PROMPT}"
+                f"order, the second from 1 to {language.MOST_PROMPT}"
             )
         how = programs.Method(
             method,
@@ -166,28 +165,10 @@ class Prompted(Pretrained):
         return how
 
     def _prompts(self, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[n,T], mask bool[n,T]: T is the bucket of the longest, before which or behind which the others are
-        padded. ValueError: one that leaves no room for `most` more tokens."""
-        opt = self.cfg.model.llm.kind == "opt"
-        room = MOST_PROMPT
-        if opt:
-            room = min(room, self.cfg.model.llm.positions - self.cfg.model.qformer.queries - most)
-        sizes = self.tokenizer.lengths(prompts, 1 << 20)
-        if (longest := int(sizes.max())) > room:
-            raise ValueError(
-                f"prompt {int(sizes.argmax())} has {longest} tokens: at most {room} are read, so that {most} new ones "
-                "have room; shorten it"
-            )
-        T = min(at_least(longest, LEAST_TOKENS), room)
-        return self.tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
+        return language.prompt_ids(self.model, self.tokenizer, prompts, most)
 
     def _questions(self, asked: list[str]) -> tuple[np.ndarray, ...]:
-        """What the Q-Former reads, ids i32[n,T'] and mask; () where it reads nothing."""
-        if not self.model.questions:
-            return ()
-        own, most = self.tokenizer.questions, self.cfg.text.max_len
-        T = min(at_least(int(own.lengths(asked, most).max()), LEAST_TOKENS), most)
-        return own.encode(asked, T, keep_end=True)
+        return language.question_ids(self.model, self.tokenizer, asked, self.cfg.text.max_len)
 
     # --- work ---------------------------------------------------------------------------------------------------------
     def _texts_behind(
@@ -197,6 +178,7 @@ class Prompted(Pretrained):
         i, t = inputs.pairs(len(pictures), len(prompts), "prompts")
         ids, mask = self._prompts(prompts, how.max_length - 1)
         question, seed = self._questions(asked or prompts), seeded(seed)
+        special = language.special(self.model, self.tokenizer)
 
         def rows(at: slice):
             img = self._pixels([pictures[j] for j in i[at]])
@@ -209,7 +191,6 @@ class Prompted(Pretrained):
                 *(x[t[at]] for x in question),
             )
 
-        special = language.special(self.cfg.model.llm.kind, self.tokenizer)
         program = self._program(("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, special))
         limit = self._images_of(how.n if how.kind == "nucleus" else how.beams)
         found = self._map(program, len(t), rows, limit)

@@ -41,6 +41,7 @@ def begin(model: nn.Module, **qformer) -> None:
         kv_width=model.vit_sizes["width"],
         init_std=model.init_std,
         dropout=model.dropout,
+        remat=model.remat,
         dtype=model.dtype,
         **qformer,
     )

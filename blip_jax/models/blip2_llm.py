@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,11 @@ from blip_jax.models.text.t5 import T5
 from blip_jax.models.vision.vit import torch_uniform
 
 LANGUAGE_MODELS = {"opt": Opt, "t5": T5}  # kind of cfg.model.llm -> its class
+
+
+def language_model(sizes: Mapping, **settings) -> Opt | T5:
+    """The language model of these sizes, `cfg.model.llm`; its other fields are `settings`."""
+    return LANGUAGE_MODELS[sizes["kind"]](**{name: x for name, x in sizes.items() if name != "kind"}, **settings)
 
 
 class Blip2Llm(nn.Module):
@@ -65,9 +71,8 @@ class Blip2Llm(nn.Module):
 
     def setup(self):
         blip2.begin(self, text=self.questions, head=False)
-        llm = dict(self.llm_sizes)
-        self.llm = LANGUAGE_MODELS[llm.pop("kind")](
-            **llm, init_std=self.init_std, dropout=self.llm_dropout, dtype=self.dtype
+        self.llm = language_model(
+            self.llm_sizes, init_std=self.init_std, dropout=self.llm_dropout, remat=self.remat, dtype=self.dtype
         )
         init = torch_uniform(self.qformer_sizes["width"])
         self.llm_proj = Dense(self.embed_width, dtype=self.dtype, kernel_init=init, bias_init=init)
@@ -98,6 +103,8 @@ class Blip2Llm(nn.Module):
         question i32[B,T], question_mask bool[B,T]: [CLS] ... [SEP] of the Q-Former's vocabulary, which the queries read
         beside the image, where the model has `questions`.
         """
+        if self.questions and question is None:
+            raise ValueError("question is None, but this Q-Former reads one: give its ids and mask")
         kv = self.qformer.image_kv(img_tok)
         if question is None:
             qry, _ = self.qformer.look(self.query_tokens, kv, deterministic=deterministic)

@@ -179,7 +179,7 @@ def answered(loaded, data: EvalRows, mesh):
     size, task = runner.size(len(data), cfg.eval.batch), cfg.task
     how = Method("beam", beams=task.beams, length_penalty=task.length_penalty, repetition_penalty=1.0, rule="lavis")
     how = how._replace(**limits.lengths(1, 0, task.max_length))
-    ids = language.special(cfg.model.llm.kind, tokenizer)
+    ids = language.special(loaded.model, tokenizer)
     program = vqa.jitted(language.generating, loaded.model, how, ids)
     names = ("img", "keys", "ids", "txt_mask", "question", "question_mask")
 

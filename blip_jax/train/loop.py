@@ -350,11 +350,11 @@ def evaluate(cfg, workdir, path="") -> dict:
     say(f"evaluating {origin} on {len(data)} examples")
     params = placed(params, mesh, cfg.model.dtype)
     result = task.evaluate(Loaded(model, params, cfg, tokenizer, str(origin)), data, mesh)
-    _write_result(workdir, task, result, str(origin))
+    _write_result(workdir, task, cfg, result, str(origin))
     return result
 
 
-def _write_result(workdir: pathlib.Path, task, result: dict, checkpoint: str) -> None:
+def _write_result(workdir: pathlib.Path, task, cfg, result: dict, checkpoint: str) -> None:
     """evaluation.json with the numbers, predictions.json, and what a server wants, as far as the task has them."""
     if jax.process_index() != 0:
         return
@@ -363,7 +363,10 @@ def _write_result(workdir: pathlib.Path, task, result: dict, checkpoint: str) ->
     if "predictions" in result:
         files.append(("predictions.json", json.dumps(result["predictions"], indent=1) + "\n"))
     if hasattr(task, "submission"):
-        files.append(task.submission(result))
+        try:
+            files.append(task.submission(result, cfg))
+        except ValueError as e:
+            say(f"nothing is written for a server: {e}")
     for name, text in files:  # whole or not at all
         beside = workdir / f"{name}.tmp"
         beside.write_text(text, encoding="utf-8")

@@ -72,7 +72,7 @@ def directly(model, img, prompt, question, new, **how):
     apply = lambda *args, method: model.model.apply({"params": model.params}, *args, method=method)
     soft = apply(apply(img, method="encode_image"), *rows[2:], method="soft_prompt")
     method = Method("beam", rule="lavis", **how, **limits.lengths(1, 0, new))
-    special = language.special("t5", t5)
+    special = language.special(model.model, t5)
     found = language.behind(apply, soft, *rows[:2], jnp.zeros((1, 2), jnp.uint32), method, special)
     return t5.decode(np.asarray(found["ids"])[0, 0, 1:]), float(found["log_prob"][0, 0])
 

@@ -114,7 +114,7 @@ def test_limits_count_new_tokens_whatever_the_prompt_and_the_queries_take(llm, m
     model, rows, special = (
         models(llm),
         decoded(llm),
-        language.special(models(llm).cfg.model.llm.kind, models(llm).tokenizer),
+        language.special(models(llm).model, models(llm).tokenizer),
     )
     for prompt in ("", "a photo of a large blue square and a green star on the left"):
         rows.clear()
@@ -146,7 +146,7 @@ def test_presets_of_questions_are_the_evaluations_of_lavis(models, monkeypatch):
 @KINDS
 def test_a_text_ends_and_is_filled_by_the_tokenizers_own_ids(llm, models):
     model = models(llm)
-    found = language.special(model.cfg.model.llm.kind, model.tokenizer)
+    found = language.special(model.model, model.tokenizer)
     t = model.tokenizer
     assert found == ((t.bos, t.newline, t.pad) if llm == "opt" else (t.pad, t.eos, t.pad))
     if llm == "opt":

@@ -293,9 +293,10 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(pretrained, tiny
     ranked = loop.evaluate(cfg, tmp_path / "run")
     assert {k: v for k, v in ranked.items() if k != "predictions"} == out["eval"]
     told = json.loads((tmp_path / "run" / "predictions.json").read_text())
-    assert told == json.loads((tmp_path / "run" / "v2_OpenEnded_mscoco_blip_results.json").read_text())
+    assert told == json.loads((tmp_path / "run" / "v2_OpenEnded_mscoco_train2014_blip_results.json").read_text())
     assert collections.Counter(row["question_id"] for row in told) == collections.Counter(list(QUESTIONS))
     assert {row["answer"] for row in told} <= set(json.loads((files / "answer_list.json").read_text()))
     cfg.task.method, cfg.eval.limit = "generate", 3
     generated = loop.evaluate(cfg, tmp_path / "run")
+    assert "nothing is written for a server: the predictions: 1 of 4 questions have" in capsys.readouterr().out
     assert generated["questions"] == 3 and all(isinstance(row["answer"], str) for row in generated["predictions"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from blip_jax.data.folders import check_links, image_folder, read_image
@@ -78,6 +79,18 @@ class Questions(Source):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def rows(self) -> Iterator[dict]:
+        """The questions as BLIP's lists have them, {question_id, question, image, dataset, answer}, without pictures.
+
+        answer: those of people, the one text of Visual Genome's; absent where none is known. What is no question is
+        left out.
+        """
+        for row in filter(None, self._rows):
+            own = {"question_id": row.number, "question": row.question, "image": row.image, "dataset": row.dataset}
+            if row.answers:
+                own["answer"] = row.answers[0] if row.dataset == "vg" else list(row.answers)
+            yield {name: value for name, value in own.items() if value is not None}
 
     def __getitem__(self, i: int) -> dict:
         key, row = self._keys[i], self._rows[i]

@@ -83,7 +83,9 @@ def rounded_once(params: dict, dtype) -> dict:
 
 
 def stacked_as_bits(params: dict) -> dict:
-    """`as_bits` of the kernels that a scan slices."""
+    """`as_bits` of the kernels that a scan slices, of a model that has a ViT."""
+    if "vit" not in params:
+        return params
     return params | {"vit": params["vit"] | {"blocks": as_bits(params["vit"]["blocks"])}}
 
 
