@@ -206,8 +206,13 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
 
     "predictions" holds them all: [{"question_id", "answer"}], the form that the challenge's server takes.
     """
+    return scored(answered(loaded, data, mesh))
+
+
+def scored(answers) -> dict:
+    """`evaluate`'s numbers of (record, answer)s."""
     given, known = {}, {}
-    for record, answer in answered(loaded, data, mesh):
+    for record, answer in answers:
         number = record["question_id"]
         number = record["key"] if number is None else number
         given[number] = answer

@@ -246,7 +246,8 @@ def prepare(cfg, workdir) -> Run:
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep_vocabulary(cfg.model, tokenizer, workdir)
+    for name, own in tokenizers.parts(tokenizer).items():
+        _keep_vocabulary(own, workdir, name)
     mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
     rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
     data = TrainData(
@@ -299,7 +300,7 @@ def _files(cfg):
     """The tokenizer of a config. ValueError: every file that is missing, of vocabulary and data, before any is read."""
     problems, tokenizer = [], None
     try:
-        tokenizer = tokenizers.of(cfg.model, cfg.text.vocab)
+        tokenizer = tokenizers.of_config(cfg)
     except ValueError as e:
         problems.append(str(e))
     for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
@@ -336,7 +337,7 @@ def evaluate(cfg, workdir, path="") -> dict:
     if not len(cfg.data.eval):
         raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
     origin = read.locate(path) if path else checkpoint.newest(workdir)
-    tokenizer = tokenizers.of(cfg.model, cfg.text.vocab)
+    tokenizer = tokenizers.of_config(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -523,10 +524,10 @@ def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
     return result
 
 
-def _keep_vocabulary(model, tokenizer, workdir: pathlib.Path) -> None:
-    """Copies the vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
-    kept, copy = checkpoint.vocabulary(workdir), checkpoint.vocabulary(workdir, like=tokenizer.path)
-    if kept and _means(model, kept, tokenizer):
+def _keep_vocabulary(tokenizer, workdir: pathlib.Path, name: str) -> None:
+    """Copies a vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
+    kept, copy = (checkpoint.vocabulary(workdir, like, name) for like in ("", tokenizer.path))
+    if kept and _means(kept, tokenizer):
         return
     if kept and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
         raise ValueError(
@@ -541,9 +542,9 @@ def _keep_vocabulary(model, tokenizer, workdir: pathlib.Path) -> None:
             kept.unlink()
 
 
-def _means(model, vocab: pathlib.Path, tokenizer) -> bool:
+def _means(vocab: pathlib.Path, tokenizer) -> bool:
     """Whether a file is the vocabulary of `tokenizer`; one that cannot be read is not."""
     try:
-        return tokenizers.of(model, vocab).crc == tokenizer.crc
+        return type(tokenizer)(vocab).crc == tokenizer.crc
     except ValueError:
         return False

@@ -137,6 +137,26 @@ def test_golden_steps_of_the_optimiser(name, leaves, tolerance):
             close(after[path], x, tolerance, path)
 
 
+def test_image_ids_count_where_the_config_says_so_and_nowhere_else(tiny_vocab):
+    """LAVIS took the other loss as soon as a batch had ids, and failed over those that were texts."""
+    cfg, tokenizer = tiny(**{"text.vocab": str(tiny_vocab)}), Tokenizer(tiny_vocab)
+    record = {"key": "k", "source": "s", "image": b"", "captions": ["a ring"]}
+    for by in (False, True):
+        cfg.task.image_ids = by
+        assert ("image_id" in task.shapes(cfg)) == by
+        found = [
+            task.example(record | {"image_id": i}, np.random.default_rng(0), cfg, tokenizer) for i in ("coco_1", "2")
+        ]
+        assert [("image_id" in row) for row in found] == [by, by]
+    first, other = (row["image_id"] for row in found)
+    again = task.example(record | {"image_id": "coco_1"}, np.random.default_rng(1), cfg, tokenizer)["image_id"]
+    assert first == again != other and first.dtype == np.int64
+    batch = {"ids": jnp.zeros((3, 8)), "image_id": jnp.asarray([5, 5, 7])}
+    assert task.positives(cfg, batch)[0].tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    cfg.task.image_ids = False
+    assert task.positives(cfg, batch)[0].tolist() == np.eye(3, dtype=bool).tolist()
+
+
 # --- what it draws ----------------------------------------------------------------------------------------------------
 def test_negatives_are_never_positives_however_far_the_positives_are_ahead():
     """`temp` is not clamped: similarities may be so large that all but the positives underflow in a softmax over
