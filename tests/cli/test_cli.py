@@ -351,10 +351,10 @@ def test_demo_is_given_its_own_config_or_another(config_file, tmp_path, monkeypa
 
 
 def test_a_run_that_diverges_ends_with_status_1(config_file, tmp_path, capsys, monkeypatch):
-    from blip_jax.train import loop
+    from blip_jax.train import loop, saving
 
     def diverges(cfg, workdir):
-        raise loop.NonFiniteLoss("step 7: a loss is not finite")
+        raise saving.NonFiniteLoss("step 7: a loss is not finite")
 
     monkeypatch.setattr(loop, "fit", diverges)
     assert main.main(["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == 1
