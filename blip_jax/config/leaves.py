@@ -33,6 +33,7 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     # the .txt, else this field of the .json; another name, or "json/caption", the field of the .json alone; "txt" the
     # .txt alone
     c.caption_key = "caption"
+    c.split = ""  # karpathy: train (COCO's with restval) | val | test
     c.count = 0  # scenes: number of records
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square

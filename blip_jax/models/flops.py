@@ -6,7 +6,8 @@ optimiser are left out, as is usual for model FLOPs. A training step is counted 
 plus twice the
 forward of what trains: one product for the gradient of the weights, one for that of the inputs, which is left out where
 nobody needs it (pixels, momentum features, queue). The momentum pass has no backward. Recomputation by
-`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained. Captioning and filtering
+`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained, but for BLIP-2's tower
+and language model. Captioning and filtering
 are counted per image; `model` is a `cfg.model`.
 """
 

@@ -59,8 +59,7 @@ def test_a_layer_of_the_step_costs_what_xla_counts(kind):
     assert formula < xla < 1.05 * formula
 
 
-@pytest.mark.parametrize("method", ["nucleus", "beam"])
-@pytest.mark.parametrize("kind", LLMS)
+@pytest.mark.parametrize("kind, method", [("stage 1", "nucleus"), ("opt", "beam"), ("t5", "nucleus")])
 def test_a_generated_text_costs_what_its_program_does(kind, method):
     cfg = sized(kind, 4 if kind == "stage 1" else 2)
     model, n, prompt, tokens = tasks.build(cfg), 3, 5, 9
@@ -88,16 +87,8 @@ def test_the_first_stage_of_the_papers_size_costs_the_least_that_the_maths_needs
     """701 GFLOP a pair with 32 positions, ViT-g frozen and keys and values of an image once."""
     cfg = config.blip2("eva_g").unlock()
     cfg.task, cfg.loss.group_size, cfg.train.batch = blip2_stage1.leaves(), 100, 200
+    cfg.model.dtype = "float32"  # whose products on a CPU are those of an accelerator in bfloat16
     with stack.looped():  # as on accelerators
         counted = flops.count_jaxpr(traced_step(cfg).jaxpr) / cfg.train.batch
     assert counted <= 1.03 * 701e9
     assert counted == pytest.approx(blip2_stage1.flops(cfg)["step"], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "llm, tokens, giga",
-    [("", 20, 601), ("opt_2.7b", 20, 937), ("flant5_xl", 20, 708)],
-)
-def test_captions_of_the_papers_size(llm, tokens, giga):
-    model = config.blip2("eva_g", llm=llm).model
-    assert flops.blip2_caption_image(model, 1, tokens) / 1e9 == pytest.approx(giga, rel=0.01)

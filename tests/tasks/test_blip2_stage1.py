@@ -232,16 +232,17 @@ def test_cost_at_full_size_is_the_least_that_the_maths_needs():
         assert task.flops(cfg, T=length)["step"] == pytest.approx(least, rel=0.002)
 
 
-def test_a_mesh_changes_nothing():
-    """Loss and gradients of a step with dropout on one device and on eight, split over fsdp and tensor."""
+def test_a_mesh_and_making_layers_again_change_nothing():
+    """Loss and gradients of a step with dropout on one device and on eight, split over fsdp and tensor, whose backward
+    pass keeps nothing of the layers."""
     rng, results = np.random.default_rng(0), []
     batch = {
         "img": rng.integers(0, 256, (B, SIZE, SIZE, 3)).astype(np.uint8),
         "ids": rng.integers(5, 100, (B, T)).astype(np.int32),
         "txt_mask": np.arange(T) < rng.integers(3, T + 1, B)[:, None],
     }
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        cfg = tiny(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape)))
+    for shape, remat in (((1, 1, 1), "none"), ((2, 2, 2), "full")):
+        cfg = tiny(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape)), **{"model.remat": remat})
         model, tx = task.build(cfg), optim.make(cfg, 5)[0]
         if not results:
             start = train_state.create(cfg, model, tx, jax.random.key(0))

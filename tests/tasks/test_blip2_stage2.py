@@ -96,8 +96,9 @@ def loss_of(cfg, model):
 
 
 @pytest.mark.parametrize("llm", ["opt", "flant5"])
-def test_a_mesh_changes_nothing_and_no_gradient_is_of_frozen_parts(llm):
+def test_a_mesh_and_making_layers_again_change_nothing_and_no_gradient_is_of_frozen_parts(llm):
     cfg, model, params = world(llm)
+    again = task.build(tiny(llm, **{"model.remat": "full"}))
     trained, frozen = trees.split(params, cfg.optim.freeze)
     batch = batch_of(cfg)
     grads = jax.jit(jax.value_and_grad(loss_of(cfg, model)))
@@ -112,6 +113,7 @@ def test_a_mesh_changes_nothing_and_no_gradient_is_of_frozen_parts(llm):
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, sharding.shardings_for(x, mesh)) for x in (trained, frozen)]
+        grads = jax.jit(jax.value_and_grad(loss_of(cfg, again)))
         found, found_grads = grads(*placed, jax.device_put(batch, sharding.batch_sharding(mesh)))
     np.testing.assert_allclose(found, want, rtol=1e-5)
     for (path, a), (_, b) in zip(trees.paths(want_grads), trees.paths(jax.device_get(found_grads))):

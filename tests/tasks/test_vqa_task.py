@@ -243,6 +243,25 @@ def test_files_that_do_not_belong(files, tmp_path):
             source[i]
 
 
+def test_without_a_list_of_answers_one_is_made_and_said(tiny_cfg, files, tmp_path, capsys):
+    rows = [{"question_id": n, "question": "?", "image": "x", "answer": ["A ring", "a ring", "no"]} for n in range(9)]
+    rows += [{"question_id": n, "question": "?", "image": "x", "answer": ["rare"]} for n in range(10, 18)]
+    (tmp_path / "many.json").write_text(
+        json.dumps(rows + [{"question": "?", "image": "x", "dataset": "vg", "answer": "rare"}])
+    )
+    tiny_cfg.objective, tiny_cfg.task = "vqa", vqa.leaves()
+    with tiny_cfg.data.unlocked():
+        train = {"vqa": config.source("vqa", str(tmp_path / "many.json"), images=str(tmp_path))}
+        tiny_cfg.data.train = tiny_cfg.data.eval = ConfigDict(train)
+    assert not vqa.check(tiny_cfg) and vqa.candidates(tiny_cfg) == ["ring"]
+    assert "1 answers are ranked, the majority's to 9 or more of the 17 questions" in capsys.readouterr().out
+    tiny_cfg.task.answer_list = str(files / "answer_list.json")
+    assert vqa.candidates(tiny_cfg)[0] == "ring" and len(vqa.candidates(tiny_cfg)) == 6
+    with tiny_cfg.data.unlocked():
+        tiny_cfg.task.answer_list, tiny_cfg.data.train = "", ConfigDict()
+    assert "no data.train to make one from" in vqa.check(tiny_cfg)[0]
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def pretrained(tiny_cfg, tmp_path):
