@@ -29,14 +29,13 @@ from blip_jax.capfilt.input import Batch, Records
 from blip_jax.capfilt.shards import Keys, Plan, ShardWriter, finished, writing
 from blip_jax.config import text_side
 from blip_jax.console import say
-from blip_jax.convert import read
 from blip_jax.data.batches import open_all
 from blip_jax.data.ledger import Ledger
 from blip_jax.data.text.clean import clean_caption
-from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.inference import programs
+from blip_jax.inference import language, programs
 from blip_jax.inference.batching import Runner, alone, behind, placed
-from blip_jax.inference.load import Loaded, checksum, load
+from blip_jax.inference.load import Loaded, checksum, load, place
+from blip_jax.models.blip2_llm import Blip2Llm
 from blip_jax.parallel import sharding
 from blip_jax.parallel.interrupt import Interrupt, Stopped, check
 from blip_jax.parallel.processes import agree, holding
@@ -77,7 +76,7 @@ def _run(cfg, out: pathlib.Path, process: int, processes: int, stop: Interrupt, 
     lengths = {name: len(source) for name, source in sources.items()}
 
     # nothing is made for an `out` that holds a run with other settings, or that the processes do not share
-    record = settings.on_record(cfg, _record(captioner), _record(judge), captioner.tokenizer.crc, lengths)
+    record = settings.on_record(cfg, _record(captioner, judge), _record(judge), judge.tokenizer.crc, lengths)
     with writing("the settings", out):
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(holding(lock.held(out, lock.Share(process, processes)), each=True))
@@ -117,24 +116,30 @@ def models(cfg) -> tuple[Loaded, Loaded]:
     ValueError: a checkpoint that cannot be read or cannot do its work, vocabularies that differ, a prompt without room
       behind it.
     """
-    captioner = load(cfg.captioner, dtype=cfg.dtype, vocab=cfg.text.vocab)
-    same = read.locate(cfg.filter) == pathlib.Path(captioner.origin)
+    captioner = load(cfg.captioner, dtype=cfg.dtype, vocab=cfg.text.captioner_vocab or cfg.text.vocab)
+    same = place(cfg.filter) == captioner.origin
     judge = captioner if same else load(cfg.filter, dtype=cfg.dtype, vocab=cfg.text.vocab)
-    captioner.require("caption", "captioner")
+    captioner.require("generate" if _is_language_model(captioner) else "caption", "captioner")
     judge.require("match", "filter")
 
     tokenizer = captioner.tokenizer
-    if tokenizer.crc != judge.tokenizer.crc:
+    if not _is_language_model(captioner) and tokenizer.crc != judge.tokenizer.crc:
         raise ValueError(
             f"captioner and filter have different vocabularies, {tokenizer.path} and {judge.tokenizer.path}: fine-tune "
             "both from the same pre-training"
         )
-    if captioner.cfg.text.prompt != cfg.text.prompt:
+    if captioner.cfg.text.prompt.strip() != cfg.text.prompt.strip():
         say(
             f"capfilt: captions continue text.prompt={cfg.text.prompt!r}; the captioner was trained with "
             f"{captioner.cfg.text.prompt!r}"
         )
 
+    if _is_language_model(captioner):
+        try:
+            language.prompt_ids(captioner.model, tokenizer, [cfg.text.prompt.strip()], cfg.method.max_length)
+        except ValueError as e:
+            raise ValueError(f"text.prompt={cfg.text.prompt!r} and method.max_length do not fit: {e}") from None
+        return captioner, judge
     prompt, method = len(programs.prompt_ids(tokenizer, cfg.text.prompt)), cfg.method
     room = text_side(captioner.cfg.model).positions
     if not prompt < method.max_length <= room:
@@ -145,8 +150,16 @@ def models(cfg) -> tuple[Loaded, Loaded]:
     return captioner, judge
 
 
-def _record(model: Loaded) -> dict:
-    return {"path": model.origin, "crc32": checksum(model.params)}
+def _is_language_model(captioner: Loaded) -> bool:
+    return isinstance(captioner.model, Blip2Llm)
+
+
+def _record(model: Loaded, beside: Loaded | None = None) -> dict:
+    """What `settings.on_record` says of a model, of which the words are said where they are not those of `beside`."""
+    words = {}
+    if beside is not None and model.tokenizer.crc != beside.tokenizer.crc:
+        words = {"vocabulary": model.tokenizer.crc}
+    return {"path": model.origin, "crc32": checksum(model.params), **words}
 
 
 def _mesh(cfg) -> Mesh:
@@ -167,11 +180,15 @@ class Devices:
     def __init__(self, cfg, mesh: Mesh, captioner: Loaded, judge: Loaded):
         self._run, self._seed, self._judge, self._captioner = Runner(mesh), cfg.seed, judge, captioner
         self.size = cfg.device_batch * self._run.unit  # pictures of a batch
-        self.method = settings.method_of(cfg)
-        self.prompt_len = len(programs.prompt_ids(captioner.tokenizer, cfg.text.prompt))
-        self.width = 1 + self.method.n  # texts of a picture in a pass of the filter
+        self.width = 1 + cfg.method.n  # texts of a picture in a pass of the filter
 
-        caption = programs.captioner(captioner.model, captioner.tokenizer, cfg.text.prompt, self.method)
+        if _is_language_model(captioner):  # whose texts have a start id before them, but no prompt
+            how, prompt, self.prompt_len = settings.method_of_language_model(cfg), cfg.text.prompt.strip(), 1
+            caption = language.captioner(captioner.model, captioner.tokenizer, prompt, how)
+        else:
+            how, prompt = settings.method_of(cfg), cfg.text.prompt
+            self.prompt_len = len(programs.prompt_ids(captioner.tokenizer, prompt))
+            caption = programs.captioner(captioner.model, captioner.tokenizer, prompt, how)
         view = programs.view(judge.model, "kv", "img_emb")
         seen = {name: programs.VIEW_ROWS[name] for name in ("kv", "img_emb")}
         self._caption = jax.jit(alone(caption, mesh, (0, 0), 0))
@@ -205,7 +222,7 @@ class Devices:
         return self._run.put(rows, self.size)
 
 
-def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iterator:
+def _decided(cfg, data: Records, devices: Devices, tokenizer) -> Iterator:
     """(Batch, rows of the decision table of each of its examples), batch by batch.
 
     Three streams, each of which takes from the one before: `begun`, batches that the devices caption and view;
@@ -239,7 +256,7 @@ def _decided(cfg, data: Records, devices: Devices, tokenizer: Tokenizer) -> Iter
             yield batch, decided
 
 
-def _texts(batch: Batch, made: dict, tokenizer: Tokenizer, prompt_len: int, max_words: int) -> list[list[Row]]:
+def _texts(batch: Batch, made: dict, tokenizer, prompt_len: int, max_words: int) -> list[list[Row]]:
     """Rows, not scored yet, of every example: its web texts, then its synthetic ones. Unreadable ones have none."""
     out = []
     for example, ids, log_probs in zip(batch.examples, made["ids"], made["log_prob"]):

@@ -14,13 +14,14 @@ from blip_jax import __version__
 from blip_jax.capfilt import shards
 from blip_jax.config import capfilt
 from blip_jax.console import plain, revision
+from blip_jax.decode import limits
 from blip_jax.inference.programs import MOST_BEAMS, MOST_SAMPLED, Method
 from blip_jax.trees import flat
 
 FILE = "capfilt.json"
 # what may differ between two starts of one run: places and speed, nothing that changes a result
 NOT_COMPARED = re.compile(
-    r"written_by|(captioner|filter)\.path|settings\.(captioner|filter|text\.vocab)|"
+    r"written_by|(captioner|filter)\.path|settings\.(captioner|filter|text\.(captioner_)?vocab)|"
     r"settings\.data\.(threads|prefetch|max_bad_share|sources\.\w+\.(path|images|weight))"
 )
 RANGES = {  # leaf -> (least, most, what that is)
@@ -86,10 +87,17 @@ def method_of(cfg: ConfigDict) -> Method:
     return Method(**cfg.method)
 
 
+def method_of_language_model(cfg: ConfigDict) -> Method:
+    """cfg.method as `language.captioner` takes it: lengths are new tokens, beams are scored as LAVIS does."""
+    how = cfg.method
+    return Method(**how)._replace(rule="lavis", **limits.lengths(1, how.min_length, how.max_length))
+
+
 def on_record(cfg: ConfigDict, captioner: dict, judge: dict, vocabulary: int, lengths: dict[str, int]) -> dict:
     """What OUT/capfilt.json says: settings, checkpoints, vocabulary, records of each source. Paths are made absolute.
 
-    captioner, judge: {"path", "crc32"} of the checkpoints; vocabulary: Tokenizer.crc.
+    captioner, judge: {"path", "crc32"} of the checkpoints, of a captioner with other words than the filter also its
+    own "vocabulary"; vocabulary: Tokenizer.crc of the filter.
     """
     settings = plain(cfg)
     for src in settings["data"]["sources"].values():

@@ -33,6 +33,7 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     # the .txt, else this field of the .json; another name, or "json/caption", the field of the .json alone; "txt" the
     # .txt alone
     c.caption_key = "caption"
+    c.split = ""  # karpathy: train (COCO's with restval) | val | test
     c.count = 0  # scenes: number of records
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square
@@ -70,7 +71,9 @@ def base(size: str = "base") -> ConfigDict:
     c.model.remat = "none"  # ViT blocks, what the backward pass recomputes: none | dots (keep matmul outputs) | full
 
     c.text = ConfigDict()
-    c.text.vocab = ""  # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size
+    # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size. A language model has its
+    # own, vocab.json or spiece.model, and behind a comma BERT's where the Q-Former reads questions.
+    c.text.vocab = ""
     c.text.max_len = 30  # T, tokens, padded
     # Lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
     # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
@@ -172,11 +175,14 @@ def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigD
         c.model.dropout = 0.1  # Q-Former: hidden states and attention probabilities
         c.model.llm_dropout = 0.1 if llm else 0.0  # of the frozen language model: the original runs it in training mode
         c.model.dtype = "bfloat16"
-        c.model.remat = "none"  # blocks of the tower, where it is trained
+        # blocks of the tower, where it is trained, as in BLIP; full: layers of Q-Former and language model, too
+        c.model.remat = "none"
         # epsilon of ln_vision: LAVIS's 1e-5, Hugging Face's conversions 1e-6
         c.model.vision_eps = 1e-5
         c.text.max_len = 32
         c.text.max_words = 50
+        # what a Q-Former that reads questions is given: "{}" the question alone; "": all that the language model reads
+        c.text.question = ""
         c.optim.freeze = ("vit/.*", "llm/.*") if llm else ("vit/.*",)
         c.optim.lr, c.optim.min_lr, c.optim.warmup_lr = 1e-4, 5e-5 if llm else 1e-5, 1e-6
         c.optim.schedule, c.optim.warmup_steps = "cosine", 2000
@@ -190,16 +196,19 @@ def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigD
 def capfilt() -> ConfigDict:
     """Every leaf of a CapFilt run (`blip-jax capfilt`) with the paper's values; the models bring their own settings."""
     c = ConfigDict()
-    # of a model with a decoder: workdir, checkpoint folder, .pth, Hugging Face folder or name on its hub
+    # of a model with a decoder or a language model: workdir, checkpoint folder, .pth, Hugging Face folder or name on
+    # its hub; or several with commas, a BLIP-2 and the parts that its file lacks
     c.captioner = ""
-    c.filter = ""  # likewise, of a model with an encoder and a matching head; its vocabulary must be the captioner's
+    # likewise, of a model with an encoder and a matching head; its vocabulary must be the captioner's, if that is no
+    # language model
+    c.filter = ""
     c.dtype = ""  # compute of both models: bfloat16 | float32; "": as trained
     c.seed = 42  # root of the random streams; each picture has its own, from its key
     c.threshold = 0.5  # matching probability from which a text is kept
     c.device_batch = 64  # pictures per device and pass; scores may differ in the last bit between sizes
     c.shard_examples = 10_000  # records per output shard, the unit of work that is redone after a kill
 
-    c.method = ConfigDict()  # how captions are made; lengths are tokens and count the prompt
+    c.method = ConfigDict()  # how captions are made; lengths are tokens and count the prompt, but a language model's
     c.method.kind = "nucleus"  # nucleus | beam
     c.method.n = 1  # captions per picture; at most 256, with beam at most method.beams
     c.method.top_p = 0.9  # nucleus: probability that the drawn tokens come from
@@ -217,6 +226,7 @@ def capfilt() -> ConfigDict:
 
     c.text = ConfigDict()
     c.text.vocab = ""  # vocab.txt or tokenizer.json, for models that bring none
+    c.text.captioner_vocab = ""  # the captioner's, where that is another, as of a language model; "": text.vocab
     c.text.prompt = "a picture of "  # what each caption continues, as the captioner was trained
     c.text.max_words = 30  # words kept by the original's cleaning
 

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
+from blip_jax.inference.batching import at_least
 from blip_jax.inference.programs import Method, encode_pixels, written
 from blip_jax.models.layers.dense import text_layers_apart
+
+MOST_PROMPT = 1024  # tokens
+MOST_QUESTION = 128  # tokens that the Q-Former of an InstructBLIP reads
+LEAST_PROMPT = 8  # prompts are padded to this many, or the next power of two
 
 
 class Ids(NamedTuple):
@@ -23,6 +29,44 @@ class Ids(NamedTuple):
     pad: int
 
 
+# --- texts as ids -----------------------------------------------------------------------------------------------------
+def special(model, tokenizer) -> Ids:
+    """OPT begins a text with its "</s>" and ends it with a new line, T5 begins with padding."""
+    if model.llm_sizes["kind"] == "opt":
+        return Ids(tokenizer.bos, tokenizer.newline, tokenizer.pad)
+    return Ids(tokenizer.pad, tokenizer.eos, tokenizer.pad)
+
+
+def prompt_ids(model, tokenizer, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids i32[n,T], mask bool[n,T] of prompts behind which up to `most` tokens will stand.
+
+    T is the bucket of the longest, before which (OPT) or behind which (T5) the others are padded.
+    ValueError: one that leaves no room for them.
+    """
+    opt, room = model.llm_sizes["kind"] == "opt", MOST_PROMPT
+    if opt:
+        room = min(room, model.llm_sizes["positions"] - model.qformer_sizes["queries"] - most)
+    sizes = tokenizer.lengths(prompts, 1 << 20)
+    if (longest := int(sizes.max())) > room:
+        raise ValueError(
+            f"prompt {int(sizes.argmax())} has {longest} tokens: at most {max(room, 0)} are read, so that {most} new "
+            "ones have room; shorten it"
+        )
+    T = min(at_least(longest, LEAST_PROMPT), room)
+    return tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
+
+
+def question_ids(model, tokenizer, asked: list[str], most: int = MOST_QUESTION) -> tuple[np.ndarray, ...]:
+    """What the Q-Former of a model with `questions` reads: ids i32[n,T'], mask bool[n,T'] of the last `most` tokens of
+    each text, T' the bucket of the longest; () of another model."""
+    if not model.questions:
+        return ()
+    own, most = tokenizer.questions, min(most, model.qformer_sizes["positions"])
+    T = min(at_least(int(own.lengths(asked, most).max()), LEAST_PROMPT), most)
+    return own.encode(asked, T, keep_end=True)
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
 def generating(model, method: Method, special: Ids) -> Callable:
     """Texts that follow a prompt about each image.
 
@@ -36,6 +80,21 @@ def generating(model, method: Method, special: Ids) -> Callable:
         return behind(apply, soft, ids, txt_mask, keys, method, special)
 
     return generate
+
+
+def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
+    """`generating` of one prompt for all images: (params, img u8[B,S,S,3], keys u32[B,2]) -> the same result.
+
+    ValueError: a prompt that leaves no room for method.max_length tokens.
+    """
+    generate = generating(model, method, special(model, tokenizer))
+    given = *prompt_ids(model, tokenizer, [prompt], method.max_length - 1), *question_ids(model, tokenizer, [prompt])
+
+    def caption(params, img, keys):
+        rows = (jnp.broadcast_to(x, (len(img), x.shape[1])) for x in given)
+        return generate(params, img, keys, *rows)
+
+    return caption
 
 
 def behind(apply: Callable, soft, ids, txt_mask, keys, method: Method, special: Ids) -> dict:
@@ -57,11 +116,12 @@ def behind(apply: Callable, soft, ids, txt_mask, keys, method: Method, special: 
 def likelihood(model) -> Callable:
     """How likely each of C given texts is after each image's prompt.
 
-    (params, img, ids, txt_mask as of `generating`, out_ids i32[C,U], out_mask bool[C,U], and question and its mask) ->
-    {"nll": f32[B,C]}, the sum of the negative log-likelihoods of a text's tokens.
+    (params, img, ids, txt_mask, and maybe question and its mask as of `generating`, out_ids i32[C,U], out_mask
+    bool[C,U]) -> {"nll": f32[B,C]}, the sum of the negative log-likelihoods of a text's tokens.
     """
 
-    def nll(params, img, ids, txt_mask, out_ids, out_mask, *question):
+    def nll(params, img, ids, txt_mask, *more):
+        *question, out_ids, out_mask = more
         apply = functools.partial(model.apply, {"params": text_layers_apart(params)})
         soft = apply(encode_pixels(model, params, img), *question, method="soft_prompt")
         return {"nll": apply(soft, ids, txt_mask, out_ids, out_mask, method="nll")}

@@ -2,7 +2,8 @@
 
 Pictures and passes are as in inference/verbs.py. Lengths are new tokens: neither the prompt nor a start id counts in
 them (decode/limits.py says what the originals' limits mean). A prompt is read as it is written, and its padding is not
-attended to, so that no text depends on the prompts beside it.
+attended to, so that no text depends on the prompts beside it. The Q-Former of an InstructBLIP reads it too: its last
+cfg.text.max_len tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from blip_jax.inference.batching import at_least, padded
 from blip_jax.inference.verbs import LEAST_TOKENS, TEXTS, Pretrained, checked, seeded
 
 QUESTION = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}  # BLIP-2 paper, section 4.1
-MOST_PROMPT = 1024  # tokens
 CANDIDATES = 64  # texts that are scored at once after each prompt
 
 
@@ -76,10 +76,10 @@ class Prompted(Pretrained):
     def caption(self, images, n: int = 1, method: str = "beam", *, prompt: str | None = None, beams: int = 5, **how):
         """n captions of each image, as [{"caption": str, "log_prob": float}, ...], as `generate` makes them.
 
-        prompt: None: as the model was trained, else "a photo of".
+        prompt: None: as the model was trained; one of VQA: none.
         """
         if prompt is None:
-            prompt = self.cfg.text.prompt.strip()
+            prompt = "" if "{}" in self.cfg.text.prompt else self.cfg.text.prompt.strip()
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
         found = self.generate(images, prompt, n, method, beams=beams, **how)
@@ -98,6 +98,7 @@ class Prompted(Pretrained):
         min_length: int = 0,
         max_length: int = 10,
         length_penalty: float | None = None,
+        repetition_penalty: float = 1.0,
         rule: str = "lavis",
     ) -> dict | list:
         """An answer to each question about its image, paired as in `Pretrained.match`: a dict, or a list of them.
@@ -105,26 +106,32 @@ class Prompted(Pretrained):
         Args:
           method: "generate": {"answer", "log_prob"}, by beam search. "rank": {"answer", "score"}, the one of `answers`
             that is the likeliest, of which score is the summed log-likelihood.
-          prompt: with {} for the question; None: "Question: {} Answer:" with OPT, "Question: {} Short answer:" with T5.
+          prompt: with {} for the question; None: as a model was trained that was for VQA, else "Question: {} Answer:"
+            with OPT, "Question: {} Short answer:" with T5.
           length_penalty: None: 0 with OPT and -1 with T5, as LAVIS's evaluations have it.
+          repetition_penalty: LAVIS's InstructBLIP has 1.5.
         """
-        kind = self.cfg.model.llm.kind
-        prompt = QUESTION[kind] if prompt is None else prompt
+        kind, trained = self.cfg.model.llm.kind, self.cfg.text.prompt
+        prompt = (trained if "{}" in trained else QUESTION[kind]) if prompt is None else prompt
         if not isinstance(prompt, str) or "{}" not in prompt:
             raise ValueError(f"prompt is {inputs.shown(prompt)}: give a str with {{}} where the question belongs")
         pictures, one_image = inputs.pictures(images)
         questions, one = inputs.texts(questions, "questions", str.strip)
         i, t = inputs.pairs(len(pictures), len(questions), "questions")
         pictures, prompts = [pictures[j] for j in i], [prompt.replace("{}", questions[j]) for j in t]
+        own = self.cfg.text.question  # of the Q-Former
+        asked = [own.replace("{}", questions[j]) for j in t] if own else prompts
         if method == "generate":
             if answers is not None:
                 raise ValueError("answers are given but method is 'generate': set method='rank', or leave them out")
             penalty = {"opt": 0.0, "t5": -1.0}[kind] if length_penalty is None else length_penalty
-            how = self._method(1, "beam", beams, min_length, max_length, 0.9, 50, 1.0, None, penalty, rule)
-            found = self._texts_behind(pictures, prompts, how, 0)
+            how = self._method(
+                1, "beam", beams, min_length, max_length, 0.9, 50, 1.0, repetition_penalty, penalty, rule
+            )
+            found = self._texts_behind(pictures, prompts, how, 0, asked)
             told = [{"answer": rows[0][0], "log_prob": rows[0][1]} for rows in found]
         elif method == "rank":
-            told = self._ranked(pictures, prompts, answers)
+            told = self._ranked(pictures, prompts, answers, asked)
         else:
             raise ValueError(f"method is {inputs.shown(method)}: choose generate, or rank with answers=")
         return told[0] if one and one_image else told
@@ -136,10 +143,10 @@ class Prompted(Pretrained):
         least, most = inputs.whole(least, "min_length"), inputs.whole(most, "max_length")
         if rule not in beam.RULES:
             raise ValueError(f"rule is {inputs.shown(rule)}: choose one of {', '.join(beam.RULES)}")
-        if not 0 <= least <= most or not 1 <= most <= MOST_PROMPT:
+        if not 0 <= least <= most or not 1 <= most <= language.MOST_PROMPT:
             raise ValueError(
                 f"min_length, max_length are {inputs.shown(least)}, {inputs.shown(most)} new tokens: give lengths in "
-                f"order, the second from 1 to {MOST_PROMPT}"
+                f"order, the second from 1 to {language.MOST_PROMPT}"
             )
         how = programs.Method(
             method,
@@ -157,44 +164,34 @@ class Prompted(Pretrained):
             raise ValueError("; ".join(wrong))
         return how
 
-    @property
-    def _special(self) -> language.Ids:
-        """OPT begins a text with its "</s>" and ends it with a new line, T5 begins with padding."""
-        if self.cfg.model.llm.kind == "opt":
-            return language.Ids(self.tokenizer.bos, self.tokenizer.newline, self.tokenizer.pad)
-        return language.Ids(self.tokenizer.pad, self.tokenizer.eos, self.tokenizer.pad)
-
     def _prompts(self, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids i32[n,T], mask bool[n,T]: T is the bucket of the longest, before which or behind which the others are
-        padded. ValueError: one that leaves no room for `most` more tokens."""
-        opt = self.cfg.model.llm.kind == "opt"
-        room = MOST_PROMPT
-        if opt:
-            room = min(room, self.cfg.model.llm.positions - self.cfg.model.qformer.queries - most)
-        sizes = self.tokenizer.lengths(prompts, 1 << 20)
-        if (longest := int(sizes.max())) > room:
-            raise ValueError(
-                f"prompt {int(sizes.argmax())} has {longest} tokens: at most {room} are read, so that {most} new ones "
-                "have room; shorten it"
-            )
-        T = min(at_least(longest, LEAST_TOKENS), room)
-        return self.tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
+        return language.prompt_ids(self.model, self.tokenizer, prompts, most)
+
+    def _questions(self, asked: list[str]) -> tuple[np.ndarray, ...]:
+        return language.question_ids(self.model, self.tokenizer, asked, self.cfg.text.max_len)
 
     # --- work ---------------------------------------------------------------------------------------------------------
-    def _texts_behind(self, pictures: list, prompts: list[str], how: programs.Method, seed) -> list[list[tuple]]:
-        """[(text, log_prob), ...] of each picture and its prompt."""
+    def _texts_behind(
+        self, pictures: list, prompts: list[str], how: programs.Method, seed, asked: list[str] | None = None
+    ) -> list[list[tuple]]:
+        """[(text, log_prob), ...] of each picture and its prompt. asked: what the Q-Former reads; None: the prompts."""
         i, t = inputs.pairs(len(pictures), len(prompts), "prompts")
         ids, mask = self._prompts(prompts, how.max_length - 1)
-        seed = seeded(seed)
+        question, seed = self._questions(asked or prompts), seeded(seed)
+        special = language.special(self.model, self.tokenizer)
 
         def rows(at: slice):
             img = self._pixels([pictures[j] for j in i[at]])
             names = [hashlib.blake2b(x, digest_size=16).hexdigest() + prompts[j] for x, j in zip(img, t[at])]
-            return img, np.stack([programs.example_key(name, seed) for name in names]), ids[t[at]], mask[t[at]]
+            return (
+                img,
+                np.stack([programs.example_key(name, seed) for name in names]),
+                ids[t[at]],
+                mask[t[at]],
+                *(x[t[at]] for x in question),
+            )
 
-        program = self._program(
-            ("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, self._special)
-        )
+        program = self._program(("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, special))
         limit = self._images_of(how.n if how.kind == "nucleus" else how.beams)
         found = self._map(program, len(t), rows, limit)
         return [
@@ -202,15 +199,16 @@ class Prompted(Pretrained):
             for texts in zip(found["ids"], found["log_prob"])
         ]
 
-    def _ranked(self, pictures: list, prompts: list[str], answers) -> list[dict[str, Any]]:
+    def _ranked(self, pictures: list, prompts: list[str], answers, asked: list[str]) -> list[dict[str, Any]]:
         if answers is None:
             raise ValueError("method is 'rank' without answers=: give the texts to choose from")
         answers, _ = inputs.texts(answers, "answers", str.strip)
         out_ids, out_mask = self._answers(answers)
         ids, mask = self._prompts(prompts, out_ids.shape[1])
+        question = self._questions(asked)
 
         def rows(at: slice):
-            return self._pixels(pictures[at]), ids[at], mask[at]
+            return self._pixels(pictures[at]), ids[at], mask[at], *(x[at] for x in question)
 
         found, C = [], min(CANDIDATES, at_least(len(answers)))
         program = self._program(("likelihood", ids.shape[1]), lambda: language.likelihood(self.model))

@@ -29,6 +29,7 @@ def demo_cfg(tiny_cfg):
         c.data.train.web = source("scenes", count=48, seed=3, size=32, noise=0.6, weight=48.0)
         c.data.eval.scenes = source("scenes", count=8, seed=1, size=32)
     c.loss.momentum, c.loss.queue = False, 0
+    c.model.dropout = c.model.drop_path = 0.0  # a quarter less to compile
     c.train.steps = c.train.log_every = c.train.save_every = 2
     c.eval.k, c.eval.batch, c.eval.rerank_texts = 8, 8, 8
     return c.lock()
