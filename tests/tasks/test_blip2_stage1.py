@@ -230,6 +230,10 @@ def test_cost_at_full_size_is_the_least_that_the_maths_needs():
     cfg.task, cfg.loss.group_size = task.leaves(), 100
     for length, least in ((32, 701e9), (12, 646e9)):
         assert task.flops(cfg, T=length)["step"] == pytest.approx(least, rel=0.002)
+    parts = task.flops(cfg)
+    cfg.task.itg = False  # the texts that are not generated, forward and twice backward
+    generated = parts["decoder"] + parts["lm_head"]
+    assert parts["step"] - task.flops(cfg)["step"] == pytest.approx(3 * generated) and generated > 0
 
 
 def test_a_mesh_and_making_layers_again_change_nothing():
