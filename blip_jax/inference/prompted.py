@@ -171,9 +171,7 @@ class Prompted(Pretrained):
             names = [hashlib.blake2b(x, digest_size=16).hexdigest() + prompts[j] for x, j in zip(img, t[at])]
             return img, np.stack([programs.example_key(name, seed) for name in names]), ids[t[at]], mask[t[at]]
 
-        program = self._program(
-            ("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, special)
-        )
+        program = self._program(("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, special))
         limit = self._images_of(how.n if how.kind == "nucleus" else how.beams)
         found = self._map(program, len(t), rows, limit)
         return [

@@ -2,13 +2,12 @@
 
 import pathlib
 
-from world.pieces import write_pieces
-from world.runs import begun
-
 from blip_jax import config
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.bpe import train_bpe
 from blip_jax.tasks import blip2_stage1
+from world.pieces import write_pieces
+from world.runs import begun
 
 
 def save_blip2(folder: pathlib.Path, tiny_vocab, *kinds: str) -> dict[str, pathlib.Path]:
