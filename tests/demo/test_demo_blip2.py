@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from blip_jax.config import source
 from blip_jax.convert import read
 from blip_jax.demo import blip2, blip2_results, relations
 from blip_jax.tasks import two_stage
-from blip_jax.train import loop
+from blip_jax.train import loop, run, start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUNS = ("blip", "language", "stage1", "stage1-without-itg", "stage2", "stage2-alone")
@@ -91,7 +92,10 @@ def whose_parts_are_whose(workdir, cfg):
     assert kept["stage2"] | {"train": 0} == kept["stage2-alone"] | {"train": 0}
     assert (kept["stage1"]["task"].pop("itg"), kept["stage1-without-itg"]["task"].pop("itg")) == (True, False)
     assert kept["stage1"] == kept["stage1-without-itg"]
-    whole = {name: dict(trees.paths(read.read(workdir / name, vocab=None).state["params"])) for name in RUNS}
+    whole = {
+        name: {path: np.asarray(x) for path, x in trees.paths(read.read(workdir / name, vocab=None).state["params"])}
+        for name in RUNS
+    }
     part = lambda name, part: {path: x.tobytes() for path, x in whole[name].items() if path.startswith(f"{part}/")}
     for name in RUNS[2:]:
         assert part(name, "vit") == part("blip", "vit")
@@ -108,9 +112,7 @@ def whose_parts_are_whose(workdir, cfg):
 
 def start_of(cfg: ConfigDict, workdir) -> dict:
     """What a new run of `cfg` takes from its origins."""
-    from blip_jax.train import start
-
-    return start.load(loop.prepare(cfg, workdir / "anew"))
+    return start.load(run.prepare(cfg, workdir / "anew"))
 
 
 def test_a_stopped_stage_ends_the_miniature(small_cfg, tmp_path, monkeypatch):
