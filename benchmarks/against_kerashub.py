@@ -5,7 +5,8 @@
 The weights go through a Hugging Face folder, which KerasHub converts by itself. Logits of both must agree within 1e-4
 before anything is timed; then both take turns within each round: captions of a batch of pictures by nucleus sampling,
 from pixels to ids, all of the same length. The seconds of the first call, in which each is compiled, stand beside the
-times; the compile cache is off. Needs `pip install -e ".[peers]"`, which has keras-hub (its TensorFlow is not used).
+times; the compile cache is off. Needs `pip install -e ".[kerashub]"`, in an environment of its own, as it brings
+TensorFlow, which is not used here.
 """
 
 from __future__ import annotations

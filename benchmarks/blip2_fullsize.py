@@ -29,7 +29,7 @@ import numpy as np
 
 from blip_jax import config, tasks, trees
 from blip_jax.console import say
-from blip_jax.convert import hf_blip2, hf_blip2_config
+from blip_jax.convert import hf_blip2, hf_blip2_config, language_models
 from blip_jax.convert.source import Source
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.bpe import train_bpe
@@ -72,7 +72,8 @@ def write_weights(folder: pathlib.Path, cfg) -> None:
             yield name, np.resize(np.roll(block, start), x.shape)
 
     hf_blip2.save_shards(folder, drawn())
-    said = hf_blip2_config.model_json(FAMILY, cfg.model, {}) | {"dtype": "bfloat16"}
+    image = min(language_models.IMAGE_TOKENS["opt"], cfg.model.llm.vocab_size - 1)
+    said = hf_blip2_config.model_json(FAMILY, cfg.model, {"image_token_index": image}) | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     train_bpe(list(vocab_captions(WORDS)), min(WORDS, cfg.model.llm.vocab_size), folder / "vocab.json")
 
