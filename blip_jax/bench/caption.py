@@ -2,7 +2,8 @@
 
 `benchmarks/` sets it beside transformers and the original's way of generating.
 
-Random weights and pictures; nucleus sampling of exactly `tokens` new tokens after a prompt of four. All sides have the
+Random weights and pictures; nucleus sampling of exactly `tokens` new tokens after a prompt of four, of BLIP-2's
+Q-Former after [DEC] alone. All sides have the
 same weights, pictures and settings and take turns within each round; figures are medians over the rounds.
 """
 
@@ -18,12 +19,13 @@ import numpy as np
 
 from blip_jax import config, tasks
 from blip_jax.bench import throughput
-from blip_jax.inference import programs
+from blip_jax.inference import language, programs
 from blip_jax.inference.programs import encode_pixels
 from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded
 
-EOS, PAD = 3, 0  # where a vocabulary of this project has them; EOS is never drawn
+EOS, PAD, START = 3, 0, 2  # of a vocabulary; EOS is never drawn, START is where language models begin
+BLIP2_IMG_SIZES = (224, 364)  # pixels, of BLIP-2's pre-training and fine-tuning
 
 
 class Settings(NamedTuple):
@@ -41,42 +43,72 @@ class Settings(NamedTuple):
     rounds: int = 3
     threads: int = 2
     trace: str = ""  # folder for a profile of ours
+    model: str = ""  # a BLIP-2 of config.BLIP2_MODELS; size is not read then
 
 
 class Ours:
     """Our captioner of one image size and dtype, with random weights, and its parts, jitted.
 
-    `params` are f32, `weights` are in the dtype.
+    `params` are f32, `weights` are in the dtype. model: as of `Settings`.
     """
 
-    def __init__(self, size: str, img_size: int, dtype: str):
-        cfg = config.base(size)
-        cfg.objective = "caption"
+    def __init__(self, size: str, img_size: int, dtype: str, model: str = ""):
+        cfg = config.blip2(*config.BLIP2_MODELS[model]) if model else config.base(size)
+        cfg.objective = cfg.objective if model else "caption"
         cfg.model.update(img_size=img_size, dtype=dtype)
-        self.config, self.model = cfg.model, tasks.build(cfg)
-        # as long as "[DEC] a picture of"; the weights are random, so any ids do
-        self.prompt = [self.model.dec_id, 5, 6, 7]
-        params = jax.jit(lambda: initial.init_params(cfg, self.model, jax.random.key(0)))()
-        gain = 50 / cfg.model.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
-        self.params = initial.magnified(params, gain)
-        self.weights = rounded(self.params, dtype)
+        self._cfg, self.config, self.model = cfg, cfg.model, tasks.build(cfg)
+        self.prompted = bool(cfg.model.get("llm"))
+        # as long as "[DEC] a picture of", or "a photo of" in a language model's tokens; the weights are random, so any
+        # ids do
+        self.prompt = [4, 5, 6, 7] if self.prompted else [self.model.dec_id, *([] if model else [5, 6, 7])]
+        self.weights = jax.jit(lambda: rounded(self._drawn(), dtype))()
         self.vision = jax.jit(functools.partial(encode_pixels, self.model))
-        self.image_kv = jax.jit(lambda p, img_tok: self._apply(p, img_tok, "image_kv"))
+        self.image_kv = jax.jit(self._look)
 
-    def _apply(self, params, *args):
-        return self.model.apply({"params": params}, *args[:-1], method=args[-1])
+    @functools.cached_property
+    def params(self) -> dict:
+        """For peers."""
+        return jax.jit(self._drawn)()
+
+    def _drawn(self):
+        gain = 50 / self.config.vit.width**0.5  # so that pictures matter: matrices with deviation 0.02 change little
+        return initial.magnified(initial.init_params(self._cfg, self.model, jax.random.key(0)), gain)
+
+    def _look(self, params, img_tok):
+        """What the token loop reads of images: keys and values, or a language model's soft prompt."""
+        return self.model.apply({"params": params}, img_tok, method="soft_prompt" if self.prompted else "image_kv")
+
+    def _decode(self, method: programs.Method) -> Callable:
+        if not self.prompted:
+            return programs.decoder(self.model, self.prompt, method, eos=EOS, pad=PAD)
+
+        def behind(params, soft, keys):
+            apply = functools.partial(self.model.apply, {"params": params})
+            ids = np.tile(np.array(self.prompt, np.int32), (len(soft), 1))
+            special = language.Ids(START, EOS, PAD)
+            return language.behind(apply, soft, ids, np.ones(ids.shape, bool), keys, method, special)
+
+        return behind
+
+    def sampling(self, tokens: int, n: int) -> programs.Method:
+        """n texts of exactly `tokens` new tokens."""
+        length = tokens + (1 if self.prompted else len(self.prompt))  # language models: behind a start id
+        return programs.Method(n=n, min_length=length, max_length=length)
+
+    def image_flops(self, tokens: int, n: int) -> float:
+        count = flops.blip2_caption_image if "qformer" in self.config else flops.caption_image
+        return count(self.config, len(self.prompt), tokens, n)
 
     def loop(self, method: programs.Method) -> Callable:
-        """The token loop: (params, image keys and values, keys) -> {"ids", "log_prob"}"""
-        return jax.jit(programs.decoder(self.model, self.prompt, method, eos=EOS, pad=PAD))
+        """The token loop: (params, what `image_kv` made, keys) -> {"ids", "log_prob"}"""
+        return jax.jit(self._decode(method))
 
     def whole(self, method: programs.Method) -> Callable:
         """(params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids", "log_prob"}"""
-        decode = programs.decoder(self.model, self.prompt, method, eos=EOS, pad=PAD)
+        decode = self._decode(method)
 
         def run(params, img, keys):
-            img_tok = encode_pixels(self.model, params, img)
-            return decode(params, self._apply(params, img_tok, "image_kv"), keys)
+            return decode(params, self._look(params, encode_pixels(self.model, params, img)), keys)
 
         return jax.jit(run)
 
@@ -90,7 +122,8 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
     """
     throughput.limit_threads(settings.threads)
     throughput.check_out(out)
-    patch = config.VIT_SIZES[settings.size]["patch"]
+    tower = config.TOWER_SIZES[config.BLIP2_MODELS[settings.model][0]] if settings.model else None
+    patch = (tower or config.VIT_SIZES[settings.size])["patch"]
     if odd := [s for s in settings.img_sizes if s % patch]:
         raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")
     result = {
@@ -115,7 +148,7 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
 
 def measure(settings: Settings, img_size: int, dtype: str, peer: Callable | None, say: Callable) -> tuple[list, list]:
     """One image size and dtype: ([how far the peer agrees, if there is one], [a `case` per number of captions])."""
-    ours = Ours(settings.size, img_size, dtype)
+    ours = Ours(settings.size, img_size, dtype, settings.model)
     img = np.random.default_rng(0).integers(0, 256, (settings.batch, img_size, img_size, 3), np.uint8)
     sides, agreed = jobs(settings, ours, img), []
     if peer:
@@ -129,8 +162,7 @@ def measure(settings: Settings, img_size: int, dtype: str, peer: Callable | None
             throughput.seconds_of(sides[f"ours/{settings.captions[0]}"], throughput.TRACED)
     cases = []
     for n in settings.captions:
-        count = flops.caption_image(ours.config, len(ours.prompt), settings.tokens, n)
-        found = throughput.figures(times[f"ours/{n}"], settings.batch, count)
+        found = throughput.figures(times[f"ours/{n}"], settings.batch, ours.image_flops(settings.tokens, n))
         say(f"{img_size} px, {dtype}, captions {n}: {throughput.words(found)}")
         cases.append(
             case(times, n, settings)
@@ -170,8 +202,7 @@ def keys_of(img: np.ndarray) -> np.ndarray:
 
 def sampling(settings: Settings, ours: Ours, n: int) -> programs.Method:
     """n captions per image of exactly `settings.tokens` new tokens."""
-    length = len(ours.prompt) + settings.tokens
-    return programs.Method(n=n, min_length=length, max_length=length)
+    return ours.sampling(settings.tokens, n)
 
 
 def waiting(function: Callable, *args) -> Callable:

@@ -25,7 +25,7 @@ from blip_jax.console import plain
 from blip_jax.data import windows
 from blip_jax.data.batches import TEXT as TEXT_ENTRIES
 from blip_jax.data.batches import TrainData
-from blip_jax.data.text.wordpiece import Tokenizer
+from blip_jax.data.text import tokenizers
 from blip_jax.models import flops
 from blip_jax.parallel import sharding
 from blip_jax.tasks.step import jit_arguments, make_step
@@ -75,19 +75,19 @@ class Settings(NamedTuple):
     trace: str = ""  # folder for a profile
 
 
-def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buckets: tuple = ()):
+def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buckets: tuple = (), model: str = ""):
     """A config that needs no data: the paper's training of an objective on a model of a size.
 
-    ValueError: as `tasks.validate`.
+    model: of config.BLIP2_MODELS, whose stage is trained whatever size and objective are.
     """
-    cfg = config.base(size)
+    cfg = config.blip2(*config.BLIP2_MODELS[model]) if model else config.base(size)
     with cfg.unlocked():
-        cfg.objective = objective
+        cfg.objective = cfg.objective if model else objective
         task = tasks.of(cfg)
         if hasattr(task, "leaves"):
             cfg.task = task.leaves()
         cfg.model.update(img_size=img_size, dtype=dtype)
-        positions = min(TEXT.get(objective, cfg.text.max_len), config.text_side(cfg.model).positions)
+        positions = min(TEXT.get(cfg.objective, cfg.text.max_len), config.text_side(cfg.model).positions)
         cfg.text.update(max_len=positions, buckets=buckets, vocab="of random ids")
         cfg.data.train.random = config.source("scenes", count=1)  # never opened
         cfg.train.update(batch=batch, steps=EPOCH_STEPS)
@@ -274,7 +274,7 @@ def _batches(program: Program, settings: Settings):
         share = shares(cfg)
         yield [(part, forever(program.place(random_batch(cfg, T)))) for T, part in share.items()]
         return
-    tokenizer = Tokenizer(cfg.text.vocab)
+    tokenizer = tokenizers.of(cfg.model, cfg.text.vocab)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     with tempfile.TemporaryDirectory() as folder:
         micro = cfg.train.batch // cfg.optim.accumulate
@@ -344,10 +344,14 @@ def describe(program: Program) -> str:
     trained, frozen = (
         sum(x.size for _, x in trees.paths(tree)) for tree in (program.shapes.params, program.shapes.frozen)
     )
+    v, llm = cfg.model.vit, cfg.model.get("llm")
+    behind = f", {llm.kind.upper()} of {llm.layers} layers and width {llm.width}" if llm else ""
+    held = f", {frozen:,} of them frozen" if frozen else ""
     return (
-        f"{cfg.objective}, ViT of {cfg.model.vit.depth} layers and width {cfg.model.vit.width}, {cfg.model.img_size} "
-        f"px, batch {cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh "
-        f"{dict(program.mesh.shape)}; {trained + frozen:,} parameters, state {state_bytes(program.shapes) / 1e9:.2f} GB"
+        f"{cfg.objective}, ViT of {v.depth} layers and width {v.width}{behind}, {cfg.model.img_size} px, batch "
+        f"{cfg.train.batch}, texts of at most {cfg.text.max_len} positions, {cfg.model.dtype}, mesh "
+        f"{dict(program.mesh.shape)}; {trained + frozen:,} parameters{held}, state "
+        f"{state_bytes(program.shapes) / 1e9:.2f} GB"
     )
 
 

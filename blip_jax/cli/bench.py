@@ -15,10 +15,10 @@ from absl import flags
 
 from blip_jax.cli import configs, usage
 from blip_jax.cli.parse import parse
-from blip_jax.config import VIT_SIZES
+from blip_jax.config import BLIP2_MODELS, VIT_SIZES
 
 # flags of `train` that make a config, where none is given
-OWN = ("size", "objective", "img_size", "dtype", "batch", "buckets")
+OWN = ("model", "size", "objective", "img_size", "dtype", "batch", "buckets")
 
 
 def bench(argv: list[str]) -> int:
@@ -49,6 +49,8 @@ def measure(
         more(values)
 
     def with_peer() -> dict:
+        if peer and "model" in values and values.model:
+            raise ValueError(f"--model={values.model}: there is no peer of BLIP-2; use blip-jax bench, or --size")
         return {"peer": peer(values)} if peer else {}
 
     return WORKLOADS[what]([f"bench {what}", *argv], values, command, with_peer)
@@ -62,6 +64,7 @@ def _train(argv: list[str], values: flags.FlagValues, command: str, with_peer: C
     with_config = configs.given(argv)
     argv = configs.take(values, argv, "config", "FILE.py or FILE.py:ARGUMENT: what trains; default: by the flags below")
     flags.DEFINE_enum("size", "base", sorted(VIT_SIZES), "of the model", flag_values=values)
+    _model(values, "trained by its stage, in place of --size and --objective")
     flags.DEFINE_enum("objective", "pretrain", tasks.names(), "what is trained", flag_values=values)
     flags.DEFINE_integer("img_size", 224, "pixels", lower_bound=1, flag_values=values)
     flags.DEFINE_multi_enum("dtype", ["bfloat16"], ["bfloat16", "float32"], "repeatable", flag_values=values)
@@ -81,9 +84,12 @@ def _train(argv: list[str], values: flags.FlagValues, command: str, with_peer: C
     elif settings.input == "real":
         raise ValueError("--input=real needs --config: whose data?")
     else:
+        _alone(values, "size", "objective")
+        if values.objective.startswith("blip2") and not values.model:
+            raise ValueError(f"--objective={values.objective}: which BLIP-2? give --model={'|'.join(BLIP2_MODELS)}")
         buckets = tuple(_positions(b) for b in values.buckets)
         cfgs = [
-            train.sized(values.size, values.objective, values.img_size, dtype, values.batch, buckets)
+            train.sized(values.size, values.objective, values.img_size, dtype, values.batch, buckets, values.model)
             for dtype in values.dtype
         ]
     from blip_jax.parallel import processes
@@ -91,6 +97,16 @@ def _train(argv: list[str], values: flags.FlagValues, command: str, with_peer: C
     with processes.start():
         train.run(cfgs, settings, command, values.out, **with_peer())
     return 0
+
+
+def _model(values: flags.FlagValues, what: str) -> None:
+    flags.DEFINE_enum("model", "", ["", *BLIP2_MODELS], f"a BLIP-2, {what}", flag_values=values)
+
+
+def _alone(values: flags.FlagValues, *names: str) -> None:
+    """ValueError: --model beside a flag that it takes the place of."""
+    if values.model and (given := [name for name in names if values[name].present]):
+        raise ValueError(f"--{given[0]} and --model={values.model}, which says it too: leave one of them out")
 
 
 def _positions(text: str) -> int:
@@ -104,13 +120,18 @@ def _caption(argv: list[str], values: flags.FlagValues, command: str, with_peer:
 
     default = caption.Settings()
     _sizes(values, default)
+    _model(values, "in place of --size")
     flags.DEFINE_multi_integer(
         "captions", list(default.captions), "per image; repeatable", lower_bound=1, flag_values=values
     )
     _numbers(values, default, batch="images", tokens="new tokens per caption", rounds="of which medians are taken")
     _common(values, default)
     parse(values, argv, required=())
-    caption.run(_settings(caption.Settings, values), command, values.out, **with_peer())
+    _alone(values, "size")
+    settings = _settings(caption.Settings, values)
+    if settings.model and not values["img_size"].present:
+        settings = settings._replace(img_sizes=caption.BLIP2_IMG_SIZES)
+    caption.run(settings, command, values.out, **with_peer())
     return 0
 
 

@@ -31,12 +31,12 @@ def train(argv: list[str]) -> int:
     """blip-jax train."""
     cfg, values = config_of_run(argv)
     from blip_jax.parallel import processes
-    from blip_jax.train import loop
+    from blip_jax.train import loop, saving
 
     with processes.start():
         try:
             out = loop.fit(cfg, values.workdir)
-        except loop.NonFiniteLoss as e:
+        except saving.NonFiniteLoss as e:
             print(f"error: {e}", file=sys.stderr)
             return 1
     return AGAIN if out["stopped"] else 0
@@ -50,10 +50,10 @@ def evaluate(argv: list[str]) -> int:
     from blip_jax import tasks
     from blip_jax.console import say
     from blip_jax.parallel import processes
-    from blip_jax.train import loop
+    from blip_jax.train import evaluation
 
     with processes.start(), Interrupt():
-        result = loop.evaluate(cfg, values.workdir, values.checkpoint or "")
+        result = evaluation.evaluate(cfg, values.workdir, values.checkpoint or "")
         say(tasks.of(cfg).table(result))
         say(f"written to {pathlib.Path(values.workdir) / 'evaluation.json'}")
     return 0
@@ -175,17 +175,19 @@ def convert(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    """blip-jax demo."""
-    default = configs.ROOT / "configs" / "scenes.py"
+    """blip-jax demo, and blip-jax demo blip2."""
+    later = argv[1:2] == ["blip2"]
+    default = configs.ROOT / "configs" / ("scenes_blip2.py" if later else "scenes.py")
+    argv = [argv[0], *argv[1 + later :]]
     if not configs.given(argv):
         if not default.exists():
             raise ValueError(f"{default} is missing: run from a checkout of the project, or give --config")
         argv = [argv[0], f"--config={default}", *argv[1:]]
     cfg, values = config_of_run(argv)
-    from blip_jax.demo import stages
+    from blip_jax.demo import blip2, stages
 
     with Interrupt():
-        return AGAIN if stages.run(cfg, values.workdir)["stopped"] else 0
+        return AGAIN if (blip2 if later else stages).run(cfg, values.workdir)["stopped"] else 0
 
 
 def bench(argv: list[str]) -> int:
@@ -193,6 +195,13 @@ def bench(argv: list[str]) -> int:
     from blip_jax.cli.bench import bench
 
     return bench(argv)
+
+
+def score(argv: list[str]) -> int:
+    """blip-jax score."""
+    from blip_jax.cli.score import score
+
+    return score(argv)
 
 
 def plan(argv: list[str]) -> int:
@@ -214,6 +223,7 @@ COMMANDS = {
     "answer": infer.answer,
     "features": infer.features,
     "demo": demo,
+    "score": score,
     "bench": bench,
     "plan": plan,
 }

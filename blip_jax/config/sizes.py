@@ -48,6 +48,22 @@ _OPT = dict(kind="opt", positions=2048, vocab_size=50272)
 _T5 = dict(kind="t5", buckets=32, max_distance=128, vocab_size=32128)
 LLM_SIZES = {name: (_OPT if name.startswith("opt") else _T5) | sizes for name, sizes in LLM_SIZES.items()}
 
+# BLIP-2 as published and as small as tests need it -> keys of TOWER_SIZES, QFORMER_SIZES and LLM_SIZES; the first stage
+# has no language model
+BLIP2_MODELS = {
+    "blip2_stage1": ("eva_g", "base", ""),
+    "blip2_stage1_vitl": ("clip_l", "base", ""),
+    "blip2_stage1_tiny": ("eva_tiny", "tiny", ""),
+    "blip2_opt2.7b": ("eva_g", "base", "opt_2.7b"),
+    "blip2_opt6.7b": ("eva_g", "base", "opt_6.7b"),
+    "blip2_flant5xl": ("eva_g", "base", "flant5_xl"),
+    "blip2_flant5xxl": ("eva_g", "base", "flant5_xxl"),
+    "blip2_vitl_opt2.7b": ("clip_l", "base", "opt_2.7b"),
+    "blip2_vitl_flant5xl": ("clip_l", "base", "flant5_xl"),
+    "blip2_opt_tiny": ("eva_tiny", "tiny", "opt_tiny"),
+    "blip2_flant5_tiny": ("eva_tiny", "tiny", "flant5_tiny"),
+}
+
 
 ADDED = ("[DEC]", "[ENC]")  # tokens that the tokenizer has behind the entries of its file
 

@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 
-A_PIXEL = 8  # bytes for each of the most pixels that there may be: decoding a picture takes no more
+A_PIXEL = 6  # bytes for each of the most pixels that there may be: decoding a picture takes no more
 GREY = ("1", "L", "LA")  # Pillow's modes that become L, besides those of integers
 # Pillow's names for the way colours of 16 bits are stored, of which it keeps the upper bytes -> for the lower bytes
 LOWER = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA") for a, b in (("B", "L"), ("L", "B"))}
@@ -133,23 +133,27 @@ def check_scans(data: bytes, pixels: int, max_pixels: int) -> None:
 
 
 def cost(im) -> int:
-    """Bytes that decoding an opened picture takes at most, about.
-
-    RGB is 4 a pixel, grey 1; beside it stands what it was made from, or its crop.
-    """
+    """Bytes that decoding an opened picture takes at most, about: RGB is 4 a pixel, grey 1; beside it stands what it
+    was made from."""
     if im.format == "WEBP":
         a_pixel = 16  # two frames of the decoder, its copy of the result
     elif im.format in ("AVIF", "HEIF"):
-        a_pixel = 14  # planes of up to 16 bits, the copy of the result
+        a_pixel = 10  # planes of 8 bits, the copy of the result; 14 where the planes are deeper, which is not known yet
     elif stored(im) in LOWER:
         a_pixel = 12 if im.mode == "RGB" else 16  # upper bytes, lower bytes
     elif "progressive" in im.info:
-        a_pixel = max(8, 4 + _coefficients(im))
-    elif im.mode in GREY or im.mode.startswith("I;16"):
+        a_pixel = 4 + _coefficients(im)
+    elif im.mode in ("RGB", *GREY) or im.mode.startswith("I;16"):
         a_pixel = 4
     else:
-        a_pixel = 8
+        a_pixel = 8  # and its copy in RGB
     return round(im.width * im.height * a_pixel)
+
+
+def held(im) -> int:
+    """Bytes that an opened picture takes at most, about, while it is decoded or, later, while its crop is beside it."""
+    grey = im.mode in GREY or im.mode.startswith("I;16")
+    return max(cost(im), im.width * im.height * (4 if grey else 8))
 
 
 def _coefficients(im) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from blip_jax.data.source import MAX_BYTES, BadRecord, read_at
@@ -33,19 +33,34 @@ def image_folder(name: str, cfg, beside: str) -> Folder:
 def read_image(key: str, folder: Folder, path: str) -> bytes:
     """The bytes of `path` below `folder`. BadRecord when it leaves the folder or cannot be read."""
     try:
+        real, size = locate(key, folder, path)
+        if size > MAX_BYTES:
+            raise BadRecord(key, f"file too large: {size} bytes, at most {MAX_BYTES} are read")
+        return read_at(real, 0, size)
+    except (OSError, ValueError) as e:
+        raise BadRecord(key, f"unreadable file: {type(e).__name__}: {e}") from None
+
+
+def locate(key: str, folder: Folder, path: str) -> tuple[str, int]:
+    """The real path of `path` below `folder`, and the size of the file. BadRecord: it leaves the folder, or is not
+    there.
+    """
+    try:
         real = os.path.realpath(os.path.join(folder.path, path))
         if not _allowed(folder, real):
             if link := _link(folder, path):
                 raise BadRecord(key, f"{LINKED}: {path!r} is {real!r}; if that is meant, add {_target(link)!r} to them")
             raise BadRecord(key, f"path leaves the image root: {path!r} is {real!r}, outside {folder.path!r}")
-        size = os.stat(real).st_size
-        if size > MAX_BYTES:
-            raise BadRecord(key, f"file too large: {size} bytes, at most {MAX_BYTES} are read")
-        return read_at(real, 0, size)
+        return real, os.stat(real).st_size
     except FileNotFoundError:
         raise BadRecord(key, f"missing file: {path!r} is not in {folder.path!r}") from None
     except (OSError, ValueError) as e:  # ValueError: a path with NUL or broken characters
         raise BadRecord(key, f"unreadable file: {type(e).__name__}: {e}") from None
+
+
+def first_there(folder: Folder, paths: Sequence[str]) -> str:
+    """The first of `paths` that is there, one picture as layouts differ; where none is, the first."""
+    return next((path for path in paths if os.path.exists(os.path.join(folder.path, path))), paths[0])
 
 
 def check_links(name: str, folder: Folder, paths: Iterable) -> None:

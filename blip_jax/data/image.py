@@ -29,6 +29,7 @@ from blip_jax.data.encoded import (
     check_scans,
     cost,
     essential,
+    held,
     named,
     stored,
 )
@@ -78,7 +79,7 @@ def decode(data: bytes, max_pixels: int, upright: bool = False) -> tuple[Image.I
     """
     with _refusing():
         opened = [_opened(data, max_pixels)]
-    with ROOM.hold(cost(opened[0][0])), _refusing():
+    with ROOM.hold(held(opened[0][0])), _refusing():
         im, notes = _8_bits(opened.pop(), upright)
         return (im if im.mode == "RGB" else im.convert("RGB")), notes
 
@@ -94,7 +95,7 @@ def decoded(
     """
     with _refusing():
         opened = [_opened(data, max_pixels) for data in encoded]
-    with ROOM.hold(sum(cost(im) for im, _ in opened)):
+    with ROOM.hold(sum(held(im) for im, _ in opened)):
         with _refusing():
             opened.reverse()  # each is let go when it is converted
             found = [_8_bits(opened.pop(), upright) for _ in encoded]
@@ -110,7 +111,7 @@ def converted(im: Image.Image) -> Iterator[tuple[Image.Image, list[str]]]:
     """What `decoded` gives, upright, of a picture that is a PIL image, decoded or not. BadImage: as there."""
     if 0 in im.size:
         raise BadImage(f"broken picture: {im.width}x{im.height}")
-    with ROOM.hold(cost(im)):
+    with ROOM.hold(held(im)):
         with _refusing():
             found = _8_bits((im, None), upright=True)
         yield found

@@ -1,4 +1,4 @@
-"""What the paper's tables order, and whether a demo orders it alike, with an error bar from the number of its pictures.
+"""What the papers' tables order, and whether a demo orders it alike, with an error from the number of its pictures.
 
 The error is that of having looked at these pictures and not at others: half a 95 % interval of the difference. Both
 models see the same pictures, so their difference is taken picture by picture. How another training of the same models
@@ -17,12 +17,16 @@ from blip_jax.eval import recall
 
 SIGMAS = 1.96  # of a normal distribution, on either side of its mean: 95 %
 RECALL, DROPPED = "mean recall", "share of the synthetic texts that the filter dropped"
+COSINE = "mean recall by cosine alone"
+TRUE = {"colours": "captions with the right colours", "objects": "with the right objects", "whole": "wholly true"}
+BOTH, ALONE = "both stages", "second stage alone"  # of BLIP-2
+WITH_ITG, WITHOUT_ITG = "ITC + ITM + ITG", "ITC + ITM"  # objectives of its first stage
 
 
 class Relation(NamedTuple):
     """Something that the paper finds larger than another, and the difference here, in points of a hundred."""
 
-    what: str  # RECALL | DROPPED
+    what: str  # RECALL | DROPPED | COSINE | one of TRUE
     larger: str  # in the paper
     smaller: str
     difference: float  # larger - smaller, here
@@ -71,7 +75,22 @@ def table2(values: dict[str, np.ndarray], dropped: dict[str, tuple[int, int]]) -
     return [*found, Relation(DROPPED, "nucleus", "beam", 100 * difference, 100 * SIGMAS * error)]
 
 
-def _paired(larger: str, smaller: str, a: np.ndarray, b: np.ndarray) -> Relation:
+def figure5(hits: dict[str, dict[str, np.ndarray]]) -> list[Relation]:
+    """The relation of BLIP-2's figure 5, of captions instead of answers.
+
+    hits: BOTH and ALONE -> `truth.hits` of its captions of the same pictures.
+    """
+    each = lambda name, part: 100 * hits[name][part]
+    return [_paired(BOTH, ALONE, each(BOTH, part), each(ALONE, part), what) for part, what in TRUE.items()]
+
+
+def table6(ranked: dict[str, np.ndarray], by_cosine: dict[str, np.ndarray]) -> list[Relation]:
+    """The relation of BLIP-2's table 6; WITH_ITG and WITHOUT_ITG -> `of_pictures`, re-ranked and by cosine."""
+    pairs = ((RECALL, ranked), (COSINE, by_cosine))
+    return [_paired(WITH_ITG, WITHOUT_ITG, of[WITH_ITG], of[WITHOUT_ITG], what) for what, of in pairs]
+
+
+def _paired(larger: str, smaller: str, a: np.ndarray, b: np.ndarray, what: str = RECALL) -> Relation:
     each = a - b
     error = SIGMAS * each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else math.inf
-    return Relation(RECALL, larger, smaller, float(each.mean()), float(error))
+    return Relation(what, larger, smaller, float(each.mean()), float(error))

@@ -39,14 +39,14 @@ def collect(cfg, workdir: pathlib.Path, corpora: list[str], fine_tuned: list[str
     threshold = json.loads((workdir / "capfilt" / "summary.json").read_text(encoding="utf-8"))["threshold"]
     texts = {name: truth.judged(workdir / name, worlds) for name in ("capfilt", "capfilt-beam")}
     nucleus, beam = (truth.noise_of(t, threshold) for t in texts.values())
-    logs = {name: _rows(workdir / f"pretrain-{name}") for name in corpora}
-    metrics = {name: _evaluation(rows) for name, rows in logs.items()}
+    logs = {name: rows_of(workdir / f"pretrain-{name}") for name in corpora}
+    metrics = {name: evaluation_of(rows) for name, rows in logs.items()}
     scores = {name: scores_of(cfg, workdir / f"pretrain-{name}") for name in corpora}
     pictures = {name: relations.of_pictures(s.i2t, s.t2i, s.text_image) for name, s in scores.items()}
     return {
         "title": "CapFilt on a world that knows the truth",
         "intro": _intro(cfg),
-        "facts": _facts(cfg, workdir),
+        "facts": facts_of(cfg, f"blip-jax demo --workdir={workdir.name}", "pre-training"),
         "table1": [_corpus(name, texts["capfilt"], metrics[name]) for name in corpora[:4]],
         "table2": [
             {"method": "none", "metrics": metrics["neither"]},
@@ -64,22 +64,22 @@ def collect(cfg, workdir: pathlib.Path, corpora: list[str], fine_tuned: list[str
             ),
         ],
         "relations": _relations(pictures, {kind: _dropped(texts[folder]) for kind, folder in DECODED.items()}),
-        "curves": {f"pre-training: {name}": _curves(rows) for name, rows in logs.items()}
-        | {f"fine-tuning: {name}": _curves(_rows(workdir / name)) for name in fine_tuned},
+        "curves": {f"pre-training: {name}": curves_of(rows) for name, rows in logs.items()}
+        | {f"fine-tuning: {name}": curves_of(rows_of(workdir / name)) for name in fine_tuned},
         "noise": nucleus,
         "gallery": _gallery(texts["capfilt"], worlds),
         "retrieval": _retrieved(cfg, workdir / "pretrain-both", scores["both"]),
     }
 
 
-def publish(results: dict, workdir: pathlib.Path) -> None:
-    """Writes results.json and report.html and says what they hold."""
+def publish(results: dict, tables: str, workdir: pathlib.Path) -> None:
+    """Writes results.json and report.html and says what they hold; tables: for the console."""
     plain = json.dumps(results, indent=1, default=lambda b: base64.b64encode(b).decode())
     beside = workdir / "results.json.tmp"
     beside.write_text(plain + "\n", encoding="utf-8")
     os.replace(beside, workdir / "results.json")
     report.write(workdir / "report.html", results)
-    say("\n" + table(results))
+    say("\n" + tables)
     say(f"report: {workdir / 'report.html'}; numbers: {workdir / 'results.json'}")
 
 
@@ -102,12 +102,7 @@ def table(results: dict) -> str:
             f"{100 * row['noise_removed']:5.1f} %, mean recall {row['metrics']['r_mean']:.1f}"
         )
     lines.append("")
-    for r in results["relations"]:
-        what = "" if r["what"] == relations.RECALL else f", {r['what']}"
-        lines.append(
-            f"the paper has {r['larger']} > {r['smaller']}{what}: here {r['difference']:+.1f} +- {r['error']:.1f}, "
-            f"{VERDICTS[r['verdict']]}"
-        )
+    lines += [told(r) for r in results["relations"]]
     n = results["noise"]
     lines.append(
         f"\nfalse texts: web {100 * n['before']:.1f} % before, {_percent(n['web_after'])} among the kept; kept of web "
@@ -117,6 +112,15 @@ def table(results: dict) -> str:
     )
     lines.append(f"{sum(s for _, s in results['phases']):.0f} s in all")
     return "\n".join(lines)
+
+
+def told(relation: dict) -> str:
+    """A row of `relations` for the console."""
+    r, what = relation, "" if relation["what"] == relations.RECALL else f", {relation['what']}"
+    return (
+        f"the paper has {r['larger']} > {r['smaller']}{what}: here {r['difference']:+.1f} +- {r['error']:.1f}, "
+        f"{VERDICTS[r['verdict']]}"
+    )
 
 
 def _percent(share) -> str:
@@ -135,18 +139,21 @@ def _intro(cfg) -> str:
     )
 
 
-def _facts(cfg, workdir: pathlib.Path) -> list[tuple[str, str]]:
-    """What the numbers depend on, down to the bit: the threads and the vector instructions of a CPU, too."""
+def facts_of(cfg, command: str, training: str) -> list[tuple[str, str]]:
+    """What the numbers depend on, down to the bit: the threads and the vector instructions of a CPU, too.
+
+    command: without --config.seed; training: name of the runs that have cfg.train.steps.
+    """
     device = jax.devices()[0]
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        ("command", f"blip-jax demo --workdir={workdir.name} --config.seed={cfg.seed}"),
+        ("command", f"{command} --config.seed={cfg.seed}"),
         (
             "hardware",
             f"{jax.device_count()} {device.device_kind} device; {threads} of {os.cpu_count()} cores, {_processor()}",
         ),
         ("software", f"blip_jax {__version__}, revision {revision()}, jax {jax.__version__}"),
-        ("pre-training", f"{cfg.train.steps} steps of {cfg.train.batch} pairs each"),
+        (training, f"{cfg.train.steps} steps of {cfg.train.batch} pairs each"),
     ]
 
 
@@ -160,16 +167,16 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _rows(run: pathlib.Path) -> list[dict]:
+def rows_of(run: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _evaluation(rows: list[dict]) -> dict[str, float]:
+def evaluation_of(rows: list[dict]) -> dict[str, float]:
     last = [r for r in rows if "eval/r_mean" in r][-1]
     return {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
 
 
-def _curves(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
+def curves_of(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
     found = {loss: [(r["step"], r[f"train/{loss}"]) for r in rows if f"train/{loss}" in r] for loss in LOSSES}
     return {loss: points for loss, points in found.items() if points}
 

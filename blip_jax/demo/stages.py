@@ -10,13 +10,8 @@ make; a demo run again goes on where it was.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
-import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -28,7 +23,9 @@ from blip_jax.config import source
 from blip_jax.console import say
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.wordpiece import EXTRA, train_vocab
+from blip_jax.demo import clock
 from blip_jax.demo import results as findings
+from blip_jax.demo.clock import Stage, stop_if
 from blip_jax.train import loop
 
 VOCAB_SCENES = 20_000  # captions that the vocabulary is trained on
@@ -41,10 +38,6 @@ CORPORA = {  # pre-training -> (texts of the web: all, kept or none, synthetic t
     "both": ("kept", ("capfilt", "kept")),
     "both-beam": ("kept", ("capfilt-beam", "kept")),
 }
-
-
-class Stopped(Exception):
-    """A signal ended a stage; what it had done is saved."""
 
 
 def run(cfg, workdir) -> dict:
@@ -64,29 +57,14 @@ def run(cfg, workdir) -> dict:
 
 
 def _run(cfg, workdir: pathlib.Path) -> dict:
-    found = stages(cfg, workdir)
-    report = Stage("report", 30.0, lambda: None)
-    clock = Clock(workdir / "stages.json", [*found, report])
-    try:
-        for stage in found:
-            with clock.running(stage):
-                stage.run()
-    except Stopped:
-        say(f"stopped: the same command goes on with this stage, {workdir} has what is done")
+    def collect() -> dict:
+        return findings.collect(cfg, workdir, list(CORPORA), list(FINE_TUNING))
+
+    results = clock.through(stages(cfg, workdir), collect, workdir)
+    if results is None:
         return {"stopped": True}
-    with clock.running(report):
-        results = findings.collect(cfg, workdir, list(CORPORA), list(FINE_TUNING))
-    results["phases"] = list(clock.seconds().items())
-    findings.publish(results, workdir)
+    findings.publish(results, findings.table(results), workdir)
     return {"stopped": False, "results": results}
-
-
-class Stage(NamedTuple):
-    """A part of the demo that is begun, and gone on with, as a whole."""
-
-    name: str
-    cost: float  # about how many seconds it takes on 2 idle CPU cores
-    run: Callable[[], None]
 
 
 def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
@@ -102,10 +80,10 @@ def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
 
     def bootstrap(folder: str, kind: str) -> Stage:
         cost = {"nucleus": 40, "beam": 60}[kind] * pictures
-        run = lambda: _stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
+        run = lambda: stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
         return Stage(f"CapFilt, {kind}", cost, run)
 
-    unfiltered = lambda: _stop_if(refilter(workdir / "capfilt", 0.0, workdir / "capfilt-unfiltered"))
+    unfiltered = lambda: stop_if(refilter(workdir / "capfilt", 0.0, workdir / "capfilt-unfiltered"))
     first, *others = CORPORA
     return [
         pretrain(first, "pre-train on the web as it is"),
@@ -170,12 +148,7 @@ def _copy(cfg) -> ConfigDict:
 
 
 def _fit(cfg, workdir) -> None:
-    _stop_if(loop.fit(cfg, workdir))
-
-
-def _stop_if(out: dict) -> None:
-    if out.get("stopped"):
-        raise Stopped
+    stop_if(loop.fit(cfg, workdir))
 
 
 def _vocabulary(cfg, workdir: pathlib.Path) -> None:
@@ -188,47 +161,3 @@ def _vocabulary(cfg, workdir: pathlib.Path) -> None:
         train_vocab(vocab_captions(VOCAB_SCENES), cfg.model.med.vocab_size - len(EXTRA), beside)
         beside.replace(cfg.text.vocab)
         say(f"vocabulary from the captions of {VOCAB_SCENES} scenes: {cfg.text.vocab}")
-
-
-class Clock:
-    """Which stage runs, what each has taken over all starts of a demo, and how long the rest may take.
-
-    A stage that ran to its end is looked at again when the demo is run again, and its time is not added to.
-    """
-
-    def __init__(self, path: pathlib.Path, stages: list[Stage]):
-        self.path, self.stages = path, stages
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self._kept = {stage.name: kept.get(stage.name, {"seconds": 0.0, "done": False}) for stage in stages}
-
-    def seconds(self) -> dict[str, float]:
-        """Name of a stage -> seconds it took, of those that have begun."""
-        return {name: kept["seconds"] for name, kept in self._kept.items() if kept["seconds"]}
-
-    def left(self) -> tuple[float, bool]:
-        """(seconds that the stages not done may take, whether that was learnt from stages that are done)"""
-        done = [s for s in self.stages if self._kept[s.name]["done"]]
-        known, expected = sum(self._kept[s.name]["seconds"] for s in done), sum(s.cost for s in done)
-        rest = sum(s.cost for s in self.stages if s not in done)
-        return (rest * known / expected, True) if known and expected else (rest, False)
-
-    @contextlib.contextmanager
-    def running(self, stage: Stage):
-        """Says what begins; adds the time spent inside, unless it was done before."""
-        kept, place = self._kept[stage.name], f"stage {self.stages.index(stage) + 1} of {len(self.stages)}"
-        if kept["done"]:
-            say(f"\n== {place}: {stage.name}; done before")
-            yield
-            return
-        seconds, learnt = self.left()
-        minutes = f"about {max(1, round(seconds / 60))} min left"
-        say(f"\n== {place}: {stage.name}; {minutes}{'' if learnt else ', if 2 CPU cores are idle'}")
-        begun, before = time.perf_counter(), kept["seconds"]
-        try:
-            yield
-            kept["done"] = True
-        finally:
-            kept["seconds"] = round(before + time.perf_counter() - begun, 1)
-            beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, self.path)

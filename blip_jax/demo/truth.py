@@ -1,4 +1,4 @@
-"""How well a CapFilt run told true texts from false ones.
+"""How true captions are, and how well a CapFilt run told true texts from false ones.
 
 It is measured against the built-in world, which knows the truth.
 """
@@ -16,6 +16,8 @@ from blip_jax.data.scenes import words
 from blip_jax.data.scenes.world import Scenes
 from blip_jax.demo import relations
 
+WHOLE = "whole"
+PARTS = {"colours": ("colour",), "objects": ("colour", "shape"), WHOLE: ()}  # of what a caption claims: of objects
 POINTS = 101  # of a ROC curve that is returned
 BINS = 20  # of matching probabilities, 0 to 1
 
@@ -45,6 +47,24 @@ def judged(run, worlds: dict[str, Scenes]) -> list[Judged]:
                 seen[row.record] += 1
             out.append(Judged(row, words.is_true(world.scene(row.record), row.text), kind))
     return out
+
+
+def hits(scenes: list[dict], captions: list[str]) -> dict[str, np.ndarray]:
+    """For each caption, whether it is true of its scene: {part of PARTS: f64[n], 1 or 0}.
+
+    "colours": all colours of the objects that it names are there, and it names one; "objects": so are all objects, by
+    colour and shape as far as it says them; "whole": all that it says holds. A caption outside of the grammar of the
+    world has none of these.
+    """
+    return {part: np.array([_hit(*pair, part) for pair in zip(scenes, captions, strict=True)], float) for part in PARTS}
+
+
+def _hit(scene: dict, caption: str, part: str) -> bool:
+    claims = words.read(caption)
+    if claims is None or part == WHOLE:
+        return claims is not None and words.holds(claims, scene)
+    said = [[(name, value) for name, value in one if name in PARTS[part]] for one in claims.objects]
+    return any(said) and words.holds(words.Claims(said, [], []), scene)
 
 
 def roc(scores, positive) -> tuple[list[tuple[float, float]], float]:

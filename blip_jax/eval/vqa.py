@@ -8,7 +8,8 @@ An answer counts as correct as far as three of the ten people gave it, averaged 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 # What people write without its apostrophe, by how it is written right; below those that lack another one, wrong=right.
 _WHOLE = (
@@ -95,3 +96,16 @@ def score(
         for name in ("accuracy", *kinds):
             found.setdefault(name, []).append(value)
     return {name: round(100 * sum(values) / len(values), 2) for name, values in found.items()}
+
+
+def common_answers(answers: Iterable[Sequence[str]], at_least: int = 9) -> list[str]:
+    """The answers that models choose from where no list of them is given: those that the majority of people gave, in
+    the common form, to at least so many questions; the most frequent first, equal ones by the alphabet.
+
+    answers: those of people to each question. Questions without answers count for nothing.
+    """
+    most = (max(given, key=list(given).count) for given in answers if given)  # of equally many the first
+    counts = Counter(plain_words(without_punctuation(text)) for text in most)
+    return sorted(
+        (text for text, n in counts.items() if text and n >= at_least), key=lambda text: (-counts[text], text)
+    )

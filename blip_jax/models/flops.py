@@ -6,7 +6,8 @@ optimiser are left out, as is usual for model FLOPs. A training step is counted 
 plus twice the
 forward of what trains: one product for the gradient of the weights, one for that of the inputs, which is left out where
 nobody needs it (pixels, momentum features, queue). The momentum pass has no backward. Recomputation by
-`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained. Captioning and filtering
+`model.remat` is not counted, and frozen parts (`optim.freeze`) are counted as if they trained, but for BLIP-2's tower
+and language model. Captioning and filtering
 are counted per image; `model` is a `cfg.model`.
 """
 
@@ -157,9 +158,9 @@ def looking(model) -> float:
     return q.layers // 2 * (2 * q.queries * 2 * q.width**2 + 4 * q.queries * positions(model) * q.width)
 
 
-def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True) -> dict[str, float]:
+def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True, itg: bool = True) -> dict[str, float]:
     """FLOPs per image-text pair of a step of BLIP-2's first stage (BLIP-2 paper, section 3.1), result as
-    `pretrain_step`; frozen: the tower has no backward.
+    `pretrain_step`; frozen: the tower has no backward; itg: texts are generated.
 
     Keys and values of an image are computed once for the queries and the three matching groups, and the text that is
     generated reads the queries' of the same pass.
@@ -173,8 +174,8 @@ def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True) -> dict[st
         "queries": qformer_layers(model, q.queries) + looking(model),
         "text": qformer_layers(model, T),
         "match": 3 * (qformer_layers(model, q.queries + T) + looking(model) + 2 * q.queries * q.width * 2),
-        "decoder": qformer_layers(model, T - 1, q.queries),
-        "lm_head": (T - 1) * lm_head(q),
+        "decoder": qformer_layers(model, T - 1, q.queries) if itg else 0.0,
+        "lm_head": (T - 1) * lm_head(q) if itg else 0.0,
         "itc": project + similarity,
     }
     forward = sum(parts.values())
@@ -198,21 +199,24 @@ def language_model(llm, T: int, U: int = 0) -> tuple[float, float]:
     return llm.layers * own(T) + decoders * (own(U) + cross), 4 * inner * mixing
 
 
-def blip2_stage2_step(cfg, T: int | None = None, *, frozen: bool = True, llm_frozen: bool = True) -> dict[str, float]:
+def blip2_stage2_step(
+    cfg, T: int | None = None, *, U: int = 0, question: int = 0, frozen: bool = True, llm_frozen: bool = True
+) -> dict[str, float]:
     """FLOPs per image-text pair of a step of BLIP-2's second stage (BLIP-2 paper, section 3.2), result as
-    `pretrain_step`; T: positions of the text, of T5's both. frozen: the tower has no backward; llm_frozen: the language
-    model has the gradients of its inputs alone.
+    `pretrain_step`; T: positions of the text, of T5's both where U does not say those of what it writes; question: that
+    the Q-Former reads. frozen: the tower has no backward; llm_frozen: the language model has the gradients of its
+    inputs alone.
     """
     model, T = cfg.model, T or cfg.text.max_len
-    q, llm = model.qformer, model.llm
-    width, (matrices, mixing) = llm.get("embed_width", llm.width), language_model(llm, q.queries + T, T)
+    q, llm, U = model.qformer, model.llm, U or T
+    width, (matrices, mixing) = llm.get("embed_width", llm.width), language_model(llm, q.queries + T, U)
     parts = {
         "vision": vision(model)[0],
         "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
-        "queries": qformer_layers(model, q.queries) + looking(model),
+        "queries": qformer_layers(model, q.queries + question) + looking(model),
         "llm_proj": 2 * q.queries * q.width * width,
         "llm": matrices + mixing,
-        "lm_head": T * 2 * width * llm.vocab_size,
+        "lm_head": (U if llm.kind == "t5" else T) * 2 * width * llm.vocab_size,
     }
     forward = sum(parts.values())
     frozen_matrices = matrices + parts["lm_head"] if llm_frozen else 0.0  # no gradient of these
@@ -260,6 +264,37 @@ def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
     med, cache = model.med, prompt + tokens - 1
     extend = lambda t: text(model, t, True) + med.layers * 4 * t * (cache - t) * med.width + lm_head(med)
     return encode_image(model) + image_kv(model) + extend(prompt) + n * (tokens - 1) * extend(1)
+
+
+def blip2_caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
+    """FLOPs of n texts of one image, each of `tokens` tokens after `prompt` positions, by BLIP-2: as `caption_image`
+    the Q-Former's, whose prompt is [DEC] at least, or with a language model as `inference.language.generating`.
+    """
+    q = model.qformer
+    found = vision(model)[0] + q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width
+    found += qformer_layers(model, q.queries) + looking(model)
+    if not len(model.llm):
+        cache = prompt + tokens - 1
+        extend = lambda t: qformer_layers(model, t, q.queries + cache - t) + lm_head(q)
+        return found + extend(prompt) + n * (tokens - 1) * extend(1)
+    llm, read = model.llm, q.queries + prompt
+    found += 2 * q.queries * q.width * llm.get("embed_width", llm.width)
+    if llm.kind == "opt":  # the pass over the prompt gives the first token, slots are those of all positions
+        first = sum(language_model(llm, read)) + 2 * llm.embed_width * llm.vocab_size
+        return found + first + n * (tokens - 1) * next_token(llm, read + tokens)
+    # T5's start id is read once for all n texts; `language_model` counts what its decoder projects of the encoded
+    return found + sum(language_model(llm, read)) + (1 + n * (tokens - 1)) * next_token(llm, tokens + 1, read)
+
+
+def next_token(llm, cache: int, read: int = 0) -> float:
+    """FLOPs of a token of a language model, `cfg.model.llm`, whose self-attentions have `cache` slots, T5's decoder
+    behind `read` encoded positions; the head included."""
+    if llm.kind == "opt":
+        mixing, matrices = 4 * llm.width * llm.layers * cache, language_model(llm, 1)[0]
+    else:
+        decoders = llm.get("decoder_layers", 0) or llm.layers
+        mixing, matrices = 4 * llm.heads * llm.head_dim * decoders * (cache + read), language_model(llm, 0, 1)[0]
+    return matrices + mixing + 2 * llm.get("embed_width", llm.width) * llm.vocab_size
 
 
 def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = False) -> float:

@@ -151,7 +151,7 @@ def analytic(program: programs.Program, request: Request) -> dict:
     gradients = 0
     if program.name == "train step":  # summed over devices in the dtype of the computation
         width = jax.numpy.dtype(request.cfg.model.dtype).itemsize
-        gradients = sum(x.size * width for x in jax.tree.leaves(program.parts["parameters"][0]))
+        gradients = sum(x.size * width for x in jax.tree.leaves(program.parts["parameters"]))
     reduced = hlo.travels("all-reduce", gradients, topology.devices)
     return {
         "name": program.name,

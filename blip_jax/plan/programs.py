@@ -93,7 +93,8 @@ def train(cfg, mesh) -> list[Program]:
 
     extra = state.extra or {"params": {}, "queue": None}
     parts = {
-        "parameters": (state.params, state.frozen),
+        "parameters": state.params,
+        "frozen parameters": state.frozen,
         "optimiser": state.opt,
         "momentum copies": extra["params"],
         "queue": extra["queue"],
@@ -117,8 +118,35 @@ def train(cfg, mesh) -> list[Program]:
 def recomputed(cfg) -> float:
     """FLOPs of an image that the backward pass repeats by model.remat.
 
-    The ViT's blocks but for what no gradient needs, or scores.
+    The blocks of a ViT that is trained but for what no gradient needs, or scores; of BLIP-2, with "full", its text
+    layers.
     """
+    if "med" in cfg.model:
+        return _repeated_tower(cfg)
+    model = tasks.build(cfg)
+    if not hasattr(model, "frozen"):  # a language model alone
+        return 0.0
+    texts = _repeated_texts(cfg) if cfg.model.remat == "full" else 0.0
+    return texts if model.frozen else texts + _repeated_tower(cfg)
+
+
+def _repeated_texts(cfg) -> float:
+    """Passes of BLIP-2's Q-Former and language model, of whose feed-forward what is only added is not repeated, nor
+    what the language model has outside its layers."""
+    parts, llm = tasks.of(cfg).flops(cfg), cfg.model.llm
+    repeated = sum(parts.get(name, 0.0) for name in ("queries", "text", "match", "decoder", "llm"))
+    if not len(llm):
+        return repeated
+    T, closing = cfg.text.max_len, 2 * llm.width * llm.mlp
+    read = cfg.model.qformer.queries + T
+    if llm.kind == "opt":
+        return repeated - llm.layers * read * closing
+    decoders = llm.get("decoder_layers", 0) or llm.layers
+    encoded_kv = 2 * read * 2 * llm.width * llm.heads * llm.head_dim
+    return repeated - (llm.layers * read + decoders * T) * closing - decoders * encoded_kv
+
+
+def _repeated_tower(cfg) -> float:
     v, positions = cfg.model.vit, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
     scores, mixing = 2 * positions**2 * v.width, 4 * positions**2 * v.width
     blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + mixing  # without fc2, whose result is only added

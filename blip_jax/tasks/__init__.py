@@ -35,7 +35,8 @@ one that can be evaluated
   evaluate(loaded, data, mesh)          {metric: number}, and maybe "predictions", JSON rows; loaded: model, params,
                                         cfg, tokenizer, origin
   table(result)                         `evaluate`'s numbers as text
-  submission(result)                    (file name, text) that a server takes, where there is one
+  submission(result, cfg)               (file name, text) that a server takes, where there is one. ValueError: what
+                                        was asked is not answered as a whole, and nothing is written
 
 and one whose model is not that of pre-training may start from a checkpoint of it by
 

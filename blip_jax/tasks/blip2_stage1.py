@@ -50,6 +50,7 @@ def leaves() -> ConfigDict:
     # whether the columns of ITC have a gradient, too: in the original what is gathered from several GPUs has none, on a
     # single one without torch.distributed it has
     c.columns_train = False
+    c.itg = True  # image-grounded text generation; False: ITC and ITM alone (BLIP-2 paper, table 6)
     c.eval_len = 35  # text positions in evaluation
     return c
 
@@ -103,7 +104,7 @@ def shapes(cfg) -> dict:
 
 
 def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
-    """ITC + ITM + LM of one (micro-)batch.
+    """ITC + ITM, and LM with task.itg, of one (micro-)batch.
 
     batch: img f32[B,S,S,3] normalised, ids i32[B,T], txt_mask bool[B,T], with task.image_ids image_id i32[B]. A row
     without a negative, whose whole group shows its image, is left out of ITM; "no_negative" counts them, both ways.
@@ -121,19 +122,20 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     itc, own = contrastive(cfg, img_emb, txt_emb, params["temp"], same)
     neg_img, neg_txt = contrast.drawn({way: negative_weights(cfg, sim, same) for way, sim in own.items()}, keys)
     itm, itm_acc = contrast.matching(apply, batch, kv, neg_img, neg_txt, cfg.loss.group_size, streams["match"])
-    logits = apply(ids, txt_mask, kv, method="lm_logits", **trains("decoder"))
-    lm = losses.lm(
-        logits,
-        ids[:, 1:],
-        txt_mask[:, 1:],
-        model.qformer_sizes["vocab_size"],
-        smoothing=cfg.loss.label_smoothing,
-        over=cfg.loss.smoothing_over,
-        group_size=cfg.task.lm_group,
-    )
-
-    total = itc + itm + lm
-    metrics = {"loss": total, "loss_itc": itc, "loss_itm": itm, "loss_lm": lm, "itm_acc": itm_acc}
+    total, metrics = itc + itm, {"loss_itc": itc, "loss_itm": itm, "itm_acc": itm_acc}
+    if cfg.task.itg:
+        logits = apply(ids, txt_mask, kv, method="lm_logits", **trains("decoder"))
+        lm = losses.lm(
+            logits,
+            ids[:, 1:],
+            txt_mask[:, 1:],
+            model.qformer_sizes["vocab_size"],
+            smoothing=cfg.loss.label_smoothing,
+            over=cfg.loss.smoothing_over,
+            group_size=cfg.task.lm_group,
+        )
+        total, metrics = total + lm, metrics | {"loss_lm": lm}
+    metrics |= {"loss": total}
     without = jnp.sum(neg_img < 0) + jnp.sum(neg_txt < 0)
     return total, (metrics | {"temp": params["temp"], "no_negative": without.astype(jnp.float32)}, {})
 
@@ -170,7 +172,7 @@ def negative_weights(cfg, sim, same):
 
 
 def flops(cfg, T: int | None = None) -> dict[str, float]:
-    return counts.blip2_stage1_step(cfg, T, frozen=FROZEN in tuple(cfg.optim.freeze))
+    return counts.blip2_stage1_step(cfg, T, frozen=FROZEN in tuple(cfg.optim.freeze), itg=cfg.task.itg)
 
 
 def evaluate(loaded, data: EvalData, mesh) -> dict:

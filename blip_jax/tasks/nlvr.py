@@ -12,9 +12,10 @@ import numpy as np
 
 from blip_jax import losses
 from blip_jax.data.evaluation import EvalRows
-from blip_jax.data.source import BadRecord
+from blip_jax.data.source import BadRecord, expand
 from blip_jax.data.text.clean import clean_caption
 from blip_jax.eval import nlvr
+from blip_jax.eval import submission as servers
 from blip_jax.inference.batching import Runner
 from blip_jax.models import flops as counts
 from blip_jax.models.build import Start
@@ -185,6 +186,11 @@ def table(result: dict) -> str:
     return "\n".join([f"{result['examples']} examples", *rows])
 
 
-def submission(result: dict) -> tuple[str, str]:
-    """(file name, content) as the official evaluation reads it: a line "identifier,True" each."""
-    return "predictions.csv", "".join(f"{row['identifier']},{row['label']}\n" for row in result["predictions"])
+def submission(result: dict, cfg) -> tuple[str, str]:
+    """(file name, content) as the official evaluation reads it. ValueError: it would not be every example of data.eval
+    once, or they are of several files or of BLIP's list, which has no identifiers.
+    """
+    asked = [path for name, source in cfg.data.eval.items() for path in expand(name, source)]
+    if len(asked) > 1:
+        raise ValueError(f"data.eval has {len(asked)} files: the official evaluation takes the predictions of one")
+    return servers.nlvr2(((row["identifier"], row["label"]) for row in result["predictions"]), asked[0])

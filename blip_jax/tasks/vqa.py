@@ -15,10 +15,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip_jax import losses
+from blip_jax.console import say
 from blip_jax.data.evaluation import EvalRows
-from blip_jax.data.source import BadRecord
+from blip_jax.data.formats import open_source
+from blip_jax.data.formats.vqa import Questions
+from blip_jax.data.source import BadRecord, expand
 from blip_jax.data.text.clean import clean_question
 from blip_jax.decode.beam import Beam
+from blip_jax.eval import submission as servers
 from blip_jax.eval import vqa
 from blip_jax.inference import programs
 from blip_jax.inference.batching import Runner
@@ -27,6 +31,7 @@ from blip_jax.models.build import Start
 from blip_jax.models.vqa import BlipVqa
 from blip_jax.tasks import step
 
+OFTEN = 9  # questions whose majority gives an answer that a made list holds
 # Both text models start as the shared one of pre-training. Where image and text widths differ the decoder, which looks
 # at question states, has keys and values of another shape; these start random, as in the original.
 START = Start(lambda path: path.replace("med_dec/", "med/"), misfit="med_dec/.*/cross_attn/[kv]/kernel")
@@ -41,7 +46,9 @@ def leaves() -> ConfigDict:
     # of the one answer of a question from Visual Genome; the ten people's answers of VQA weigh 1 together
     c.vg_weight = 0.2
     c.method = "rank"  # how evaluation answers: rank (the best of a list) | generate (beam search)
-    c.answer_list = ""  # rank: JSON list of the candidates
+    # rank: JSON list of the candidates; "": what the majority of people answered to 9 questions of data.train or more,
+    # in the common form of the official accuracy, by which VQA v2's train and val give some 3,100
+    c.answer_list = ""
     c.k = 128  # rank: candidates with the likeliest first token, which are scored in full
     c.beams = 3  # generate
     c.max_length = 10  # generate: tokens with [DEC]
@@ -63,8 +70,11 @@ def check(cfg, tokenizer=None) -> list[str]:
         out.append(f"task.vg_weight is {task.vg_weight}: it must be more than 0 and at most 1")
     if task.method not in ("rank", "generate"):
         out.append(f"task.method is {task.method!r}: choose rank or generate")
-    if task.method == "rank" and len(cfg.data.eval) and not task.answer_list:
-        out.append("task.answer_list is empty: give the JSON list of candidates, or set task.method=generate")
+    if task.method == "rank" and len(cfg.data.eval) and not task.answer_list and not len(cfg.data.train):
+        out.append(
+            "task.answer_list is empty, and there is no data.train to make one from: give the JSON list of candidates, "
+            "or set task.method=generate"
+        )
     if cfg.text.prompt:
         out.append(
             f"text.prompt is {cfg.text.prompt!r} but objective is vqa, whose texts have none: set text.prompt to "
@@ -187,7 +197,7 @@ def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
     read.
     """
     if cfg.task.method == "rank":
-        candidates(cfg.task.answer_list)
+        candidates(cfg)
     return EvalRows(cfg, tokenizer, question, cfg.data.eval, skipped_path=skipped_path)
 
 
@@ -196,8 +206,13 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
 
     "predictions" holds them all: [{"question_id", "answer"}], the form that the challenge's server takes.
     """
+    return scored(answered(loaded, data, mesh))
+
+
+def scored(answers) -> dict:
+    """`evaluate`'s numbers of (record, answer)s."""
     given, known = {}, {}
-    for record, answer in answered(loaded, data, mesh):
+    for record, answer in answers:
         number = record["question_id"]
         number = record["key"] if number is None else number
         given[number] = answer
@@ -219,7 +234,7 @@ def answered(loaded, data: EvalRows, mesh):
         how = Beam(beams=task.beams, min_length=1, max_length=task.max_length)
         program, whole = jitted(programs.answering, loaded.model, how, 1, eos=tokenizer.sep, pad=tokenizer.pad), ()
     else:
-        texts = candidates(task.answer_list)
+        texts = candidates(loaded.cfg)
         longest = int(tokenizer.lengths(texts, loaded.cfg.model.med.positions).max())
         program = jitted(programs.ranking, loaded.model, min(task.k, len(texts)))
         whole = tokenizer.encode(texts, longest)
@@ -246,8 +261,12 @@ def jitted(make: Callable, *args, **how) -> Callable:
     return jax.jit(make(*args, **how))
 
 
-def candidates(path: str) -> list[str]:
-    """The answers that are ranked. ValueError: the file is no list of texts."""
+def candidates(cfg) -> list[str]:
+    """The answers that are ranked: those of cfg.task.answer_list, or, where it is "", made from the questions of
+    cfg.data.train (`eval.vqa.common_answers`), and said. ValueError: the file is no list of texts, or none is frequent.
+    """
+    if not (path := cfg.task.answer_list):
+        return list(made_from(tuple((name, source.to_json()) for name, source in sorted(cfg.data.train.items()))))
     try:
         texts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -257,12 +276,33 @@ def candidates(path: str) -> list[str]:
     return texts
 
 
+@functools.cache
+def made_from(sources: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """The frequent answers of sources, (name, config.source as JSON) each, Visual Genome's left out."""
+    opened = [open_source(name, ConfigDict(json.loads(source))) for name, source in sources]
+    rows = [row for source in opened if isinstance(source, Questions) for row in source.rows()]
+    asked = [row["answer"] for row in rows if row["dataset"] != "vg" and "answer" in row]
+    texts = vqa.common_answers(asked, OFTEN)
+    if not texts:
+        raise ValueError(
+            f"task.answer_list is empty, and no answer is the majority's to {OFTEN} of the {len(asked)} questions of "
+            "data.train: give the JSON list of candidates, or set task.method=generate"
+        )
+    say(
+        f"task.answer_list is empty: {len(texts)} answers are ranked, the majority's to {OFTEN} or more of the "
+        f"{len(asked)} questions of data.train in the common form; the published models ranked 3128"
+    )
+    return tuple(texts)
+
+
 def table(result: dict) -> str:
     """The accuracies, a line each."""
     rows = [f"{name:40} {value:8.2f}" for name, value in result.items() if name not in ("questions", "predictions")]
     return "\n".join([f"{result['questions']} questions", *rows])
 
 
-def submission(result: dict) -> tuple[str, str]:
-    """(file name, content) for the challenge's server: every question once, [{"question_id", "answer"}]."""
-    return "v2_OpenEnded_mscoco_blip_results.json", json.dumps(result["predictions"]) + "\n"
+def submission(result: dict, cfg) -> tuple[str, str]:
+    """(file name, content) for the challenge's server. ValueError: it would not be every question of data.eval once."""
+    asked = [path for name, source in cfg.data.eval.items() for path in expand(name, source)]
+    answers = candidates(cfg) if cfg.task.method == "rank" else ()
+    return servers.vqa(result["predictions"], asked, answers)

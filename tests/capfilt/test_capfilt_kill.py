@@ -23,9 +23,10 @@ def get_config():
 # imports once, then obeys lines: "start <log file> <arguments of blip-jax>" forks such a process and answers with its
 # id; "wait <id>" answers with its exit status
 SERVER = """
-import os, sys
+import gc, os, sys
 from blip_jax.cli import main
 from blip_jax.capfilt import run
+gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
 for line in sys.stdin:
     what, *rest = line.split()
     if what == "wait":

@@ -11,7 +11,7 @@ from world.runs import write_config
 
 import blip_jax
 from blip_jax import trees
-from blip_jax.cli import bench, configs, main, usage
+from blip_jax.cli import bench, configs, main, score, usage
 from blip_jax.cli.parse import parse
 from blip_jax.config import base, source
 from blip_jax.console import plain
@@ -92,7 +92,7 @@ def test_every_command_explains_its_flags(command, ask, capsys):
     assert out.startswith(f"usage: blip-jax {command}") and not err
     assert usage.COMMANDS[command][1][:40] in out and max(map(len, out.splitlines())) <= 120
     flags = re.findall(r"^  (--\S+)", out, re.M)
-    assert len(flags) == len(set(flags)) and (flags or command == "bench")
+    assert len(flags) == len(set(flags)) and (flags or command in ("bench", "score"))
 
 
 def test_help_names_every_flag_with_its_default(capsys):
@@ -105,7 +105,8 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert main.main(["evaluate", "--config=nowhere.py", "--help"]) == 0
     assert "Without --config, DIR/config.json is used" in " ".join(capsys.readouterr().out.split())
     assert main.main(["help", "vocab"]) == 0 and capsys.readouterr().out.startswith("usage: blip-jax vocab ")
-    assert set(usage.COMMANDS) == {*main.COMMANDS, "capfilt refilter", *(f"bench {w}" for w in bench.WORKLOADS)}
+    below = [*(f"bench {w}" for w in bench.WORKLOADS), *(f"score {task}" for task in score.TASKS)]
+    assert set(usage.COMMANDS) == {*main.COMMANDS, "capfilt refilter", *below}
     assert all(re.search(rf"^  {name} ", usage.OVERVIEW, re.M) for name in main.COMMANDS)
 
 
@@ -350,10 +351,10 @@ def test_demo_is_given_its_own_config_or_another(config_file, tmp_path, monkeypa
 
 
 def test_a_run_that_diverges_ends_with_status_1(config_file, tmp_path, capsys, monkeypatch):
-    from blip_jax.train import loop
+    from blip_jax.train import loop, saving
 
     def diverges(cfg, workdir):
-        raise loop.NonFiniteLoss("step 7: a loss is not finite")
+        raise saving.NonFiniteLoss("step 7: a loss is not finite")
 
     monkeypatch.setattr(loop, "fit", diverges)
     assert main.main(["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == 1

@@ -15,6 +15,7 @@ from blip_jax.capfilt import decisions
 from blip_jax.config import source
 from blip_jax.demo import relations, stages
 from blip_jax.demo import results as demo_results
+from blip_jax.demo.clock import Clock, Stage, Stopped
 from blip_jax.demo.report import paper
 from blip_jax.tasks import two_stage
 
@@ -28,6 +29,7 @@ def demo_cfg(tiny_cfg):
         c.data.train.web = source("scenes", count=48, seed=3, size=32, noise=0.6, weight=48.0)
         c.data.eval.scenes = source("scenes", count=8, seed=1, size=32)
     c.loss.momentum, c.loss.queue = False, 0
+    c.model.dropout = c.model.drop_path = 0.0  # a quarter less to compile
     c.train.steps = c.train.log_every = c.train.save_every = 2
     c.eval.k, c.eval.batch, c.eval.rerank_texts = 8, 8, 8
     return c.lock()
@@ -133,24 +135,24 @@ def test_a_stopped_stage_ends_the_demo(demo_cfg, tmp_path, monkeypatch):
 
 def test_the_clock_learns_from_what_is_done_and_counts_each_stage_once(tmp_path, monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
-    plan = [stages.Stage(name, cost, lambda: None) for name, cost in (("a", 60.0), ("b", 30.0), ("c", 90.0))]
+    monkeypatch.setattr("blip_jax.demo.clock.time.perf_counter", lambda: now[0])
+    plan = [Stage(name, cost, lambda: None) for name, cost in (("a", 60.0), ("b", 30.0), ("c", 90.0))]
 
     def passes(clock, stage, seconds, fails=False):
-        with contextlib.suppress(stages.Stopped), clock.running(stage):
+        with contextlib.suppress(Stopped), clock.running(stage):
             now[0] += seconds
             if fails:
-                raise stages.Stopped
+                raise Stopped
 
-    clock = stages.Clock(tmp_path / "stages.json", plan)
+    clock = Clock(tmp_path / "stages.json", plan)
     assert clock.left() == (180.0, False)
     passes(clock, plan[0], 50, fails=True)
-    clock = stages.Clock(tmp_path / "stages.json", plan)  # run again
+    clock = Clock(tmp_path / "stages.json", plan)  # run again
     assert clock.left() == (180.0, False) and clock.seconds() == {"a": 50.0}
     passes(clock, plan[0], 70)
     assert clock.seconds() == {"a": 120.0} and clock.left() == (240.0, True)  # twice as slow as expected
     passes(clock, plan[0], 5)
     assert clock.seconds() == {"a": 120.0}
-    passes(stages.Clock(tmp_path / "stages.json", plan), plan[1], 60)
-    assert stages.Clock(tmp_path / "stages.json", plan).left() == (180.0, True)
+    passes(Clock(tmp_path / "stages.json", plan), plan[1], 60)
+    assert Clock(tmp_path / "stages.json", plan).left() == (180.0, True)
     assert capsys.readouterr().out.split("\n\n")[0] == "\n== stage 1 of 3: a; about 3 min left, if 2 CPU cores are idle"

@@ -67,3 +67,24 @@ def test_the_second_table_compares_decodings_and_what_the_filter_dropped():
     assert found[2].error == pytest.approx(196 * np.sqrt((0.25 * 0.75 + 0.19 * 0.81) / 1000))
     few = relations.table2(values, {"nucleus": (3, 12), "beam": (2, 12)})
     assert few[2].verdict == "undecided"
+
+
+def test_figure_5_compares_captions_of_the_same_pictures():
+    right = {"colours": np.ones(100), "objects": np.repeat((1.0, 0.0), (80, 20)), "whole": np.repeat((1.0, 0.0), 50)}
+    wrong = {"colours": np.ones(100), "objects": np.repeat((1.0, 0.0), (20, 80)), "whole": np.tile((1.0, 0.0), 50)}
+    found = relations.figure5({relations.BOTH: right, relations.ALONE: wrong})
+    assert [(r.what, r.larger, r.smaller) for r in found] == [
+        (what, relations.BOTH, relations.ALONE) for what in relations.TRUE.values()
+    ]
+    assert [r.difference for r in found] == pytest.approx([0, 60, 0])
+    assert [r.verdict for r in found] == ["undecided", "holds", "undecided"]
+    each = np.repeat((100.0, 0.0), (60, 40))  # of 100 pictures 60 are described by one alone
+    assert found[1].error == pytest.approx(1.96 * each.std(ddof=1) / 10)
+
+
+def test_table_6_compares_both_ways_of_ranking():
+    ranked = {relations.WITH_ITG: np.full(9, 70.0), relations.WITHOUT_ITG: np.linspace(50, 60, 9)}
+    cosine = {relations.WITH_ITG: np.full(9, 40.0), relations.WITHOUT_ITG: np.linspace(50, 60, 9)}
+    found = relations.table6(ranked, cosine)
+    assert [(r.what, r.verdict) for r in found] == [(relations.RECALL, "holds"), (relations.COSINE, "reversed")]
+    assert [r.difference for r in found] == pytest.approx([15, -15])

@@ -88,3 +88,30 @@ def test_nothing_kept_has_no_precision(tmp_path):
     write_run(tmp_path, rows)
     found = truth.noise_of(truth.judged(tmp_path, {"web": world}), 0.5)
     assert found["precision"] is None and found["after"] is None and found["recall"] == 0
+
+
+def test_captions_are_checked_by_colours_by_objects_and_as_a_whole():
+    def thing(colour, shape, row, col):
+        return {"colour": colour, "shape": shape, "size": "large", "row": row, "col": col}
+
+    scene = {
+        "objects": [thing("red", "circle", 0, 0), thing("blue", "star", 1, 2)],
+        "background": {"kind": "plain", "tone": "grey"},
+    }
+    given = {  # caption -> colours, objects, the whole
+        "a red circle and a blue star on a grey background": (1, 1, 1),
+        "a red circle": (1, 1, 1),
+        "a small red disc": (1, 1, 0),  # it is large
+        "a blue star on a mint background": (1, 1, 0),
+        "a blue circle and a red star": (1, 0, 0),
+        "a red circle and a red circle": (0, 0, 0),  # there is one
+        "a green star": (0, 0, 0),
+        "a star": (0, 1, 1),  # no colour is named
+        "a grey background": (0, 0, 0),  # no object is named
+        "red circle blue": (0, 0, 0),  # outside of the grammar
+        "": (0, 0, 0),
+    }
+    found = truth.hits([scene] * len(given), list(given))
+    assert {caption: tuple(int(found[part][i]) for part in truth.PARTS) for i, caption in enumerate(given)} == given
+    with pytest.raises(ValueError):
+        truth.hits([scene], [])

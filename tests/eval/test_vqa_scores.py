@@ -55,3 +55,10 @@ def test_a_quirk_or_two():
     assert vqa.accuracy("red", ["red"] * 3 + ["w"] * 7) == pytest.approx(0.9)
     with pytest.raises(ValueError, match=r"1 questions have no prediction, such as \[7\]"):
         vqa.score({}, {7: {"answers": ["a"]}})
+
+
+def test_a_list_of_answers_is_what_majorities_say_often():
+    asked = [["Two", "two", "3"]] * 5 + [["2"]] * 4 + [["a dog", "cat", "cat"]] * 10 + [["rare"]] * 8 + [[]]
+    assert vqa.common_answers(asked) == ["cat", "2"]
+    assert vqa.common_answers(asked, at_least=8) == ["cat", "2", "rare"]
+    assert vqa.common_answers([["the"]] * 9) == []  # nothing is left of it

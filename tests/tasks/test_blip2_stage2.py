@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from world.pieces import write_pieces
+from world import language
+from world.language import tiny
 from world.runs import leaves, rows
 
 from blip_jax import config, tasks, trees
-from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text import tokenizers
-from blip_jax.data.text.bpe import train_bpe
 from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded_once
 from blip_jax.parallel import sharding
@@ -22,22 +21,10 @@ from blip_jax.tasks import step
 from blip_jax.train import loop
 
 
-def tiny(llm, **more):
-    c = config.blip2("eva_tiny", "tiny", f"{llm}_tiny").unlock()
-    c.model.update(img_size=16, embed_dim=16, dtype="float32", dropout=0.0, llm_dropout=0.0)
-    c.model.llm.vocab_size = 384  # a multiple of 128: no row is padding
-    c.text.max_len, c.train.batch = 12, 16
-    c.update_from_flattened_dict(more)
-    return c
-
-
 @pytest.fixture(scope="module")
 def vocabularies(tmp_path_factory):
     """kind -> file of a vocabulary that fits the tiny language model."""
-    folder, captions = tmp_path_factory.mktemp("llm"), list(vocab_captions(300))
-    train_bpe(captions, 300, folder / "vocab.json")
-    write_pieces(captions, 140, folder / "pieces.json")
-    return {"opt": folder / "vocab.json", "flant5": folder / "pieces.json"}
+    return language.vocabularies(tmp_path_factory.mktemp("llm"))
 
 
 def record(caption):
@@ -109,8 +96,9 @@ def loss_of(cfg, model):
 
 
 @pytest.mark.parametrize("llm", ["opt", "flant5"])
-def test_a_mesh_changes_nothing_and_no_gradient_is_of_frozen_parts(llm):
+def test_a_mesh_and_making_layers_again_change_nothing_and_no_gradient_is_of_frozen_parts(llm):
     cfg, model, params = world(llm)
+    again = task.build(tiny(llm, **{"model.remat": "full"}))
     trained, frozen = trees.split(params, cfg.optim.freeze)
     batch = batch_of(cfg)
     grads = jax.jit(jax.value_and_grad(loss_of(cfg, model)))
@@ -125,6 +113,7 @@ def test_a_mesh_changes_nothing_and_no_gradient_is_of_frozen_parts(llm):
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, sharding.shardings_for(x, mesh)) for x in (trained, frozen)]
+        grads = jax.jit(jax.value_and_grad(loss_of(cfg, again)))
         found, found_grads = grads(*placed, jax.device_put(batch, sharding.batch_sharding(mesh)))
     np.testing.assert_allclose(found, want, rtol=1e-5)
     for (path, a), (_, b) in zip(trees.paths(want_grads), trees.paths(jax.device_get(found_grads))):
@@ -146,10 +135,7 @@ def test_cost_of_a_step_is_as_counted(llm):
 
 @pytest.mark.parametrize("llm", ["opt", "flant5"])
 def test_a_run_on_scenes_resumes_bit_for_bit_and_its_checkpoints_hold_no_frozen_part(llm, vocabularies, tmp_path):
-    cfg = tiny(llm, **{"text.vocab": str(vocabularies[llm])})
-    with cfg.data.unlocked():
-        cfg.data.train.world = config.source("scenes", count=64, size=32)
-    cfg.data.threads = cfg.data.prefetch = 2
+    cfg = language.on_scenes(tiny(llm, **{"text.vocab": str(vocabularies[llm])}))
     cfg.train.update(steps=2, log_every=1, save_every=1)
     out = loop.fit(cfg, tmp_path / "run")
     assert np.isfinite(out["log"]["loss"])

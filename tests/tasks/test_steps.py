@@ -46,12 +46,12 @@ def shaped(batch, accumulate):
     return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]) if accumulate > 1 else x, batch)
 
 
-STATES = {}  # config -> the state that one device makes of it
+STATES = {}  # what a state depends on here -> the one that a single device makes
 
 
 def created(cfg):
     """The state that one device makes of a config; several runs start from it, so it is made once."""
-    key = cfg.to_json()
+    key = (cfg.objective, cfg.loss.momentum, cfg.loss.queue, cfg.optim.freeze)
     if key not in STATES:
         create = functools.partial(train_state.create, cfg, tasks.build(cfg), optim.make(cfg, 5)[0])
         STATES[key] = jax.jit(create)(jax.random.key(0))

@@ -1,6 +1,7 @@
 """Runs that are killed: kill -9 at any moment leaves them able to resume and to end as if nothing had happened.
 
-A captioner, which starts in half the time; a pre-training with momentum and queue is killed in test_processes.py.
+A captioner, which starts in half the time, and BLIP-2's second stage, whose frozen parts are drawn again at each start;
+a pre-training with momentum and queue is killed in test_processes.py.
 """
 
 import os
@@ -11,15 +12,18 @@ import subprocess
 import sys
 import time
 
+import pytest
+from world.language import on_scenes, tiny, vocabularies
 from world.runs import leaves, rows, write_config
 
 from blip_jax import checkpoint
 
 # imports once, then forks one training process per line of standard input: "<workdir> <log file>"; answers with its id
 SERVER = """
-import os, sys
+import gc, os, sys
 from blip_jax.cli import main
 from blip_jax.train import loop
+gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
 for line in sys.stdin:
     workdir, log = line.split()
     pid = os.fork()
@@ -83,16 +87,37 @@ class Trainer:
         assert self.server.wait(60) == 0
 
 
-def test_kill_at_20_moments_and_sigterm(tiny_cfg, tmp_path):
-    tiny_cfg.train.steps, tiny_cfg.train.save_every, tiny_cfg.train.log_every, tiny_cfg.train.keep = 36, 2, 3, 2
-    tiny_cfg.objective = "caption"
-    trainer = Trainer(write_config(tiny_cfg, tmp_path / "config.py"), tmp_path)
-    whole, cut, asked = (tmp_path / name for name in ("whole", "cut", "asked"))
+def captioner(cfg, folder):
+    cfg.objective = "caption"
+    return cfg
+
+
+def second_stage(cfg, folder):
+    return on_scenes(tiny("opt", **{"text.vocab": str(vocabularies(folder)["opt"])}))
+
+
+@pytest.mark.parametrize("make", [captioner, second_stage])
+def test_sigterm_and_kill_at_20_moments(make, tiny_cfg, tmp_path):
+    """One run is first stopped by a signal, then killed again and again, and ends as the one that nobody disturbed."""
+    cfg = make(tiny_cfg, tmp_path)
+    cfg.train.update(steps=42, save_every=2, log_every=3, keep=2)
+    trainer = Trainer(write_config(cfg, tmp_path / "config.py"), tmp_path)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     started = time.perf_counter()
     trainer.start(whole)
-    assert trainer.wait_for("step 3/36"), trainer.log.read_text()
+    assert trainer.wait_for("step 3/42"), trainer.log.read_text()
     start_up = time.perf_counter() - started
     assert trainer.end() == 0, trainer.log.read_text()
+
+    pid = trainer.start(cut)
+    assert trainer.wait_for("step 3/42")
+    os.kill(pid, signal.SIGTERM)
+    assert trainer.end() == 75
+    text = trainer.log.read_text()
+    stopped = checkpoint.newest(cut).name
+    assert "SIGTERM: finishing this step, then saving" in text
+    assert f"stopped by a signal at step {stopped} of 42" in text
+    assert 3 <= int(stopped) < 42
 
     draw, statuses, torn = random.Random(0), [], 0
     for attempt in range(20):
@@ -111,20 +136,7 @@ def test_kill_at_20_moments_and_sigterm(tiny_cfg, tmp_path):
     assert torn, "no kill fell into a save"
     trainer.start(cut)
     assert trainer.end() == 0, trainer.log.read_text()
-    assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == list(range(3, 37, 3))
+    assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == list(range(3, 43, 3))
     assert leaves(cut) == leaves(whole)
-    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["34", "36"]
-
-    pid = trainer.start(asked)
-    assert trainer.wait_for("step 3/36")
-    os.kill(pid, signal.SIGTERM)
-    assert trainer.end() == 75
-    text = trainer.log.read_text()
-    stopped = checkpoint.newest(asked).name
-    assert "SIGTERM: finishing this step, then saving" in text
-    assert f"stopped by a signal at step {stopped} of 36" in text
-    assert 3 <= int(stopped) < 36
-    trainer.start(asked)
-    assert trainer.end() == 0
-    assert rows(asked) == rows(whole) and leaves(asked) == leaves(whole)
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["40", "42"]
     trainer.close()

@@ -4,16 +4,18 @@ apart by content.
 `path` names one file or a glob. BLIP's: lists of {question_id, question, image, dataset, answer}; official: a file of
 questions, and one of annotations with their answers, so that path="v2_*train2014*.json" finds both; questions without
 annotations have no answers. Pictures lie below `images`, the folder that holds train2014, val2014 and test2015 (or
-Visual Genome's image).
+Visual Genome's image), or the pictures themselves.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from blip_jax.data.folders import check_links, image_folder, read_image
+from blip_jax.data.folders import check_links, first_there, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
 from blip_jax.data.pieces import parsed
 from blip_jax.data.source import BadRecord, Source, expand, in_keys
@@ -79,13 +81,25 @@ class Questions(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def rows(self) -> Iterator[dict]:
+        """The questions as BLIP's lists have them, {question_id, question, image, dataset, answer}, without pictures.
+
+        answer: those of people, the one text of Visual Genome's; absent where none is known. What is no question is
+        left out.
+        """
+        for row in filter(None, self._rows):
+            own = {"question_id": row.number, "question": row.question, "image": row.image, "dataset": row.dataset}
+            if row.answers:
+                own["answer"] = row.answers[0] if row.dataset == "vg" else list(row.answers)
+            yield {name: value for name, value in own.items() if value is not None}
+
     def __getitem__(self, i: int) -> dict:
         key, row = self._keys[i], self._rows[i]
         if row is None:
             raise BadRecord(key, "malformed row: a question, the path of an image and answers as texts are expected")
         return {
             "key": key,
-            "image": read_image(key, self._folder, row.image),
+            "image": read_image(key, self._folder, first_there(self._folder, [row.image, os.path.basename(row.image)])),
             "image_id": row.image,
             "question_id": row.number,
             "question": row.question,

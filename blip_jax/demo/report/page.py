@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
-from blip_jax.demo.report import sections, style
+from blip_jax.demo.report import blip2, sections, style
 from blip_jax.demo.report.markup import escape
 
 # what each part may hold, and what each of its rows must; a part that is not named here is plain text or pairs
@@ -36,6 +36,9 @@ ROWS = {
         {"web_itm", "web_true", "synthetic_itm", "synthetic_true"},
     ),
     "retrieval": ({"query", "images"}, set()),
+    "captioners": ({"name", *blip2.PARTS}, set()),
+    "objectives": ({"itg", "metrics"}, set()),
+    "captions": ({"image", "texts"}, set()),
 }
 PARTS = {"title", "intro", "facts", "curves", "noise", "phases", *ROWS}
 
@@ -49,8 +52,9 @@ def write(path, results: dict) -> None:
           false, "metrics": result of eval.retrieval, in percent}], one row per corpus
       table2: [{"method": "none" | "beam" | "nucleus", "noise_removed": share of the synthetic texts dropped, "true":
           share of the synthetic texts that are true, "metrics": as above}]
-      relations: [{"table": 1 | 2 of the paper, "what": what is compared, "larger", "smaller": names of corpora, in the
-          paper, "difference": here, in points, "error": of it, "verdict": "holds" | "undecided" | "reversed"}]
+      relations: [{"table": 1 | 2 of the paper, or "figure 5" | "table 6" of BLIP-2's, "what": what is compared,
+          "larger", "smaller": names of corpora or runs, in the paper, "difference": here, in points, "error": of it,
+          "verdict": "holds" | "undecided" | "reversed"}]
       noise: {"before", "after", and the same with "web_" or "synthetic_" in front: share of texts that are false;
           "rows": [(kind of noise, texts, share dropped)]; "threshold": least ITM probability that is kept;
           "precision": share of the kept texts that are true; "recall": share of the true texts that are kept;
@@ -62,6 +66,9 @@ def write(path, results: dict) -> None:
       gallery: [{"image": PNG or JPEG bytes, "web": str, "web_kept": bool, "web_itm": probability, "web_true": bool, and
           the same four of "synthetic"}]
       retrieval: [{"query": str, "images": [{"image": bytes, "right": bool, "score": float}], the best first}]
+      captioners, of BLIP-2: [{"name": str, "colours", "objects", "whole": shares of captions, as demo.truth.hits}]
+      objectives, of its first stage: [{"itg": bool, "metrics": as above}]
+      captions: [{"image": bytes, "texts": [{"by": name of a captioner, "text": str, "true": bool}]}]
       curves: {run: {"loss_itc" | "loss_itm" | "loss_lm" | any name: [(step, value)] in order of steps}}
     Shares and probabilities are 0 ... 1. Raises ValueError that names every part that is unknown or lacks something.
     """
@@ -81,7 +88,7 @@ def page(results: dict) -> str:
     check(results)
     title = escape(results.get("title") or "CapFilt, the paper in miniature")
     intro = f'<p class="lead">{escape(results["intro"])}</p>' if results.get("intro") else ""
-    body = [text for text in (part(results) for part in sections.ALL) if text]
+    body = [text for text in (part(results) for part in (*blip2.ALL, *sections.ALL)) if text]
     links = [re.search(r'id="(\w+)"><h2>(.*?)</h2>', text).groups() for text in body]
     nav = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in links)
     nav = f'<nav aria-label="Contents">{nav}</nav>' if len(links) > 1 else ""
@@ -96,12 +103,13 @@ def page(results: dict) -> str:
 <style>{style.sheet()}</style>
 </head>
 <body>
-<header><h1>{title}</h1>{intro}{sections.glance(results)}{sections.facts(results)}{nav}</header>
+<header><h1>{title}</h1>{intro}{sections.glance(results, blip2.tiles(results))}{sections.facts(results)}{nav}</header>
 <main>
 {chr(10).join(body)}
 </main>
-<footer><p>Made by blip_jax. The paper: Li, Li, Xiong, Hoi, BLIP: Bootstrapping Language-Image Pre-training for Unified
-Vision-Language Understanding and Generation, 2022.</p></footer>
+<footer><p>Made by blip_jax. The papers: Li, Li, Xiong, Hoi, BLIP: Bootstrapping Language-Image Pre-training for Unified
+Vision-Language Understanding and Generation, 2022; Li, Li, Savarese, Hoi, BLIP-2: Bootstrapping Language-Image
+Pre-training with Frozen Image Encoders and Large Language Models, 2023.</p></footer>
 </body>
 </html>
 """

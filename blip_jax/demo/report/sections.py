@@ -42,10 +42,9 @@ def facts(results: dict) -> str:
     return f'<dl class="facts">{rows}</dl>' if rows else ""
 
 
-def glance(results: dict) -> str:
-    """The few numbers to look at first, as far as they are there."""
+def glance(results: dict, tiles: list[tuple[str, str]]) -> str:
+    """The few numbers to look at first, as far as they are there, behind `tiles`, (number, what it is)."""
     noise, mean = results.get("noise", {}), r_means(results.get("table1", ()))
-    tiles = []
     if mean.get("neither") is not None and mean.get("both") is not None:
         tiles.append(
             (
@@ -66,7 +65,7 @@ def glance(results: dict) -> str:
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-def _recalls(rows: list[dict]) -> list[tuple[str, list[Series]]]:
+def recalls(rows: list[dict]) -> list[tuple[str, list[Series]]]:
     groups = []
     for side, heading in (("txt", "image to text, %"), ("img", "text to image, %")):
         values = [(k, [r["metrics"].get(f"{side}_r{k}") for r in rows]) for k in (1, 5, 10)]
@@ -75,7 +74,7 @@ def _recalls(rows: list[dict]) -> list[tuple[str, list[Series]]]:
     return [("both ways, %", [mean]), *groups]
 
 
-def _in_percent(shares: list) -> list:
+def in_percent(shares: list) -> list:
     return [None if s is None else 100 * s for s in shares]
 
 
@@ -85,7 +84,7 @@ def table1(results: dict) -> str:
         return ""
     pairs = [(bool(r["captioner"]), bool(r["filter"])) for r in rows]
     corpus = [Series(name, [r.get(name) for r in rows], 0) for name in ("images", "texts")]
-    corpus.append(Series("false, %", _in_percent([r.get("noise") for r in rows]), best=min))
+    corpus.append(Series("false, %", in_percent([r.get("noise") for r in rows]), best=min))
     published = [
         Series(f"{data} {name}", [paper.TABLE1[p][i] for p in pairs], best=max)
         for i, (data, name) in enumerate(paper.COLUMNS)
@@ -94,7 +93,7 @@ def table1(results: dict) -> str:
         "Four corpora: recall here and in the paper",
         "CapFilt",
         [paper.NAMES[p] for p in pairs],
-        [("corpus", corpus), *_recalls(rows), ("the paper", published)],
+        [("corpus", corpus), *recalls(rows), ("the paper", published)],
     )
     return section(
         "corpora",
@@ -112,9 +111,9 @@ def r_means(rows) -> dict[str, float | None]:
     return {paper.NAMES[bool(r["captioner"]), bool(r["filter"])]: r["metrics"].get("r_mean") for r in rows}
 
 
-def relations(results: dict, number_of_table: int) -> str:
+def relations(results: dict, table_of_paper: int | str) -> str:
     """Each order that a table of the paper has, and what came out here; "" where nothing is known of it."""
-    rows = [r for r in results.get("relations", ()) if r["table"] == number_of_table]
+    rows = [r for r in results.get("relations", ()) if r["table"] == table_of_paper]
     if not rows:
         return ""
     told = []
@@ -141,15 +140,15 @@ def table2(results: dict) -> str:
     if not rows:
         return ""
     texts = [
-        Series("dropped", _in_percent([r.get("noise_removed") for r in rows])),
-        Series("true", _in_percent([r.get("true") for r in rows])),
+        Series("dropped", in_percent([r.get("noise_removed") for r in rows])),
+        Series("true", in_percent([r.get("true") for r in rows])),
     ]
-    published = [Series("dropped, %", _in_percent([paper.NOISE_REMOVED.get(r["method"]) for r in rows]), 0)]
+    published = [Series("dropped, %", in_percent([paper.NOISE_REMOVED.get(r["method"]) for r in rows]), 0)]
     shown = across(
         "Decoding: noise and recall",
         "captions by",
         [r["method"] for r in rows],
-        [("synthetic texts, %", texts), *_recalls(rows), ("the paper", published)],
+        [("synthetic texts, %", texts), *recalls(rows), ("the paper", published)],
     )
     return section(
         "decoding",
@@ -259,7 +258,7 @@ def _kinds(part: dict) -> str:
         return ""
     columns = [
         Series("texts", [count for _, count, _ in rows], 0),
-        Series("dropped, %", _in_percent([share for _, _, share in rows])),
+        Series("dropped, %", in_percent([share for _, _, share in rows])),
     ]
     names = []
     for kind, _, share in rows:
@@ -298,8 +297,8 @@ def gallery(results: dict) -> str:
 def _decision(row: dict, source: str) -> str:
     kept, true, text = bool(row[f"{source}_kept"]), row.get(f"{source}_true"), str(row[source])
     shown = escape(text) if text.strip() else "(empty)"
-    marks = "" if true is None else _chip("✓ true" if true else "✕ false", "true" if true else "false")
-    marks += _chip("kept") if kept else _chip("<del>dropped</del>")
+    marks = "" if true is None else chip("✓ true" if true else "✕ false", "true" if true else "false")
+    marks += chip("kept") if kept else chip("<del>dropped</del>")
     told = []
     if row.get(f"{source}_itm") is not None:
         told.append(f"match {number(row[f'{source}_itm'], 2)}")
@@ -310,7 +309,7 @@ def _decision(row: dict, source: str) -> str:
     return f'<p><b class="who">T<sub>{source[0]}</sub></b> {marks}{words}{small}</p>'
 
 
-def _chip(words: str, css: str = "") -> str:
+def chip(words: str, css: str = "") -> str:
     return f'<span class="{f"chip {css}".strip()}">{words}</span> '
 
 

@@ -91,7 +91,9 @@ def rounded_once(params: dict, dtype) -> dict:
 
 
 def stacked_as_bits(params: dict) -> dict:
-    """`as_bits` of the kernels that a scan slices."""
+    """`as_bits` of the kernels that a scan slices, of a model that has a ViT."""
+    if "vit" not in params:
+        return params
     return params | {"vit": params["vit"] | {"blocks": as_bits(params["vit"]["blocks"])}}
 
 
@@ -101,8 +103,9 @@ def in_text_stack(path: str) -> bool:
 
 
 def turns(path: str) -> int:
-    """How many dimensions of the language model's kernel at `path` are summed over; 0: it is no such kernel."""
-    if not (path.startswith("llm/") and path.endswith("/kernel")):
+    """How many dimensions of the kernel at `path` are summed over, of a dense layer in a stack of the language model; 0:
+    it is no such kernel."""
+    if not (path.startswith("llm/") and in_text_stack(path) and path.endswith("/kernel")):
         return 0
     return 2 if path.endswith("/out/kernel") else 1
 

@@ -25,6 +25,10 @@ KEEP = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
+# and where model.remat is "full": what each layer is given alone
+NOTHING = jax.checkpoint_policies.nothing_saveable
+
+
 def parameters(module, layer, length: int, *example):
     """The stack `blocks` of a module: parameters of `length` layers, as given, or each leaf [L,...] drawn at once.
 
@@ -79,14 +83,17 @@ def ended(stack) -> Ended:
     return Ended(part(stack, 0, -1), last(stack))
 
 
-def through(body: Callable, x, *stacks) -> tuple[Any, Any]:
+def through(body: Callable, x, *stacks, remat: str = "none") -> tuple[Any, Any]:
     """x through all layers: body(x, *parts) -> (x, out), with a layer's part of each of `stacks`, None of None.
 
-    Returns x and the outs, a tree of arrays [L,...].
+    remat: "full": the backward pass makes all of a layer again but what it is given. Returns x and the outs, a tree of
+    arrays [L,...].
     """
     if not unrolled() and not any(map(is_apart, stacks)):
-        layer = jax.checkpoint(lambda x, parts: body(x, *parts), policy=KEEP, prevent_cse=False)
+        policy = NOTHING if remat == "full" else KEEP
+        layer = jax.checkpoint(lambda x, parts: body(x, *parts), policy=policy, prevent_cse=False)
         return jax.lax.scan(layer, x, stacks)
+    body = jax.checkpoint(body, policy=NOTHING) if remat == "full" else body
     outs, cut = [], [apart(stack) for stack in stacks if stack is not None]
     for parts in zip(*cut, strict=True):
         given = iter(parts)

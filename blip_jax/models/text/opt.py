@@ -166,6 +166,7 @@ class Opt(nn.Module):
     pre_norm: bool
     init_std: float = 0.02
     dropout: float = 0.1
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -278,7 +279,7 @@ class Opt(nn.Module):
 
         x = self._enter(embeds.astype(self.dtype), positions_of(mask))
         with jax.named_scope("blocks"):
-            x, made = stack.through(attend, x, self.blocks, keys)
+            x, made = stack.through(attend, x, self.blocks, keys, remat=self.remat)
         return self._leave(x), made
 
     def _enter(self, x, positions):

@@ -174,6 +174,7 @@ class QFormer(nn.Module):
     head: bool = True
     init_std: float = 0.02  # BERT's
     dropout: float = 0.1
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -264,7 +265,7 @@ class QFormer(nn.Module):
 
         with jax.named_scope("blocks"):
             stacks = stack.pairs(self.blocks), None if kv is None else self.cross.blocks, stack.pairs(seen), kv, keys
-            x, own = stack.through(body, x, *stacks)
+            x, own = stack.through(body, x, *stacks, remat=self.remat)
         return x, jax.tree.map(lambda y: y.reshape(self.layers, *y.shape[2:]), own)
 
     def extend(self, ids, start, cache, seen):

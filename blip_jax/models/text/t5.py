@@ -183,6 +183,7 @@ class T5Stack(nn.Module):
     init_std: float
     decoder: bool
     dropout: float
+    remat: str
     dtype: Any
 
     def setup(self):
@@ -220,7 +221,7 @@ class T5Stack(nn.Module):
 
         x = self.drop(x.astype(jnp.float32), deterministic=deterministic)
         with jax.named_scope("blocks"):
-            x, _ = stack.through(run, x, self.blocks, kv, keys)
+            x, _ = stack.through(run, x, self.blocks, kv, keys, remat=self.remat)
         return self.drop(self.ln_post(x), deterministic=deterministic)
 
     def extend(self, x, start, cache, kv, kv_mask):
@@ -305,6 +306,7 @@ class T5(nn.Module):
     act: str = "gelu"  # a key of ACTIVATIONS
     init_std: float = 0.02
     dropout: float = 0.1
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -322,7 +324,7 @@ class T5(nn.Module):
     def setup(self):
         def layers(count, decoder):
             sizes = (self.width, count, self.heads, self.head_dim, self.mlp, self.buckets, self.max_distance, self.act)
-            return T5Stack(*sizes, self.init_std, decoder, self.dropout, self.dtype)
+            return T5Stack(*sizes, self.init_std, decoder, self.dropout, self.remat, self.dtype)
 
         self.embedding = Words(self.width, self.vocab_size, self.init_std, self.dtype, name="embed")
         self.encoder = layers(self.layers, False)
