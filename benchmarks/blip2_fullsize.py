@@ -40,6 +40,7 @@ FAMILY, TOKENS, ANSWER, BEAMS, CAPTIONS = "blip2_opt", 20, 10, 5, (1, 4)
 PROMPT, QUESTION = "a photo of", "Question: what is in the picture? Answer:"
 AGREEMENT = 0.05  # of a token's log-probability, the mean difference that bfloat16 may make
 BLOCK = 1 << 22  # random numbers that are drawn, and repeated
+MOST_PIXELS = 10**8  # of the picture
 WORDS = 2000  # of the byte-level vocabulary, whose words mean nothing to random weights
 JOBS = [f"caption/{n}" for n in CAPTIONS] + ["answer"]
 
@@ -100,11 +101,19 @@ def ours(folder: pathlib.Path, image: pathlib.Path) -> tuple[dict[str, Callable]
     return jobs, check
 
 
+def pixels(image: pathlib.Path, size: int) -> np.ndarray:
+    """u8[1,size,size,3] of a picture, as the verbs see it."""
+    from blip_jax.inference import inputs
+
+    (picture,), _ = inputs.pictures(image)
+    return inputs.pixels(picture, size, MOST_PIXELS)[None]
+
+
 def likelihood(model, image, ids: np.ndarray, text: np.ndarray) -> float:
     """Summed log-probability of `text` behind the prompt `ids`."""
-    from blip_jax.inference import inputs, language
+    from blip_jax.inference import language
 
-    img = np.stack([inputs.pixels(image, model.cfg.model.img_size, model.cfg.data.max_pixels)])
+    img = pixels(image, model.cfg.model.img_size)
     rows = ids[None], np.ones((1, len(ids)), bool), text[None], np.ones((1, len(text)), bool)
     with jax.set_mesh(model.mesh):
         return -float(jax.jit(language.likelihood(model.model))(model.params, img, *rows)["nll"][0, 0])
@@ -116,17 +125,19 @@ def transformers(folder: pathlib.Path, image: pathlib.Path, told: dict) -> tuple
     import transformers as library
 
     from blip_jax.data.text.bpe import Tokenizer
-    from blip_jax.inference import inputs
 
     net = library.Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    img = inputs.pixels(image, net.config.vision_config.image_size, 10**9)[None].astype(np.float32)
+    img = pixels(image, net.config.vision_config.image_size).astype(np.float32)
     img = ((img / 255.0 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)).transpose(0, 3, 1, 2)
-    pixels, tokenizer = torch.from_numpy(np.ascontiguousarray(img)).to(torch.bfloat16), Tokenizer(folder / "vocab.json")
+    given_pixels, tokenizer = (
+        torch.from_numpy(np.ascontiguousarray(img)).to(torch.bfloat16),
+        Tokenizer(folder / "vocab.json"),
+    )
     queries = [net.config.image_token_index] * net.config.num_query_tokens
 
     def given(ids) -> dict:
         ids = torch.tensor([queries + list(map(int, ids))])
-        return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"pixel_values": given_pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def tokens(text: str) -> np.ndarray:
         ids, mask = tokenizer.encode([text], 64)

@@ -103,8 +103,9 @@ def in_text_stack(path: str) -> bool:
 
 
 def turns(path: str) -> int:
-    """How many dimensions of the language model's kernel at `path` are summed over; 0: it is no such kernel."""
-    if not (path.startswith("llm/") and path.endswith("/kernel")):
+    """How many dimensions of the kernel at `path` are summed over, if it is of a dense layer in a stack of the language
+    model; else 0."""
+    if not (path.startswith("llm/") and in_text_stack(path) and path.endswith("/kernel")):
         return 0
     return 2 if path.endswith("/out/kernel") else 1
 
