@@ -19,7 +19,7 @@ from blip_jax.models.build import fit
 from blip_jax.parallel import sharding
 from blip_jax.tasks import blip2_stage1 as task
 from blip_jax.tasks import step
-from blip_jax.train import loop, optim
+from blip_jax.train import evaluation, loop, optim
 from blip_jax.train import state as train_state
 
 LOSSES = ("loss_itc", "loss_itm", "loss_lm")
@@ -230,6 +230,10 @@ def test_cost_at_full_size_is_the_least_that_the_maths_needs():
     cfg.task, cfg.loss.group_size = task.leaves(), 100
     for length, least in ((32, 701e9), (12, 646e9)):
         assert task.flops(cfg, T=length)["step"] == pytest.approx(least, rel=0.002)
+    parts = task.flops(cfg)
+    cfg.task.itg = False  # the texts that are not generated, forward and twice backward
+    generated = parts["decoder"] + parts["lm_head"]
+    assert parts["step"] - task.flops(cfg)["step"] == pytest.approx(3 * generated) and generated > 0
 
 
 def test_a_mesh_and_making_layers_again_change_nothing():
@@ -322,4 +326,4 @@ def test_a_run_on_scenes_resumes_bit_for_bit_and_is_evaluated(tiny_vocab, tmp_pa
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == saved and rows(tmp_path / "cut") == rows(tmp_path / "run")
-    assert loop.evaluate(cfg, tmp_path / "run") == out["eval"]
+    assert evaluation.evaluate(cfg, tmp_path / "run") == out["eval"]

@@ -27,7 +27,7 @@ from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded_once
 from blip_jax.tasks import blip2_stage1, step
 from blip_jax.tasks import blip2_vqa as task
-from blip_jax.train import loop
+from blip_jax.train import evaluation, loop
 
 KINDS = pytest.mark.parametrize("llm", ["opt", "flant5"])
 
@@ -232,7 +232,7 @@ def test_a_run_starts_from_both_stages_resumes_is_evaluated_and_answers(llm, voc
 
     # verbs of the workdir, which brings both vocabularies and its prompts, answer as the evaluation does
     model = blip_jax.from_pretrained(tmp_path / "run", batch=4)
-    told = loop.evaluate(cfg, tmp_path / "run")["predictions"]
+    told = evaluation.evaluate(cfg, tmp_path / "run")["predictions"]
     pictures = [str(files / f"train2014/COCO_train2014_{number % 2:012d}.jpg") for number in PEOPLE]
     found = model.answer(
         pictures, [text.lower() for text in QUESTIONS.values()], beams=2, max_length=5, length_penalty=0

@@ -27,7 +27,7 @@ from blip_jax.data.source import BadRecord
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.tasks import vqa
 from blip_jax.tasks.step import Keys, accumulated
-from blip_jax.train import loop
+from blip_jax.train import evaluation, loop
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip" / "vqa"
 SLOTS = 5  # rows of answers for a question, more than any golden question has
@@ -309,13 +309,13 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(pretrained, tiny
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == leaves(tmp_path / "run") and rows(tmp_path / "cut") == rows(tmp_path / "run")
 
-    ranked = loop.evaluate(cfg, tmp_path / "run")
+    ranked = evaluation.evaluate(cfg, tmp_path / "run")
     assert {k: v for k, v in ranked.items() if k != "predictions"} == out["eval"]
     told = json.loads((tmp_path / "run" / "predictions.json").read_text())
     assert told == json.loads((tmp_path / "run" / "v2_OpenEnded_mscoco_train2014_blip_results.json").read_text())
     assert collections.Counter(row["question_id"] for row in told) == collections.Counter(list(QUESTIONS))
     assert {row["answer"] for row in told} <= set(json.loads((files / "answer_list.json").read_text()))
     cfg.task.method, cfg.eval.limit = "generate", 3
-    generated = loop.evaluate(cfg, tmp_path / "run")
+    generated = evaluation.evaluate(cfg, tmp_path / "run")
     assert "nothing is written for a server: the predictions: 1 of 4 questions have" in capsys.readouterr().out
     assert generated["questions"] == 3 and all(isinstance(row["answer"], str) for row in generated["predictions"])
