@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 from blip_jax.convert.foreign import load
+from blip_jax.convert.rules.blip2 import WHOLE
 from blip_jax.convert.source import Source
 from blip_jax.data.text import tokenizers
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
@@ -86,13 +87,14 @@ def _of_language_model(source: Source, given: str, origin: str) -> pathlib.Path 
     path = pathlib.Path(given) if given else source.vocab
     if path is None:
         return None
-    want, (found, entries) = source.cfg.model.llm.kind, language_model(path)
+    want, (found, entries) = WHOLE.get(source.family, source.family), language_model(path)
     if found != want:
         raise ValueError(
             f"{path} is {TOKENIZERS[found]}, but {origin} has a language model {want.upper()}: give "
             f"{TOKENIZERS[want]}, --vocab=FILE"
         )
-    if entries > source.cfg.model.llm.vocab_size:
+    llm = source.cfg.model.llm  # empty where the file has none, and none is published of its width
+    if llm and entries > llm.vocab_size:
         raise ValueError(
             f"{path} has {entries} entries, but the language model of {origin} has {source.cfg.model.llm.vocab_size}: "
             "give the tokenizer it was trained with, --vocab=FILE"

@@ -28,7 +28,7 @@ from blip_jax.models.blip2_llm import Blip2Llm
 from blip_jax.tasks import blip2_stage1, blip2_stage2, step, vqa
 
 START = blip2_stage2.START  # a first stage has the Q-Former's words, which a second stage's file lacks
-loss, table, submission = blip2_stage2.loss, vqa.table, vqa.submission
+loss, table = blip2_stage2.loss, vqa.table
 
 
 def leaves() -> ConfigDict:
@@ -171,6 +171,11 @@ def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
 def evaluate(loaded, data: EvalRows, mesh) -> dict:
     """Accuracies and "predictions", as `vqa.evaluate` has them."""
     return vqa.scored(answered(loaded, data, mesh))
+
+
+def submission(result: dict, cfg) -> tuple[str, str]:
+    """(file name, content) for the challenge's server, as `vqa.submission`."""
+    return vqa.for_server(result, cfg, name="blip2")
 
 
 def answered(loaded, data: EvalRows, mesh):
