@@ -19,7 +19,7 @@ def get_config():
     c.model.vit = dict(kind="vit", width=128, depth=2, heads=4, mlp=256, patch=16, pos_std=0.5)
     c.model.qformer = dict(width=96, layers=2, heads=4, mlp=192, positions=32, vocab_size=319, queries=8)
     c.model.llm = dict(
-        kind="opt", width=96, layers=2, heads=4, mlp=192, embed_width=96, pre_norm=True, positions=48, vocab_size=384
+        kind="opt", width=96, layers=2, heads=4, mlp=192, embed_width=96, pre_norm=True, positions=40, vocab_size=384
     )
     c.model.init_std = 0.06
     c.model.img_size = 48

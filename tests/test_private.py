@@ -9,13 +9,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from blip_jax import checkpoint
+from blip_jax import checkpoint, trees
 from blip_jax.data.text import wordpiece
 from blip_jax.parallel import processes
 
@@ -48,6 +49,24 @@ def test_tensorstores_description_of_a_checkpoint_names_every_file_of_it(tmp_pat
         path.write_bytes(kept[:-1])  # the last byte of every file is referred to
         assert checkpoint.missing(folder.parent) == [f"state/d/{path.name}"]
         path.write_bytes(kept)
+
+
+def test_orbax_writes_arrays_one_after_the_other_where_it_is_told_to(tmp_path):
+    seen = []
+
+    def array(value):
+        def read():
+            seen.append(len(list(tmp_path.rglob(".zarray"))))
+            return np.full((4, 3), value, np.float32)
+
+        return trees.Lazy((4, 3), np.float32, read)
+
+    state = {"params": {f"x{i}": array(i) for i in range(4)}, "frozen": {}, "extra": None}
+    checkpoint.write(tmp_path, state, {"step": 0}, {})
+    # once for their checksums, and once when it is their turn, with the files of those before there already
+    assert seen[:4] == [0] * 4 and seen[4:] == [0, 1, 2, 3], "orbax collects arrays, or does not ask its handler"
+    got = checkpoint.load_params(tmp_path)
+    assert [float(got[f"x{i}"].sum()) for i in range(4)] == [0, 12, 24, 36]
 
 
 @pytest.mark.parametrize(

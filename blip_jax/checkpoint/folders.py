@@ -17,17 +17,19 @@ SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 SUMS = "checksums"  # an item that checkpoints of earlier versions lack
 FILE_SUMS = "checksums.json"  # in a state: of the files that describe its arrays
+# name of the file -> how checksums call it; the second is of a Q-Former that reads questions beside a language model
+VOCABULARIES = {"vocab": "vocabulary", "questions": "questions"}
 LINKS: dict[pathlib.Path, pathlib.Path] = {}  # that this process made, by the folders they lead to
 PLAIN = re.compile(r"[\w/ .-]*")  # orbax and tensorstore take other characters for patterns, addresses, escapes, ...
 LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock files and for object stores
 
 
-def vocabulary(workdir, like="") -> pathlib.Path | None:
-    """Where `workdir` keeps the vocabulary of its checkpoints: vocab.txt, .json or .model, whichever is there; None.
+def vocabulary(workdir, like="", name: str = "vocab") -> pathlib.Path | None:
+    """Where `workdir` keeps a vocabulary of its checkpoints: vocab.txt, .json or .model, whichever is there; None.
 
-    like: a vocabulary file; then where a copy of it belongs, whether there is one or not.
+    like: a vocabulary file; then where a copy of it belongs, whether there is one or not. name: of VOCABULARIES.
     """
-    found = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json", ".model")]
+    found = [pathlib.Path(workdir) / f"{name}{suffix}" for suffix in (".txt", ".json", ".model")]
     if like:
         return next((path for path in found if path.suffix == pathlib.Path(like).suffix), found[0])
     return next((path for path in found if path.is_file()), None)

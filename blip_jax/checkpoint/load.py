@@ -25,6 +25,7 @@ from blip_jax.checkpoint.folders import (
     ITEMS,
     SUBDIR,
     SUMS,
+    VOCABULARIES,
     folders,
     is_database,
     listed,
@@ -164,13 +165,13 @@ def load_data(path) -> dict:
     return whole(folder, lambda: _json(folder, "data"))
 
 
-def own_vocabulary(folder: pathlib.Path) -> pathlib.Path | None:
-    """The vocabulary file that belongs to a checkpoint folder of a workdir, None if it has none.
+def own_vocabulary(folder: pathlib.Path, name: str = "vocab") -> pathlib.Path | None:
+    """The vocabulary file that belongs to a checkpoint folder of a workdir, None if it has none; name: of VOCABULARIES.
 
     ValueError: it is not what it was when the checkpoint was written.
     """
-    found = vocabulary(folder.parent.parent)
-    noted = (whole(folder, lambda: recorded(folder)) or {}).get("vocabulary")
+    found = vocabulary(folder.parent.parent, name=name)
+    noted = (whole(folder, lambda: recorded(folder)) or {}).get(VOCABULARIES[name])
     if found and noted and (crc := sums.of_bytes(found.read_bytes())) != noted["crc"]:
         raise ValueError(
             f"{found} is not the vocabulary that checkpoint {folder} was written with: checksum {crc}, expected "

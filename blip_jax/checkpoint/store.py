@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from blip_jax.checkpoint import sums
-from blip_jax.checkpoint.folders import FILE_SUMS, SUBDIR, SUMS, plain, spelled, vocabulary
+from blip_jax.checkpoint.folders import FILE_SUMS, SUBDIR, SUMS, VOCABULARIES, plain, spelled, vocabulary
 from blip_jax.checkpoint.load import Damaged, compare, damage, load_data, recorded, tree, whole
 from blip_jax.trees import Lazy, path_name
 
@@ -91,12 +91,13 @@ def save(manager: ocp.CheckpointManager, step: int, state, data: dict, config: d
 
 def _items(workdir: pathlib.Path, state, arrays: Mapping[str, str], data: dict, config: dict) -> ocp.args.Composite:
     """What a checkpoint consists of. arrays: their checksums, by path."""
-    words = vocabulary(workdir)
+    words = {key: vocabulary(workdir, name=name) for name, key in VOCABULARIES.items()}
     found = {
         "arrays": arrays,
         "data": sums.of_json(data),
         "config": sums.of_json(config),
-        "vocabulary": words and {"file": words.name, "crc": sums.of_bytes(words.read_bytes())},
+        "vocabulary": None,
+        **{key: {"file": x.name, "crc": sums.of_bytes(x.read_bytes())} for key, x in words.items() if x},
         "files": FILE_SUMS,
     }
     return ocp.args.Composite(
@@ -107,15 +108,19 @@ def _items(workdir: pathlib.Path, state, arrays: Mapping[str, str], data: dict, 
     )
 
 
-class OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes arrays one after the other, and reads those that are `trees.Lazy` when it is their turn.
+def one_by_one() -> ocp.type_handlers.NumpyHandler:
+    """What writes arrays one after the other, and reads those that are `trees.Lazy` when it is their turn.
 
-    The one place that reaches into orbax's handler; tests/train/test_checkpoint.py holds it to what it does.
+    Orbax's handler has no such setting; this is the only place that reaches into it. tests/test_private.py says when
+    an upgrade breaks it, tests/convert/test_blip2_files.py measures what it is for.
     """
 
-    async def _background_serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args):
-            await super()._background_serialize([np.asarray(value)], [info], [arg])
+    class OneByOne(ocp.type_handlers.NumpyHandler):
+        async def _background_serialize(self, values, infos, args=None):
+            for value, info, arg in zip(values, infos, args):
+                await super()._background_serialize([np.asarray(value)], [info], [arg])
+
+    return OneByOne(deepcopy_host_arrays=False)
 
 
 def write(workdir, state: dict, data: dict, config: dict) -> None:
@@ -135,7 +140,7 @@ def write(workdir, state: dict, data: dict, config: dict) -> None:
     said = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns of every layout but its default
     try:
-        each = OneByOne(deepcopy_host_arrays=False)
+        each = one_by_one()
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, each), (Lazy, each))
         handler = _states(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
         options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)

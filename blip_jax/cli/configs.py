@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from blip_jax import config, trees
 from blip_jax.cli import usage
+from blip_jax.convert.saved import base_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAVED = "config.json"  # the resolved config that a run writes into its workdir
@@ -229,9 +230,9 @@ def of_run(path: pathlib.Path) -> ConfigDict:
     Where its vocabulary is gone, the copy beside it takes its place. ValueError: it is no such config, or has leaves
     that there are no more.
     """
-    c = config.base()
     try:
         saved = _tuples(json.loads(path.read_text(encoding="utf-8")))
+        c = base_of(saved.get("model"))
         sources = {part: saved["data"].pop(part) for part in ("train", "eval")}
         task, have = saved.pop("task", {}), trees.flat(c.to_dict())
         if odd := [name for name in trees.flat(saved) if name not in have]:
@@ -252,10 +253,13 @@ def of_run(path: pathlib.Path) -> ConfigDict:
 
 def use_own_vocabulary(cfg: ConfigDict, workdir) -> None:
     """Where the vocabulary that a config names is gone, the copy in the workdir takes its place, and it is said."""
-    copies = [pathlib.Path(workdir) / f"vocab{suffix}" for suffix in (".txt", ".json")]
-    if not os.path.isfile(cfg.text.vocab) and (copy := next((str(p) for p in copies if p.is_file()), None)):
-        print(f"text.vocab={cfg.text.vocab!r} is not there: the copy {copy} is used", file=sys.stderr)
-        cfg.text.vocab = copy
+    named = [cfg.text.vocab] if os.path.isfile(cfg.text.vocab) else cfg.text.vocab.split(",")
+    for i, name in enumerate(("vocab", "questions")[: len(named)]):
+        copies = [pathlib.Path(workdir) / f"{name}{suffix}" for suffix in (".txt", ".json", ".model")]
+        if not os.path.isfile(named[i]) and (copy := next((str(p) for p in copies if p.is_file()), None)):
+            print(f"text.vocab={named[i]!r} is not there: the copy {copy} is used", file=sys.stderr)
+            named[i] = copy
+    cfg.text.vocab = ",".join(named)
 
 
 def _short(e: BaseException) -> str:

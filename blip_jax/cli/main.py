@@ -31,12 +31,12 @@ def train(argv: list[str]) -> int:
     """blip-jax train."""
     cfg, values = config_of_run(argv)
     from blip_jax.parallel import processes
-    from blip_jax.train import loop
+    from blip_jax.train import loop, saving
 
     with processes.start():
         try:
             out = loop.fit(cfg, values.workdir)
-        except loop.NonFiniteLoss as e:
+        except saving.NonFiniteLoss as e:
             print(f"error: {e}", file=sys.stderr)
             return 1
     return AGAIN if out["stopped"] else 0
@@ -50,10 +50,10 @@ def evaluate(argv: list[str]) -> int:
     from blip_jax import tasks
     from blip_jax.console import say
     from blip_jax.parallel import processes
-    from blip_jax.train import loop
+    from blip_jax.train import evaluation
 
     with processes.start(), Interrupt():
-        result = loop.evaluate(cfg, values.workdir, values.checkpoint or "")
+        result = evaluation.evaluate(cfg, values.workdir, values.checkpoint or "")
         say(tasks.of(cfg).table(result))
         say(f"written to {pathlib.Path(values.workdir) / 'evaluation.json'}")
     return 0

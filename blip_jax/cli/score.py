@@ -100,7 +100,7 @@ def _nocaps(values: flags.FlagValues) -> Found:
 
 
 def _say_begin(n: int) -> None:
-    print(f"scoring {n} captions; METEOR alone takes some 20 s to start", file=sys.stderr)
+    print(f"scoring {n} captions; METEOR takes some 13 s of a core to start", file=sys.stderr)
 
 
 def _about_spice(values: flags.FlagValues) -> str:

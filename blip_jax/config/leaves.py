@@ -33,6 +33,7 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     # the .txt, else this field of the .json; another name, or "json/caption", the field of the .json alone; "txt" the
     # .txt alone
     c.caption_key = "caption"
+    c.split = ""  # karpathy: train (COCO's with restval) | val | test
     c.count = 0  # scenes: number of records
     c.seed = 0  # scenes: which world
     c.size = 64  # scenes: pixels, square
@@ -70,7 +71,9 @@ def base(size: str = "base") -> ConfigDict:
     c.model.remat = "none"  # ViT blocks, what the backward pass recomputes: none | dots (keep matmul outputs) | full
 
     c.text = ConfigDict()
-    c.text.vocab = ""  # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size
+    # vocab.txt or tokenizer.json; its size + [DEC] + [ENC] must equal model.med.vocab_size. A language model has its
+    # own, vocab.json or spiece.model, and behind a comma BERT's where the Q-Former reads questions.
+    c.text.vocab = ""
     c.text.max_len = 30  # T, tokens, padded
     # Lengths T that a training batch may have, ascending, the last text.max_len, as (12, 16, 20, 30); (): all max_len.
     # Each batch then holds texts that fit its T, so negatives come from texts of about the same length. The published
@@ -178,6 +181,8 @@ def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigD
         c.model.vision_eps = 1e-5
         c.text.max_len = 32
         c.text.max_words = 50
+        # what a Q-Former that reads questions is given: "{}" the question alone; "": all that the language model reads
+        c.text.question = ""
         c.optim.freeze = ("vit/.*", "llm/.*") if llm else ("vit/.*",)
         c.optim.lr, c.optim.min_lr, c.optim.warmup_lr = 1e-4, 5e-5 if llm else 1e-5, 1e-6
         c.optim.schedule, c.optim.warmup_steps = "cosine", 2000

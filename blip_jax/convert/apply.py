@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -306,26 +306,28 @@ def _later(row: Row, tensors, heads: int) -> Iterator[tuple[str, Lazy]]:
     shown = to_ours(np.broadcast_to(np.uint8(0), tensors[row.keys[0]].shape), row.layout, heads)  # shapes alone
     for name, like in shown.items():
 
-        def read(name=name, shape=like.shape):
-            if not row.stacked:
-                return to_ours(as_float32(tensors[row.keys[0]]), row.layout, heads)[name]
-            out = np.empty((len(row.keys), *shape), np.float32)
-            for i, key in enumerate(row.keys):
-                out[i] = to_ours(as_float32(tensors[key]), row.layout, heads)[name]
-            return out
+        def read(i=0, name=name):
+            return to_ours(as_float32(tensors[row.keys[i]]), row.layout, heads)[name]
 
         shape = (len(row.keys), *like.shape) if row.stacked else like.shape
-        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read)
+        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read, read if row.stacked else None)
 
 
 def to_torch(
-    family: str, state: Mapping, *, vocab_size: int | Mapping[str, int], consume: bool = False
+    family: str,
+    state: Mapping,
+    *,
+    vocab_size: int | Mapping[str, int],
+    consume: bool = False,
+    keep: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: {"params", "momentum"} -> arrays under the original's names.
 
-    A tied copy is the same array as its original. The arguments and errors are those of `written`.
+    A tied copy is the same array as its original. keep: what each array is kept as, such as one in a file
+    (`torch_io.spool`). The other arguments and errors are those of `written`.
     """
-    out = dict(written(family, state, vocab_size=vocab_size, consume=consume))
+    named = written(family, state, vocab_size=vocab_size, consume=consume)
+    out = {name: keep(x) for name, x in named}
     for copy, original in copies(family, [Row(list(out), "", "", "", False)]):
         out[copy] = out[original]
     return out

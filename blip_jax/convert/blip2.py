@@ -38,6 +38,13 @@ def kinds(family: str, names: Iterable[str]) -> dict[str, str]:
     return out
 
 
+def family_of(cfg) -> str:
+    """The family of a run of ours of `cfg`, "" of one of BLIP."""
+    kind = cfg.model.llm.kind if cfg.model.get("llm") else ""
+    families = {"blip2_stage1": "blip2", "blip2_stage2": f"blip2_{kind}", "blip2_vqa": f"instruct_{kind}"}
+    return (families | {"language": kind}).get(cfg.objective, "")
+
+
 def depth(tensors: Mapping) -> int:
     """Blocks that BLIP-2 takes of an image tower of a released width; 0: it has another."""
     kind, prefix = towers.find(tensors)

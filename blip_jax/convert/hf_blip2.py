@@ -20,12 +20,13 @@ from safetensors.numpy import save_file
 
 from blip_jax.convert import blip2, hf, hf_blip2_config, hf_config, torch_io, vocabulary
 from blip_jax.convert.apply import folded, from_torch, infer, layer_counts, listed, rows, shown, written
-from blip_jax.convert.rules.blip2 import HF_BIAS, HF_NAMES, TIED, WORDS
+from blip_jax.convert.rules.blip2 import HF_BIAS, HF_NAMES, MATCHING, READS_QUESTIONS, TIED, WORDS
 from blip_jax.convert.source import Source, dtype_notes, vocab_sizes
 from blip_jax.convert.tied import words_and_head
 from blip_jax.convert.wrappers import unwrap
 from blip_jax.trees import Lazy
 
+QUESTIONS = "qformer_tokenizer"  # folder of InstructBLIP's second vocabulary
 TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")  # of a language model
 SHARD = 2 << 30  # bytes of a file of weights, from which another begins
 SCALE = "logit_scale"
@@ -130,12 +131,19 @@ def read(folder, heads: Mapping[str, int] | None = None) -> Source:
     notes += hf_blip2_config.ignored(config, said, family, cfg.model)
     absent = () if "temp" in tensors or family != "blip2_itm" else ("temp",)
     vocab, more = _vocabulary(folder, family, cfg.model)
-    return Source(family, state, cfg, vocab, notes + more + dtype_notes(tensors), absent, said.kept)
+    own = None
+    if family in READS_QUESTIONS and (folder / QUESTIONS).is_dir():
+        own, _, found = hf.vocabulary(folder / QUESTIONS, cfg.model.qformer.vocab_size + 1)
+        more += found
+    notes += more + dtype_notes(tensors)
+    return Source(family, state, cfg, vocab, notes, absent, said.kept, questions=own)
 
 
 def _vocabulary(folder: pathlib.Path, family: str, model) -> tuple[pathlib.Path | None, list[str]]:
     """The folder's vocabulary, of the Q-Former for matching, else of the language model; and notes."""
-    if family == "blip2_itm":
+    if family == "blip2_vision":
+        return None, []
+    if family in MATCHING:
         vocab, _, notes = hf.vocabulary(folder, model.qformer.vocab_size + 1)
         return vocab, notes
     return tokenizer_of(folder), []
@@ -148,11 +156,14 @@ def tokenizer_of(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _needs(family: str, part: str) -> bool:
-    return part != "llm" or family != "blip2_itm"
+    """Whether a folder of the family has tensors of a part of `blip2.PARTS`."""
+    return part == "qformer" or (family != "blip2_text" if part == "vit" else family not in MATCHING)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-FAMILIES = {"blip2": "blip2_itm", "blip2_itm": "blip2_itm"} | {f: f for f in ("blip2_opt", "blip2_t5", "instruct_t5")}
+FAMILIES = (
+    {"blip2": "blip2_itm"} | {f: f for f in MATCHING} | {f: f for f in ("blip2_opt", "blip2_t5", *READS_QUESTIONS)}
+)
 
 
 def write(folder, source: Source) -> None:
@@ -178,22 +189,25 @@ def write(folder, source: Source) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(folder, tensors(family, source))
+    processor = "InstructBlipProcessor" if family in READS_QUESTIONS else "Blip2Processor"
     settings = {
         "config.json": hf_blip2_config.model_json(family, model, source.kept),
-        "preprocessor_config.json": hf_config.pixels_json(model.img_size)
-        | {"processor_class": "InstructBlipProcessor" if family == "instruct_t5" else "Blip2Processor"},
+        "preprocessor_config.json": hf_config.pixels_json(model.img_size) | {"processor_class": processor},
         "processor_config.json": {
             "num_query_tokens": model.qformer.queries,
-            "processor_class": "InstructBlipProcessor" if family == "instruct_t5" else "Blip2Processor",
+            "processor_class": processor,
         },
     }
     for name, content in settings.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    names = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
     if source.vocab is not None:
-        names = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
         merges = source.vocab.with_name("merges.txt").is_file()
         name = "vocab.json" if source.vocab.name == "vocab.json" and merges else names[source.vocab.suffix]
         vocabulary.copy(source.vocab, folder / name)
+    if source.questions is not None:
+        (folder / QUESTIONS).mkdir()
+        vocabulary.copy(source.questions, folder / QUESTIONS / names[source.questions.suffix])
     if source.family == "blip2":
         source.notes.append("the language modelling head is left out: transformers' class has no place for it")
     if model.vision_eps != hf_blip2_config.BLOCK_EPS:

@@ -8,13 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 from blip_jax import trees
+from blip_jax.config import TOWER_SIZES
 from blip_jax.convert import foreign, language_models
+from blip_jax.convert.rules.blip2 import MATCHING, READS_QUESTIONS
 
 ARCHITECTURES = {  # class -> its model; "": by text_config
     "Blip2ForConditionalGeneration": "",
     "Blip2Model": "",
     "Blip2ForImageTextRetrieval": "blip2_itm",
+    "Blip2VisionModelWithProjection": "blip2_vision",
+    "Blip2TextModelWithProjection": "blip2_text",
     "InstructBlipForConditionalGeneration": "instruct",
     "InstructBlipModel": "instruct",
 }
@@ -22,7 +28,9 @@ CLASSES = {  # family -> the class that is written
     "blip2_opt": "Blip2ForConditionalGeneration",
     "blip2_t5": "Blip2ForConditionalGeneration",
     "blip2_itm": "Blip2ForImageTextRetrieval",
-    "instruct_t5": "InstructBlipForConditionalGeneration",
+    "blip2_vision": "Blip2VisionModelWithProjection",
+    "blip2_text": "Blip2TextModelWithProjection",
+    **dict.fromkeys(READS_QUESTIONS, "InstructBlipForConditionalGeneration"),
 }
 KINDS = {"blip-2": "blip_2", "instructblip": "instructblip"}  # model_type -> beginning of that of its parts
 SIZES = {  # part of config.json -> field -> letter of the shapes
@@ -74,10 +82,10 @@ def family_of(config: Mapping) -> str:
             f"{', '.join(ARCHITECTURES)}"
         )
     what = known[0] if known else {"instructblip": "instruct"}.get(config.get("model_type"), "")
-    if what == "blip2_itm":
+    if what in MATCHING:
         return what
     kind = part(config, "text_config").get("model_type", "opt")
-    families = {"opt": "blip2_opt", "t5": "blip2_t5"} if what == "" else {"t5": "instruct_t5"}
+    families = {kind: f"{what or 'blip2'}_{kind}" for kind in ("opt", "t5")}
     if not isinstance(kind, str) or kind not in families:
         raise ValueError(
             f"config.json: {foreign.told('text_config.model_type', kind)}: here are {' and '.join(families)}"
@@ -105,7 +113,10 @@ def check(config: Mapping, family: str, sizes: Mapping, layers: Mapping, pre_nor
             if value is not None and letter in sizes and (type(value) is not int or value != sizes[letter]):
                 problems.append(f"{foreign.told(dot + field, value)}, but the weights have {sizes[letter]}")
     vision, qformer = part(config, "vision_config"), part(config, "qformer_config")
-    for name, given, stack in (("vision_config", vision, "vit"), ("qformer_config", qformer, "qformer")):
+    if family == "blip2_text":
+        model |= _unseen(vision, sizes.get("D", 0))
+    towers = (("vision_config", vision, "vit"), ("qformer_config", qformer, "qformer"))
+    for name, given, stack in towers[family == "blip2_text" :]:
         n, depth = given.get("num_attention_heads"), layers[stack]
         n = DEFAULTS[name]["num_attention_heads"] if n is None else n
         width = sizes.get("D" if stack == "vit" else "W", 0)
@@ -134,7 +145,7 @@ def check(config: Mapping, family: str, sizes: Mapping, layers: Mapping, pre_nor
             "which they were trained"
         )
     llm, rest = {}, []
-    if family != "blip2_itm":
+    if family not in MATCHING:
         kind = family.rsplit("_", 1)[1]
         text = language_models.said(kind, part(config, "text_config"), sizes, layers, pre_norm, "text_config.")
         problems, notes, heads, llm = problems + text.problems, notes + text.notes, heads | text.heads, text.more
@@ -157,12 +168,21 @@ def check(config: Mapping, family: str, sizes: Mapping, layers: Mapping, pre_nor
 
 def _text_input(family: str, qformer: Mapping) -> list[str]:
     told = qformer.get("use_qformer_text_input")
-    if told is None or family == "instruct_t5" or told is (family == "blip2_itm"):
+    if told is None or family in READS_QUESTIONS or told is (family in MATCHING):
         return []
     return [
-        f"qformer_config.use_qformer_text_input is {told}, but {'matching' if family == 'blip2_itm' else 'this'} "
-        f"model's Q-Former {'reads' if family == 'blip2_itm' else 'does not read'} text"
+        f"qformer_config.use_qformer_text_input is {told}, but {'matching' if family in MATCHING else 'this'} "
+        f"model's Q-Former {'reads' if family in MATCHING else 'does not read'} text"
     ]
+
+
+def _unseen(vision: Mapping, width: int) -> dict:
+    """Leaves of `cfg.model` of an image encoder of which there is no tensor, for the way back."""
+    sizes = {"depth": "num_hidden_layers", "heads": "num_attention_heads", "mlp": "intermediate_size"}
+    found = {ours: vision.get(theirs) for ours, theirs in (sizes | {"patch": "patch_size"}).items()}
+    vit = TOWER_SIZES["eva_g"] | {"width": width} | {name: n for name, n in found.items() if foreign.whole(n)}
+    size = vision.get("image_size")
+    return {"vit": ConfigDict(vit), "img_size": size if foreign.whole(size) else 224}
 
 
 def _image_size(vision: Mapping, sizes: Mapping) -> list[str]:
@@ -205,10 +225,10 @@ def ignored(config: Mapping, said: Said, family: str, model) -> list[str]:
 def model_json(family: str, model, kept: Mapping) -> dict:
     """config.json of our `cfg.model`. kept: fields of the folder that it came from, as of `Said`."""
     vit, qformer = model.vit, model.qformer
-    start = KINDS["instructblip" if family == "instruct_t5" else "blip-2"]
+    start = KINDS["instructblip" if family in READS_QUESTIONS else "blip-2"]
     out = {
         "architectures": [CLASSES[family]],
-        "model_type": "instructblip" if family == "instruct_t5" else "blip-2",
+        "model_type": "instructblip" if family in READS_QUESTIONS else "blip-2",
         "dtype": "float32",
         "vision_config": dict(
             model_type=f"{start}_vision_model",
@@ -238,12 +258,12 @@ def model_json(family: str, model, kept: Mapping) -> dict:
             pad_token_id=0,
             cross_attention_frequency=2,
             encoder_hidden_size=vit.width,
-            **({} if family == "instruct_t5" else {"use_qformer_text_input": family == "blip2_itm"}),
+            **({} if family in READS_QUESTIONS else {"use_qformer_text_input": family in MATCHING}),
         ),
         "num_query_tokens": qformer.queries,
         "image_token_index": kept.get("image_token_index"),
     }
-    if family == "blip2_itm":
+    if family in MATCHING:
         out["image_text_hidden_size"] = model.embed_dim
         return out
     image = language_models.IMAGE_TOKENS[model.llm.kind]

@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 
-TEXTS = ("*.json", "vocab.txt")  # settings and vocabulary
+TEXTS = ("*.json", "vocab.txt", "merges.txt", "spiece.model", "qformer_tokenizer/vocab.txt")  # settings and vocabulary
 WEIGHTS = ("*.safetensors", "checkpoints/[0-9]*/*")
 OLD_WEIGHTS = ("pytorch_model*.bin",)  # fetched only where there is nothing of WEIGHTS: most repositories hold both
 SCHEME = re.compile(r"^hf:/{1,2}")  # a path in between may have made one slash of two

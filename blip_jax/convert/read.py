@@ -22,6 +22,7 @@ from blip_jax.convert import (
     hf,
     hf_blip2,
     hf_blip2_config,
+    hf_clip,
     hub,
     language_models,
     origins,
@@ -30,7 +31,7 @@ from blip_jax.convert import (
     towers,
     vocabulary,
 )
-from blip_jax.convert.rules.blip2 import WHOLE
+from blip_jax.convert.rules.blip2 import MATCHING, READS_QUESTIONS, WHOLE
 from blip_jax.convert.rules.families import FAMILIES, WORDS
 from blip_jax.convert.source import POSITION_IDS, Source, dtype_notes, make_config
 from blip_jax.convert.tied import words_and_head
@@ -40,7 +41,7 @@ from blip_jax.models.vision.towers import resized
 
 HEAD_DIM = 64  # of every released model
 RELEASED = (768, 1024)  # their widths
-NAMES = {"deit": "timm", "bert": "BERT"} | language_models.KINDS
+NAMES = {"deit": "timm", "bert": "BERT", "clip": "CLIP"} | language_models.KINDS
 TASKS = {  # family -> objective, tokens of a text, what captions continue
     "pretrain": ("pretrain", 30, ""),
     "retrieval": ("retrieval", 35, ""),
@@ -50,9 +51,10 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
     "vqa": ("vqa", 35, ""),
     "nlvr": ("nlvr", 64, ""),
     **dict.fromkeys(("deit", "augreg", "bert"), ("pretrain", 30, "")),
-    **dict.fromkeys(("blip2", "blip2_itm", "eva", "clip"), ("blip2_stage1", 32, "")),
+    **dict.fromkeys(("blip2", *MATCHING, "eva", "clip"), ("blip2_stage1", 32, "")),
     **dict.fromkeys(("blip2_opt", "blip2_t5", "opt", "t5"), ("blip2_stage2", 32, "")),
-    "instruct_t5": ("blip2_stage2", 128, ""),
+    # LAVIS cuts what this Q-Former reads to 128 tokens
+    **dict.fromkeys(READS_QUESTIONS, ("blip2_vqa", 128, "")),
 }
 MARKS = (  # family -> a tensor that only it has, or only it and those above it; first match wins
     ("augreg", r"Transformer/encoderblock_\d+/.*"),
@@ -63,6 +65,7 @@ MARKS = (  # family -> a tensor that only it has, or only it and those above it;
     ("retrieval", r"text_encoder\..*", r"temp|idx_queue|\w+_m\..*"),
     ("itm", r"text_encoder\..*", r"(itm_head|text_proj|vision_proj)\..*"),
     ("features", r"text_encoder\..*"),
+    ("instruct_opt", r"Qformer\.bert\.embeddings\.word_embeddings\..*", r"opt_proj\..*"),
     ("blip2_opt", r"Qformer\..*", r"opt_proj\..*"),
     ("instruct_t5", r"Qformer\.bert\.embeddings\.word_embeddings\..*", r"t5_proj\..*"),
     ("blip2_t5", r"Qformer\..*", r"t5_proj\..*"),
@@ -114,7 +117,8 @@ def read(
       heads: part -> its number of heads, {"vit": 12, "med": 12}, where neither the file nor a config.json beside it
         says; default: that of the released models of its width, else width / 64.
       vocab: vocab.txt or tokenizer.json, which must mean the same as one that came with the checkpoint; "": that one,
-        else BERT's from the Hugging Face hub's cache. None: that one, or none, unchecked.
+        else BERT's from the Hugging Face hub's cache. Two with a comma where a Q-Former reads questions: the language
+        model's, and BERT's. None: those that came with it, or none, unchecked.
       momentum: False leaves the momentum encoder and queues of a workdir unread, where only the model is wanted.
       drop_token_types: of BERT, leaves out the row that it adds to every token of a single text, as the original BLIP
         does; False: it goes into the position table, so that the encoder starts as BERT.
@@ -133,7 +137,7 @@ def read(
         source = _open(path, family, heads or {}, momentum, (), drop_token_types)
     if img_size and "vit" in source.state["params"]:
         _resize(source, img_size)
-    return source if vocab is None else source._replace(vocab=vocabulary.of(source, vocab, str(path)))
+    return source if vocab is None else vocabulary.settled(source, vocab, str(path))
 
 
 def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> dict:
@@ -257,7 +261,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
     if momentum:
         state["momentum"] = {name: part for name, part in momentum.items() if part}
     return Source(
-        converted.get("family") or (cfg.model.llm.kind if cfg.objective == "language" else cfg.objective),
+        converted.get("family") or blip2.family_of(cfg) or cfg.objective,
         state,
         cfg,
         checkpoint.own_vocabulary(folder),
@@ -265,6 +269,7 @@ def _read_ours(folder: pathlib.Path, heads: Mapping, with_momentum: bool, via: t
         tuple(converted.get("absent", ())),
         converted.get("kept", {}),
         tuple(name for name in ("vit", "llm") if name in params) if "qformer" in cfg.model else (),
+        checkpoint.own_vocabulary(folder, "questions"),
     )
 
 
@@ -274,7 +279,7 @@ def _settings(folder: pathlib.Path) -> ConfigDict:
 
 
 def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> Source:
-    """A Hugging Face folder, of BLIP, BLIP-2, BERT, OPT, T5, or of a ViT of timm."""
+    """A Hugging Face folder, of BLIP, BLIP-2, BERT, CLIP, OPT, T5, or of a ViT of timm."""
     if not os.path.lexists(path / "config.json"):
         raise ValueError(
             f"{path} holds neither checkpoints of ours ({checkpoint.SUBDIR}/) nor a Hugging Face model (config.json)"
@@ -283,6 +288,8 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
     kind = config.get("model_type")
     if kind in ("bert", *language_models.KINDS):
         family = kind
+    elif kind in hf_clip.KINDS:
+        family = "clip"
     elif isinstance(kind, str) and kind in hf_blip2_config.KINDS:
         return hf_blip2.read(path, heads)
     elif "architecture" in config and "model_type" not in config:
@@ -290,7 +297,11 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
     else:
         return hf.read(path, heads)
     opened = hf.open_weights(path)
-    tensors, notes = plain_names(opened, str(path))
+    try:
+        named = hf_clip.under_original_names(opened) if family == "clip" else opened
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    tensors, notes = plain_names(named, str(path))
     if find_family(tensors) != family:
         raise ValueError(
             f"{path}: config.json is of {NAMES[family]}, but the weights are not: they hold "
@@ -310,6 +321,8 @@ def _read_folder(path: pathlib.Path, heads: Mapping, drop_token_types: bool) -> 
             found = language_models.said(family, config, sizes, layers, pre_norm)
             rest = foreign.ignored(language_models.ignored(family, config))
             return found._replace(notes=[*found.notes, *rest])
+        if family == "clip":
+            return hf_clip.said(config, sizes, layers)
         if family == "deit":
             return foreign.timm(config, sizes, layers)
         return foreign.bert(config, sizes, layers, bert.token_types(tensors), tokenizer and tokenizer.pad)
@@ -478,7 +491,7 @@ def _settle(source: Source) -> None:
         positions = (c.model.qformer if "qformer" in c.model else c.model.med).positions
         c.text.update(vocab="", max_len=min(max_len, positions), prompt=prompt)
         c.loss.update(momentum=bool(momentum), queue=queue)
-    if source.family in ("itm", "features", "blip2_itm"):
+    if source.family in ("itm", "features", *MATCHING):
         source.state["params"].setdefault("temp", np.float32(0.07))
 
 

@@ -48,7 +48,7 @@ VOCABULARIES = ("model.med.vocab_size", "model.qformer.vocab_size", "model.llm.v
 ALWAYS = ("model.img_size", "text.max_len", "text.max_words")
 
 
-def _base(model) -> ConfigDict:
+def base_of(model) -> ConfigDict:
     """`config.base()`, or `config.blip2()` with the kinds of parts that settings `model` have."""
     if not isinstance(model, dict) or "qformer" not in model:
         return config.base()
@@ -69,7 +69,7 @@ def settings(saved, folder: pathlib.Path) -> ConfigDict:
 
     ValueError, in one line: no settings, or some that no model can have.
     """
-    c = _base(saved.get("model") if isinstance(saved, dict) else None)
+    c = base_of(saved.get("model") if isinstance(saved, dict) else None)
     known = trees.flat({"objective": c.objective, "model": c.model.to_dict(), "text": c.text.to_dict()})
     if not isinstance(saved, dict):
         raise _refused(folder, [f"they are a {type(saved).__name__}, not settings"])

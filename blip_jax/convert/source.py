@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from blip_jax import config
 from blip_jax.convert import apply
-from blip_jax.convert.rules.blip2 import WHOLE
+from blip_jax.convert.rules.blip2 import HALVES, WHOLE
 from blip_jax.convert.rules.families import INITIAL, WORDS
 
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
@@ -24,8 +24,9 @@ class Source(NamedTuple):
     state: {"params": nested numpy, and "momentum" where there is one}; arrays may still lie in the file.
 
     cfg: `config.base()` with objective, model and texts of this checkpoint, text.vocab "". vocab: file that came with
-    it. notes: what was ignored, resized, derived. absent: optional torch keys that the file did not have, so that the
-    way back leaves them out. kept: fields of a config.json that nothing here needs, but the way back does.
+    it; questions: that of a Q-Former that reads questions, where vocab is the language model's. notes: what was
+    ignored, resized, derived. absent: optional torch keys that the file did not have, so that the way back leaves them
+    out. kept: fields of a config.json that nothing here needs, but the way back does.
     frozen: parts of the parameters that a run of ours only refers to, which LAVIS's files leave out.
     """
 
@@ -37,6 +38,7 @@ class Source(NamedTuple):
     absent: tuple[str, ...] = ()
     kept: Mapping = MappingProxyType({})
     frozen: tuple[str, ...] = ()
+    questions: pathlib.Path | None = None
 
 
 def make_config(sizes: Mapping[str, int], layers: Mapping[str, int], heads: Mapping[str, int]) -> ConfigDict:
@@ -78,16 +80,25 @@ def dtype_notes(tensors: Mapping) -> list[str]:
     return [f"{n} tensors in {dtype} became float32" for dtype, n in other.items()]
 
 
-def official(source: Source, consume: bool = False) -> dict[str, np.ndarray]:
-    """The state dict of the originals: name -> array. ValueError: initial weights, which are no model."""
+def official(
+    source: Source, consume: bool = False, keep: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> dict[str, np.ndarray]:
+    """The state dict of the originals: name -> array; consume, keep: as of `apply.to_torch`.
+
+    ValueError: initial weights, which are no model.
+    """
     if source.family in INITIAL:
         raise ValueError(
             f"{WORDS[source.family][0]} (family {source.family}) are no model: they start pre-training, --config.train."
             "init_from, and there is nothing to write back"
         )
+    if source.family in HALVES:
+        raise ValueError(
+            f"LAVIS has no file of {WORDS[source.family][0]} (family {source.family}): write --to=hf or ours"
+        )
     params = {name: part for name, part in source.state["params"].items() if name not in source.frozen}
     state = {**source.state, "params": params} if source.frozen else source.state
-    tensors = apply.to_torch(source.family, state, vocab_size=vocab_sizes(source.cfg), consume=consume)
+    tensors = apply.to_torch(source.family, state, vocab_size=vocab_sizes(source.cfg), consume=consume, keep=keep)
     for name, beside in apply.buffers(tensors).items():
         tensors[name] = np.arange(len(tensors[beside]), dtype=np.int64)[None]
     if source.family in WHOLE:  # LAVIS has this buffer also where the table is not

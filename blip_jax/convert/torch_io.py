@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,7 @@ from blip_jax.trees import Lazy
 
 # an archive that unpacks to more than so many times its size holds no weights: random numbers hardly compress
 BLOW_UP = 4
+SPOOLED = 1 << 16  # bytes from which an array waits in a file
 MAX_HEADER = MAX_TENSORS << 10  # bytes of names and shapes in a .safetensors
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -223,6 +224,26 @@ def save_pth(path, tensors: Mapping[str, np.ndarray]) -> None:
     shared = {id(x): torch.from_numpy(x if x.flags.writeable else x.copy()) for x in tensors.values()}
     with writing(path):
         torch.save({"model": collections.OrderedDict((name, shared[id(x)]) for name, x in tensors.items())}, path)
+
+
+@contextlib.contextmanager
+def spool(path: pathlib.Path) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """A function that lays an array into the file `path`, which is gone at the end, and returns it as it lies there: a
+    model larger than the memory can be collected so. OSError: the disk is full."""
+    try:
+        with writing(path), path.open("xb") as file:
+
+            def keep(x: np.ndarray) -> np.ndarray:
+                if x.nbytes < SPOOLED:
+                    return x
+                at = file.tell()
+                file.write(np.ascontiguousarray(x).data)
+                file.flush()
+                return np.memmap(path, x.dtype, "c", at, x.shape)  # torch takes no array that cannot be written
+
+            yield keep
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

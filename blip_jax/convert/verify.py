@@ -39,7 +39,11 @@ def verify(source: Source, written: pathlib.Path, to: str, origin: pathlib.Path)
     ValueError: a tensor is missing, added or changed, or the outputs of transformers' model differ by more than
     TOLERANCE.
     """
-    again = read(written, vocab=str(source.vocab or ""), heads={} if to == "ours" else heads_of(source.cfg))
+    again = read(
+        written,
+        vocab=f"{source.vocab or ''},{source.questions}" if source.questions else str(source.vocab or ""),
+        heads={} if to == "ours" else heads_of(source.cfg),
+    )
     expected = source if again.family == source.family else narrow(source, again.family, str(origin))
     left = tuple(f"params/{part}/" for part in source.frozen if to == "official")
     _same(

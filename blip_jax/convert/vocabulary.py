@@ -6,7 +6,9 @@ import pathlib
 import shutil
 
 from blip_jax.convert.foreign import load
+from blip_jax.convert.rules.blip2 import WHOLE
 from blip_jax.convert.source import Source
+from blip_jax.data.text import tokenizers
 from blip_jax.data.text.wordpiece import EXTRA, Tokenizer
 
 BERT_VOCAB = ("google-bert/bert-base-uncased", "vocab.txt", 30522)  # repository, file, its entries
@@ -14,36 +16,67 @@ TOKENIZERS = {"bert": "BERT's WordPiece", "opt": "OPT's byte-level BPE", "t5": "
 JSON_KINDS = {"WordPiece": "bert", "BPE": "opt", "Unigram": "t5"}  # of a tokenizer.json
 
 
+def settled(source: Source, given: str, origin: str) -> Source:
+    """The source with its vocabularies; given: as of text.vocab, "" for those that came with it.
+
+    ValueError: `of`; a second file for a model that has one vocabulary.
+    """
+    first, *second = tokenizers.files(given)
+    source = source._replace(vocab=of(source, first, origin))
+    if not reads_questions(source):
+        if second:
+            raise ValueError(f"{origin} has one vocabulary, but {given} names two (text.vocab, --vocab): leave one out")
+        return source
+    own = source.questions
+    if second or own:
+        own = _of_bert(source, second[0] if second else "", own, origin, "--vocab=FILE,FILE, the second")
+    return source._replace(questions=own)
+
+
+def reads_questions(source: Source) -> bool:
+    """Whether the checkpoint has a language model, or the projection to one, and a Q-Former with words."""
+    params = source.state["params"]
+    return bool({"llm", "llm_proj"} & params.keys()) and "word" in params.get("qformer", {}).get("embed", {})
+
+
+def of_questions(source: Source) -> pathlib.Path:
+    """BERT's, of a Q-Former that reads questions, where none came with it. ValueError: it cannot be had."""
+    return _from_hub(source.cfg.model.qformer.vocab_size, EXTRA[:1], "--vocab=FILE,FILE, the second of which is BERT's")
+
+
 def of(source: Source, given: str, origin: str) -> pathlib.Path | None:
     """The vocabulary file, checked against the model and its own; None for a model without text.
 
     ValueError: none that fits.
     """
-    params, model = source.state["params"], source.cfg.model
+    params = source.state["params"]
     if "llm" in params or "llm_proj" in params:
         return _of_language_model(source, given, origin)
-    if "med" in params:
-        size, added = model.med.vocab_size, EXTRA
-    elif "word" in params.get("qformer", {}).get("embed", {}):
-        size, added = model.qformer.vocab_size, EXTRA[:1]
-    else:
-        return None
-    path = pathlib.Path(given) if given else source.vocab or _from_hub(size, added)
+    if "med" in params or "word" in params.get("qformer", {}).get("embed", {}):
+        return _of_bert(source, given, source.vocab, origin, "--vocab=FILE")
+    return None
+
+
+def _of_bert(source: Source, given: str, own: pathlib.Path | None, origin: str, flag: str) -> pathlib.Path:
+    """BERT's vocabulary, of a MED or a Q-Former. own: that came with the source; flag: what gives another."""
+    model = source.cfg.model
+    size, added = (model.med.vocab_size, EXTRA) if "med" in model else (model.qformer.vocab_size, EXTRA[:1])
+    path = pathlib.Path(given) if given else own or _from_hub(size, added, flag)
     tokenizer = Tokenizer(path)
     entries = tokenizer.vocab_size - len(EXTRA) + len(added)
     if entries != size:
         raise ValueError(
             f"{path} has {entries} entries with {' and '.join(added)}, but the model has {size}: give the vocabulary "
-            "it was trained with, --vocab=FILE"
+            f"it was trained with, {flag}"
         )
     if (tokenizer.dec, tokenizer.enc) != (entries - len(added), entries - len(added) + 1):
         raise ValueError(
             f"{path} numbers {' and '.join(EXTRA)} {tokenizer.dec} and {tokenizer.enc}: they must be the last two "
             f"of {tokenizer.vocab_size}"
         )
-    if given and source.vocab and tokenizer.crc != _crc(source.vocab, tokenizer.vocab_size, tokenizer.crc):
+    if given and own and tokenizer.crc != _crc(own, tokenizer.vocab_size, tokenizer.crc):
         raise ValueError(
-            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {source.vocab}, "
+            f"{origin} was trained with another vocabulary than {given}: set text.vocab (--vocab) to {own}, "
             "which came with it"
         )
     return path
@@ -54,13 +87,14 @@ def _of_language_model(source: Source, given: str, origin: str) -> pathlib.Path 
     path = pathlib.Path(given) if given else source.vocab
     if path is None:
         return None
-    want, (found, entries) = source.cfg.model.llm.kind, language_model(path)
+    want, (found, entries) = WHOLE.get(source.family, source.family), language_model(path)
     if found != want:
         raise ValueError(
             f"{path} is {TOKENIZERS[found]}, but {origin} has a language model {want.upper()}: give "
             f"{TOKENIZERS[want]}, --vocab=FILE"
         )
-    if entries > source.cfg.model.llm.vocab_size:
+    llm = source.cfg.model.llm  # empty where the file has none, and none is published of its width
+    if llm and entries > llm.vocab_size:
         raise ValueError(
             f"{path} has {entries} entries, but the language model of {origin} has {source.cfg.model.llm.vocab_size}: "
             "give the tokenizer it was trained with, --vocab=FILE"
@@ -108,9 +142,9 @@ def _crc(vocab: pathlib.Path, size: int, otherwise: int) -> int:
     return own.crc if own.vocab_size == size else otherwise
 
 
-def _from_hub(size: int, added) -> pathlib.Path:
+def _from_hub(size: int, added, flag: str) -> pathlib.Path:
     repository, name, words = BERT_VOCAB
-    remedy = "give one with --vocab=FILE, a vocab.txt or tokenizer.json"
+    remedy = f"give one with {flag}, a vocab.txt or tokenizer.json"
     if size != words + len(added):
         raise ValueError(
             f"no vocabulary came with the checkpoint, and {size} entries are not those of {repository}: {remedy}"

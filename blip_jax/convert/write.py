@@ -146,6 +146,8 @@ def write_ours(workdir: pathlib.Path, source: Source, origin: str) -> None:
         kept = checkpoint.vocabulary(workdir, like=source.vocab)
         vocabulary.copy(source.vocab, kept)
         cfg.text.vocab = kept.name
+    if source.questions:
+        vocabulary.copy(source.questions, checkpoint.vocabulary(workdir, like=source.questions, name="questions"))
     momentum = source.state.get("momentum")
     state = {
         "params": source.state["params"],
@@ -164,10 +166,15 @@ def write_official(path: pathlib.Path, source: Source, consume: bool = False) ->
 
     What the file that this came from did not have is left out.
 
-    consume: as in `apply.to_torch`; the source is of no use afterwards.
+    consume: as in `apply.to_torch`; the source is of no use afterwards. Arrays that are still to be read wait in a file
+    beside `path`, as large as the model, for torch to write them all at once.
     """
     left = _left_out(source)
-    torch_io.save_pth(path, official(source, consume=consume))
+    if any(isinstance(x, trees.Lazy) for _, x in trees.paths(source.state)):
+        with torch_io.spool(path.with_name(f"{path.name}.arrays")) as keep:
+            torch_io.save_pth(path, official(source, keep=keep))
+    else:
+        torch_io.save_pth(path, official(source, consume=consume))
     if source.frozen:
         source.notes.append(f"left out, as in LAVIS's files: {', '.join(source.frozen)}, which the run held frozen")
     if left:

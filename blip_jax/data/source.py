@@ -3,11 +3,13 @@
 json          BLIP's lists of {image, caption, image_id}, as one JSON array or JSON lines, beside a folder of pictures
 tar           webdataset and img2dataset shards (blip_jax/data/formats/tar.py)
 csv, tsv, parquet  tables with a column of paths or pictures (blip_jax/data/table.py)
+karpathy      Karpathy's splits of Flickr30k and COCO (blip_jax/data/formats/karpathy.py)
 array_record  ArrayRecord files as `blip-jax pack` and CapFilt write them
 tfds          a prepared TensorFlow Datasets data set, read without TensorFlow
 scenes        the built-in world (blip_jax/data/scenes/world.py)
 
-Layouts that one task alone reads, whose records hold other things than captions, are modules of blip_jax/data/formats.
+Layouts that one task alone reads (vqa, nlvr, visdial, nocaps, video_text, video_qa), whose records hold other things
+than captions, are modules of blip_jax/data/formats.
 
 A source keeps an index in compact arrays, never the records. A wrong file list is a ValueError when the source is
 opened; a record that cannot be used is a BadRecord when it is read, and the pipeline counts it.

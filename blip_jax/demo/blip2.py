@@ -31,14 +31,15 @@ from blip_jax.tasks import blip2_stage1
 from blip_jax.train import loop
 
 VOCAB_SCENES = 20_000  # captions that both vocabularies are trained on
-TEXTS, APART = 20_000, 1000  # captions that the language model learns from, of a world with a seed so much larger
+# the language model learns from so many texts of captions of one scene each, of a world with a seed so much larger
+TEXTS, CAPTIONS, APART = 20_000, 4, 1000
 RUNS = {  # folder -> (what its run is called, steps as a share of cfg.train.steps, about its seconds on 2 idle cores)
-    "blip": ("BLIP, for its image tower", 2.0, 60.0),
-    "language": ("language model, on captions alone", 1.5, 60.0),
-    "stage1": ("first stage", 2.0, 60.0),
-    "stage1-without-itg": ("first stage without ITG", 2.0, 60.0),
-    "stage2": ("second stage", 1.0, 60.0),
-    "stage2-alone": ("second stage without the first", 1.0, 60.0),
+    "blip": ("BLIP, for its image tower", 2.0, 100.0),
+    "language": ("language model, on captions alone", 3.0, 60.0),
+    "stage1": ("first stage", 2.0, 120.0),
+    "stage1-without-itg": ("first stage without ITG", 2.0, 100.0),
+    "stage2": ("second stage", 3.0, 80.0),
+    "stage2-alone": ("second stage without the first", 3.0, 60.0),
 }
 
 
@@ -87,7 +88,10 @@ def config_of(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
         c.objective, c.optim.freeze = "language", ()
         world = cfg.data.train.world
         c.data.train = ConfigDict()
-        c.data.train.texts = source("scenes", count=TEXTS, seed=world.seed + APART, size=world.size, easy=world.easy)
+        c.data.train.texts = source(
+            "scenes", count=TEXTS, captions=CAPTIONS, seed=world.seed + APART, size=world.size, easy=world.easy
+        )
+        c.text.max_len = cfg.model.llm.positions
     elif name.startswith("stage1"):
         c.objective, c.task = "blip2_stage1", blip2_stage1.leaves()
         c.task.itg = name == "stage1"

@@ -10,7 +10,7 @@ from blip_jax.eval import java
 
 
 class Meteor:
-    """A running METEOR. It starts in the background, which takes some 20 s of a core: enter it before other work.
+    """A running METEOR. It starts in the background, which takes some 13 s of a core: enter it before other work.
 
     ValueError: Java or pycocoevalcap is missing, or the program ended before its answer.
     """

@@ -17,6 +17,7 @@ from blip_jax.inference.programs import Method, encode_pixels, written
 from blip_jax.models.layers.dense import text_layers_apart
 
 MOST_PROMPT = 1024  # tokens
+MOST_QUESTION = 128  # tokens that the Q-Former of an InstructBLIP reads
 LEAST_PROMPT = 8  # prompts are padded to this many, or the next power of two
 
 
@@ -55,6 +56,16 @@ def prompt_ids(model, tokenizer, prompts: list[str], most: int) -> tuple[np.ndar
     return tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
 
 
+def question_ids(model, tokenizer, asked: list[str], most: int = MOST_QUESTION) -> tuple[np.ndarray, ...]:
+    """What the Q-Former of a model with `questions` reads: ids i32[n,T'], mask bool[n,T'] of the last `most` tokens of
+    each text, T' the bucket of the longest; () of another model."""
+    if not model.questions:
+        return ()
+    own, most = tokenizer.questions, min(most, model.qformer_sizes["positions"])
+    T = min(at_least(int(own.lengths(asked, most).max()), LEAST_PROMPT), most)
+    return own.encode(asked, T, keep_end=True)
+
+
 # --- what runs --------------------------------------------------------------------------------------------------------
 def generating(model, method: Method, special: Ids) -> Callable:
     """Texts that follow a prompt about each image.
@@ -77,10 +88,10 @@ def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
     ValueError: a prompt that leaves no room for method.max_length tokens.
     """
     generate = generating(model, method, special(model, tokenizer))
-    ids, txt_mask = prompt_ids(model, tokenizer, [prompt], method.max_length - 1)
+    given = *prompt_ids(model, tokenizer, [prompt], method.max_length - 1), *question_ids(model, tokenizer, [prompt])
 
     def caption(params, img, keys):
-        rows = (jnp.broadcast_to(x, (len(img), x.shape[1])) for x in (ids, txt_mask))
+        rows = (jnp.broadcast_to(x, (len(img), x.shape[1])) for x in given)
         return generate(params, img, keys, *rows)
 
     return caption
@@ -105,11 +116,12 @@ def behind(apply: Callable, soft, ids, txt_mask, keys, method: Method, special: 
 def likelihood(model) -> Callable:
     """How likely each of C given texts is after each image's prompt.
 
-    (params, img, ids, txt_mask as of `generating`, out_ids i32[C,U], out_mask bool[C,U], and question and its mask) ->
-    {"nll": f32[B,C]}, the sum of the negative log-likelihoods of a text's tokens.
+    (params, img, ids, txt_mask, and maybe question and its mask as of `generating`, out_ids i32[C,U], out_mask
+    bool[C,U]) -> {"nll": f32[B,C]}, the sum of the negative log-likelihoods of a text's tokens.
     """
 
-    def nll(params, img, ids, txt_mask, out_ids, out_mask, *question):
+    def nll(params, img, ids, txt_mask, *more):
+        *question, out_ids, out_mask = more
         apply = functools.partial(model.apply, {"params": text_layers_apart(params)})
         soft = apply(encode_pixels(model, params, img), *question, method="soft_prompt")
         return {"nll": apply(soft, ids, txt_mask, out_ids, out_mask, method="nll")}

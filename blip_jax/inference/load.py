@@ -27,6 +27,7 @@ NEEDS = {  # what is asked of a model -> the parts it takes, the checkpoints tha
     "match": (("text encoder", "projections", "matching head"), "a retrieval or pre-training checkpoint"),
     "answer": (("question encoder and answer decoder",), "a VQA checkpoint"),
     "generate": (("language model",), "a checkpoint of BLIP-2's second stage"),
+    "image features": (("image encoder",), "a checkpoint with one"),
     "text and multimodal features": (("text encoder",), "a retrieval or pre-training checkpoint"),
 }
 
@@ -37,15 +38,16 @@ class Loaded(NamedTuple):
     model: Any  # a module of blip_jax.models
     params: dict  # on the devices of a mesh; else NumPy f32, or what is read as such when numpy.asarray is called on it
     cfg: ConfigDict  # config.base with the checkpoint's objective, model and texts
-    tokenizer: Any  # of data.text
+    tokenizer: Any  # of data.text; None of a model that reads no text
     origin: str  # the checkpoint folder, file or Hugging Face folder
 
     def parts(self) -> dict[str, bool]:
-        """Which parts there are beside the image encoder."""
+        """Which parts there are."""
         blip, later = isinstance(self.model, Blip), isinstance(self.model, Blip2)
         return {
-            "text decoder": later or blip and "lm_head" in self.params["med"],
-            "text encoder": later or blip and self.model.encoder,
+            "image encoder": "vit" in self.params,
+            "text decoder": "lm_head" in self.params["qformer" if later else "med"] if later or blip else False,
+            "text encoder": "word" in self.params["qformer"]["embed"] if later else blip and self.model.encoder,
             "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
             "matching head": "itm_head" in self.params,
             "question encoder and answer decoder": "med_dec" in self.params,
@@ -88,17 +90,14 @@ def load(
             f"{path} ({found.family}) holds no {' and no '.join(missing)}: these are weights to start training from; "
             "give a trained model"
         )
-    if found.family == "instruct_t5":
-        raise ValueError(
-            f"{path} is an InstructBLIP, whose Q-Former reads the question too: no verb gives it one yet, and without "
-            "it the answers would be others; give a BLIP-2"
-        )
     for note in found.notes if jax.process_index() == 0 else ():
         print(f"{path}: {note}", file=sys.stderr)
     cfg = found.cfg.copy_and_resolve_references().unlock()
     cfg.model.dtype = dtype or cfg.model.dtype
+    questions = (found.questions or vocabulary.of_questions(found)) if vocabulary.reads_questions(found) else ""
+    own = found.family != "blip2_vision"  # which reads no text
+    tokenizer = tokenizers.of(cfg.model, _vocabulary(found, path), questions) if own else None
     params = params if mesh is None else placed(params, mesh, cfg.model.dtype)
-    tokenizer = tokenizers.of(cfg.model, _vocabulary(found, path))
     return Loaded(build(cfg), params, cfg.lock(), tokenizer, place(path))
 
 
@@ -111,7 +110,8 @@ def _missing(found: Source) -> list[str]:
     """What a checkpoint lacks to be a model."""
     params = found.state["params"]
     text = "qformer" if "qformer" in params or "ln_vision" in params else "med"
-    needed = {"vit": "image encoder", text: "text model"}
+    needed = {"vit": "image encoder"} if found.family != "blip2_text" else {}
+    needed |= {text: "text model"}
     if "llm_proj" in params:
         needed["llm"] = "language model"
     return [what for part, what in needed.items() if part not in params]
@@ -136,14 +136,22 @@ def read_for(cfg, origin, momentum: bool = False) -> Source:
     """
     heads = read.heads_of(cfg) if pathlib.Path(origin).is_file() else {}
     found = read.read(origin, vocab=None, momentum=momentum, heads=heads)
-    if "llm" in cfg.model and cfg.model.llm and not found.state["params"].keys() & {"llm", "llm_proj"}:
-        return found  # the words of a Q-Former, of which a second stage reads none
-    return found._replace(vocab=vocabulary.of(found, cfg.text.vocab, str(origin)))
+    language, *questions = tokenizers.files(cfg.text.vocab)
+    if "llm" not in cfg.model or not cfg.model.llm:
+        return vocabulary.settled(found, cfg.text.vocab, str(origin))
+    if vocabulary.reads_questions(found) and questions:
+        return vocabulary.settled(found, cfg.text.vocab, str(origin))
+    if found.state["params"].keys() & {"llm", "llm_proj"}:
+        return vocabulary.settled(found, language, str(origin))
+    # the words of a Q-Former, of which a second stage reads none
+    return vocabulary.settled(found, questions[0], str(origin)) if questions else found
 
 
 def checksum(params: dict) -> int:
-    """crc32 of all parameters, NumPy arrays, with their names."""
+    """crc32 of all parameters, with their names: NumPy arrays, or `Lazy` ones, which are read a layer at a time."""
     crc = 0
     for path, leaf in sorted(trees.paths(params), key=lambda p: p[0]):
-        crc = zlib.crc32(np.ascontiguousarray(leaf), zlib.crc32(path.encode(), crc))
+        crc = zlib.crc32(path.encode(), crc)
+        for part in leaf.rows() if isinstance(leaf, trees.Lazy) and "/blocks/" in path else [leaf]:
+            crc = zlib.crc32(np.ascontiguousarray(part), crc)
     return crc

@@ -2,7 +2,8 @@
 
 Pictures and passes are as in inference/verbs.py. Lengths are new tokens: neither the prompt nor a start id counts in
 them (decode/limits.py says what the originals' limits mean). A prompt is read as it is written, and its padding is not
-attended to, so that no text depends on the prompts beside it.
+attended to, so that no text depends on the prompts beside it. The Q-Former of an InstructBLIP reads it too: its last
+cfg.text.max_len tokens.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ class Prompted(Pretrained):
     def caption(self, images, n: int = 1, method: str = "beam", *, prompt: str | None = None, beams: int = 5, **how):
         """n captions of each image, as [{"caption": str, "log_prob": float}, ...], as `generate` makes them.
 
-        prompt: None: as the model was trained, else "a photo of".
+        prompt: None: as the model was trained; one of VQA: none.
         """
         if prompt is None:
-            prompt = self.cfg.text.prompt.strip()
+            prompt = "" if "{}" in self.cfg.text.prompt else self.cfg.text.prompt.strip()
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is of type {type(prompt).__name__}: give a str")
         found = self.generate(images, prompt, n, method, beams=beams, **how)
@@ -97,6 +98,7 @@ class Prompted(Pretrained):
         min_length: int = 0,
         max_length: int = 10,
         length_penalty: float | None = None,
+        repetition_penalty: float = 1.0,
         rule: str = "lavis",
     ) -> dict | list:
         """An answer to each question about its image, paired as in `Pretrained.match`: a dict, or a list of them.
@@ -104,26 +106,32 @@ class Prompted(Pretrained):
         Args:
           method: "generate": {"answer", "log_prob"}, by beam search. "rank": {"answer", "score"}, the one of `answers`
             that is the likeliest, of which score is the summed log-likelihood.
-          prompt: with {} for the question; None: "Question: {} Answer:" with OPT, "Question: {} Short answer:" with T5.
+          prompt: with {} for the question; None: as a model was trained that was for VQA, else "Question: {} Answer:"
+            with OPT, "Question: {} Short answer:" with T5.
           length_penalty: None: 0 with OPT and -1 with T5, as LAVIS's evaluations have it.
+          repetition_penalty: LAVIS's InstructBLIP has 1.5.
         """
-        kind = self.cfg.model.llm.kind
-        prompt = QUESTION[kind] if prompt is None else prompt
+        kind, trained = self.cfg.model.llm.kind, self.cfg.text.prompt
+        prompt = (trained if "{}" in trained else QUESTION[kind]) if prompt is None else prompt
         if not isinstance(prompt, str) or "{}" not in prompt:
             raise ValueError(f"prompt is {inputs.shown(prompt)}: give a str with {{}} where the question belongs")
         pictures, one_image = inputs.pictures(images)
         questions, one = inputs.texts(questions, "questions", str.strip)
         i, t = inputs.pairs(len(pictures), len(questions), "questions")
         pictures, prompts = [pictures[j] for j in i], [prompt.replace("{}", questions[j]) for j in t]
+        own = self.cfg.text.question  # of the Q-Former
+        asked = [own.replace("{}", questions[j]) for j in t] if own else prompts
         if method == "generate":
             if answers is not None:
                 raise ValueError("answers are given but method is 'generate': set method='rank', or leave them out")
             penalty = {"opt": 0.0, "t5": -1.0}[kind] if length_penalty is None else length_penalty
-            how = self._method(1, "beam", beams, min_length, max_length, 0.9, 50, 1.0, None, penalty, rule)
-            found = self._texts_behind(pictures, prompts, how, 0)
+            how = self._method(
+                1, "beam", beams, min_length, max_length, 0.9, 50, 1.0, repetition_penalty, penalty, rule
+            )
+            found = self._texts_behind(pictures, prompts, how, 0, asked)
             told = [{"answer": rows[0][0], "log_prob": rows[0][1]} for rows in found]
         elif method == "rank":
-            told = self._ranked(pictures, prompts, answers)
+            told = self._ranked(pictures, prompts, answers, asked)
         else:
             raise ValueError(f"method is {inputs.shown(method)}: choose generate, or rank with answers=")
         return told[0] if one and one_image else told
@@ -159,17 +167,29 @@ class Prompted(Pretrained):
     def _prompts(self, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
         return language.prompt_ids(self.model, self.tokenizer, prompts, most)
 
+    def _questions(self, asked: list[str]) -> tuple[np.ndarray, ...]:
+        return language.question_ids(self.model, self.tokenizer, asked, self.cfg.text.max_len)
+
     # --- work ---------------------------------------------------------------------------------------------------------
-    def _texts_behind(self, pictures: list, prompts: list[str], how: programs.Method, seed) -> list[list[tuple]]:
-        """[(text, log_prob), ...] of each picture and its prompt."""
+    def _texts_behind(
+        self, pictures: list, prompts: list[str], how: programs.Method, seed, asked: list[str] | None = None
+    ) -> list[list[tuple]]:
+        """[(text, log_prob), ...] of each picture and its prompt. asked: what the Q-Former reads; None: the prompts."""
         i, t = inputs.pairs(len(pictures), len(prompts), "prompts")
         ids, mask = self._prompts(prompts, how.max_length - 1)
-        seed, special = seeded(seed), language.special(self.model, self.tokenizer)
+        question, seed = self._questions(asked or prompts), seeded(seed)
+        special = language.special(self.model, self.tokenizer)
 
         def rows(at: slice):
             img = self._pixels([pictures[j] for j in i[at]])
             names = [hashlib.blake2b(x, digest_size=16).hexdigest() + prompts[j] for x, j in zip(img, t[at])]
-            return img, np.stack([programs.example_key(name, seed) for name in names]), ids[t[at]], mask[t[at]]
+            return (
+                img,
+                np.stack([programs.example_key(name, seed) for name in names]),
+                ids[t[at]],
+                mask[t[at]],
+                *(x[t[at]] for x in question),
+            )
 
         program = self._program(("generate", how, ids.shape[1]), lambda: language.generating(self.model, how, special))
         limit = self._images_of(how.n if how.kind == "nucleus" else how.beams)
@@ -179,15 +199,16 @@ class Prompted(Pretrained):
             for texts in zip(found["ids"], found["log_prob"])
         ]
 
-    def _ranked(self, pictures: list, prompts: list[str], answers) -> list[dict[str, Any]]:
+    def _ranked(self, pictures: list, prompts: list[str], answers, asked: list[str]) -> list[dict[str, Any]]:
         if answers is None:
             raise ValueError("method is 'rank' without answers=: give the texts to choose from")
         answers, _ = inputs.texts(answers, "answers", str.strip)
         out_ids, out_mask = self._answers(answers)
         ids, mask = self._prompts(prompts, out_ids.shape[1])
+        question = self._questions(asked)
 
         def rows(at: slice):
-            return self._pixels(pictures[at]), ids[at], mask[at]
+            return self._pixels(pictures[at]), ids[at], mask[at], *(x[at] for x in question)
 
         found, C = [], min(CANDIDATES, at_least(len(answers)))
         program = self._program(("likelihood", ids.shape[1]), lambda: language.likelihood(self.model))

@@ -58,7 +58,7 @@ class Pretrained:
         parts = ", ".join(part for part, there in self._loaded.parts().items() if there)
         return (
             f"Pretrained({self.origin!r}: {self.cfg.objective}, {self.cfg.model.img_size} px, {self.cfg.model.dtype}, "
-            f"image encoder{', ' * bool(parts)}{parts})"
+            f"{parts})"
         )
 
     def caption(
@@ -237,8 +237,9 @@ class Pretrained:
         return {name: x[0] for name, x in found.items()} if one else found
 
     def _image_features(self, images) -> tuple[dict, bool]:
+        self._loaded.require("image features")
         pictures, one = inputs.pictures(images)
-        projected = self._loaded.parts()["projections"]
+        projected = "vision_proj" in self.params
         program = self._program(("image features",), lambda: programs.image_features(self.model, projected))
         return self._map(program, len(pictures), lambda at: (self._pixels(pictures[at]),)), one
 
@@ -246,13 +247,14 @@ class Pretrained:
         self._loaded.require("text and multimodal features")
         texts, one = self._texts(texts, "texts")
         ids, txt_mask = self._tokens(texts)
-        projected = self._loaded.parts()["projections"]
+        projected = "text_proj" in self.params
         program = self._program(("text features",), lambda: programs.text_features(self.model, projected))
         found = self._map(program, len(texts), lambda at: (ids[at], txt_mask[at]), TEXTS * self.batch)
         return _without_padding(found, txt_mask), one
 
     def _multimodal_features(self, images, texts) -> tuple[dict, bool]:
         self._loaded.require("text and multimodal features")
+        self._loaded.require("image features")
         texts, one_text = self._texts(texts, "texts")
         pictures, one_image = inputs.pictures(images)
         ids, txt_mask = self._tokens(texts)

@@ -19,6 +19,40 @@ from blip_jax.models.vision.towers import tower
 from blip_jax.models.vision.vit import torch_uniform
 
 
+def begin(model: nn.Module, **qformer) -> None:
+    """What both stages begin with, in the `setup` of their models: vit, ln_vision, query_tokens, qformer.
+
+    qformer: what the Q-Former is told besides its sizes.
+    """
+    model.vit = tower(
+        model.vit_sizes,
+        img_size=model.img_size,
+        init_std=model.init_std,
+        drop_path=model.drop_path,
+        remat=model.remat,
+        dtype=model.dtype,
+    )
+    model.ln_vision = LayerNorm(model.vision_eps, model.dtype)
+    sizes = dict(model.qformer_sizes)
+    shape = sizes.pop("queries"), sizes["width"]
+    model.query_tokens = model.param("query_tokens", nn.initializers.normal(model.init_std), shape)
+    model.qformer = QFormer(
+        **sizes,
+        kv_width=model.vit_sizes["width"],
+        init_std=model.init_std,
+        dropout=model.dropout,
+        remat=model.remat,
+        dtype=model.dtype,
+        **qformer,
+    )
+
+
+def tokens_of(model: nn.Module, img, deterministic: bool):
+    """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], behind ln_vision, of a model that `begin` has set up."""
+    img_tok = model.vit(img, deterministic=deterministic or model.frozen)
+    return model.ln_vision(jax.lax.stop_gradient(img_tok) if model.frozen else img_tok)
+
+
 class Seen(NamedTuple):
     """What text passes need of B images: keys and values of the cross-attentions [L/2,B,P,N,H], and those that the
     queries have in every self-attention once they looked [L,B,Q,N,H]."""
@@ -64,27 +98,8 @@ class Blip2(nn.Module):
         )
 
     def setup(self):
-        self.vit = tower(
-            self.vit_sizes,
-            img_size=self.img_size,
-            init_std=self.init_std,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
-        self.ln_vision = LayerNorm(self.vision_eps, self.dtype)
-        sizes = {name: size for name, size in self.qformer_sizes.items() if name != "queries"}
-        width, queries = sizes["width"], self.qformer_sizes["queries"]
-        self.query_tokens = self.param("query_tokens", nn.initializers.normal(self.init_std), (queries, width))
-        self.qformer = QFormer(
-            **sizes,
-            kv_width=self.vit_sizes["width"],
-            init_std=self.init_std,
-            dropout=self.dropout,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
-        init = torch_uniform(width)
+        begin(self)
+        init = torch_uniform(self.qformer_sizes["width"])
         dense = lambda n: nn.Dense(n, precision="highest", kernel_init=init, bias_init=init)
         self.vision_proj, self.text_proj, self.itm_head = dense(self.embed_dim), dense(self.embed_dim), dense(2)
         self.temp = self.param("temp", nn.initializers.constant(0.07), ())
@@ -101,8 +116,7 @@ class Blip2(nn.Module):
 
     def encode_image(self, img, *, deterministic: bool = True):
         """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], behind ln_vision"""
-        img_tok = self.vit(img, deterministic=deterministic or self.frozen)
-        return self.ln_vision(jax.lax.stop_gradient(img_tok) if self.frozen else img_tok)
+        return tokens_of(self, img, deterministic)
 
     def look(self, img_tok, *, deterministic: bool = True):
         """img_tok [B,P,D] -> what the queries found, qry [B,Q,W], and `Seen` for every text pass over these images"""

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from blip_jax.decode.rank import text_nll
+from blip_jax.models import blip2
 from blip_jax.models.layers.dense import Dense
-from blip_jax.models.layers.norm import LayerNorm
 from blip_jax.models.text.med import stored
 from blip_jax.models.text.opt import Opt, after_prompts
-from blip_jax.models.text.qformer import QFormer
 from blip_jax.models.text.t5 import T5
-from blip_jax.models.vision.towers import tower
 from blip_jax.models.vision.vit import torch_uniform
 
 LANGUAGE_MODELS = {"opt": Opt, "t5": T5}  # kind of cfg.model.llm -> its class
@@ -72,38 +70,12 @@ class Blip2Llm(nn.Module):
         )
 
     def setup(self):
-        self.vit = tower(
-            self.vit_sizes,
-            img_size=self.img_size,
-            init_std=self.init_std,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
-        self.ln_vision = LayerNorm(self.vision_eps, self.dtype)
-        q = dict(self.qformer_sizes)
-        self.query_tokens = self.param(
-            "query_tokens", nn.initializers.normal(self.init_std), (q.pop("queries"), q["width"])
-        )
-        self.qformer = QFormer(
-            **q,
-            kv_width=self.vit_sizes["width"],
-            text=self.questions,
-            head=False,
-            init_std=self.init_std,
-            dropout=self.dropout,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        blip2.begin(self, text=self.questions, head=False)
         self.llm = language_model(
             self.llm_sizes, init_std=self.init_std, dropout=self.llm_dropout, remat=self.remat, dtype=self.dtype
         )
-        self.llm_proj = Dense(
-            self.embed_width,
-            dtype=self.dtype,
-            kernel_init=torch_uniform(q["width"]),
-            bias_init=torch_uniform(q["width"]),
-        )
+        init = torch_uniform(self.qformer_sizes["width"])
+        self.llm_proj = Dense(self.embed_width, dtype=self.dtype, kernel_init=init, bias_init=init)
 
     @property
     def embed_width(self) -> int:
@@ -123,8 +95,7 @@ class Blip2Llm(nn.Module):
 
     def encode_image(self, img, *, deterministic: bool = True):
         """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], behind ln_vision"""
-        img_tok = self.vit(img, deterministic=deterministic or self.frozen)
-        return self.ln_vision(jax.lax.stop_gradient(img_tok) if self.frozen else img_tok)
+        return blip2.tokens_of(self, img, deterministic)
 
     def soft_prompt(self, img_tok, question=None, question_mask=None, *, deterministic: bool = True):
         """img_tok [B,P,D] -> [B,Q,E], what the language model reads in place of words.
@@ -132,6 +103,8 @@ class Blip2Llm(nn.Module):
         question i32[B,T], question_mask bool[B,T]: [CLS] ... [SEP] of the Q-Former's vocabulary, which the queries read
         beside the image, where the model has `questions`.
         """
+        if self.questions and question is None:
+            raise ValueError("question is None, but this Q-Former reads one: give its ids and mask")
         kv = self.qformer.image_kv(img_tok)
         if question is None:
             qry, _ = self.qformer.look(self.query_tokens, kv, deterministic=deterministic)

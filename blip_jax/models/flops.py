@@ -199,21 +199,24 @@ def language_model(llm, T: int, U: int = 0) -> tuple[float, float]:
     return llm.layers * own(T) + decoders * (own(U) + cross), 4 * inner * mixing
 
 
-def blip2_stage2_step(cfg, T: int | None = None, *, frozen: bool = True, llm_frozen: bool = True) -> dict[str, float]:
+def blip2_stage2_step(
+    cfg, T: int | None = None, *, U: int = 0, question: int = 0, frozen: bool = True, llm_frozen: bool = True
+) -> dict[str, float]:
     """FLOPs per image-text pair of a step of BLIP-2's second stage (BLIP-2 paper, section 3.2), result as
-    `pretrain_step`; T: positions of the text, of T5's both. frozen: the tower has no backward; llm_frozen: the language
-    model has the gradients of its inputs alone.
+    `pretrain_step`; T: positions of the text, of T5's both where U does not say those of what it writes; question: that
+    the Q-Former reads. frozen: the tower has no backward; llm_frozen: the language model has the gradients of its
+    inputs alone.
     """
     model, T = cfg.model, T or cfg.text.max_len
-    q, llm = model.qformer, model.llm
-    width, (matrices, mixing) = llm.get("embed_width", llm.width), language_model(llm, q.queries + T, T)
+    q, llm, U = model.qformer, model.llm, U or T
+    width, (matrices, mixing) = llm.get("embed_width", llm.width), language_model(llm, q.queries + T, U)
     parts = {
         "vision": vision(model)[0],
         "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
-        "queries": qformer_layers(model, q.queries) + looking(model),
+        "queries": qformer_layers(model, q.queries + question) + looking(model),
         "llm_proj": 2 * q.queries * q.width * width,
         "llm": matrices + mixing,
-        "lm_head": T * 2 * width * llm.vocab_size,
+        "lm_head": (U if llm.kind == "t5" else T) * 2 * width * llm.vocab_size,
     }
     forward = sum(parts.values())
     frozen_matrices = matrices + parts["lm_head"] if llm_frozen else 0.0  # no gradient of these

@@ -91,13 +91,15 @@ def shapes(cfg) -> dict:
 def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     """The mean negative log-likelihood of what the language model is to write, of one (micro-)batch.
 
-    batch: img f32[B,S,S,3] normalised, and the arrays of `example`. Returns loss f32[], (metrics, {}). A mean over the
+    batch: img f32[B,S,S,3] normalised, and the arrays of `example`; with "question" i32[B,T'] and "question_mask" for a
+    Q-Former that reads one. Returns loss f32[], (metrics, {}). A mean over the
     tokens of each group of loss.group_size examples, then over groups: what the original's devices averaged.
     """
     apply = functools.partial(model.apply, {"params": params})
     streams = step.dropout_streams(keys.dropout, ("vit", "qformer", "llm"))
     img_tok = apply(batch["img"], method="encode_image", deterministic=False, rngs=streams["vit"])
-    soft = apply(img_tok, method="soft_prompt", deterministic=False, rngs=streams["qformer"])
+    question = [batch[name] for name in ("question", "question_mask") if name in batch]
+    soft = apply(img_tok, *question, method="soft_prompt", deterministic=False, rngs=streams["qformer"])
     apart = (batch["out_ids"], batch["out_mask"]) if model.writes_answers_apart else ()
     logits = apply(
         soft,

@@ -1,8 +1,9 @@
 """Language modelling on captions without their pictures: makes the language model that BLIP-2's second stage takes
 over, where there is none to be had, as for the world of the demo.
 
-OPT learns each caption behind its "</s>", and its end; T5 reads the beginning of a caption and writes the rest. Rows
-are those of the second stage without the picture, whose sizes in the config are not read.
+A text of OPT are all captions of a record, in an order that is drawn, each with its end: so it learns, as from the
+documents of the web, that what is said goes on from what was said before, and to speak at any position. T5 reads the
+beginning of one caption and writes the rest. Sizes of tower and Q-Former in the config are not read.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from blip_jax import losses
+from blip_jax.data import pairs
 from blip_jax.models import flops as counts
 from blip_jax.models.language import Language
 from blip_jax.tasks import blip2_stage2, step
-
-ARRAYS = ("ids", "txt_mask", "lm_mask", "out_ids", "out_mask")  # of a row, as far as the kind of model has them
 
 
 def check(cfg, tokenizer=None) -> list[str]:
@@ -30,14 +30,18 @@ def build(cfg) -> Language:
 
 
 def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
-    """One of the record's captions, as `blip2_stage2.example` has it, without the picture."""
-    row = blip2_stage2.example(record, rng, cfg, tokenizer)
-    return {name: row[name] for name in (*ARRAYS, "notes") if name in row}
+    """Arrays as of `blip2_stage2.example`, without the picture: of OPT all captions, cut to text.max_len."""
+    if cfg.model.llm.kind == "t5":
+        row = blip2_stage2.example(record, rng, cfg, tokenizer)
+        return {name: x for name, x in row.items() if name != "img"}
+    found, notes = pairs.captions(record, cfg.text.max_words)
+    text = "".join(f"{found[i]}\n" for i in rng.permutation(len(found)))
+    ids, mask = tokenizer.encode([text], cfg.text.max_len)
+    return {"ids": ids[0], "txt_mask": mask[0], "lm_mask": mask[0], "notes": notes}
 
 
 def shapes(cfg) -> dict:
-    found = blip2_stage2.shapes(cfg)
-    return {name: found[name] for name in ARRAYS if name in found}
+    return {name: x for name, x in blip2_stage2.shapes(cfg).items() if name != "img"}
 
 
 def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):

@@ -206,8 +206,13 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
 
     "predictions" holds them all: [{"question_id", "answer"}], the form that the challenge's server takes.
     """
+    return scored(answered(loaded, data, mesh))
+
+
+def scored(answers) -> dict:
+    """`evaluate`'s numbers of (record, answer)s."""
     given, known = {}, {}
-    for record, answer in answered(loaded, data, mesh):
+    for record, answer in answers:
         number = record["question_id"]
         number = record["key"] if number is None else number
         given[number] = answer
@@ -298,6 +303,10 @@ def table(result: dict) -> str:
 
 def submission(result: dict, cfg) -> tuple[str, str]:
     """(file name, content) for the challenge's server. ValueError: it would not be every question of data.eval once."""
+    return for_server(result, cfg, candidates(cfg) if cfg.task.method == "rank" else ())
+
+
+def for_server(result: dict, cfg, answers=(), name: str = "blip") -> tuple[str, str]:
+    """As `submission`; answers: those that were ranked; name: of the model, in the file's."""
     asked = [path for name, source in cfg.data.eval.items() for path in expand(name, source)]
-    answers = candidates(cfg) if cfg.task.method == "rank" else ()
-    return servers.vqa(result["predictions"], asked, answers)
+    return servers.vqa(result["predictions"], asked, answers, name)

@@ -257,3 +257,26 @@ def _init_momentum(run) -> dict | None:
                 out["queue"]["ptr"] -= out["queue"]["ptr"] % run.cfg.train.batch
             say(f"{origin}: the queues start from its {len(have['img'])} features")
     return out
+
+
+def check_resume(manager, step: int, run) -> dict:
+    """Says which settings changed since checkpoint `step`; returns those that wrote it, by path. ValueError: they
+    changed the model or the optimiser."""
+    folder = run.workdir / checkpoint.SUBDIR / str(step)
+    before, now = trees.flat(checkpoint.load_config(folder)), trees.flat(plain(run.cfg))
+    changed = [
+        f"{name}: {before.get(name, 'absent')!r} -> {now.get(name, 'absent')!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    try:
+        reference = checkpoint.load_data(folder).get("frozen") or {"leaves": {}}
+        elsewhere = {f"frozen/{path}": tuple(leaf["shape"]) for path, leaf in reference["leaves"].items()}
+        checkpoint.check_same(manager, step, run.shapes, elsewhere)
+    except checkpoint.Damaged:
+        raise
+    except ValueError as e:
+        listing = "\n  ".join(changed) or "none"
+        raise ValueError(f"{e}\nsettings that changed since it was written:\n  {listing}") from None
+    say(f"resuming from checkpoint {step}; settings changed since: {'; '.join(changed) or 'none'}")
+    return before

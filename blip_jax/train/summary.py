@@ -18,7 +18,7 @@ from blip_jax.parallel import compiler, sharding
 
 
 def describe(run, newest: int | None) -> None:
-    """Says what a `loop.Run` is, new (`newest` None) or at checkpoint `newest`, on less than a screen.
+    """Says what a `run.Run` is, new (`newest` None) or at checkpoint `newest`, on less than a screen.
 
     The long tables, every setting, parameter and array, go to start.txt in the workdir, the settings to config.json.
     """

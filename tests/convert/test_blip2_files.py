@@ -300,9 +300,29 @@ def test_there_is_no_folder_for_clip_or_a_narrow_embedding(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_first_stage_with_a_language_model_is_no_second_stage(cut, tmp_path):
+    _, _, llm = cut("stage2_opt_full")
+    tensors = {name: x for name, x in cases.weights("stage1_eva").items() if not name.startswith(cases.TOWER)}
+    path = cases.save(tmp_path / "stage1.safetensors", tensors)
+    said = refused(f"{path},{llm}", heads=cases.heads("stage1_eva") | {"llm": HEADS["llm"]})
+    assert "has no language model, and" in said and "give a second-stage checkpoint" in said
+
+
+def test_the_number_of_queries_is_that_of_the_weights(tmp_path):
+    """Processors of transformers without num_query_tokens put no image into a text, or fail."""
+    settings = cases.settings("hf_opt")
+    queries = settings.pop("num_query_tokens")
+    got = read.read(cases.folder(tmp_path / "in", "hf_opt", settings))
+    assert got.cfg.model.qformer.queries == queries
+    hf_blip2.write(tmp_path / "out", got)
+    for name in ("config.json", "processor_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["num_query_tokens"] == queries
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
-def test_a_large_language_model_is_never_in_memory_twice(tmp_path):
-    """Peak of what Python and NumPy hold, from a folder to a workdir and back: 1.3 times the largest part."""
+@pytest.fixture
+def large(tmp_path):
+    """A folder whose language model is most of it, and the bytes of that."""
     settings, tensors = cases.settings("hf_opt"), cases.weights("hf_opt")
     C, layers = 256, 4
     wide = {"embed_positions.weight": (66, C), "final_layer_norm.weight": (C,), "final_layer_norm.bias": (C,)}
@@ -319,16 +339,47 @@ def test_a_large_language_model_is_never_in_memory_twice(tmp_path):
         "language_projection.bias": np.ones(C, np.float32),
     }
     settings["text_config"] |= dict(hidden_size=C, ffn_dim=4 * C, word_embed_proj_dim=C, num_hidden_layers=layers)
-    folder, part = cases.folder(tmp_path / "large", "hf_opt", settings, tensors), sum(x.nbytes for x in llm.values())
-    del tensors, llm
-    hf_blip2.SHARD, before = part // 4, hf_blip2.SHARD
+    return cases.folder(tmp_path / "large", "hf_opt", settings, tensors), sum(x.nbytes for x in llm.values())
+
+
+def peak_of(function):
+    """The most bytes that Python and NumPy hold while it runs."""
     tracemalloc.start()
     try:
-        write.convert(folder, tmp_path / "ours")
-        write.convert(tmp_path / "ours", tmp_path / "again", to="hf")
-        peak = tracemalloc.get_traced_memory()[1]
+        function()
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        hf_blip2.SHARD = before
+
+
+def test_a_large_language_model_is_never_in_memory_twice(large, tmp_path, monkeypatch):
+    """From a folder to a workdir and back: 1.3 times the largest part at most."""
+    folder, part = large
+    monkeypatch.setattr(hf_blip2, "SHARD", part // 4)
+
+    def there_and_back():
+        write.convert(folder, tmp_path / "ours")
+        write.convert(tmp_path / "ours", tmp_path / "again", to="hf")
+
+    peak = peak_of(there_and_back)
     assert peak < 1.3 * part, peak / part
     same_bits(flat(read.read(tmp_path / "again").state), flat(read.read(folder).state))
+
+
+def test_a_file_of_torch_with_a_language_model_is_written_and_read_array_by_array(large, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[convert]'")
+    (folder, part), heads = large, cases.settings("hf_opt")
+    heads = {
+        "vit": heads["vision_config"]["num_attention_heads"],
+        "qformer": heads["qformer_config"]["num_attention_heads"],
+        "llm": heads["text_config"]["num_attention_heads"],
+    }
+
+    def there_and_back():
+        write.convert(folder, tmp_path / "whole.pth")
+        write.convert(tmp_path / "whole.pth", tmp_path / "ours", heads=heads)
+
+    peak = peak_of(there_and_back)
+    assert peak < 0.95 * part, peak / part  # less than the language model: two stacks of its layers and their copies
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".arrays")] == []
+    same_bits(flat(read.read(tmp_path / "ours").state), flat(read.read(folder).state))

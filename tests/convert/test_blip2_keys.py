@@ -7,13 +7,15 @@ import re
 
 import numpy as np
 import pytest
-from world.blip2 import GOLDEN
+from world.blip2 import GOLDEN, save
+from world.convert import same_bits
 
 from blip_jax import config
 from blip_jax.cli import usage
 from blip_jax.convert import apply, blip2, hf_blip2, read, vocabulary
 from blip_jax.convert.rules.blip2 import HF_BIAS
 from blip_jax.convert.rules.families import FAMILIES
+from blip_jax.convert.source import official
 from blip_jax.trees import Lazy
 
 LAVIS = json.loads((GOLDEN / "keys" / "meta.json").read_text())["checkpoints"]
@@ -74,6 +76,27 @@ def test_lavis_files_have_the_names_shapes_and_numbers_of_the_table(name):
     want.img_size = 364 if "364" in name else 224
     assert json.loads(model.to_json()) == json.loads(want.to_json())
     assert len(notes) == ("364" not in name) + bool(llm)  # of every part that is not in the file
+
+
+# what the letters of the shapes are where the numbers of tensors are the real ones, but they are small
+SMALL = dict(D=12, F=10, P=5, p=2, W=6, M=8, T=7, V=11, Q=3, E=4, C=14, J=14)
+
+
+@pytest.mark.parametrize("name", LAVIS)
+def test_lavis_files_are_read_and_written_with_every_name(name, tmp_path):
+    """All tensors of the real files, as many layers, of small shapes: in, and out again bit by bit."""
+    shapes, rng = keys(name), np.random.default_rng(0)
+    family = read.find_family(shapes)
+    table = apply.rows(family, shapes)
+    tensors = {
+        key: rng.normal(size=apply.shape_of(row.shape, SMALL)).astype(np.float32) for row in table for key in row.keys
+    }
+    tensors |= {copy: tensors[origin] for copy, origin in apply.copies(family, table)}
+    tensors[POSITION_IDS] = np.arange(SMALL["T"], dtype=np.int64)[None]
+    assert tensors.keys() == shapes.keys()
+    got = read.read(save(tmp_path / "small.safetensors", tensors), vocab=None, heads=dict(vit=2, qformer=3))
+    assert got.family == family
+    same_bits(official(got), tensors)
 
 
 def test_optimiser_groups_of_the_fine_tuned_checkpoints():

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from world import blip2 as cases
+from world import towers
 from world.convert import same_bits
 
 from blip_jax import trees
@@ -174,3 +176,30 @@ def test_language_models_alone_come_from_their_own_folders(tmp_path):
         words = np.asarray(dict(trees.paths(got.state))["params/llm/embed/word/embedding"])
         assert words.shape[0] == 128
         np.testing.assert_array_equal(words[:90], net.get_input_embeddings().weight.detach().numpy())
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "CLIPVisionModel"])
+def test_clip_gives_the_states_before_its_last_block(kind, tmp_path):
+    sizes = dict(hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=24, patch_size=8)
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=49408)
+    settings = vision
+    if kind == "CLIPModel":
+        settings = transformers.CLIPConfig(vision_config=vision.to_dict(), text_config=text, projection_dim=8)
+    torch.manual_seed(0)
+    net = getattr(transformers, kind)(settings).eval()
+    with torch.no_grad():
+        for x in net.parameters():
+            x += 0.1 * torch.randn_like(x)
+    net.save_pretrained(tmp_path / "clip")
+    got = read.read(tmp_path / "clip")
+    params = {path: np.asarray(x) for path, x in trees.paths(got.state["params"]["vit"])}
+    m = got.cfg.model
+    assert (m.vit.depth, m.vit.heads, m.img_size) == (2, 2, 24)
+    pixels = inputs("itm")["pixel_values"]
+    with torch.inference_mode():
+        tower = net.vision_model if kind == "CLIPModel" else net
+        want = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].numpy()
+    vit = towers.of_shapes("clip", trees.nest(params.items()), 2, 24)
+    out = jax.jit(vit.apply)({"params": trees.nest(params.items())}, towers.pixels(pixels.numpy()))
+    np.testing.assert_allclose(out, want, rtol=0, atol=2e-5)

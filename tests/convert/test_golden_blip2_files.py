@@ -155,7 +155,7 @@ def test_golden_instruct_blip_under_transformers_names(tmp_path):
         if other and other not in copies and not other.endswith("qkv.bias"):
             same_bits({other: tensors[other]}, {other: theirs[name]})
     again = read.read(tmp_path / "hf")
-    assert again.family == "instruct_t5" and again.cfg.objective == "blip2_stage2"
+    assert again.family == "instruct_t5" and again.cfg.objective == "blip2_vqa"
     same_bits(arrays(again.state), arrays(made.state))
 
 

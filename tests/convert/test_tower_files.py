@@ -1,11 +1,15 @@
 """Files of the image towers of BLIP-2: names, whole towers, other prefixes, and what is said of what is left out."""
 
+import json
+import re
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from world.towers import parameters
 
 from blip_jax import trees
-from blip_jax.convert import towers
+from blip_jax.convert import hf_clip, read, towers
 from blip_jax.convert.rules.vision import CLIP, EVA
 
 F32 = np.float32
@@ -137,3 +141,75 @@ def test_other_files_and_depths_are_refused():
         ValueError, match="no image tower of EVA-CLIP or CLIP: the file holds text.weight, ...; expected"
     ):
         towers.penultimate({"text.weight": np.ones(3, F32)})
+
+
+# --- Hugging Face folders of CLIP -------------------------------------------------------------------------------------
+def clip_folder(path, kind="clip", blocks=3, changes=None):
+    """A folder of CLIPModel ("clip") or CLIPVisionModel, and the tensors of its tower under OpenAI's names."""
+    theirs = tensors_of(CLIP, blocks) | {"ln_post.weight": np.full(8, 2, F32), "ln_post.bias": np.full(8, 3, F32)}
+    begin, out = "vision_model." if kind == "clip" else "", {}
+    for name, x in theirs.items():
+        for ours, hub in hf_clip.NAMES:
+            pattern = re.compile(re.escape(ours).replace(r"\{i\}", r"(\d+)"))
+            if match := pattern.match(name):
+                name = hub.replace("{i}", match[1] if match.groups() else "") + name[match.end() :]
+                break
+        if ".in_proj_" in name:
+            at, leaf = name.split("in_proj_")
+            out |= {f"{begin}{at}{c}_proj.{leaf}": part for c, part in zip("qkv", np.split(x, 3))}
+        else:
+            out[begin + name] = x
+    vision = dict(hidden_size=8, intermediate_size=12, patch_size=4, image_size=8, num_attention_heads=2)
+    vision |= dict(
+        num_hidden_layers=blocks, hidden_act="quick_gelu", layer_norm_eps=1e-5, model_type="clip_vision_model"
+    )
+    vision |= changes or {}
+    config = vision
+    if kind == "clip":
+        out |= {"text_model.embeddings.token_embedding.weight": np.ones((9, 4), F32), "logit_scale": np.ones((), F32)}
+        out |= {"visual_projection.weight": np.ones((6, 8), F32), "text_projection.weight": np.ones((6, 4), F32)}
+        config = {"model_type": "clip", "vision_config": vision, "projection_dim": 6}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(out, path / "model.safetensors")
+    return theirs
+
+
+@pytest.mark.parametrize("kind", hf_clip.KINDS)
+def test_a_hugging_face_folder_of_clip_is_the_tower(kind, tmp_path):
+    theirs = clip_folder(tmp_path / "clip", kind)
+    got = read.read(tmp_path / "clip")
+    assert got.family == "clip" and got.state["params"].keys() == {"vit"}
+    vit = got.cfg.model.vit
+    assert (vit.kind, vit.depth, vit.heads, vit.width, got.cfg.model.img_size) == ("clip", 2, 2, 8, 8)
+    own = {name: x for name, x in tensors_of_first(theirs, 2).items() if not name.startswith("ln_post")}
+    same(got.state["params"]["vit"], parameters("clip", own, 2, ""))
+    said = " ".join(got.notes)
+    assert "of the 3 blocks of the clip tower the first 2 are read" in said
+    assert ("text_model.embeddings.token_embedding.weight" in said) == (kind == "clip")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': the CLIP tower here has 'quick_gelu'"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3: it must divide the width 8"),
+        ({"hidden_size": 9}, "hidden_size is 9, but the weights have 8"),
+        ({"image_size": 16}, "image_size is 16, but the weights have 5 positions"),
+        ({"num_hidden_layers": 7}, "num_hidden_layers is 7, but the weights have 2"),
+    ],
+)
+def test_settings_of_clip_that_do_not_fit(changes, said, tmp_path):
+    clip_folder(tmp_path / "clip", changes=changes)
+    with pytest.raises(ValueError, match=said):
+        read.read(tmp_path / "clip")
+
+
+def test_a_clip_without_one_of_q_k_and_v(tmp_path):
+    clip_folder(tmp_path / "clip")
+    tensors = load_file(tmp_path / "clip" / "model.safetensors")
+    del tensors["vision_model.encoder.layers.1.self_attn.k_proj.bias"]
+    save_file(tensors, tmp_path / "clip" / "model.safetensors")
+    with pytest.raises(ValueError, match="resblocks.1.attn.in_proj_bias: q, k and v of one shape are expected"):
+        read.read(tmp_path / "clip")

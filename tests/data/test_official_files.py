@@ -1,7 +1,9 @@
-"""Readers of the official files of the paper's tasks, and of BLIP's own: the same questions from both, pictures and videos
-in the layouts that people have, and what is odd about them."""
+"""Readers of the official files of the paper's tasks, and of BLIP's own: the same from both, pictures and videos in the
+layouts that people have, and what is odd about them.
+"""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -14,9 +16,9 @@ from blip_jax.eval import files, vqa
 MINI = pathlib.Path(__file__).resolve().parent.parent / "mini"
 
 
-def opened(kind, *paths, images):
-    path = str(MINI / paths[0]) if len(paths) == 1 else "{" + ",".join(str(MINI / path) for path in paths) + "}"
-    return open_source("s", config.source(kind, path, images=str(images)))
+def opened(kind, *paths, images, **leaves):
+    path = paths[0] if len(paths) == 1 else "{" + ",".join(paths) + "}"
+    return open_source("s", config.source(kind, f"{MINI}/{path}", images=str(images), **leaves))
 
 
 def read(path):
@@ -70,7 +72,7 @@ def test_dialogs(split, dense, dialogs):
 
 def test_dialogs_that_do_not_belong_together_or_are_none(dialogs, tmp_path):
     val, dense = "visdial/visdial_1.0_val.json", "visdial/visdial_1.0_train_dense_sample.json"
-    with pytest.raises(ValueError, match=r"4 dense annotations are of rounds .* do not hold, such as \[\(790, 9\)"):
+    with pytest.raises(ValueError, match=r"3 dense annotations are of rounds .* do not hold, such as \[\(790, 9\)"):
         opened("visdial", val, dense, images=dialogs)
     with pytest.raises(ValueError, match="neither dialogs of Visual Dialog 1.0"):
         opened("visdial", "vqa/annotation/vqa_val.json", images=dialogs)
@@ -127,6 +129,8 @@ def test_official_questions_are_blips_rows(split, tmp_path):
     blip = opened("vqa", f"vqa/annotation/vqa_{split[:-4]}.json", images=tmp_path)
     assert made == list(blip.rows()) == read(f"vqa/annotation/vqa_{split[:-4]}.json")
     assert ("answer" in made[0]) == (split != "test2015")
+    put(tmp_path, made[0]["image"], os.path.basename(made[-1]["image"]))  # below its folder, and by itself
+    assert blip[0]["image"].decode() == made[0]["image"] and blip[len(blip) - 1]["image"].decode().startswith("COCO_")
 
 
 def test_visual_genomes_questions_and_the_test_dev_subset(tmp_path):
@@ -147,12 +151,15 @@ def test_nlvr2s_files_ask_the_same(tmp_path):
     for split, n in (("train", 24), ("dev", 28), ("test1", 28)):
         blip = read(f"nlvr2/annotation/nlvr_{split.rstrip('1')}.json")
         official = [json.loads(line) for line in (MINI / f"nlvr2/official/{split}.json").read_text().splitlines()]
-        put(tmp_path, *(path for row in blip for path in row["images"]))
+        layout = {"train": lambda path: path, "dev": lambda path: f"images/{path}", "test1": os.path.basename}[split]
+        put(tmp_path, *(layout(path) for row in blip for path in row["images"]))
         a = opened("nlvr", f"nlvr2/official/{split}.json", images=tmp_path)
         b = opened("nlvr", f"nlvr2/annotation/nlvr_{split.rstrip('1')}.json", images=tmp_path)
         assert len(a) == len(b) == n
         for i, row in enumerate(blip):
-            assert [path.decode() for path in a[i]["images"]] == row["images"] and a[i]["images"] == b[i]["images"]
+            assert [path.decode() for path in a[i]["images"]] == list(map(layout, row["images"])) and a[i][
+                "images"
+            ] == b[i]["images"]
             assert a[i]["label"] == b[i]["label"] == (row["label"] == "True") and a[i]["sentence"] == b[i]["sentence"]
             assert a[i]["identifier"] == official[i]["identifier"]
         groups = files.nlvr_references(MINI / f"nlvr2/official/{split}.json")
@@ -172,6 +179,32 @@ def test_flickr30k_and_coco_as_blip_has_them(tmp_path):
     assert pairs.owners == len(source) == 12 and len(pairs.text_owner) == 59 and not pairs.videos
     truth = files.caption_references(MINI / "coco_caption/annotation/coco_gt/coco_karpathy_test_gt.json")
     assert truth.captions == files.caption_references(MINI / "coco_caption/annotation/coco_karpathy_test.json").captions
+
+
+def test_karpathys_splits(tmp_path):
+    sentence = lambda text: {"tokens": text.split(), "raw": text, "imgid": 0, "sentid": 0}
+    row = lambda name, split, *texts: {"filename": name, "split": split, "sentences": list(map(sentence, texts))}
+    rows = [row("1.jpg", "train", "A dog.", "Dogs."), row("2.jpg", "test", "A cat."), row("3.jpg", "val", "A cow.")]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": rows, "dataset": "flickr30k"}))
+    put(tmp_path, "flickr30k-images/1.jpg", "2.jpg")
+    of = lambda file, split: open_source("s", config.source("karpathy", str(tmp_path / file), split=split))
+    train, test = of("dataset_flickr30k.json", "train"), of("dataset_flickr30k.json", "test")
+    want = {"key": "s:dataset_flickr30k.json#0:1.jpg", "image": b"flickr30k-images/1.jpg", "image_id": "1.jpg"}
+    assert len(train) == len(test) == 1 and train[0] == want | {"captions": ["A dog.", "Dogs."]}
+    assert test[0]["image"] == b"2.jpg" and test.captions_of(0) == ["A cat."]
+    with pytest.raises(BadRecord, match="missing file: '3.jpg'"):
+        of("dataset_flickr30k.json", "val")[0]
+    coco = [row("a.jpg", "restval", "A bus.") | {"filepath": "val2014", "cocoid": 7}, {"sentences": [{}], "cocoid": 8}]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": coco, "dataset": "coco"}))
+    put(tmp_path, "val2014/a.jpg")
+    train = of("dataset_coco.json", "train")
+    assert train[0]["image"] == b"val2014/a.jpg" and train[0]["image_id"] == "7"
+    with pytest.raises(BadRecord, match="malformed row"):
+        train[1]
+    with pytest.raises(ValueError, match="split is '': choose one of train, val, test"):
+        of("dataset_coco.json", "")
+    with pytest.raises(ValueError, match="none of Karpathy's files"):
+        opened("karpathy", "nocaps/annotation/nocaps_val_4500_captions.json", images=tmp_path, split="val")
 
 
 # ---- videos

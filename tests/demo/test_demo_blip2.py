@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from blip_jax.config import source
 from blip_jax.convert import read
 from blip_jax.demo import blip2, blip2_results, relations
 from blip_jax.tasks import two_stage
-from blip_jax.train import loop
+from blip_jax.train import loop, run, start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUNS = ("blip", "language", "stage1", "stage1-without-itg", "stage2", "stage2-alone")
@@ -64,6 +65,9 @@ def test_the_two_ablations_are_run_and_reported(small_cfg, tmp_path, monkeypatch
     ]
     assert "loss_lm" in results["curves"][relations.WITH_ITG] and "loss_lm" in results["curves"]["language model"]
     assert "loss_lm" not in results["curves"][relations.WITHOUT_ITG]
+    for name, losses in (("stage1", ("itc", "itm", "lm")), ("stage1-without-itg", ("itc", "itm"))):
+        row = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert row["train/loss"] == pytest.approx(sum(row[f"train/loss_{loss}"] for loss in losses), rel=1e-5)
     page = (tmp_path / "report.html").read_text()
     assert results["title"] in page and "http" not in page.replace("http://www.w3.org", "")
     assert said.count("the paper has ") == 5
@@ -84,11 +88,14 @@ def whose_parts_are_whose(workdir, cfg):
     """Tower and language model are the same, bit by bit, in all runs that have them, and in none of their checkpoints;
     the second stage begins with the first's Q-Former, and alone as the first began."""
     kept = {name: json.loads((workdir / name / "config.json").read_text()) for name in RUNS}
-    assert [kept[name]["train"]["steps"] for name in RUNS] == [4, 3, 4, 4, 2, 2]
+    assert [kept[name]["train"]["steps"] for name in RUNS] == [4, 6, 4, 4, 6, 6]
     assert kept["stage2"] | {"train": 0} == kept["stage2-alone"] | {"train": 0}
     assert (kept["stage1"]["task"].pop("itg"), kept["stage1-without-itg"]["task"].pop("itg")) == (True, False)
     assert kept["stage1"] == kept["stage1-without-itg"]
-    whole = {name: dict(trees.paths(read.read(workdir / name, vocab=None).state["params"])) for name in RUNS}
+    whole = {
+        name: {path: np.asarray(x) for path, x in trees.paths(read.read(workdir / name, vocab=None).state["params"])}
+        for name in RUNS
+    }
     part = lambda name, part: {path: x.tobytes() for path, x in whole[name].items() if path.startswith(f"{part}/")}
     for name in RUNS[2:]:
         assert part(name, "vit") == part("blip", "vit")
@@ -105,9 +112,7 @@ def whose_parts_are_whose(workdir, cfg):
 
 def start_of(cfg: ConfigDict, workdir) -> dict:
     """What a new run of `cfg` takes from its origins."""
-    from blip_jax.train import start
-
-    return start.load(loop.prepare(cfg, workdir / "anew"))
+    return start.load(run.prepare(cfg, workdir / "anew"))
 
 
 def test_a_stopped_stage_ends_the_miniature(small_cfg, tmp_path, monkeypatch):

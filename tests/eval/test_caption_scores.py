@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import stat
 import sys
+import zipfile
 
 import pytest
 
@@ -123,6 +125,16 @@ def test_approximate_tokens_are_near_and_are_marked(monkeypatch):
     hard = {0: ['A "red" bus (No. 5); it can\'t stop: St. John St. at 10 a.m., 1,000 people - cannot...']}
     words = "a red bus -lrb- no. 5 -rrb- it ca n't stop st. john st. at 10 a.m. 1,000 people can not"
     assert tokens.approximate(hard) == {0: [words]}
+
+
+def test_approximate_tokens_of_real_captions():
+    """pycocoevalcap's copy of SPICE holds COCO's captions of 2014."""
+    with zipfile.ZipFile(java.folder() / "spice" / "spice-1.0.jar") as jar:
+        name = next(name for name in jar.namelist() if "captions_val2014" in name)
+        texts = [row["caption"] for row in json.loads(jar.read(name))["annotations"]]
+    some = {0: random.Random(1).sample(texts, 5000)}
+    same = sum(a == b for a, b in zip(tokens.ptb(some)[0], tokens.approximate(some)[0]))
+    assert 0.998 * 5000 < same < 5000
 
 
 def test_a_single_picture_has_no_cider_and_an_empty_caption_scores_nothing(shared):

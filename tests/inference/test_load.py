@@ -23,7 +23,7 @@ from blip_jax.convert import write
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference.load import checksum, load
 from blip_jax.parallel import sharding
-from blip_jax.train import loop, start
+from blip_jax.train import evaluation, loop, start
 
 FORMS = ("pth", "hf", "ours")
 # heads of 64, as all files of the originals have
@@ -93,12 +93,12 @@ def test_verbs(forms, tiny_vocab):
 def test_evaluation(forms, tiny_cfg, tmp_path):
     cfg, found = retrieval_config(tiny_cfg), {}
     for form in FORMS:
-        found[form] = loop.evaluate(cfg, tmp_path / form, str(forms["itm"][form]))
+        found[form] = evaluation.evaluate(cfg, tmp_path / form, str(forms["itm"][form]))
         record = json.loads((tmp_path / form / "evaluation.json").read_text())
         assert record.pop("checkpoint").startswith(str(forms["itm"][form])) and record == found[form]
     assert found["pth"] == found["hf"] == found["ours"] and found["pth"]["images"] == 9
     with pytest.raises(ValueError, match="holds another model:(?s:.*)itm_head/kernel is missing"):
-        loop.evaluate(cfg, tmp_path / "x", str(forms["caption"]["pth"]))
+        evaluation.evaluate(cfg, tmp_path / "x", str(forms["caption"]["pth"]))
 
 
 def test_capfilt(forms, tiny_vocab, tmp_path):

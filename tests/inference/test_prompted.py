@@ -1,17 +1,21 @@
 """Verbs of a BLIP-2 with a language model, from a workdir and from several files, with OPT and with T5."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from world.pieces import write_pieces
 from world.runs import begun
 from world.verbs import photos
 
 import blip_jax
-from blip_jax import config
+from blip_jax import config, tasks
+from blip_jax.cli import infer
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.bpe import train_bpe
+from blip_jax.inference import language
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +96,99 @@ def test_wrong_arguments_and_what_a_language_model_cannot_do(models):
     ):
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+def test_the_command_answers_with_the_defaults_of_its_model(models, folders, tmp_path, capsys):
+    pixels = photos(1)[0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    model = f"--model={folders['opt']}"
+    assert infer.answer(["answer", str(tmp_path / "a.png"), "--question=what?", model, "--max_length=3", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["answers"]
+    told = models("opt").answer(pixels, "what?", max_length=3)
+    assert row["answer"] == told["answer"] and row["log_prob"] == pytest.approx(told["log_prob"], rel=1e-5)
+
+
+# --- traps of other implementations (docs/blip2.md) -------------------------------------------------------------------
+@pytest.fixture
+def decoded(models, monkeypatch):
+    """A function: kind -> the rows of ids that its tokenizer is given from now on."""
+
+    def of(llm):
+        rows, decode = [], models(llm).tokenizer.decode
+        monkeypatch.setattr(models(llm).tokenizer, "decode", lambda ids: rows.append(np.asarray(ids)) or decode(ids))
+        return rows
+
+    return of
+
+
+@KINDS
+def test_limits_count_new_tokens_whatever_the_prompt_and_the_queries_take(llm, models, decoded):
+    """Transformers subtracted the queries from max_length, and had min_length count the prompt."""
+    model, rows, special = (
+        models(llm),
+        decoded(llm),
+        language.special(models(llm).model, models(llm).tokenizer),
+    )
+    for prompt in ("", "a photo of a large blue square and a green star on the left"):
+        rows.clear()
+        model.generate(photos(2), prompt, beams=3, min_length=3, max_length=3)
+        assert [len(row) for row in rows] == [3, 3], "fewer than the prompt's tokens, and than the queries"
+        assert all(special.end not in row for row in rows)
+
+
+def test_presets_of_questions_are_the_evaluations_of_lavis(models, monkeypatch):
+    """Five beams, ten new tokens, no penalty of repetition; the prompt and the length penalty by language model."""
+    for llm, prompt, penalty in (
+        ("opt", "Question: what? Answer:", 0.0),
+        ("flant5", "Question: what? Short answer:", -1.0),
+    ):
+        asked = []
+
+        def texts(pictures, prompts, how, *_):
+            asked.append((prompts, how))
+            return [[("", 0.0)]]
+
+        monkeypatch.setattr(models(llm), "_texts_behind", texts)
+        models(llm).answer(photos(1)[0], "what?")
+        ((prompts, how),) = asked
+        assert prompts == [prompt] and (how.kind, how.beams, how.rule) == ("beam", 5, "lavis")
+        assert (how.length_penalty, how.repetition_penalty) == (penalty, 1.0)
+        assert (how.min_length, how.max_length) == (1, 1 + 10)  # of the start id, too
+
+
+@KINDS
+def test_a_text_ends_and_is_filled_by_the_tokenizers_own_ids(llm, models):
+    model = models(llm)
+    found = language.special(model.model, model.tokenizer)
+    t = model.tokenizer
+    assert found == ((t.bos, t.newline, t.pad) if llm == "opt" else (t.pad, t.eos, t.pad))
+    if llm == "opt":
+        assert t.decode([found.end]) == "" and t.encode(["\n"], 3)[0][0].tolist() == [t.bos, found.end, t.pad]
+
+
+@KINDS
+def test_a_placeholder_of_images_is_text_like_any_other(llm, models):
+    """Hugging Face's processors put an id for each query before the text, and do not count them."""
+    model, (img,) = models(llm), photos(1)
+    plain, one, many = (model.generate(img, "<image>" * n + "a star", beams=1, max_length=3)[0] for n in (0, 1, 9))
+    assert plain["log_prob"] != one["log_prob"] != many["log_prob"]
+    other = model.generate(photos(2)[1], "<image>a star", beams=1, max_length=3)[0]
+    assert other["log_prob"] != one["log_prob"], "the picture is seen, whatever the text holds"
+
+
+@KINDS
+def test_a_prompt_of_two_thousand_words(llm, models):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has \d+ tokens: at most \d+ are read, so that 30 new ones have room"
+    ):
+        models(llm).generate(photos(2), ["a star", "star " * 2000])
+
+
+def test_float16_is_no_dtype_of_the_computation(folders):
+    """In which T5 overflows."""
+    with pytest.raises(ValueError, match="dtype is 'float16': choose float32 or bfloat16"):
+        blip_jax.from_pretrained(folders["flant5"], dtype="float16")
+    cfg = config.blip2("eva_tiny", "tiny", "flant5_tiny").unlock()
+    cfg.model.dtype = "float16"
+    with pytest.raises(ValueError, match="model.dtype"):
+        tasks.validate(cfg)

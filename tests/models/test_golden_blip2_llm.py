@@ -15,8 +15,7 @@ from blip_jax.decode import limits
 from blip_jax.inference import language
 from blip_jax.inference.programs import Method
 from blip_jax.models.blip2_llm import Blip2Llm
-from blip_jax.tasks import blip2_stage2 as task
-from blip_jax.tasks import step
+from blip_jax.tasks import blip2_stage2, blip2_vqa, step
 
 FAMILY = {"stage2_opt": "blip2_opt", "stage2_opt_full": "blip2_opt", "instruct_t5": "instruct_t5"}
 # the decoding of cases that do not record it (reference: additions, section A)
@@ -148,18 +147,9 @@ def case_of(name):
 
 
 def loss_of(case, params, batch):
-    model = case.model
-    if "question" in batch:  # what a task of questions does
-        apply = functools.partial(model.apply, {"params": params})
-        soft = apply(
-            apply(batch["img"], method="encode_image"), batch["question"], batch["question_mask"], method="soft_prompt"
-        )
-        given = soft, *(batch[name] for name in ("ids", "txt_mask", "out_ids", "out_mask"))
-        logits = apply(*given, method="target_logits")
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["out_ids"][..., None], axis=-1)[..., 0]
-        return jnp.sum(nll * batch["out_mask"]) / jnp.sum(batch["out_mask"])
     keys = step.Keys(jax.random.key(1), jax.random.key(2), 0)
-    return task.loss(model, case.config(), params, None, batch, keys)[0]
+    task = blip2_vqa if "question" in batch else blip2_stage2
+    return task.loss(case.model, case.config(), params, None, batch, keys)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,43 +13,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from blip_jax import losses, trees
-from blip_jax.convert.rules import t5 as rules
+from blip_jax import losses
+from blip_jax.convert import apply
 from blip_jax.convert.tied import words_and_head
 from blip_jax.decode import beam, generate, limits
-from blip_jax.models.text.med import padded_vocab, stored
+from blip_jax.models.text.med import stored
 from blip_jax.models.text.t5 import T5
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 PAD, START, END = 0, 0, 1
 
 
-def laid_out(x, layout, heads):
-    match layout:
-        case "same":
-            return x
-        case "linear":
-            return x.T
-        case "heads_in":
-            return x.T.reshape(x.shape[1], heads, -1)
-        case "heads_out":
-            return x.T.reshape(heads, -1, len(x))
-        case "vocab":
-            return np.pad(x, ((0, padded_vocab(len(x)) - len(x)), (0, 0)))
-        case "vocab_linear":
-            return laid_out(x, "vocab", heads).T
-    raise KeyError(layout)
-
-
 def loaded(tensors, sizes, prefix=""):
-    """Parameters from tensors under transformers' names."""
-    out, tensors = [], words_and_head(tensors, prefix)
-    for key, path, layout, _ in rules.rows(prefix, ""):
-        layers = sizes["decoder_layers" if path.startswith("decoder") else "layers"]
-        keys = [key.format(i=i) for i in range(layers)] if "{i}" in key else [key]
-        arrays = [laid_out(tensors[k], layout, sizes["heads"]) for k in keys]
-        out.append((path, jnp.asarray(np.stack(arrays) if "{i}" in key else arrays[0])))
-    return trees.nest(out)
+    """Parameters from tensors under transformers' names, of which those with the prefix are of a T5."""
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    found = apply.from_torch("t5", words_and_head(own), {"llm": sizes["heads"]})["params"]["llm"]
+    return jax.tree.map(jnp.asarray, found)
 
 
 def sizes_of(llm):

@@ -19,7 +19,7 @@ from blip_jax.models.build import fit
 from blip_jax.parallel import sharding
 from blip_jax.tasks import blip2_stage1 as task
 from blip_jax.tasks import step
-from blip_jax.train import loop, optim
+from blip_jax.train import evaluation, loop, optim
 from blip_jax.train import state as train_state
 
 LOSSES = ("loss_itc", "loss_itm", "loss_lm")
@@ -137,6 +137,26 @@ def test_golden_steps_of_the_optimiser(name, leaves, tolerance):
             close(after[path], x, tolerance, path)
 
 
+def test_image_ids_count_where_the_config_says_so_and_nowhere_else(tiny_vocab):
+    """LAVIS took the other loss as soon as a batch had ids, and failed over those that were texts."""
+    cfg, tokenizer = tiny(**{"text.vocab": str(tiny_vocab)}), Tokenizer(tiny_vocab)
+    record = {"key": "k", "source": "s", "image": b"", "captions": ["a ring"]}
+    for by in (False, True):
+        cfg.task.image_ids = by
+        assert ("image_id" in task.shapes(cfg)) == by
+        found = [
+            task.example(record | {"image_id": i}, np.random.default_rng(0), cfg, tokenizer) for i in ("coco_1", "2")
+        ]
+        assert [("image_id" in row) for row in found] == [by, by]
+    first, other = (row["image_id"] for row in found)
+    again = task.example(record | {"image_id": "coco_1"}, np.random.default_rng(1), cfg, tokenizer)["image_id"]
+    assert first == again != other and first.dtype == np.int64
+    batch = {"ids": jnp.zeros((3, 8)), "image_id": jnp.asarray([5, 5, 7])}
+    assert task.positives(cfg, batch)[0].tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    cfg.task.image_ids = False
+    assert task.positives(cfg, batch)[0].tolist() == np.eye(3, dtype=bool).tolist()
+
+
 # --- what it draws ----------------------------------------------------------------------------------------------------
 def test_negatives_are_never_positives_however_far_the_positives_are_ahead():
     """`temp` is not clamped: similarities may be so large that all but the positives underflow in a softmax over
@@ -210,6 +230,10 @@ def test_cost_at_full_size_is_the_least_that_the_maths_needs():
     cfg.task, cfg.loss.group_size = task.leaves(), 100
     for length, least in ((32, 701e9), (12, 646e9)):
         assert task.flops(cfg, T=length)["step"] == pytest.approx(least, rel=0.002)
+    parts = task.flops(cfg)
+    cfg.task.itg = False  # the texts that are not generated, forward and twice backward
+    generated = parts["decoder"] + parts["lm_head"]
+    assert parts["step"] - task.flops(cfg)["step"] == pytest.approx(3 * generated) and generated > 0
 
 
 def test_a_mesh_and_making_layers_again_change_nothing():
@@ -302,4 +326,4 @@ def test_a_run_on_scenes_resumes_bit_for_bit_and_is_evaluated(tiny_vocab, tmp_pa
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == saved and rows(tmp_path / "cut") == rows(tmp_path / "run")
-    assert loop.evaluate(cfg, tmp_path / "run") == out["eval"]
+    assert evaluation.evaluate(cfg, tmp_path / "run") == out["eval"]

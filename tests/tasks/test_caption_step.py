@@ -12,7 +12,7 @@ from blip_jax import checkpoint, config, tasks, trees
 from blip_jax.models import initial
 from blip_jax.tasks import caption
 from blip_jax.tasks.step import Keys
-from blip_jax.train import loop, start
+from blip_jax.train import evaluation, loop, start
 
 B, T, SIZE, VOCAB, PROMPT = 6, 9, 16, 60, 4
 
@@ -208,5 +208,5 @@ def test_a_captioner_cannot_be_evaluated_on_retrieval(tiny_cfg, pretrained, tmp_
     with pytest.raises(ValueError, match="data.eval holds world but objective is caption"):
         loop.fit(cfg, tmp_path / "run")
     with pytest.raises(ValueError, match="data.eval holds world but objective is caption"):
-        loop.evaluate(cfg, pretrained)
+        evaluation.evaluate(cfg, pretrained)
     assert not (tmp_path / "run").exists()

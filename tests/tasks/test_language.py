@@ -64,6 +64,20 @@ def test_each_token_is_told_from_those_before_it_alone(tokenizer):
     assert np.abs(changed[:, 5] - logits[:, 5]).max() > 1e-2
 
 
+def test_a_text_of_opt_are_all_captions_of_a_record_each_with_its_end(tokenizer):
+    cfg, told = small(), ["a red ring", "a star", "two hearts"]
+    cfg.text.max_len = 60
+    draw = lambda seed: language.example(
+        {"key": "k", "image": b"", "captions": told}, np.random.default_rng(seed), cfg, tokenizer
+    )
+    rows = [draw(seed) for seed in range(12)]
+    texts = {tokenizer.decode(row["ids"][row["txt_mask"]]) for row in rows}
+    assert len(texts) > 2 and {tuple(sorted(text.split("\n"))) for text in texts} == {tuple(sorted(told))}
+    for row in rows:
+        last = row["ids"][row["txt_mask"]][-1]
+        assert last == tokenizer.newline and (row["lm_mask"] == row["txt_mask"]).all()
+
+
 def test_t5_writes_behind_what_it_reads():
     cfg, rng = small("t5"), np.random.default_rng(0)
     model, ids = language.build(cfg), rng.integers(3, 140, (2, 3, 6)).astype(np.int32)

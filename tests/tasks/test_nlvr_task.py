@@ -28,7 +28,7 @@ from blip_jax.models.build import fit
 from blip_jax.models.layers import stack
 from blip_jax.tasks import nlvr
 from blip_jax.tasks.step import Keys
-from blip_jax.train import loop
+from blip_jax.train import evaluation, loop
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip"
 
@@ -226,13 +226,13 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(tiny_cfg, files,
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == leaves(tmp_path / "run")
 
-    result = loop.evaluate(cfg, tmp_path / "run")
+    result = evaluation.evaluate(cfg, tmp_path / "run")
     assert {k: v for k, v in result.items() if k != "predictions"} == out["eval"]
     assert json.loads((tmp_path / "run" / "predictions.json").read_text()) == result["predictions"]
     assert "nothing is written for a server" in capsys.readouterr().out  # BLIP's list has no identifiers
     assert not (tmp_path / "run" / "predictions.csv").exists()
     cfg.data.eval.dev.path = str(files / "dev.json")
-    again = loop.evaluate(cfg, tmp_path / "run")
+    again = evaluation.evaluate(cfg, tmp_path / "run")
     told = dict(line.split(",") for line in (tmp_path / "run" / "predictions.csv").read_text().splitlines())
     wanted = [json.loads(line)["identifier"] for line in (files / "dev.json").read_text().splitlines()]
     assert list(told) == wanted and list(told.values()) == [str(row["label"]) for row in result["predictions"]]

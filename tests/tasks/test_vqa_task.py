@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
-from world.pictures import encode, noise
+from world import questions
+from world.questions import PEOPLE, QUESTIONS
 from world.runs import begun, leaves, rows
 
 from blip_jax import checkpoint, config, tasks, trees
@@ -26,7 +27,7 @@ from blip_jax.data.source import BadRecord
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.tasks import vqa
 from blip_jax.tasks.step import Keys, accumulated
-from blip_jax.train import loop
+from blip_jax.train import evaluation, loop
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip" / "vqa"
 SLOTS = 5  # rows of answers for a question, more than any golden question has
@@ -205,59 +206,9 @@ def test_a_config_without_the_leaves_is_told_how_to_get_them(cfg):
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-PEOPLE = {1: ["ring"] * 10, 2: ["yes"] * 7 + ["no"] * 3, 3: ["red"] * 4 + ["blue"] * 6, 4: ["2"] * 9 + ["two"]}
-QUESTIONS = {1: "What is it?", 2: "Is it a ring?", 3: "Which color is it?", 4: "How many rings?"}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same four questions about two pictures in BLIP's layout and the official one, two of Visual Genome, and a
-    list of answers.
-    """
-    folder = tmp_path_factory.mktemp("vqa")
-    name = lambda number: f"train2014/COCO_train2014_{number % 2:012d}.jpg"
-    for path in [name(0), name(1), "image/5.jpg"]:
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_bytes(encode(noise(len(path))))
-    write = lambda file, content: (folder / file).write_text(json.dumps(content))
-    write(
-        "vqa_train.json",
-        [
-            {"question_id": n, "question": QUESTIONS[n], "image": name(n), "dataset": "vqa", "answer": PEOPLE[n]}
-            for n in QUESTIONS
-        ],
-    )
-    write(
-        "v2_train2014_questions.json",
-        {
-            "data_subtype": "train2014",
-            "questions": [{"question_id": n, "image_id": n % 2, "question": text} for n, text in QUESTIONS.items()],
-        },
-    )
-    write(
-        "v2_train2014_annotations.json",
-        {
-            "annotations": [
-                {
-                    "question_id": n,
-                    "image_id": n % 2,
-                    "answer_type": "other",
-                    "question_type": "what",
-                    "answers": [{"answer": a, "answer_id": i} for i, a in enumerate(answers, 1)],
-                }
-                for n, answers in reversed(PEOPLE.items())
-            ]
-        },
-    )
-    write(
-        "vg_qa.json",
-        [
-            {"image": "image/5.jpg", "question": "What is shown?", "answer": a, "dataset": "vg"}
-            for a in ("ring", "star")
-        ],
-    )
-    write("answer_list.json", ["ring", "yes", "no", "red", "blue", "2"])
-    return folder
+    return questions.write_files(tmp_path_factory.mktemp("vqa"))
 
 
 def opened(files, pattern):
@@ -290,6 +241,25 @@ def test_files_that_do_not_belong(files, tmp_path):
     for i, reason in enumerate(("malformed row", "file not found|No such file|missing")):
         with pytest.raises(BadRecord, match=reason):
             source[i]
+
+
+def test_without_a_list_of_answers_one_is_made_and_said(tiny_cfg, files, tmp_path, capsys):
+    rows = [{"question_id": n, "question": "?", "image": "x", "answer": ["A ring", "a ring", "no"]} for n in range(9)]
+    rows += [{"question_id": n, "question": "?", "image": "x", "answer": ["rare"]} for n in range(10, 18)]
+    (tmp_path / "many.json").write_text(
+        json.dumps(rows + [{"question": "?", "image": "x", "dataset": "vg", "answer": "rare"}])
+    )
+    tiny_cfg.objective, tiny_cfg.task = "vqa", vqa.leaves()
+    with tiny_cfg.data.unlocked():
+        train = {"vqa": config.source("vqa", str(tmp_path / "many.json"), images=str(tmp_path))}
+        tiny_cfg.data.train = tiny_cfg.data.eval = ConfigDict(train)
+    assert not vqa.check(tiny_cfg) and vqa.candidates(tiny_cfg) == ["ring"]
+    assert "1 answers are ranked, the majority's to 9 or more of the 17 questions" in capsys.readouterr().out
+    tiny_cfg.task.answer_list = str(files / "answer_list.json")
+    assert vqa.candidates(tiny_cfg)[0] == "ring" and len(vqa.candidates(tiny_cfg)) == 6
+    with tiny_cfg.data.unlocked():
+        tiny_cfg.task.answer_list, tiny_cfg.data.train = "", ConfigDict()
+    assert "no data.train to make one from" in vqa.check(tiny_cfg)[0]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -339,13 +309,13 @@ def test_a_run_starts_from_pretraining_resumes_and_is_evaluated(pretrained, tiny
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == leaves(tmp_path / "run") and rows(tmp_path / "cut") == rows(tmp_path / "run")
 
-    ranked = loop.evaluate(cfg, tmp_path / "run")
+    ranked = evaluation.evaluate(cfg, tmp_path / "run")
     assert {k: v for k, v in ranked.items() if k != "predictions"} == out["eval"]
     told = json.loads((tmp_path / "run" / "predictions.json").read_text())
     assert told == json.loads((tmp_path / "run" / "v2_OpenEnded_mscoco_train2014_blip_results.json").read_text())
     assert collections.Counter(row["question_id"] for row in told) == collections.Counter(list(QUESTIONS))
     assert {row["answer"] for row in told} <= set(json.loads((files / "answer_list.json").read_text()))
     cfg.task.method, cfg.eval.limit = "generate", 3
-    generated = loop.evaluate(cfg, tmp_path / "run")
+    generated = evaluation.evaluate(cfg, tmp_path / "run")
     assert "nothing is written for a server: the predictions: 1 of 4 questions have" in capsys.readouterr().out
     assert generated["questions"] == 3 and all(isinstance(row["answer"], str) for row in generated["predictions"])

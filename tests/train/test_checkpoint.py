@@ -18,7 +18,7 @@ from blip_jax.checkpoint import sums
 from blip_jax.cli import main
 from blip_jax.config import base
 from blip_jax.convert import read as source
-from blip_jax.train import loop
+from blip_jax.train import loop, saving
 
 
 def test_devices_share_the_writing_of_large_arrays_alone(tmp_path):
@@ -283,14 +283,14 @@ def test_another_vocabulary_than_the_one_that_was_there_is_refused(tmp_path):
 
 def test_a_run_whose_last_checkpoint_cannot_be_read_back_is_not_done(tmp_path):
     workdir = saved(tmp_path, 2, 3)
-    loop._reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=True)
+    saving.reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=True)
     for path in (workdir / "checkpoints" / "3").glob("state/ocdbt.process_0/d/*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(checkpoint.Damaged, match="checkpoint 3 in .* is damaged: .*; checkpoint 2 is the newest good"):
-        loop._reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=True)
+        saving.reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=True)
     shutil.rmtree(workdir / "checkpoints" / "3" / "data")
     with pytest.raises(checkpoint.Damaged, match="data/ is missing"):
-        loop._reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=False)
+        saving.reopen(SimpleNamespace(workdir=workdir), 3, thoroughly=False)
 
 
 def test_settings_that_are_none_of_ours_are_an_error_of_one_line(tmp_path):

@@ -307,7 +307,7 @@ def test_what_was_frozen_cannot_change_on_resuming(finished, cfg):
     cfg.optim.freeze = ("vit/.*",)
     run = loop.prepare(cfg, finished)
     with checkpoint.open_dir(finished, 3) as manager, pytest.raises(ValueError) as e:
-        loop.check_resume(manager, 4, run)
+        start.check_resume(manager, 4, run)
     assert "params/med/embed/word/embedding: only in this config's state" in str(e.value)
     assert "frozen/med/embed/word/embedding: only in the checkpoint" in str(e.value) and "optim.freeze" in str(e.value)
 

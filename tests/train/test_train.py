@@ -22,7 +22,7 @@ from blip_jax.console import plain
 from blip_jax.models import initial
 from blip_jax.parallel import interrupt, sharding
 from blip_jax.tasks import two_stage
-from blip_jax.train import loop, metrics, start
+from blip_jax.train import loop, metrics, saving, start
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         broken["text_proj"]["bias"] = broken["text_proj"]["bias"].at[0].set(jnp.nan)
         data |= {"step": 4, "sums": None, "examples": 64, "epoch": 1.0}
         checkpoint.save(manager, 4, state.replace(params=broken, step=jnp.int32(4)), data, plain(cfg))
-    with pytest.raises(loop.NonFiniteLoss, match="step 5: a loss or the gradient norm is not finite"):
+    with pytest.raises(saving.NonFiniteLoss, match="step 5: a loss or the gradient norm is not finite"):
         loop.fit(cfg, cut_run)
     assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["3", "4"]
     assert sorted(rows(cut_run)) == [2, 4]
@@ -189,8 +189,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_loss_that_is_not_finite_before_anything_was_saved(cfg, tmp_path):
     run = loop.prepare(cfg, tmp_path / "new")
     sums = metrics.add(metrics.zeros(["loss"]), {"loss": jnp.float32(jnp.nan)})
-    with pytest.raises(loop.NonFiniteLoss) as e:
-        loop._finite(run, 1, sums)
+    with pytest.raises(saving.NonFiniteLoss) as e:
+        saving.finite(run, 1, sums)
     assert "step 1: " in str(e.value) and "nothing was saved yet; lower optim.lr" in str(e.value)
     assert "checkpoint" not in str(e.value)
 

@@ -4,43 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from blip_jax import trees
-from blip_jax.convert.rules import opt as rules
+from blip_jax.convert import apply
 from blip_jax.decode import beam, generate
-from blip_jax.models.text.med import padded_vocab
 from blip_jax.models.text.opt import after_prompts
 
 PAD, START = 1, 2
 
 
-def laid_out(x, layout, heads):
-    match layout:
-        case "same":
-            return x
-        case "linear":
-            return x.T
-        case "heads_in":
-            return x.T.reshape(x.shape[1], heads, -1)
-        case "heads_in_bias":
-            return x.reshape(heads, -1)
-        case "heads_out":
-            return x.T.reshape(heads, -1, len(x))
-        case "vocab":
-            return np.pad(x, ((0, padded_vocab(len(x)) - len(x)), (0, 0)))
-    raise KeyError(layout)
-
-
 def loaded(tensors, sizes, prefix=""):
-    """Parameters from tensors under transformers' names."""
-    out = []
-    table = rules.rows(prefix, "", pre_norm=sizes["pre_norm"], projected=sizes["embed_width"] != sizes["width"])
-    for key, path, layout, _ in table:
-        keys = [key.format(i=i) for i in range(sizes["layers"])] if "{i}" in key else [key]
-        arrays = [laid_out(tensors[k], layout, sizes["heads"]) for k in keys]
-        out.append((path, jnp.asarray(np.stack(arrays) if "{i}" in key else arrays[0])))
-    return trees.nest(out)
+    """Parameters from tensors under transformers' names, of which those with the prefix are of an OPT."""
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    found = apply.from_torch("opt", own, {"llm": sizes["heads"]})["params"]["llm"]
+    return jax.tree.map(jnp.asarray, found)
 
 
 def sizes_of(llm):

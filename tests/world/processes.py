@@ -138,11 +138,11 @@ def train_and_capfilt(config: str, workdir: str, capfilt_config: str, out: str) 
     """A training run, then an evaluation of its last checkpoint and a CapFilt run by the same processes."""
     from blip_jax.capfilt.run import run
     from blip_jax.parallel import processes
-    from blip_jax.train import loop
+    from blip_jax.train import evaluation, loop
 
     with processes.start():
         loop.fit(_config(config), workdir)
-        loop.evaluate(_config(config), workdir)
+        evaluation.evaluate(_config(config), workdir)
         run(_config(capfilt_config), out)
     return 0
 

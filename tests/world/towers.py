@@ -6,29 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import trees
+from blip_jax.convert.layouts import to_ours
 from blip_jax.convert.rules.vision import CLIP, EVA
 from blip_jax.models.layers.norm import LayerNorm
 from blip_jax.models.vision.towers import tower
 
 TABLES = {"eva": EVA, "clip": CLIP}
-
-
-def laid_out(x, layout, heads):
-    """{letter of `{qkv}` or "": our array} of a torch tensor; layouts as in convert/rules/blip.py."""
-    if layout in ("qkv", "qkv_bias"):
-        split = zip("qkv", np.split(x, 3))
-        return {c: laid_out(part, layout.replace("qkv", "heads_in"), heads)[""] for c, part in split}
-    ours = {
-        "same": lambda: x,
-        "lead": lambda: x[0],
-        "lead2": lambda: x[0, 0],
-        "linear": lambda: x.T,
-        "conv": lambda: x.transpose(2, 3, 1, 0),
-        "heads_in": lambda: x.T.reshape(x.shape[1], heads, -1),
-        "heads_in_bias": lambda: x.reshape(heads, -1),
-        "heads_out": lambda: x.T.reshape(heads, -1, x.shape[0]),
-    }
-    return {"": ours[layout]()}
 
 
 def under_our_paths(kind, tensors, heads, prefix="visual_encoder."):
@@ -38,7 +21,7 @@ def under_our_paths(kind, tensors, heads, prefix="visual_encoder."):
         number = re.search(r"(?<=blocks\.)\d+(?=\.)", plain)
         key = plain if number is None else plain[: number.start()] + "{i}" + plain[number.end() :]
         path, layout = next(row[1:3] for row in TABLES[kind] if row[0] == key)
-        for letter, x in laid_out(tensors[name], layout, heads).items():
+        for letter, x in to_ours(tensors[name], layout, heads).items():
             yield path.replace("{qkv}", letter), number and int(number[0]), x
 
 

@@ -23,7 +23,10 @@ def _scenes(name: str, cfg) -> Source:
 
 KINDS = {"json": json.open, "tar": TarShards, "array_record": ArrayRecords, "tfds": Tfds, "scenes": _scenes}
 KINDS |= {"tsv": csv.open}
-READS = {"vqa": "json", "nlvr": "json", "tsv": "csv"}  # kinds whose files look like another's; of the rest their own
+# kinds whose files look like another's; of the rest their own
+READS = dict.fromkeys(("vqa", "nlvr", "visdial", "nocaps", "video_text", "video_qa", "karpathy"), "json") | {
+    "tsv": "csv"
+}
 PACKED = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",

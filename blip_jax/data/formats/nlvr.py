@@ -1,6 +1,7 @@
 """NLVR2: sentences about two pictures, in the official files (JSON lines) and in BLIP's lists, told apart by content.
 
-`path` names one file or a glob. Pictures lie below `images`, the folder that holds images/train/<0-99>, dev and test1.
+`path` names one file or a glob. Pictures lie below `images`, the folder that holds images/train/<0-99>, dev and test1,
+or images/dev and images/test1, or the pictures themselves.
 A file that is called .png may be a JPEG: pictures are opened by content.
 """
 
@@ -13,7 +14,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from blip_jax.data.folders import check_links, image_folder, read_image
+from blip_jax.data.folders import check_links, first_there, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
 from blip_jax.data.pieces import parsed
 from blip_jax.data.source import BadRecord, Source, expand, in_keys
@@ -53,6 +54,9 @@ class Sentences(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def _place(self, path: str) -> str:
+        return first_there(self._folder, [path, f"images/{path}", os.path.basename(path)])
+
     def __getitem__(self, i: int) -> dict:
         key, row = self._keys[i], self._rows[i]
         if row is None:
@@ -60,7 +64,7 @@ class Sentences(Source):
         return {
             "key": key,
             "image_id": row.images[0],
-            "images": [read_image(key, self._folder, path) for path in row.images],
+            "images": [read_image(key, self._folder, self._place(path)) for path in row.images],
             "sentence": row.sentence,
             "label": row.label,
             "identifier": row.identifier,

@@ -73,7 +73,8 @@ class Dialogs(Source):
     def _picture(self, dialog: Dialog, lists: dict) -> str:
         split = next((split for split in LAYOUTS if lists["split"].startswith(split)), "train")
         paths = [layout.format(dialog.image_id) for layout in LAYOUTS[split]]
-        return first_there(self._folder, paths + [path.split("/")[1] for path in paths])
+        others = [other for path in paths for other in (f"images/{path}", path.split("/")[1])]
+        return first_there(self._folder, paths + others)
 
     def __getitem__(self, i: int) -> dict:
         key, (dialog, lists) = self._keys[i], self._rows[i]

@@ -4,17 +4,18 @@ apart by content.
 `path` names one file or a glob. BLIP's: lists of {question_id, question, image, dataset, answer}; official: a file of
 questions, and one of annotations with their answers, so that path="v2_*train2014*.json" finds both; questions without
 annotations have no answers. Pictures lie below `images`, the folder that holds train2014, val2014 and test2015 (or
-Visual Genome's image).
+Visual Genome's image), or the pictures themselves.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from blip_jax.data.folders import check_links, image_folder, read_image
+from blip_jax.data.folders import check_links, first_there, image_folder, read_image
 from blip_jax.data.formats.json import LOOKED_AT
 from blip_jax.data.pieces import parsed
 from blip_jax.data.source import BadRecord, Source, expand, in_keys
@@ -98,7 +99,7 @@ class Questions(Source):
             raise BadRecord(key, "malformed row: a question, the path of an image and answers as texts are expected")
         return {
             "key": key,
-            "image": read_image(key, self._folder, row.image),
+            "image": read_image(key, self._folder, first_there(self._folder, [row.image, os.path.basename(row.image)])),
             "image_id": row.image,
             "question_id": row.number,
             "question": row.question,

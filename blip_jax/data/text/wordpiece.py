@@ -103,10 +103,11 @@ class Tokenizer:
         lines = [f"{i} {token}" for i, token in tokens] + [str(tuple(self.case))] * (self.case != UNCASED)
         return zlib.crc32("\n".join(lines).encode())
 
-    def encode(self, texts: list[str], max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[str], max_len: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """ids i32[n,T], mask bool[n,T] (True = real): "[CLS] ... [SEP]", cut to T = `max_len` and padded.
 
-        Counts the tokens and how many of them are [UNK], for `say_unknown`.
+        keep_end: what is too long loses its beginning. Counts the tokens and how many of them are [UNK], for
+        `say_unknown`.
         """
         if max_len < 2:
             raise ValueError(f"max_len={max_len} leaves no room for [CLS] and [SEP]: give 2 or more")
@@ -121,7 +122,7 @@ class Tokenizer:
                 unknown += n
                 self._remember(text, found)
             if len(row) > max_len:
-                row = row[: max_len - 1] + [self.sep]
+                row = [self.cls, *row[len(row) - max_len + 1 :]] if keep_end else [*row[: max_len - 1], self.sep]
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         with self._lock:
             self._seen, self._unknown = self._seen + seen, self._unknown + unknown

@@ -1,0 +1,65 @@
+"""A checkpoint measured by its task, apart from a run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+
+from blip_jax import checkpoint, tasks
+from blip_jax.console import say
+from blip_jax.convert import read
+from blip_jax.data.text import tokenizers
+from blip_jax.inference.batching import placed
+from blip_jax.inference.load import Loaded, read_for
+from blip_jax.models import initial
+from blip_jax.parallel import processes, sharding
+from blip_jax.train import start
+from blip_jax.train.run import suffix
+
+
+def evaluate(cfg, workdir, path="") -> dict:
+    """What the task measures on `cfg.data.eval` with the newest checkpoint of `workdir`, or with `path`.
+
+    path: a workdir, a checkpoint folder, a .pth, a Hugging Face folder or a name on its hub, whose parameters are
+    fitted to cfg.model. The numbers go to `workdir`/evaluation.json with the checkpoint's name.
+    ValueError: no checkpoint, another model's or vocabulary's, no evaluation source.
+    """
+    if not len(cfg.data.eval):
+        raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
+    origin = read.locate(path) if path else checkpoint.newest(workdir)
+    tokenizer = tokenizers.of_config(cfg)
+    tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
+    workdir = pathlib.Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
+    model = task.build(cfg)
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(cfg.seed)))
+    data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{suffix()}.jsonl")
+    processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
+    params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
+    say(f"evaluating {origin} on {len(data)} examples")
+    params = placed(params, mesh, cfg.model.dtype)
+    result = task.evaluate(Loaded(model, params, cfg, tokenizer, str(origin)), data, mesh)
+    _write_result(workdir, task, cfg, result, str(origin))
+    return result
+
+
+def _write_result(workdir: pathlib.Path, task, cfg, result: dict, checkpoint: str) -> None:
+    """evaluation.json with the numbers, predictions.json, and what a server wants, as far as the task has them."""
+    if jax.process_index() != 0:
+        return
+    numbers = {"checkpoint": checkpoint} | {name: value for name, value in result.items() if name != "predictions"}
+    files = [("evaluation.json", json.dumps(numbers, indent=1) + "\n")]
+    if "predictions" in result:
+        files.append(("predictions.json", json.dumps(result["predictions"], indent=1) + "\n"))
+    if hasattr(task, "submission"):
+        try:
+            files.append(task.submission(result, cfg))
+        except ValueError as e:
+            say(f"nothing is written for a server: {e}")
+    for name, text in files:  # whole or not at all
+        beside = workdir / f"{name}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(workdir / name)

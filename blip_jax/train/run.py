@@ -1,0 +1,169 @@
+"""What stays the same while a run trains, found and checked before anything compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from blip_jax import checkpoint, tasks
+from blip_jax.data.batches import TrainData
+from blip_jax.data.order import Order
+from blip_jax.data.source import expand
+from blip_jax.data.text import tokenizers
+from blip_jax.parallel import processes, sharding
+from blip_jax.train import kept, optim
+from blip_jax.train import state as train_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that stays the same while a run trains."""
+
+    cfg: ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    task: ModuleType  # of blip_jax.tasks: model, rows, loss, evaluation
+    tokenizer: Any  # of data.text, of the config's kind
+
+    model: Any  # of blip_jax.models
+    tx: optax.GradientTransformation
+    lr: Callable  # step -> f32[]
+    epoch_steps: int
+    shapes: train_state.TrainState  # with ShapeDtypeStruct leaves
+    shardings: train_state.TrainState  # with Sharding leaves
+
+    data: TrainData
+    eval_data: Any | None  # what task.evaluate reads; None: nothing is evaluated
+    rows: np.ndarray  # positions in a micro-batch that this process makes, i64
+    first: np.ndarray  # whether it is the first process that does, bool
+
+    def counting(self, order: Order) -> Run:
+        """The run with the epochs that have passed as `order` counts them."""
+        tx, lr = optim.make(self.cfg, self.epoch_steps, order.ahead(self.epoch_steps))
+        return dataclasses.replace(self, tx=tx, lr=lr)
+
+
+class At(NamedTuple):
+    """Where a run stands when the loop begins: a checkpoint's data entry, and what the log already holds."""
+
+    step: int  # steps done
+    crc: int  # this process's part of the checksum of the examples seen
+    sums: dict | None  # running sums of the log interval; None: empty
+    order: Order  # the examples, since the batch last changed
+    evaluated: frozenset[int]  # steps with an evaluation row
+    frozen: dict | None  # how checkpoints refer to the frozen parameters, which they do not hold
+
+
+def prepare(cfg, workdir) -> Run:
+    """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
+    tasks.validate(cfg, None, jax.process_count(), jax.device_count())
+    tokenizer = _files(cfg)
+    tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
+    workdir = pathlib.Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, own in tokenizers.parts(tokenizer).items():
+        _keep_vocabulary(own, workdir, name)
+    mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
+    rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
+    data = TrainData(
+        cfg,
+        tokenizer,
+        task,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        rows=rows,
+        skipped_path=workdir / f"skipped{suffix()}.jsonl",
+    )
+    eval_data = None
+    if len(cfg.data.eval):
+        eval_data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{suffix()}.jsonl")
+    processes.agree(
+        cfg, workdir, vocabulary=tokenizer.crc, records={name: len(source) for name, source in data.sources.items()}
+    )
+    epoch_steps = data.epoch_examples // cfg.train.batch
+    if epoch_steps == 0:
+        raise ValueError(
+            f"an epoch has {data.epoch_examples} examples, fewer than train.batch = {cfg.train.batch}: "
+            "lower train.batch, or set data.epoch_examples to what the schedule should call an epoch"
+        )
+    model = task.build(cfg)
+    tx, lr = optim.make(cfg, epoch_steps)
+    fresh = lambda settings: jax.eval_shape(lambda: train_state.create(settings, model, tx, jax.random.key(cfg.seed)))
+    shapes = kept.of(cfg, fresh, "shapes")
+    shardings = sharding.shardings_for(shapes, mesh)
+    optim.factors(shapes.params, cfg.optim.lr_factors)  # wrong ones are found now, not when the step compiles
+    return Run(
+        cfg=cfg,
+        workdir=workdir,
+        mesh=mesh,
+        task=task,
+        tokenizer=tokenizer,
+        model=model,
+        tx=tx,
+        lr=lr,
+        epoch_steps=epoch_steps,
+        shapes=shapes,
+        shardings=shardings,
+        data=data,
+        eval_data=eval_data,
+        rows=rows,
+        first=first,
+    )
+
+
+def _files(cfg):
+    """The tokenizer of a config. ValueError: every file that is missing, of vocabulary and data, before any is read."""
+    problems, tokenizer = [], None
+    try:
+        tokenizer = tokenizers.of_config(cfg)
+    except ValueError as e:
+        problems.append(str(e))
+    for name, source in (*cfg.data.train.items(), *cfg.data.eval.items()):
+        try:
+            if isinstance(source, ConfigDict) and source.kind not in ("tfds", "scenes"):
+                expand(name, source)
+        except ValueError as e:
+            problems.append(str(e))
+    if problems:
+        several = f"{len(problems)} things that the config names cannot be had:\n  " if problems[1:] else ""
+        raise ValueError(several + "\n  ".join(problems))
+    return tokenizer
+
+
+def suffix() -> str:
+    """What the names of files that each process writes for itself end in."""
+    return f"-p{jax.process_index()}" if jax.process_index() else ""
+
+
+def _keep_vocabulary(tokenizer, workdir: pathlib.Path, name: str) -> None:
+    """Copies a vocabulary into the workdir; ValueError where checkpoints there were trained with another."""
+    kept, copy = (checkpoint.vocabulary(workdir, like, name) for like in ("", tokenizer.path))
+    if kept and _means(kept, tokenizer):
+        return
+    if kept and any((workdir / checkpoint.SUBDIR).glob("[0-9]*/state")):
+        raise ValueError(
+            f"text.vocab is {tokenizer.path}, but this workdir was trained with another vocabulary, kept in "
+            f"{kept}: set text.vocab={kept} or use another workdir"
+        )
+    if jax.process_index() == 0:
+        beside = copy.with_name(copy.name + ".tmp")
+        tokenizer.save(beside)
+        beside.replace(copy)
+        if kept and kept != copy:
+            kept.unlink()
+
+
+def _means(vocab: pathlib.Path, tokenizer) -> bool:
+    """Whether a file is the vocabulary of `tokenizer`; one that cannot be read is not."""
+    try:
+        return type(tokenizer)(vocab).crc == tokenizer.crc
+    except ValueError:
+        return False
