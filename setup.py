@@ -54,6 +54,7 @@ setup(
         "heic": ["pillow-heif>=1,<2"],  # photographs of phones in HEIC
         "hub": ["huggingface_hub>=0.30,<3"],
         "peers": ["torch>=2.4,<3", "transformers>=4.50,<6"],
+        "kerashub": ["keras-hub>=0.32,<0.33"],  # a peer of BLIP-2; it brings TensorFlow, which is not used
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
     },

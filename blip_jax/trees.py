@@ -13,12 +13,28 @@ class Lazy:
     """An array that is read each time that `numpy.asarray` is called on it, so that a model larger than the memory can
     go from one file to another."""
 
-    def __init__(self, shape: Sequence[int], dtype, read: Callable[[], np.ndarray]):
-        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype,
+        read: Callable[[], np.ndarray],
+        row: Callable[[int], np.ndarray] | None = None,
+    ):
+        """read: the whole; row: one part of its leading dimension, where that can be read by itself."""
+        self.shape, self.dtype, self._read, self._row = tuple(shape), np.dtype(dtype), read, row
 
     def __array__(self, dtype=None, copy=None):
+        if self._row is not None:
+            out = np.empty(self.shape, dtype or self.dtype)
+            for i in range(len(out)):
+                out[i] = self._row(i)
+            return out
         x = self._read()
         return x if dtype is None else x.astype(dtype, copy=False)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The parts of the leading dimension, one after the other."""
+        yield from np.asarray(self) if self._row is None else map(self._row, range(self.shape[0]))
 
     @property
     def size(self) -> int:

@@ -13,6 +13,7 @@ Data: COCO and Visual Genome captions as JSON with image folders; CC3M + CC12M +
 115M as tar shards, with captions of CapFilt (`configs/capfilt.py`): the paper ranks ten captions of each web image by
 CLIP ViT-L/14 and keeps the best two, one of which is drawn in a step.
 Hardware: the paper's authors used 16 A100 40GB; ViT-g less than 6 days. Unverified here: no run of this size was made.
+16 GB a chip are too few for 105 rows of ViT-g as they are (docs/plan.md): --config.model.remat=full keeps less.
 Expected loss levels, of a public run with 4.6M pairs: 17.8 in the first step, 6.6 after 4,500 steps of 1,024, 5.2 after
 ten epochs.
 Hyper-parameters, the paper's: AdamW, beta 0.9 and 0.98, weight decay 0.05, peak 1e-4 after 2,000 linear steps, cosine;

@@ -17,6 +17,8 @@ Hardware: the paper's authors used 16 A100 40GB; less than 3 days with FlanT5-XX
 was made. Expected, zero-shot VQAv2 test-dev: vitg with opt2.7b 52.3, opt6.7b 52.6, flant5xl 63.0, flant5xxl 65.0; vitl
 with opt2.7b 49.7, flant5xl 62.3. Loss of a public run (vitg, opt2.7b, 4.6M pairs): 6.7 in the first step, 2.8 over the
 first epoch, 2.2 over the tenth.
+On TPUs of 16 GB: --config.mesh.fsdp=8, which splits the frozen parts, too; 32 or 64 chips divide 1536 with FlanT5:
+--config.train.batch=1536 (docs/plan.md).
 Hyper-parameters, the paper's: AdamW, beta 0.9 and 0.98, weight decay 0.05, peak 1e-4 after 2,000 linear steps, cosine
 to 5e-5, 80k steps. LAVIS's released settings differ: batch 1024, beta2 0.999, to 1e-5, 10 epochs.
 Differences: the loss is a mean over the tokens of the whole batch; the original averages each GPU's mean:

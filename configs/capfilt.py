@@ -6,6 +6,9 @@ CapFilt-L over LAION, the same with:
           --config.captioner=runs/caption_coco_vitl --config.filter=runs/retrieval_coco_vitl
           --config.data.sources.web.kind=tar --config.data.sources.web.path='data/laion/*.tar'
           --out=data/capfilt_laion_l
+Captions of a language model, judged by BLIP-2's first stage, the same with:
+          --config.captioner=Salesforce/blip2-opt-2.7b --config.filter=Salesforce/blip2-itm-vit-g
+          --config.text.prompt='a photo of' --out=data/capfilt_blip2
 Another threshold afterwards, without an accelerator:
           blip-jax capfilt refilter --run=data/capfilt_14m --threshold=0.7 --out=data/capfilt_14m_07
 Data: CC3M + CC12M + SBU with their web texts as ArrayRecord shards, as pretrain.py has them, 13.86M pictures. Human

@@ -41,6 +41,13 @@ train vitb_14m_v7x-2x4x4 vitb,14m "" --topology=v7x:2x4x4
 plan capfilt_vitl_v5e-2x2 --config=configs/capfilt.py --captioner=configs/caption_coco.py:vitl --filter=configs/retrieval_coco.py:vitl \
   --topology=v5e:2x2
 
+# BLIP-2; 1520 rows of the stages with FlanT5 divide neither 32 nor 64 chips
+stage2=--config=configs/blip2_stage2.py:vitg
+plan blip2_stage1_vitg_v5e-4x4 --config=configs/blip2_stage1.py:vitg --topology=v5e:4x4 --config.model.remat=full
+plan blip2_stage2_vitg-opt2.7b_v5e-4x8 $stage2,opt2.7b --topology=v5e:4x8 --config.mesh.fsdp=8
+plan blip2_stage2_vitg-flant5xl_v5e-4x8 $stage2,flant5xl --topology=v5e:4x8 --config.mesh.fsdp=8 --config.train.batch=1536
+plan blip2_stage2_vitg-flant5xxl_v5p-4x4x4 $stage2,flant5xxl --topology=v5p:4x4x4 --config.train.batch=1536
+
 # ViT-B, 64 rows a chip
 train scaling-v5e-64_a_chip-16 vitb,14m "1024 57344 64" --topology=v5e:4x4 --config.model.remat=dots
 train scaling-v5e-64_a_chip-64 vitb,14m "4096 57344 64" --topology=v5e:8x8 --config.model.remat=dots

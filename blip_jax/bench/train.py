@@ -274,7 +274,7 @@ def _batches(program: Program, settings: Settings):
         share = shares(cfg)
         yield [(part, forever(program.place(random_batch(cfg, T)))) for T, part in share.items()]
         return
-    tokenizer = tokenizers.of(cfg.model, cfg.text.vocab)
+    tokenizer = tokenizers.of_config(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     with tempfile.TemporaryDirectory() as folder:
         micro = cfg.train.batch // cfg.optim.accumulate

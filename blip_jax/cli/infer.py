@@ -47,7 +47,7 @@ def caption(argv: list[str]) -> int:
     )
     files = _parse(values, argv, "images")
     how = own()
-    how["repetition_penalty"] = how["repetition_penalty"] or None
+    how["repetition_penalty"] = how.get("repetition_penalty") or None
     return _each(
         values,
         files,
@@ -243,7 +243,8 @@ def since_start() -> float:
 def _flags(**own: tuple[Any, str]) -> tuple[flags.FlagValues, Callable[[], dict]]:
     """The flags of all verbs and those of one, name -> (default, help).
 
-    Also a function that gives the values of the latter.
+    Also a function that gives the values of the latter, as far as they are on the command line: defaults are the verb's
+    own, which for a BLIP-2 are others than those that are shown.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt()  # pictures and flags in any order
@@ -257,7 +258,7 @@ def _flags(**own: tuple[Any, str]) -> tuple[flags.FlagValues, Callable[[], dict]
     for name, (default, text) in (shared | own).items():
         define.get(type(default), flags.DEFINE_string)(name, default, text, flag_values=values)
     flags.DEFINE_bool("json", False, "results as JSON, one object a line", flag_values=values)
-    return values, lambda: {name: getattr(values, name) for name in own}
+    return values, lambda: {name: getattr(values, name) for name in own if values[name].present}
 
 
 def _parse(values: flags.FlagValues, argv: list[str], *required: str) -> list[str]:

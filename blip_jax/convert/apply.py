@@ -306,16 +306,11 @@ def _later(row: Row, tensors, heads: int) -> Iterator[tuple[str, Lazy]]:
     shown = to_ours(np.broadcast_to(np.uint8(0), tensors[row.keys[0]].shape), row.layout, heads)  # shapes alone
     for name, like in shown.items():
 
-        def read(name=name, shape=like.shape):
-            if not row.stacked:
-                return to_ours(as_float32(tensors[row.keys[0]]), row.layout, heads)[name]
-            out = np.empty((len(row.keys), *shape), np.float32)
-            for i, key in enumerate(row.keys):
-                out[i] = to_ours(as_float32(tensors[key]), row.layout, heads)[name]
-            return out
+        def read(i=0, name=name):
+            return to_ours(as_float32(tensors[row.keys[i]]), row.layout, heads)[name]
 
         shape = (len(row.keys), *like.shape) if row.stacked else like.shape
-        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read)
+        yield row.path.replace("{qkv}", name), Lazy(shape, np.float32, read, read if row.stacked else None)
 
 
 def to_torch(

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blip_jax import trees
-from blip_jax.models.layers.dense import rounds, text_layers_apart
+from blip_jax.models.layers.cpu import Turned, single_cpu
+from blip_jax.models.layers.dense import in_text_stack, rounds, text_layers_apart, turns
 from blip_jax.parallel import interrupt, sharding
 
 
@@ -44,18 +45,37 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
 
     Takes them out of `params` one by one.
 
-    What every use would round to `dtype`, the transformers' matrices, is rounded here, once; on a single CPU the text
-    layers are cut apart (see `text_layers_apart`). ValueError: `sharding.shardings_for`.
+    What every use would round to `dtype`, the transformers' matrices, is rounded here, once. On a single CPU the text
+    layers are cut apart (see `text_layers_apart`), and bfloat16 kernels are as its products read them (`layers.cpu`).
+    An array that still lies in a file is read a layer at a time. ValueError: `sharding.shardings_for`.
     """
     arrays = dict(trees.paths(params))
     places = dict(trees.paths(sharding.shardings_for(params, mesh)))
     params.clear()  # each array is let go as soon as the devices have it
-    out = {}
+    with jax.set_mesh(mesh):
+        one_cpu = single_cpu()
+    out, everywhere = {}, NamedSharding(mesh, P())
     for path in list(arrays):
-        x = np.asarray(arrays.pop(path))
-        out[path] = _put(x.astype(jax.numpy.dtype(dtype), copy=False) if rounds(path) else x, places[path])
+        x = arrays.pop(path)
+        kind = np.dtype(dtype) if rounds(path) else x.dtype
+        if one_cpu and in_text_stack(path):
+            layers = x.rows() if isinstance(x, trees.Lazy) else np.asarray(x)
+            out[path] = tuple(_kept(path, layer, kind, everywhere) for layer in layers)
+        elif one_cpu:
+            out[path] = _kept(path, np.asarray(x, kind), kind, everywhere)
+        else:
+            out[path] = _put(np.asarray(x, kind), places[path])
     with jax.set_mesh(mesh):
         return text_layers_apart(trees.nest(out.items()))
+
+
+def _kept(path: str, x: np.ndarray, kind: np.dtype, place: NamedSharding):
+    """An array, or a layer of one, as a CPU keeps it."""
+    x = x.astype(kind, copy=False)
+    if kind == jax.numpy.bfloat16 and (taken := turns(path)):
+        return Turned.of(x, taken, lambda kernel: _put(kernel, place))
+    bits = kind == jax.numpy.bfloat16 and path.startswith("vit/blocks/") and path.endswith("/kernel")
+    return _put(x.view(np.uint16) if bits else x, place)
 
 
 def behind(items: Iterable) -> Iterator:

@@ -121,10 +121,13 @@ def recomputed(cfg) -> float:
     The blocks of a ViT that is trained but for what no gradient needs, or scores; of BLIP-2, with "full", its text
     layers.
     """
-    if "qformer" in cfg.model:
-        texts = _repeated_texts(cfg) if cfg.model.remat == "full" else 0.0
-        return texts if tasks.build(cfg).frozen else texts + _repeated_tower(cfg)
-    return _repeated_tower(cfg)
+    if "med" in cfg.model:
+        return _repeated_tower(cfg)
+    model = tasks.build(cfg)
+    if not hasattr(model, "frozen"):  # a language model alone
+        return 0.0
+    texts = _repeated_texts(cfg) if cfg.model.remat == "full" else 0.0
+    return texts if model.frozen else texts + _repeated_tower(cfg)
 
 
 def _repeated_texts(cfg) -> float:

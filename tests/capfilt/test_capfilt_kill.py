@@ -10,6 +10,7 @@ import time
 
 import pytest
 from world.capfilt import save_models, settings, tree
+from world.capfilt_blip2 import save_blip2
 
 CONFIG = """
 import json
@@ -63,10 +64,10 @@ class Runs:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def start(self, out, process: int = 0, processes: int = 1) -> int:
+    def start(self, out, process: int = 0, processes: int = 1, config=None) -> int:
         self.log(out, process).write_text("")
         return self._ask(
-            f"start {self.log(out, process)} capfilt --config={self.config} --out={out} --process={process} "
+            f"start {self.log(out, process)} capfilt --config={config or self.config} --out={out} --process={process} "
             f"--processes={processes}"
         )
 
@@ -189,4 +190,22 @@ def test_one_of_two_dies_and_comes_back(runs, whole, folder):
     assert "process finished" in runs.log(out).read_text() and finished(out) < 61
     assert not (out / "summary.json").exists()
     assert runs.end(runs.start(out, 1, 2)) == 0
+    assert result(out) == result(whole)
+
+
+def test_a_run_of_blip2_that_is_killed_goes_on(server, tiny_vocab, tmp_path):
+    models = save_blip2(tmp_path, tiny_vocab, "opt", "stage1")
+    cfg = settings({"captioner": models["opt"], "filter": models["stage1"]}, tmp_path, scenes=20)
+    cfg.shard_examples, cfg.method.max_length = 4, 6
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(text=cfg.to_json()))
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    assert server.end(server.start(whole, config=config)) == 0, server.log(whole).read_text()
+    pid = server.start(out, config=config)
+    server.reached(out, 1)
+    assert server.stop(pid) == -signal.SIGKILL
+    left = finished(out)
+    assert 1 <= left < finished(whole) == 8
+    assert server.end(server.start(out, config=config)) == 0, server.log(out).read_text()
+    assert f"{left} finished; process 0 of 1 makes {8 - left} on " in server.log(out).read_text()
     assert result(out) == result(whole)

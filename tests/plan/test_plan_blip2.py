@@ -89,7 +89,7 @@ def test_a_small_second_stage_compiled_for_a_tpu_that_is_not_here(tmp_path, caps
     assert 0 < moved["gradients"] <= 1.5 * row["memory"]["parameters"] and moved["parameters"] > 0
 
 
-def test_a_first_stage_is_no_evaluation_of_blip(tmp_path, capsys):
+def test_a_second_stage_has_no_evaluation_to_plan(tmp_path, capsys):
     (tmp_path / "c.py").write_text(CONFIG)
     assert main.main(["plan", f"--config={tmp_path / 'c.py'}", "--topology=v5e:2x2", "--workload=evaluate"]) == 2
     err = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """VQA with BLIP-2 as a task: its rows, what it costs, and runs that start from both stages, resume, are evaluated and
 answer as their verbs do."""
 
+import json
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from world.runs import begun, leaves, rows
 
 import blip_jax
 from blip_jax import config, tasks, trees
+from blip_jax.cli import main
 from blip_jax.convert import read, write
 from blip_jax.convert.source import official
 from blip_jax.data.scenes.world import vocab_captions
@@ -224,6 +226,9 @@ def test_a_run_starts_from_both_stages_resumes_is_evaluated_and_answers(llm, voc
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == saved and rows(tmp_path / "cut") == rows(tmp_path / "run")
+
+    own, _ = main.config_of_run(["evaluate", f"--workdir={tmp_path / 'run'}"])  # the settings that it left
+    assert json.loads(own.to_json()) == json.loads(cfg.to_json())
 
     # verbs of the workdir, which brings both vocabularies and its prompts, answer as the evaluation does
     model = blip_jax.from_pretrained(tmp_path / "run", batch=4)

@@ -102,7 +102,7 @@ _TOWERS = (("", _EVA_KEYS), ("", _CLIP_KEYS))
 _OPT_FORMS = (r"model\.decoder\.project_(in|out)\..*", r"model\.decoder\.final_layer_norm\..*")  # 350m and the others
 _OPT_PARTS = (("", r"opt_model\..*"), *(("", rf"opt_model\.{pattern}") for pattern in _OPT_FORMS))
 OPTIONAL = {
-    "blip2": _TOWERS,
+    **dict.fromkeys(("blip2", "blip2_vision"), _TOWERS),
     "blip2_itm": (*_TOWERS, ("the temperature", "temp")),
     **dict.fromkeys(("blip2_opt", "instruct_opt"), (*_TOWERS, *_OPT_PARTS)),
     **dict.fromkeys(("blip2_t5", "instruct_t5"), (*_TOWERS, ("", r"t5_model\..*"))),

@@ -4,6 +4,7 @@ the plain ones."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,39 @@ def as_bits(params: dict) -> dict:
     return trees.nest((path, bits(path, x)) for path, x in trees.paths(params))
 
 
+@jax.tree_util.register_pytree_node_class
+class Turned:
+    """A bfloat16 kernel [in..., out...] that lies in memory as [out..., in...], in an array of the kernel's shape.
+
+    XLA's CPU compiler multiplies few rows with a matrix that lies so in a third of the time or less.
+    """
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    @classmethod
+    def of(cls, kernel: np.ndarray, taken: int, put: Callable) -> Turned:
+        """kernel: on the host; taken: how many of its dimensions are summed over; put: host array -> device."""
+        matrix = kernel.reshape(int(np.prod(kernel.shape[:taken])), -1)
+        return cls(put(np.ascontiguousarray(matrix.T).reshape(kernel.shape)))
+
+    def tree_flatten(self):
+        return (self.kept,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def product(self, x, dimension_numbers):
+        """`dot_general(x, kernel, dimension_numbers)`, where the kernel's first dimensions are summed over."""
+        (taken, of_kernel), _ = dimension_numbers
+        lead = [d for d in range(x.ndim) if d not in taken]
+        out = self.kept.shape[len(of_kernel) :]
+        x = jnp.transpose(x, (*lead, *taken)).reshape(*(x.shape[d] for d in lead), -1)
+        matrix = self.kept.reshape(-1, x.shape[-1])
+        return summed(x, matrix, (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype).reshape(*x.shape[:-1], *out)
+
+
 def rows(table, ids):
     """table[ids]: [V,D], i32[...] -> [...,D], on CPUs without raising a bfloat16 table to float32 (see `as_bits`)."""
     return _rows(table, ids) if table.dtype == jnp.bfloat16 and platform() == "cpu" else table[ids]
@@ -76,6 +110,12 @@ def summed(x, y, dimension_numbers):
 
     The products of its gradient are in that dtype (jax's own would multiply a float32 with a bfloat16 matrix).
     """
+    ((x_sums, _), (batch, _)), one = dimension_numbers, x.dtype == jnp.bfloat16 and platform() == "cpu"
+    one &= not batch and len(x_sums) == 1 == y.ndim - 1 and x.size == x.shape[x_sums[0]]
+    if one and x_sums[0] == x.ndim - 1:  # one row: a product of a vector, for which a CPU raises the matrix to float32
+        two = jnp.concatenate([x.reshape(1, -1)] * 2)
+        y = jax.lax.dot_general(two, y, (((1,), dimension_numbers[0][1]), ((), ())), preferred_element_type=jnp.float32)
+        return y[:1].reshape(*x.shape[:-1], -1)
     return jax.lax.dot_general(x, y, dimension_numbers, preferred_element_type=jnp.float32)
 
 

@@ -10,15 +10,21 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from blip_jax import trees
-from blip_jax.models.layers.cpu import as_bits, dot_general, platform, single_cpu
+from blip_jax.models.layers.cpu import Turned, as_bits, dot_general, platform, single_cpu
 from blip_jax.parallel import sharding
 from blip_jax.parallel.collectives import summed_in_parts, words_summed_in_parts
 
 
 def _promoted(*arrays, dtype=None, inexact=True):
-    """flax's promotion, after `as_bits` is undone."""
-    back = lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x is not None and x.dtype == jnp.uint16 else x
-    return promote_dtype(*map(back, arrays), dtype=dtype, inexact=inexact)
+    """flax's promotion, after `as_bits` is undone; what is `Turned` stays as it is."""
+
+    def back(x):
+        if x is None or isinstance(x, Turned):
+            return None
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+    found = promote_dtype(*map(back, arrays), dtype=dtype, inexact=inexact)
+    return [x if isinstance(x, Turned) else y for x, y in zip(arrays, found)]
 
 
 def _layer(kind, *args, embed: int = 0, **kwargs):
@@ -30,6 +36,8 @@ def _layer(kind, *args, embed: int = 0, **kwargs):
 def _product(x, kernel, dimension_numbers, precision=None, *, embed: int):
     """`dot_general` with a kernel of which fsdp may split dimension `embed`; then both are made matrices (see
     `collectives.summed_in_parts`)."""
+    if isinstance(kernel, Turned):
+        return kernel.product(x, dimension_numbers)
     if not sharding.splits("embed"):
         return dot_general(x, kernel, dimension_numbers, precision)
     (taken, of_kernel), _ = dimension_numbers
@@ -89,6 +97,18 @@ def stacked_as_bits(params: dict) -> dict:
     return params | {"vit": params["vit"] | {"blocks": as_bits(params["vit"]["blocks"])}}
 
 
+def in_text_stack(path: str) -> bool:
+    """Whether the parameter at `path` is one of a stack of text layers."""
+    return path.startswith(TEXT_MODELS) and "/blocks/" in path
+
+
+def turns(path: str) -> int:
+    """How many dimensions of the language model's kernel at `path` are summed over; 0: it is no such kernel."""
+    if not (path.startswith("llm/") and path.endswith("/kernel")):
+        return 0
+    return 2 if path.endswith("/out/kernel") else 1
+
+
 def text_layers_apart(params: dict) -> dict:
     """Parameters with the stacks of text layers cut into their layers on a single CPU (see `models.layers.stack`):
     once, where a program would do it in every call and a loop over tokens for every token."""
@@ -104,11 +124,13 @@ def text_layers_apart(params: dict) -> dict:
 
 
 def apart(stack) -> tuple:
-    """A stack as a tuple of its L layers' trees, cut once, where it is not one already."""
+    """A stack, of arrays [L,...] or tuples of L of them, as a tuple of its L layers' trees, cut once, where it is not
+    one already."""
     if is_apart(stack):
         return stack
-    leaves, tree = jax.tree.flatten(stack)
-    return tuple(map(tree.unflatten, zip(*map(_cut, leaves), strict=True)))
+    leaves, tree = jax.tree.flatten(stack, is_leaf=lambda x: type(x) is tuple)
+    cut = (x if type(x) is tuple else _cut(x) for x in leaves)
+    return tuple(map(tree.unflatten, zip(*cut, strict=True)))
 
 
 def is_apart(stack) -> bool:
