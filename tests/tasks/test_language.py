@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory):
 
 
 def small(llm="opt"):
-    c = config.blip2("eva_tiny", "tiny", f"{llm}_tiny").unlock()
+    c = config.blip2("eva_tiny", "tiny", {"opt": "opt_tiny", "t5": "flant5_tiny"}[llm]).unlock()
     c.objective, c.optim.freeze = "language", ()
     c.model.dtype, c.model.llm_dropout = "float32", 0.0
     c.model.init_std = 0.3
