@@ -55,6 +55,7 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
     with jax.set_mesh(mesh):
         one_cpu = single_cpu()
     out, everywhere = {}, NamedSharding(mesh, P())
+    beside_llm = any(path.startswith("llm/") for path in arrays)
     for path in list(arrays):
         x = arrays.pop(path)
         kind = np.dtype(dtype) if rounds(path) else x.dtype
@@ -62,19 +63,20 @@ def placed(params: dict, mesh: Mesh, dtype) -> dict:
             layers = x.rows() if isinstance(x, trees.Lazy) else np.asarray(x)
             out[path] = tuple(_kept(path, layer, kind, everywhere) for layer in layers)
         elif one_cpu:
-            out[path] = _kept(path, np.asarray(x, kind), kind, everywhere)
+            out[path] = _kept(path, np.asarray(x, kind), kind, everywhere, beside_llm)
         else:
             out[path] = _put(np.asarray(x, kind), places[path])
     with jax.set_mesh(mesh):
         return text_layers_apart(trees.nest(out.items()))
 
 
-def _kept(path: str, x: np.ndarray, kind: np.dtype, place: NamedSharding):
-    """An array, or a layer of one, as a CPU keeps it."""
+def _kept(path: str, x: np.ndarray, kind: np.dtype, place: NamedSharding, beside_llm: bool = False):
+    """An array, or a layer of one, as a CPU keeps it. beside_llm: the model has a language model, and a tower so large
+    that no program should make a copy of it (`cpu.as_bits`)."""
     x = x.astype(kind, copy=False)
     if kind == jax.numpy.bfloat16 and (taken := turns(path)):
         return Turned.of(x, taken, lambda kernel: _put(kernel, place))
-    bits = kind == jax.numpy.bfloat16 and path.startswith("vit/blocks/") and path.endswith("/kernel")
+    bits = beside_llm and kind == jax.numpy.bfloat16 and path.startswith("vit/blocks/") and path.endswith("/kernel")
     return _put(x.view(np.uint16) if bits else x, place)
 
 

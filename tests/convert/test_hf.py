@@ -255,8 +255,8 @@ def test_unknown_architecture(written, name):
     edit(folder, lambda c: c.update(architectures=[name]))
     said = problem(folder)
     assert f"architecture {name}" in said and all(known in said for known in hf_config.ARCHITECTURES)
-    edit(folder, lambda c: (c.pop("architectures"), c.update(model_type="clip")))
-    assert "model_type 'clip'" in problem(folder)
+    edit(folder, lambda c: (c.pop("architectures"), c.update(model_type="siglip")))
+    assert "model_type 'siglip'" in problem(folder)
 
 
 def test_all_problems_of_config_json_at_once(written):
