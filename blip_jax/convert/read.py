@@ -28,14 +28,13 @@ from blip_jax.convert import (
     origins,
     saved,
     torch_io,
-    towers,
     vocabulary,
 )
+from blip_jax.convert.recognise import find_family, plain_names
 from blip_jax.convert.rules.blip2 import MATCHING, READS_QUESTIONS, WHOLE
 from blip_jax.convert.rules.families import FAMILIES, WORDS
 from blip_jax.convert.source import POSITION_IDS, Source, dtype_notes, make_config
 from blip_jax.convert.tied import words_and_head
-from blip_jax.convert.wrappers import unwrap
 from blip_jax.data.text.wordpiece import EXTRA
 from blip_jax.models.vision.towers import resized
 
@@ -56,28 +55,6 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
     # LAVIS cuts what this Q-Former reads to 128 tokens
     **dict.fromkeys(READS_QUESTIONS, ("blip2_vqa", 128, "")),
 }
-MARKS = (  # family -> a tensor that only it has, or only it and those above it; first match wins
-    ("augreg", r"Transformer/encoderblock_\d+/.*"),
-    ("nlvr", r"text_encoder\..*\.crossattention\.self0\..*"),
-    ("pretrain", r"(text_encoder|itm_head|\w+_m)\..*", r"text_decoder\..*", r"(itm_head|text_proj|\w+_m)\..*"),
-    ("vqa", r"text_encoder\..*", r"text_decoder\..*"),
-    ("caption", r"text_decoder\..*"),
-    ("retrieval", r"text_encoder\..*", r"temp|idx_queue|\w+_m\..*"),
-    ("itm", r"text_encoder\..*", r"(itm_head|text_proj|vision_proj)\..*"),
-    ("features", r"text_encoder\..*"),
-    ("instruct_opt", r"Qformer\.bert\.embeddings\.word_embeddings\..*", r"opt_proj\..*"),
-    ("blip2_opt", r"Qformer\..*", r"opt_proj\..*"),
-    ("instruct_t5", r"Qformer\.bert\.embeddings\.word_embeddings\..*", r"t5_proj\..*"),
-    ("blip2_t5", r"Qformer\..*", r"t5_proj\..*"),
-    ("blip2", r"Qformer\..*", r"temp|Qformer\.cls\..*"),
-    ("blip2_itm", r"Qformer\..*", r"(itm_head|text_proj|vision_proj)\..*"),
-    ("eva", r"blocks\.\d+\.attn\.q_bias"),
-    ("clip", r"transformer\.resblocks\..*", "class_embedding"),
-    ("opt", r"model\.decoder\.layers\..*"),
-    ("t5", r"(encoder|decoder)\.block\.\d+\.layer\.0\.SelfAttention\..*"),
-    ("deit", r"blocks\.\d+\.attn\.qkv\..*"),
-    ("bert", r"bert\.encoder\.layer\..*"),
-)
 
 
 def locate(path) -> pathlib.Path:
@@ -209,15 +186,6 @@ def _open(
     if not _is_ours(path) or source.family != found:
         _settle(source)
     return source
-
-
-def find_family(names) -> str:
-    """The family that tensors of these names belong to, "" if they look like none."""
-    names = list(names)
-    for family, *patterns in MARKS:
-        if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
-            return family
-    return ""
 
 
 def narrow(source: Source, family: str, origin: str) -> Source:
@@ -355,19 +323,6 @@ def _read_file(path: pathlib.Path, family: str, heads: Mapping, drop_token_types
 
     source = _of_tensors(tensors, str(path), family, heads, said, drop_token_types)
     return source._replace(notes=[*opened.notes, *notes, *source.notes])
-
-
-def plain_names(tensors: Mapping, origin: str) -> tuple[Mapping, list[str]]:
-    """Tensors under the originals' names, and notes: without the names of wrappers, those of BERT in one form."""
-    try:
-        tensors, notes = unwrap(tensors, lambda names: bool(find_family(bert.names(dict.fromkeys(names)))))
-    except ValueError as e:
-        raise ValueError(f"{origin}: {e}") from None
-    tensors = bert.names(tensors)
-    if find_family(tensors) in ("", "eva", "clip") and towers.find(tensors):
-        _, tensors, more = towers.penultimate(tensors, blip2.depth(tensors))
-        notes += more
-    return tensors, notes
 
 
 def _of_tensors(

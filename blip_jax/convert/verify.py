@@ -15,7 +15,8 @@ import numpy as np
 
 from blip_jax import trees
 from blip_jax.convert import apply, hf, hf_config, torch_io
-from blip_jax.convert.read import find_family, heads_of, narrow, plain_names, read
+from blip_jax.convert.read import heads_of, narrow, read
+from blip_jax.convert.recognise import find_family, plain_names
 from blip_jax.convert.rules.families import INITIAL
 from blip_jax.convert.source import Source, official
 from blip_jax.tasks import build

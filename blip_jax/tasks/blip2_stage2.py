@@ -110,7 +110,12 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
         deterministic=False,
         rngs=streams["llm"],
     )
-    targets, mask = apart or (batch["ids"], batch["lm_mask"])
+    return of_tokens(cfg, model, logits, *(apart or (batch["ids"], batch["lm_mask"])))
+
+
+def of_tokens(cfg, model, logits, targets, mask):
+    """The loss of a language model and its metrics: of logits f32[B,T,Vp] for the targets i32[B,T] that mask bool[B,T]
+    keeps."""
     lm = losses.lm(
         logits,
         targets,

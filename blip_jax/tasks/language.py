@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from blip_jax import losses
 from blip_jax.data import pairs
 from blip_jax.models import flops as counts
 from blip_jax.models.language import Language
@@ -59,17 +58,8 @@ def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
         deterministic=False,
         rngs={"dropout": keys.dropout},
     )
-    targets, mask = apart or (batch["ids"][:, 1:], batch["lm_mask"][:, 1:])
-    lm = losses.lm(
-        logits,
-        targets,
-        mask,
-        model.llm_sizes["vocab_size"],
-        smoothing=0.0,
-        over="valid",
-        group_size=cfg.loss.group_size,
-    )
-    return lm, ({"loss": lm, "loss_lm": lm}, {})
+    targets = apart or (batch["ids"][:, 1:], batch["lm_mask"][:, 1:])
+    return blip2_stage2.of_tokens(cfg, model, logits, *targets)
 
 
 def flops(cfg, T: int | None = None) -> dict[str, float]:

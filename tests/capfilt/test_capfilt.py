@@ -39,16 +39,6 @@ from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import build
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(compilation_cache):
-    """Every program is kept: each run compiles the same ones."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[name]
-    jax.config.update(name, 0.0)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return tmp_path_factory.mktemp("world")

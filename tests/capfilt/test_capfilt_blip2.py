@@ -13,16 +13,6 @@ from blip_jax.data.formats import open_source
 from blip_jax.data.text.clean import clean_caption
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(compilation_cache):
-    """Every program is kept: each run compiles the same ones."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[name]
-    jax.config.update(name, 0.0)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny_vocab):
     return save_blip2(tmp_path_factory.mktemp("models"), tiny_vocab, "opt", "flant5", "stage1")

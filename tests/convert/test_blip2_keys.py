@@ -12,7 +12,7 @@ from world.convert import same_bits
 
 from blip_jax import config
 from blip_jax.cli import usage
-from blip_jax.convert import apply, blip2, hf_blip2, read, vocabulary
+from blip_jax.convert import apply, blip2, hf_blip2, read, recognise, vocabulary
 from blip_jax.convert.rules.blip2 import HF_BIAS
 from blip_jax.convert.rules.families import FAMILIES
 from blip_jax.convert.source import official
@@ -57,7 +57,7 @@ def tabled(family, tensors):
 def test_lavis_files_have_the_names_shapes_and_numbers_of_the_table(name):
     shapes = keys(name)
     tensors = stand_ins(shapes)
-    family = read.find_family(tensors)
+    family = recognise.find_family(tensors)
     rows, letters, table = tabled(family, tensors)
     listed = rows | {copy: rows[origin] for copy, origin in apply.copies(family, table)}
     listed |= {POSITION_IDS: (1, letters.get("T", 512))}
@@ -86,7 +86,7 @@ SMALL = dict(D=12, F=10, P=5, p=2, W=6, M=8, T=7, V=11, Q=3, E=4, C=14, J=14)
 def test_lavis_files_are_read_and_written_with_every_name(name, tmp_path):
     """All tensors of the real files, as many layers, of small shapes: in, and out again bit by bit."""
     shapes, rng = keys(name), np.random.default_rng(0)
-    family = read.find_family(shapes)
+    family = recognise.find_family(shapes)
     table = apply.rows(family, shapes)
     tensors = {
         key: rng.normal(size=apply.shape_of(row.shape, SMALL)).astype(np.float32) for row in table for key in row.keys
@@ -105,7 +105,7 @@ def test_optimiser_groups_of_the_fine_tuned_checkpoints():
         if not entry["groups_lr_layer_decay_0p95"] or "otherwise_as" in entry:
             continue
         shapes = keys(name)
-        family = read.find_family(shapes)
+        family = recognise.find_family(shapes)
         want, got = {}, {}
         for group in entry["groups_lr_layer_decay_0p95"]:
             key = (group["weight_decay"], round(group["lr_scale"], 6))

@@ -17,7 +17,7 @@ from world.convert import converted, same_bits, store, vocab  # noqa: F401 (fixt
 
 from blip_jax import checkpoint, config, trees
 from blip_jax.cli import main
-from blip_jax.convert import apply, torch_io, vocabulary
+from blip_jax.convert import apply, recognise, torch_io, vocabulary
 from blip_jax.convert import read as reading
 from blip_jax.convert import write as writing
 from blip_jax.data.text.wordpiece import Tokenizer
@@ -69,7 +69,7 @@ def test_names_and_shapes_of_released_files(family, size):
     listed |= {copy: listed[origin] for copy, origin in apply.copies(family, table)}
     listed |= {key: (1, *listed[beside][:1]) for key, beside in apply.buffers(listed).items()}
     assert listed == shapes
-    assert apply.check_keys(family, stand_ins, table) == [] and reading.find_family(stand_ins) == family
+    assert apply.check_keys(family, stand_ins, table) == [] and recognise.find_family(stand_ins) == family
     cfg = reading.make_config(letters, apply.layer_counts(family, stand_ins), {"vit": letters["D"] // 64, "med": 12})
     want = model_settings(size, official.IMG_SIZE.get(family, 384))
     assert json.loads(cfg.model.to_json()) == want

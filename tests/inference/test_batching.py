@@ -71,4 +71,5 @@ def test_a_file_is_read_a_layer_at_a_time_and_the_model_stays_the_same(llm):
     img, ids = rng.normal(size=(1, 16, 16, 3)).astype(np.float32), np.array([[5, 6, 7]], np.int32)
     with jax.set_mesh(mesh):
         run = jax.jit(logits)
-        np.testing.assert_allclose(run(found, img, ids), run(params, img, ids), atol=0.03)
+        # the same products of the same numbers, 0.04 large; summed in another order, one may round otherwise
+        np.testing.assert_allclose(run(found, img, ids), run(params, img, ids), atol=1e-3)

@@ -3,14 +3,17 @@
 import importlib.util
 import json
 
+import against_kerashub
+import numpy as np
 import pytest
 
-if importlib.util.find_spec("keras_hub") is None:
-    pytest.skip("keras-hub is not installed; pip install -e '.[kerashub]'", allow_module_level=True)
-import against_kerashub  # noqa: E402
-import numpy as np  # noqa: E402
+# It brings TensorFlow, so that the extras which the tests install are without it.
+needs_keras_hub = pytest.mark.skipif(
+    importlib.util.find_spec("keras_hub") is None, reason="keras-hub is not installed; pip install -e '.[kerashub]'"
+)
 
 
+@needs_keras_hub
 @pytest.mark.parametrize("llm", ["opt", "t5"])
 def test_logits_agree_and_both_take_turns(llm, tmp_path, capsys):
     out = tmp_path / "x.json"
