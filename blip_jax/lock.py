@@ -8,6 +8,9 @@ Whether an owner is dead is known on the same host by its process, and its begin
 another host, or another container, the file is watched: an owner whose number does not change within STALE seconds, by
 the watcher's own clock, is dead. Files have generations, NAME.1, NAME.2, ...: who follows a dead owner makes the next
 one, which only one can, and never removes what another may just have made; then it looks once more.
+
+On a bucket the lock is one object, whose generation, which the store counts, takes the place of all that: it is made
+only if there is none, raised and followed only if it is still the one that was seen.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from blip_jax import buckets
+
 BEAT = 5.0  # seconds between two signs of life of an owner
 STALE = 60.0  # seconds without one after which an owner on another host is dead
 POLL = 1.0  # seconds between two looks at an owner that may be dead
@@ -51,7 +56,11 @@ def held(path, share: Share | None = None) -> Iterator[None]:
     share: it shares a folder with others of other numbers, but of as many processes.
     ValueError, in one line: another process holds it, who and since when. OSError: the place cannot be written.
     """
-    lock = _Lock(pathlib.Path(path).absolute() / "lock", share)
+    if buckets.is_bucket(path):
+        with _BucketLock(buckets.of(path) / "lock", share):
+            yield
+        return
+    lock = _Lock(buckets.local(path) / "lock", share)
     folder = lock.path.parent
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +76,7 @@ def held(path, share: Share | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def held_output(path) -> Iterator[None]:
     """As `held`, for an output that does not exist yet, a file or a folder: the lock lies beside it."""
-    path = pathlib.Path(path).absolute()
+    path = buckets.local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _Lock(path.with_name(f".{path.name}.lock"), None):
         yield
@@ -122,8 +131,7 @@ class _Lock:
         return [(f, r) for f, r in found if r and r["token"] not in dead and self._conflicts(r)]
 
     def _conflicts(self, record: dict) -> bool:
-        theirs = record.get("share")
-        return not (self._share and theirs and theirs[1] == self._share[1] and theirs[0] != self._share[0])
+        return not _apart(self._share, record.get("share"))
 
     def _make(self, file: pathlib.Path) -> bool:
         """Makes the file with everything in it; False: it is there already."""
@@ -157,6 +165,96 @@ class _Lock:
         return []
 
 
+class _BucketLock:
+    def __init__(self, path, share: Share | None):
+        from google.cloud import storage
+
+        self._name = path.name + (f"-{share.process}-of-{share.processes}" if share else "")
+        self.path, self._share, self._mine = path, share, path.with_name(self._name)
+        self._record = {**_myself(), "token": uuid.uuid4().hex, "share": share}
+        bucket, _, name = str(self._mine).removeprefix(buckets.SCHEME).partition("/")
+        try:  # objects need no project, but without one the library does not begin
+            self._object = (
+                storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT") or "none").bucket(bucket).blob(name)
+            )
+        except Exception as e:  # of its credentials
+            raise OSError(f"{path.parent} cannot be locked: {e}") from e
+        self._generation, self._end = 0, threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="lock")
+
+    def __enter__(self) -> _BucketLock:
+        try:
+            self._take()
+        except (ValueError, OSError):
+            raise
+        except Exception as e:  # whatever its library has for a network, a name, or rights that are missing
+            raise OSError(f"{self.path.parent} cannot be locked: {' '.join(str(e).split())[:300]}") from e
+        self._beating.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end.set()
+        self._beating.join()
+        with contextlib.suppress(Exception):  # it is stale soon
+            self._object.delete(if_generation_match=self._generation)
+
+    def _take(self) -> None:
+        while True:
+            follows = 0
+            for file, record in self._others():
+                generation = self._seen(file)
+                if _alive(file, record):
+                    raise ValueError(_in_use(self.path, file, record))
+                if file == self._mine:
+                    follows = generation
+                elif generation:
+                    self._object.bucket.blob(self._place(file)).delete(if_generation_match=generation)
+            if self._put(0, follows):
+                if not [file for file, _ in self._others() if file != self._mine]:
+                    return
+                self._object.delete(if_generation_match=self._generation)  # two made different ones: both try again
+            time.sleep(random.uniform(0, POLL))
+
+    def _others(self) -> list[tuple]:
+        """Objects whose owners may stand in the way, with what they say."""
+        pattern = re.compile(re.escape(self.path.name) + r"(-[0-9]+-of-[0-9]+)?")
+        folder = self.path.parent
+        files = [f for f in folder.iterdir() if pattern.fullmatch(f.name)] if folder.is_dir() else []
+        found = [(file, _read(file)) for file in files]
+        return [(f, r) for f, r in found if r and not _apart(self._share, r.get("share"))]
+
+    def _seen(self, file) -> int:
+        """The generation of an object; 0: it is gone."""
+        found = self._object.bucket.get_blob(self._place(file))
+        return found.generation if found else 0
+
+    def _place(self, file) -> str:
+        return f"{self._object.name.rpartition('/')[0]}/{file.name}".lstrip("/")
+
+    def _put(self, beat: int, follows: int) -> bool:
+        """Writes the object if it is still of generation `follows`, 0: if there is none; False: it is not."""
+        from google.api_core.exceptions import PreconditionFailed
+
+        content = json.dumps({"beat": f"{beat:0{DIGITS}}", **self._record})
+        try:
+            self._object.upload_from_string(content, if_generation_match=follows, timeout=STALE / 4)
+        except PreconditionFailed:
+            # or it did, and its answer was lost
+            if (_read(self._mine) or {}).get("token") != self._record["token"]:
+                return False
+            self._object.reload()
+        self._generation = self._object.generation
+        return True
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._end.wait(BEAT):
+            number += 1
+            with contextlib.suppress(Exception):  # no network: maybe the next time
+                if not self._put(number, self._generation) and (record := _read(self._mine)):
+                    _leave(f"error: {_in_use(self.path, self._mine, record)}; it took this process for dead")
+
+
 def exclusively(beside: pathlib.Path, to: pathlib.Path) -> bool:
     """Gives the file `beside` the name `to`, never over something; False: there is something. `beside` may stay."""
     try:
@@ -173,6 +271,11 @@ def exclusively(beside: pathlib.Path, to: pathlib.Path) -> bool:
         return False
     os.replace(beside, to)
     return True
+
+
+def _apart(own: Share | None, theirs: list | None) -> bool:
+    """Whether two share a folder without standing in each other's way."""
+    return bool(own and theirs and theirs[1] == own[1] and theirs[0] != own[0])
 
 
 def _myself() -> dict:
@@ -235,7 +338,7 @@ def _alive(file: pathlib.Path, record: dict) -> bool:
 def _read(file: pathlib.Path) -> dict | None:
     """What a lock says; None: it is gone. Of one without sense only "text", which changes when it does."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = file.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
         return None
     try:

@@ -9,7 +9,7 @@ import pathlib
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "blip_jax"
 LEVELS = (
-    "trees console lock losses config decode.sampling data",
+    "trees buckets console lock losses config decode.sampling data",
     "checkpoint models.layers tasks.momentum parallel",
     "models.vision models.text models.flops data.batches data.evaluation decode eval",
     "models convert.apply convert.layouts convert.rules inference.batching inference.programs inference.language",

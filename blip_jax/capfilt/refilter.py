@@ -9,7 +9,7 @@ import pathlib
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from blip_jax import lock
+from blip_jax import buckets, lock
 from blip_jax.capfilt import decisions, settings, shards, summary
 from blip_jax.capfilt.decisions import BELOW, MATCHED, Row
 from blip_jax.console import say
@@ -34,7 +34,7 @@ def refilter(run_dir, threshold: float, out) -> dict:
 
 
 def _refilter(run_dir, threshold: float, out, stop: Interrupt) -> dict:
-    run_dir, out = pathlib.Path(run_dir).absolute(), pathlib.Path(out).absolute()
+    run_dir, out = buckets.local(run_dir, "run"), buckets.local(out, "out")
     record = settings.read(run_dir)
     if out == run_dir:
         raise ValueError(f"out is {out}, the run itself: give another folder")

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from blip_jax import lock
+from blip_jax import buckets, lock
 from blip_jax.capfilt import decisions, settings, summary
 from blip_jax.capfilt.decisions import BELOW, EMPTY, REPEATED, UNREADABLE, Row
 from blip_jax.capfilt.input import Batch, Records
@@ -55,12 +55,12 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     ValueError: settings, checkpoints or data do not fit, or `out` was begun with others. OSError: `out` cannot be
       written.
     """
+    out = buckets.local(out, "out")
     settings.validate(cfg)
     process = jax.process_index() if process is None else process
     processes = jax.process_count() if processes is None else processes
     if not 0 <= process < processes:
         raise ValueError(f"process={process} of processes={processes}: processes are numbered from 0")
-    out = pathlib.Path(out).absolute()
     try:
         with Interrupt() as stop, contextlib.ExitStack() as stack:
             return _run(cfg, out, process, processes, stop, stack)

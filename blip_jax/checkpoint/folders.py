@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import tensorstore as ts
 
+from blip_jax import buckets
+
 SUBDIR = "checkpoints"
 ITEMS = ("state", "data", "config")
 SUMS = "checksums"  # an item that checkpoints of earlier versions lack
@@ -21,6 +23,7 @@ FILE_SUMS = "checksums.json"  # in a state: of the files that describe its array
 VOCABULARIES = {"vocab": "vocabulary", "questions": "questions"}
 LINKS: dict[pathlib.Path, pathlib.Path] = {}  # that this process made, by the folders they lead to
 PLAIN = re.compile(r"[\w/ .-]*")  # orbax and tensorstore take other characters for patterns, addresses, escapes, ...
+COMMITTED = "commit_success.txt"  # in a folder on a bucket, where nothing is renamed: orbax writes it last
 LOCK, CLOUDS = ".__lock", ("gs", "s3", "az", "hf")  # ... and these for lock files and for object stores
 
 
@@ -29,7 +32,7 @@ def vocabulary(workdir, like="", name: str = "vocab") -> pathlib.Path | None:
 
     like: a vocabulary file; then where a copy of it belongs, whether there is one or not. name: of VOCABULARIES.
     """
-    found = [pathlib.Path(workdir) / f"{name}{suffix}" for suffix in (".txt", ".json", ".model")]
+    found = [buckets.of(workdir) / f"{name}{suffix}" for suffix in (".txt", ".json", ".model")]
     if like:
         return next((path for path in found if path.suffix == pathlib.Path(like).suffix), found[0])
     return next((path for path in found if path.is_file()), None)
@@ -43,7 +46,7 @@ def plain(folder: pathlib.Path) -> pathlib.Path:
         str(folder).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{str(folder)!r} is no name in UTF-8: rename the folder") from None
-    if _is_plain(folder):
+    if buckets.is_bucket(folder) or _is_plain(folder):
         return folder
     if folder not in LINKS:
         link = pathlib.Path(_links().name) / str(len(LINKS))
@@ -58,6 +61,8 @@ def _is_plain(folder: pathlib.Path) -> bool:
 
 def spelled(path) -> pathlib.Path:
     """The inverse of `plain`, also for what lies within such a folder."""
+    if buckets.is_bucket(path):
+        return path
     path = pathlib.Path(path)
     inside = (folder / path.relative_to(link) for folder, link in LINKS.items() if path.is_relative_to(link))
     return next(inside, path)
@@ -73,14 +78,22 @@ def _links() -> tempfile.TemporaryDirectory:
 # --- checkpoints of a workdir -----------------------------------------------------------------------------------------
 def folders(workdir) -> dict[int, pathlib.Path]:
     """The numbered folders of `workdir`, by number, newest first; whether they are complete or not."""
-    return numbered(pathlib.Path(workdir).absolute() / SUBDIR)
+    return numbered(buckets.of(workdir) / SUBDIR)
 
 
 def numbered(parent: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The folders in `parent` whose names are numbers as orbax writes them, newest first."""
+    """The folders in `parent` whose names are numbers as orbax writes them, newest first; on a bucket those alone whose
+    writing was completed, for the others have their names from the beginning, too."""
     entries = parent.iterdir() if parent.is_dir() else ()
-    found = {int(p.name): p for p in entries if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir()}
+    found = {int(p.name): p for p in entries if re.fullmatch("0|[1-9][0-9]*", p.name) and is_whole(p)}
     return dict(sorted(found.items(), reverse=True))
+
+
+def is_whole(folder) -> bool:
+    """Whether a folder is there and was not left while it was being written."""
+    if buckets.is_bucket(folder):
+        return (folder / COMMITTED).exists()
+    return folder.is_dir()
 
 
 def newest_complete(workdir) -> int | None:
@@ -140,12 +153,12 @@ def _lost_in_database(state: pathlib.Path) -> Iterator[str]:
     if not (state / "manifest.ocdbt").is_file():
         yield "manifest.ocdbt"
         return
-    store, seen = ts.KvStore.open({"driver": "file", "path": f"{plain(state.parent)}/state/"}).result(), set()
+    store, seen = ts.KvStore.open(buckets.kvstore(plain(state.parent) / "state")).result(), set()
     todo = references(ts.ocdbt.dump(store).result()["versions"][-1])
     while todo:
         kind, base, name, offset, length = todo.pop()
         path = state / base / name
-        whole = path.is_file() and path.stat().st_size >= offset + length
+        whole = path.is_file() and buckets.size(path) >= offset + length
         if not whole and path not in seen:
             seen.add(path)
             yield str(path.relative_to(state))

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from blip_jax import buckets
 from blip_jax.checkpoint import sums
 from blip_jax.checkpoint.folders import (
     FILE_SUMS,
@@ -28,6 +29,7 @@ from blip_jax.checkpoint.folders import (
     VOCABULARIES,
     folders,
     is_database,
+    is_whole,
     listed,
     missing,
     numbered,
@@ -48,8 +50,10 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
     ValueError: something of the newest one is missing; it names what, and the newest complete one. A name that orbax
     reads as a number, and nobody else does.
     """
-    found, parent = folders(workdir), pathlib.Path(workdir).absolute() / SUBDIR
-    names = {p.name for p in (parent.iterdir() if parent.is_dir() else ())} - {str(step) for step in found}
+    found, parent = folders(workdir), buckets.of(workdir) / SUBDIR
+    entries = list(parent.iterdir() if parent.is_dir() else ())
+    torn = sorted(p.name for p in entries if ".orbax-checkpoint-tmp" in p.name or p.is_dir() and not is_whole(p))
+    names = {p.name for p in entries} - {str(step) for step in found} - set(torn)
     if strange := sorted(name for name in names if re.search(r"^(0|[1-9]\d*)$", name)):
         raise ValueError(
             f"{parent / strange[0]} is named as a checkpoint is, and is none: move it away, for saving counts it as one"
@@ -65,7 +69,6 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
         for step, names in lost.items()
         if names
     ]
-    torn = sorted(name for name in names if ".orbax-checkpoint-tmp" in name)
     if torn:
         notes.append(f"an interrupted save left {', '.join(torn)}; removed, as it counts for nothing")
     return last, notes
@@ -73,8 +76,8 @@ def check_folders(workdir) -> tuple[int | None, list[str]]:
 
 def newest(path) -> pathlib.Path:
     """The newest complete checkpoint folder of a workdir, or `path` itself if it is one. ValueError: there is none."""
-    path = pathlib.Path(path).absolute()
-    if (path / "state").is_dir():
+    path = buckets.of(path)
+    if (path / "state").is_dir() and is_whole(path):
         return _refuse_old(path)
     for parent in (path / SUBDIR, path):
         found = (p for p in numbered(parent).values() if any((p / name).is_dir() for name in ITEMS))
@@ -105,7 +108,7 @@ def _refuse_old(folder: pathlib.Path) -> pathlib.Path:
     frozen parameters, as before they were referred to.
     """
     tree = folder / "state" / "_METADATA"
-    if tree.is_file() and OLD.search(tree.read_text(encoding="utf-8", errors="replace")):
+    if tree.is_file() and OLD.search(tree.read_bytes().decode("utf-8", "replace")):
         raise ValueError(
             f"checkpoint {folder} is of an earlier version of blip_jax, whose text layers were not stacked and whose "
             "frozen parameters were in the checkpoint: let that version write it as a PyTorch file (`blip-jax convert "
@@ -167,6 +170,7 @@ def load_data(path) -> dict:
 
 def own_vocabulary(folder: pathlib.Path, name: str = "vocab") -> pathlib.Path | None:
     """The vocabulary file that belongs to a checkpoint folder of a workdir, None if it has none; name: of VOCABULARIES.
+    Of one on a bucket, a local copy.
 
     ValueError: it is not what it was when the checkpoint was written.
     """
@@ -177,7 +181,7 @@ def own_vocabulary(folder: pathlib.Path, name: str = "vocab") -> pathlib.Path | 
             f"{found} is not the vocabulary that checkpoint {folder} was written with: checksum {crc}, expected "
             f"{noted['crc']}: put back {noted['file']}"
         )
-    return found
+    return found and buckets.fetched(found, "merges.txt")
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -248,14 +252,14 @@ def _file_sums(folder: pathlib.Path) -> dict[str, str]:
 def _reader(folder: pathlib.Path) -> tuple[list[str], Callable[[str], np.ndarray]]:
     """The paths of the arrays of a checkpoint, and what reads one of them. ValueError: it differs from its checksum."""
     leaves, expected = tree(folder), recorded(folder)
-    base, context = f"{plain(folder)}/state/", ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})
+    base, context = buckets.kvstore(plain(folder) / "state"), ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})
     database = is_database(folder / "state")
 
     def read(path: str) -> np.ndarray:
         name = leaves[path].name
-        store = {"driver": "file", "path": f"{base}{name}/"}
+        store = {**base, "path": f"{base['path']}{name}/"}
         if database:
-            store = {"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": f"{name}/"}
+            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False, "recheck_cached_data": False}
         x = ts.open(spec, context=context, open=True, read=True).result().read().result()
         if expected:

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from blip_jax import buckets
 from blip_jax.checkpoint import sums
 from blip_jax.checkpoint.folders import FILE_SUMS, SUBDIR, SUMS, VOCABULARIES, plain, spelled, vocabulary
 from blip_jax.checkpoint.load import Damaged, compare, damage, load_data, recorded, tree, whole
@@ -47,14 +48,14 @@ def _states(**how) -> ocp.PyTreeCheckpointHandler:
 
     def and_checksums(directory) -> None:  # in process 0, once all have written and before the folder has its name
         finalize(directory)
-        (directory / FILE_SUMS).write_text(json.dumps(sums.of_files(pathlib.Path(directory))))
+        (directory / FILE_SUMS).write_text(json.dumps(sums.of_files(buckets.of(directory))))
 
     handler.finalize = and_checksums
     return handler
 
 
 def _folder(workdir) -> pathlib.Path:
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = buckets.of(workdir)
     found = plain(workdir) / SUBDIR
     workdir.mkdir(parents=True, exist_ok=True)
     return found

@@ -18,7 +18,7 @@ import traceback
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from blip_jax import config, trees
+from blip_jax import buckets, config, trees
 from blip_jax.cli import usage
 from blip_jax.convert.saved import base_of
 
@@ -120,7 +120,9 @@ def _left(argv: list[str]) -> str | None:
     folder = _split(argv, "workdir")[0]
     if not folder:
         return None
-    path = pathlib.Path(folder) / SAVED
+    if buckets.is_bucket(folder) and (path := buckets.of(folder, "--workdir") / SAVED).exists():
+        return str(path)
+    path = buckets.local(folder, "--workdir") / SAVED if not buckets.is_bucket(folder) else path
     if path.is_file():
         return str(path)
     parent = path.parent.parent
@@ -139,7 +141,7 @@ def load(path: str) -> ConfigDict:
     """
     file, argument = _file_and_argument(path)
     if file.endswith(".json"):
-        return of_run(pathlib.Path(file))
+        return of_run(buckets.of(file))
     spec = importlib.util.spec_from_file_location("config_file", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"--config={path}: a Python file (.py) or a run's {SAVED} was expected")
@@ -184,6 +186,9 @@ def _get(module, file: str, argument: str | None):
 
 def _file_and_argument(path: str) -> tuple[str, str | None]:
     """FILE and ARGUMENT of FILE:ARGUMENT, where FILE exists. ValueError: it does not, with what is near."""
+    if buckets.is_bucket(path) and path.endswith(".json"):
+        return path, None
+    buckets.local(path, "--config")
     places = [i for i, letter in enumerate(path) if letter == ":"]
     for file, argument in ((path, None), *((path[:i], path[i + 1 :]) for i in places)):
         if os.path.isfile(file):
@@ -253,10 +258,10 @@ def of_run(path: pathlib.Path) -> ConfigDict:
 
 def use_own_vocabulary(cfg: ConfigDict, workdir) -> None:
     """Where the vocabulary that a config names is gone, the copy in the workdir takes its place, and it is said."""
-    named = [cfg.text.vocab] if os.path.isfile(cfg.text.vocab) else cfg.text.vocab.split(",")
+    named = [cfg.text.vocab] if buckets.is_file(cfg.text.vocab) else cfg.text.vocab.split(",")
     for i, name in enumerate(("vocab", "questions")[: len(named)]):
-        copies = [pathlib.Path(workdir) / f"{name}{suffix}" for suffix in (".txt", ".json", ".model")]
-        if not os.path.isfile(named[i]) and (copy := next((str(p) for p in copies if p.is_file()), None)):
+        copies = [buckets.of(workdir) / f"{name}{suffix}" for suffix in (".txt", ".json", ".model")]
+        if not buckets.is_file(named[i]) and (copy := next((str(p) for p in copies if p.is_file()), None)):
             print(f"text.vocab={named[i]!r} is not there: the copy {copy} is used", file=sys.stderr)
             named[i] = copy
     cfg.text.vocab = ",".join(named)

@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from blip_jax import buckets
 from blip_jax.cli.parse import require, set_flags
 from blip_jax.data import paths
 
@@ -281,6 +282,7 @@ def pictures(given: list[str]) -> list[str]:
     """
     out = []
     for path in given:
+        buckets.local(path, "a picture")
         try:
             found = paths.find(path)
         except ValueError:

@@ -16,7 +16,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict
 
-from blip_jax import __version__
+from blip_jax import __version__, buckets
 from blip_jax.cli import configs, infer, usage
 from blip_jax.cli.parse import parse
 from blip_jax.parallel import compiler
@@ -55,7 +55,7 @@ def evaluate(argv: list[str]) -> int:
     with processes.start(), Interrupt():
         result = evaluation.evaluate(cfg, values.workdir, values.checkpoint or "")
         say(tasks.of(cfg).table(result))
-        say(f"written to {pathlib.Path(values.workdir) / 'evaluation.json'}")
+        say(f"written to {buckets.of(values.workdir) / 'evaluation.json'}")
     return 0
 
 
@@ -103,6 +103,7 @@ def vocab(argv: list[str]) -> int:
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
     parse(values, argv, required=("out",))
+    out = buckets.local(values.out, "--out")
     from blip_jax.data import captions as texts
     from blip_jax.data.scenes.world import vocab_captions
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
@@ -116,7 +117,7 @@ def vocab(argv: list[str]) -> int:
     if left_out:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in left_out.items())
         print(f"left out of what --captions names: {reasons}", file=sys.stderr)
-    pathlib.Path(values.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     train_vocab(captions, values.size, values.out)
     tokenizer = Tokenizer(values.out)
     words = pathlib.Path(values.out).read_text(encoding="utf-8").splitlines()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from absl import flags
 
+from blip_jax import buckets
 from blip_jax.config import source
 
 SHARED = ("path", "weight")  # leaves of a source that are no flags here
@@ -46,6 +47,8 @@ def pack(argv: list[str], parse: Callable, again: int) -> int:
         raise ValueError(f"{given[0]!r} and {len(given) - 1} more: give one path or pattern in quotes, as 'cc/*.tar'")
     if not given and kind != "scenes":
         raise ValueError("blip-jax pack needs a file or a pattern in quotes, as blip-jax pack 'cc/*.tar' --out=data/cc")
+    for path in given:
+        buckets.local(path, "the source")
     if not kind:
         first = paths.find(given[0])[0]
         kind = kind_of(first) if pathlib.Path(first).is_file() else "a folder"
@@ -54,7 +57,7 @@ def pack(argv: list[str], parse: Callable, again: int) -> int:
     leaves = {
         leaf: tuple(v) if isinstance(v := getattr(values, leaf), list) else v for leaf in leaves if leaf != "kind"
     }
-    cfg, out = source(kind, *given, **leaves), pathlib.Path(values.out).absolute()
+    cfg, out = source(kind, *given, **leaves), buckets.local(values.out, "--out")
     with Interrupt("dropping unfinished shards; the same command goes on") as interrupt:
         done = pack(
             values.name or out.name,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from blip_jax import buckets
 from blip_jax.cli import usage
 from blip_jax.cli.parse import parse
 from blip_jax.eval import captions, files, nlvr, recall, spice, visdial, vqa
@@ -45,6 +46,8 @@ def score(argv: list[str]) -> int:
     flags.DEFINE_bool("json", False, "one JSON object instead of a table", flag_values=values)
     flags.DEFINE_string("out", "", "file to write, JSON: the scores and those of each example", flag_values=values)
     parse(values, [f"score {what}", *argv[2:]], required=("results", "references"))
+    if values.out:
+        buckets.local(values.out, "--out")
     found = run(values)
     if values.out:
         text = json.dumps({"scores": found.scores, "each": found.each}, indent=1)

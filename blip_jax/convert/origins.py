@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip_jax import tasks, trees
+from blip_jax import buckets, tasks, trees
 from blip_jax.convert.rules.families import INITIAL
 from blip_jax.convert.source import Source
 from blip_jax.models import initial
@@ -63,7 +63,7 @@ def names(init_from: str) -> list[str]:
 
 def _exists(path: str) -> bool:
     try:
-        return pathlib.Path(path).exists()
+        return buckets.of(path).exists() if buckets.is_bucket(path) else pathlib.Path(path).exists()
     except OSError:  # a name too long
         return False
 
@@ -89,6 +89,8 @@ def together(cfg, sources: Sequence[tuple[str, Source]]) -> Together:
 # --- references -------------------------------------------------------------------------------------------------------
 def origin(given: str, found: pathlib.Path, workdir: pathlib.Path) -> dict:
     """How a checkpoint in `workdir` names an origin, of which `read.locate` found that path."""
+    if buckets.is_bucket(given) or buckets.is_bucket(workdir):  # one has no path from the other
+        return {"given": given, "at": str(found) if _exists(given) else given}
     if not pathlib.Path(given).exists():
         return {"given": given, "at": given}  # a name on the hub, whose cache may be emptied
     return {"given": given, "at": str(found), "beside": os.path.relpath(found, workdir)}
@@ -97,8 +99,10 @@ def origin(given: str, found: pathlib.Path, workdir: pathlib.Path) -> dict:
 def place(origin: dict, workdir: pathlib.Path) -> str:
     """Where an origin of a checkpoint in `workdir` is to be read: where it was, else as far from the workdir as it
     was."""
+    if "beside" not in origin:
+        return origin["at"]
     beside = workdir / origin.get("beside", "")
-    moved = "beside" in origin and not pathlib.Path(origin["at"]).exists() and beside.exists()
+    moved = not pathlib.Path(origin["at"]).exists() and beside.exists()
     return os.path.normpath(beside) if moved else origin["at"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip_jax import checkpoint, trees
+from blip_jax import buckets, checkpoint, trees
 from blip_jax.convert import (
     apply,
     bert,
@@ -68,6 +68,14 @@ def locate(path) -> pathlib.Path:
         raise ValueError(
             f"{path!r} names no checkpoint: give a workdir, a file, a Hugging Face folder or a name on its hub; '.' is "
             "the current folder"
+        )
+    if buckets.is_bucket(path):
+        found = buckets.of(path, "the checkpoint")
+        if _is_ours(found):
+            return checkpoint.newest(found)
+        raise ValueError(
+            f"{found} holds no checkpoint of ours, and of others only local files are read: copy it here with "
+            f"{buckets.COPY}"
         )
     found = pathlib.Path(path).absolute() if pathlib.Path(path).exists() else hub.folder(str(path))
     return checkpoint.newest(found) if _is_ours(found) else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import shutil
 
+from blip_jax import buckets
 from blip_jax.convert.foreign import load
 from blip_jax.convert.rules.blip2 import WHOLE
 from blip_jax.convert.source import Source
@@ -61,7 +62,7 @@ def _of_bert(source: Source, given: str, own: pathlib.Path | None, origin: str, 
     """BERT's vocabulary, of a MED or a Q-Former. own: that came with the source; flag: what gives another."""
     model = source.cfg.model
     size, added = (model.med.vocab_size, EXTRA) if "med" in model else (model.qformer.vocab_size, EXTRA[:1])
-    path = pathlib.Path(given) if given else own or _from_hub(size, added, flag)
+    path = buckets.fetched(given) if given else own or _from_hub(size, added, flag)
     tokenizer = Tokenizer(path)
     entries = tokenizer.vocab_size - len(EXTRA) + len(added)
     if entries != size:
@@ -84,7 +85,7 @@ def _of_bert(source: Source, given: str, own: pathlib.Path | None, origin: str, 
 
 def _of_language_model(source: Source, given: str, origin: str) -> pathlib.Path | None:
     """Of a second-stage model: the tokenizer of its language model; None where none is given and none came with it."""
-    path = pathlib.Path(given) if given else source.vocab
+    path = buckets.fetched(given, "merges.txt") if given else source.vocab
     if path is None:
         return None
     want, (found, entries) = WHOLE.get(source.family, source.family), language_model(path)

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Mapping
 
-from blip_jax import checkpoint, lock, trees
+from blip_jax import buckets, checkpoint, lock, trees
 from blip_jax.convert import apply, blip2, hf, hf_blip2, torch_io, vocabulary
 from blip_jax.convert.read import read
 from blip_jax.convert.rules.families import WORDS
@@ -46,7 +46,7 @@ def convert(
     Raises: ValueError: `path` cannot be read, `out` exists, another process writes it or it cannot hold this family, or
       the two differ; `out` then stays as it was.
     """
-    out = pathlib.Path(out).absolute()
+    out = buckets.local(out, "OUT")
     to = to or ("official" if out.suffix == ".pth" else "ours")
     if to not in FORMATS:
         raise ValueError(f"--to={to}: choose one of {', '.join(FORMATS)}")

@@ -6,6 +6,8 @@ import collections
 import json
 import pathlib
 
+from blip_jax import buckets
+
 ENOUGH = 100  # records tried before max_bad_share can stop a run
 
 
@@ -49,7 +51,7 @@ class Ledger:
             raise ValueError(
                 f"{bad} of {self.read} records read ({100 * bad / self.read:.1f} %) cannot be used, more than "
                 f"data.max_bad_share={self.max_bad_share:g} allows. Commonest: {worst}. They are named in "
-                f"{self.path}: repair the data, or raise data.max_bad_share"
+                f"{buckets.spelled(self.path)}: repair the data, or raise data.max_bad_share"
             )
 
     def counts(self) -> dict:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from blip_jax import buckets
 from blip_jax.data import paths
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import CAPTIONS, Writing
@@ -50,12 +51,13 @@ def pack(
     n}}. ValueError: the source cannot be opened, more than `max_bad_share` of 100 records or more cannot be used, or
     `out` was begun with other settings. OSError: `out` cannot be written.
     """
+    out = buckets.local(out, "out")
     if shard_examples < 1 or threads < 1 or not 0 <= process < processes:
         raise ValueError(
             f"shard_examples={shard_examples} and threads={threads} must be 1 or more, process={process} below "
             f"processes={processes}"
         )
-    source, out = open_source(name, cfg), pathlib.Path(out).absolute()
+    source = open_source(name, cfg)
     count = -(-len(source) // shard_examples)
     try:
         (out / UNFINISHED).mkdir(parents=True, exist_ok=True)

@@ -12,17 +12,21 @@ import math
 import os
 import re
 
+from blip_jax import buckets
+
 MAX_NAMES = 200_000  # that the braces of one path may stand for
 MAX_LETTERS = 100_000_000  # of all these names together
 DEPTH = 16  # of braces in braces
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?|([a-zA-Z])\.\.([a-zA-Z])")
 
 
-def find(path: str) -> list[str]:
+def find(path: str, on_bucket: bool = False) -> list[str]:
     """The sorted files or folders that `path` names, each once. ValueError: one of them does not exist, or too many.
 
-    Of braces every name must exist; of wildcards any number but none.
+    Of braces every name must exist; of wildcards any number but none. on_bucket: whether those on gs:// are read, too.
     """
+    if buckets.is_bucket(path):
+        return _on_bucket(path) if on_bucket else [str(buckets.local(path, "a file"))]
     if os.path.lexists(path):
         return [path]
     base, rest = _existing(path)
@@ -45,6 +49,22 @@ def find(path: str) -> list[str]:
         f"{len(missing)} of the {len(missing) + len(found)} files that {path!r} stands for are missing, the first "
         f"{missing[0]!r}: fetch them, or give a pattern with * that only those match that are there"
     )
+
+
+def _on_bucket(path: str) -> list[str]:
+    """As `find`, of gs://; a name with * ? [ ] is always a pattern."""
+    found, missing = set(), []
+    folders: dict[str, set[str]] = {}  # listed once each, as braces name many files of one folder
+    for name in braces(path):
+        matches = buckets.glob(name, folders)
+        found.update(matches)
+        missing += [name] * (not matches)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the files that {path!r} stands for {'are' if missing[1:] else 'is'} not on the bucket, "
+            f"the first {missing[0]!r}"
+        )
+    return sorted(found)
 
 
 def _existing(path: str) -> tuple[str, str]:

@@ -32,10 +32,16 @@ import stat
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from blip_jax import buckets
 from blip_jax.data import paths
 
 MAX_BYTES = 1 << 28  # of one picture; longer is not a record but an accident
 MAX_TEXT = 1 << 23  # bytes of one row of a list, one caption or one .json of a shard; parsing takes many times as much
+ON_BUCKETS = ("array_record",)  # kinds whose files are read by ranges from gs://
+REMEDY = (
+    "of gs:// the kind array_record alone is read: copy the files here, write them with `blip-jax pack` and copy its "
+    "folder there, or mount the bucket with gcsfuse"
+)
 NO_ID = ("", "nan", "none", "null")  # what tools write for an image_id that is missing
 
 
@@ -70,11 +76,15 @@ class Source(Protocol):
 def expand(name: str, cfg) -> list[str]:
     """The sorted files that cfg.path names (data/paths.py). ValueError: there are none, or one is missing."""
     try:
-        found = paths.find(cfg.path)
+        for leaf in ("path", "images", "roots"):
+            for path in [cfg[leaf]] if isinstance(cfg[leaf], str) else cfg[leaf]:
+                if leaf != "path" or cfg.kind not in ON_BUCKETS:
+                    buckets.local(path, leaf, REMEDY)
+        found = paths.find(cfg.path, on_bucket=True)
     except ValueError as e:
         raise ValueError(f"data source {name!r}: {e}") from None
     for path in found:
-        if not os.path.isfile(path):
+        if not buckets.is_bucket(path) and not os.path.isfile(path):
             hint = f"a folder: name its files, as {path.rstrip('/')}/*" if os.path.isdir(path) else "not a file"
             raise ValueError(f"data source {name!r}: {path!r} is {hint}; paths are relative to {os.getcwd()}")
     return found
@@ -117,6 +127,8 @@ def field_of(row: Any, name: str, absent: Any = None) -> Any:
 
 def read_at(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a regular file; opened for each call, so that thousands of shards need no open files."""
+    if buckets.is_bucket(path):
+        return buckets.read_at(path, offset, size)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # non-blocking: a pipe named like a picture must not hang the run
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

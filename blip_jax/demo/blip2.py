@@ -16,7 +16,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from blip_jax import config, lock
+from blip_jax import buckets, config, lock
 from blip_jax.config import source
 from blip_jax.console import say
 from blip_jax.convert import write
@@ -50,7 +50,7 @@ def run(cfg, workdir) -> dict:
 
     Returns {"stopped": bool, "results": what the report shows}. Writes results.json and report.html beside the stages.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = buckets.local(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # two runs of a stage are one program
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))

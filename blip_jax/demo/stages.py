@@ -16,7 +16,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from blip_jax import config, lock
+from blip_jax import buckets, config, lock
 from blip_jax.capfilt.refilter import refilter
 from blip_jax.capfilt.run import run as capfilt
 from blip_jax.config import source
@@ -47,7 +47,7 @@ def run(cfg, workdir) -> dict:
 
     Returns {"stopped": bool, "results": what the report shows}. Writes results.json and report.html beside the stages.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = buckets.local(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # the pre-trainings are one program
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))

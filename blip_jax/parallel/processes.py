@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from blip_jax import __version__
+from blip_jax import __version__, buckets
 from blip_jax.console import plain, revision, say
 from blip_jax.parallel import peers
 from blip_jax.parallel.interrupt import Stopped
@@ -225,7 +225,7 @@ def agree(cfg, folder, **more) -> None:
             + "\n  ".join(differences(gather(facts), _line.hosts))
             + "\nstart all of them with the same command, source and versions"
         )
-    if unseen := _blind(pathlib.Path(folder)):
+    if unseen := _blind(buckets.of(folder)):
         names = ", ".join(f"{k} (host {_line.hosts[k]})" for k in unseen)
         raise ValueError(
             f"{folder} is not one folder for all: processes {names} do not see there what process 0 (host "
@@ -261,7 +261,7 @@ def _blind(folder: pathlib.Path) -> list[int]:
     """The processes that do not see a file that process 0 writes into `folder`."""
     name = gather(f".seen-by-all-{uuid.uuid4().hex}")[0]
     if jax.process_index() == 0:
-        (folder / name).touch()
+        (folder / name).write_text("")
     gather("written")
     deadline = time.monotonic() + VISIBLE
     while not (seen := (folder / name).exists()) and time.monotonic() < deadline:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from blip_jax import tasks
+from blip_jax import buckets, tasks
 from blip_jax.capfilt import settings
 from blip_jax.console import plain, say
 from blip_jax.parallel import sharding
@@ -257,8 +256,9 @@ def finished(out: dict, request: Request) -> dict:
 
 def save(plan: dict, path) -> None:
     """Writes a plan as JSON."""
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(path).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    path = buckets.local(path, "--out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
 def gib(n: float) -> str:

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from blip_jax import checkpoint, tasks
+from blip_jax import buckets, checkpoint, tasks
 from blip_jax.console import say
 from blip_jax.convert import read
 from blip_jax.data.text import tokenizers
@@ -26,17 +26,24 @@ def evaluate(cfg, workdir, path="") -> dict:
     fitted to cfg.model. The numbers go to `workdir`/evaluation.json with the checkpoint's name.
     ValueError: no checkpoint, another model's or vocabulary's, no evaluation source.
     """
+    try:
+        return _evaluate(cfg, workdir, path)
+    finally:
+        buckets.settle()
+
+
+def _evaluate(cfg, workdir, path) -> dict:
     if not len(cfg.data.eval):
         raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
     origin = read.locate(path) if path else checkpoint.newest(workdir)
     tokenizer = tokenizers.of_config(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = buckets.of(workdir, "workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
     model = task.build(cfg)
     shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(cfg.seed)))
-    data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{suffix()}.jsonl")
+    data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
     processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
     params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
     say(f"evaluating {origin} on {len(data)} examples")
@@ -60,6 +67,4 @@ def _write_result(workdir: pathlib.Path, task, cfg, result: dict, checkpoint: st
         except ValueError as e:
             say(f"nothing is written for a server: {e}")
     for name, text in files:  # whole or not at all
-        beside = workdir / f"{name}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(workdir / name)
+        buckets.write(workdir / name, text)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from blip_jax import checkpoint, lock
+from blip_jax import buckets, checkpoint, lock
 from blip_jax.console import say
 from blip_jax.data.order import Order
 from blip_jax.inference.load import Loaded
@@ -43,6 +43,7 @@ def fit(cfg, workdir) -> dict:
     anything compiles. NonFiniteLoss: the step is named and the last good checkpoint is kept. OSError: a checkpoint or a
     log cannot be written.
     """
+    workdir = buckets.of(workdir, "workdir")
     try:
         return _fit(cfg, workdir)
     except Stopped:
@@ -54,14 +55,15 @@ def fit(cfg, workdir) -> dict:
         if e.errno not in FULL:
             raise
         what = f"writing in {workdir} failed: {os.strerror(e.errno)}"
-        raise OSError(f"{what}; make room, then {saving.go_on(pathlib.Path(workdir))}") from e
+        raise OSError(f"{what}; make room, then {saving.go_on(workdir)}") from e
 
 
 def _fit(cfg, workdir) -> dict:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Interrupt(agree=processes.stops))
-        stack.enter_context(processes.remedy(lambda: saving.go_on(pathlib.Path(workdir))))
+        stack.enter_context(processes.remedy(lambda: saving.go_on(workdir)))
         stack.enter_context(processes.holding(lock.held(workdir)))
+        stack.callback(buckets.settle)
         run = prepare(cfg, workdir)
         stack.enter_context(jax.set_mesh(run.mesh))
         newest = _newest(run.workdir)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import pathlib
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
+
+from blip_jax import buckets
 
 
 def tensorboard():
@@ -86,9 +87,7 @@ def drop_after(path: pathlib.Path, step: int) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}, is not JSON: {line[:80]!r}; repair or remove it") from None
     kept = [row for row in rows if row["step"] <= step]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(beside, path)
+    buckets.write(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 
@@ -96,10 +95,10 @@ class Writer:
     """Appends rows to `workdir`/metrics.jsonl and `workdir`/tb; nothing where `write` is False (other processes)."""
 
     def __init__(self, workdir: pathlib.Path, write: bool, purge_step: int):
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8") if write else None
+        self._file = open(buckets.staged(workdir / "metrics.jsonl"), "a", encoding="utf-8") if write else None
         # its thread dies of a full disk, and who puts something into a queue with a limit then waits for ever
         queue = {"purge_step": purge_step, "max_queue": 2**30}
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), **queue) if write else None
+        self._board = tensorboardX.SummaryWriter(str(buckets.staged(workdir / "tb")), **queue) if write else None
 
     def __enter__(self):
         return self
@@ -122,6 +121,7 @@ class Writer:
             if name != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
         self._board.flush()
+        buckets.sync(every=buckets.EVERY)
 
 
 class Clock:

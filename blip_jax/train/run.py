@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from blip_jax import checkpoint, tasks
+from blip_jax import buckets, checkpoint, tasks
 from blip_jax.data.batches import TrainData
 from blip_jax.data.order import Order
 from blip_jax.data.source import expand
@@ -67,7 +67,7 @@ def prepare(cfg, workdir) -> Run:
     tasks.validate(cfg, None, jax.process_count(), jax.device_count())
     tokenizer = _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = buckets.of(workdir, "workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     for name, own in tokenizers.parts(tokenizer).items():
         _keep_vocabulary(own, workdir, name)
@@ -80,11 +80,11 @@ def prepare(cfg, workdir) -> Run:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         rows=rows,
-        skipped_path=workdir / f"skipped{suffix()}.jsonl",
+        skipped_path=buckets.staged(workdir / f"skipped{suffix()}.jsonl"),
     )
     eval_data = None
     if len(cfg.data.eval):
-        eval_data = task.eval_data(cfg, tokenizer, workdir / f"skipped-eval{suffix()}.jsonl")
+        eval_data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
     processes.agree(
         cfg, workdir, vocabulary=tokenizer.crc, records={name: len(source) for name, source in data.sources.items()}
     )
@@ -154,9 +154,15 @@ def _keep_vocabulary(tokenizer, workdir: pathlib.Path, name: str) -> None:
             f"{kept}: set text.vocab={kept} or use another workdir"
         )
     if jax.process_index() == 0:
-        beside = copy.with_name(copy.name + ".tmp")
-        tokenizer.save(beside)
-        beside.replace(copy)
+        if buckets.is_bucket(copy):
+            beside = buckets.staged(copy)
+            tokenizer.save(beside)
+            buckets.rewritten(beside)
+            buckets.sync()
+        else:
+            beside = copy.with_name(copy.name + ".tmp")
+            tokenizer.save(beside)
+            beside.replace(copy)
         if kept and kept != copy:
             kept.unlink()
 
@@ -164,6 +170,6 @@ def _keep_vocabulary(tokenizer, workdir: pathlib.Path, name: str) -> None:
 def _means(vocab: pathlib.Path, tokenizer) -> bool:
     """Whether a file is the vocabulary of `tokenizer`; one that cannot be read is not."""
     try:
-        return type(tokenizer)(vocab).crc == tokenizer.crc
+        return type(tokenizer)(buckets.fetched(vocab)).crc == tokenizer.crc
     except ValueError:
         return False

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from blip_jax import checkpoint
+from blip_jax import buckets, checkpoint
 from blip_jax.console import plain, revision, say
 from blip_jax.parallel import processes
 from blip_jax.train import metrics
@@ -29,6 +29,7 @@ def save(run: Run, manager, step: int, state, sums: dict | None, crc: int, at: A
     }
     data |= {"frozen": at.frozen} if at.frozen else {}
     with writing(run):
+        buckets.sync()  # first: rows that a checkpoint is of are not made again
         checkpoint.save(manager, step, state.stored, data, plain(run.cfg))
     say(f"step {step}: saving checkpoint")
 

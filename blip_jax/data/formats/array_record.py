@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from blip_jax import buckets
 from blip_jax.data.source import MAX_BYTES, BadRecord, Source, as_captions, expand, image_id, in_keys, read_at
 
 FORMAT = "group_size:1,uncompressed"  # random access; pictures are compressed already
@@ -135,10 +136,10 @@ def _open_files() -> int:
 
 def _beside(file: RecordFile) -> Captions | None:
     """The captions beside a file. ValueError: they are another's."""
-    if not os.path.isfile(file.path + CAPTIONS):
+    if not buckets.is_file(file.path + CAPTIONS):
         return None
     captions = Captions(file.path + CAPTIONS)
-    found, wanted = (len(captions), captions.about.get("bytes")), (len(file), os.path.getsize(file.path))
+    found, wanted = (len(captions), captions.about.get("bytes")), (len(file), buckets.size(file.path))
     if found != wanted:
         raise ValueError(
             f"{captions.path!r} is of another file, of {found[0]} records and {found[1]} bytes, not {wanted[0]} and "
@@ -179,7 +180,7 @@ class Captions:
 def _lines(path: str) -> np.ndarray:
     """i64[lines + 1]: where each line begins, and the end of the last."""
     found, at = [np.zeros(1, np.int64)], 0
-    with open(path, "rb") as file:
+    with buckets.opened(path) as file:
         while block := file.read(1 << 24):
             found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + (at + 1))
             at += len(block)
@@ -191,7 +192,7 @@ def _lines(path: str) -> np.ndarray:
 
 def _contents(path: str) -> tuple[np.ndarray, np.ndarray]:
     """i64[chunks]: where each chunk of records begins, and the number of records up to its end."""
-    size = os.path.getsize(path)
+    size = buckets.size(path)
     if not size or size % BLOCK:
         raise ValueError(f"{size} bytes; it is cut or something else")
     sizes, values = _texts(path, size - BLOCK, size)

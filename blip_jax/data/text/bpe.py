@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from blip_jax import buckets
 from blip_jax.data.text.clean import plain_text, tidy
 
 BEGIN, PAD = "</s>", "<pad>"  # OPT begins a text with what ends one elsewhere
@@ -44,7 +45,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = path = pathlib.Path(path)
+        self.path = path = buckets.fetched(path, "merges.txt")
         vocab, merges = _read(path)
         where = f"text.vocab={str(path)!r}"
         if sorted(vocab.values()) != list(range(len(vocab))):

@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
+from blip_jax import buckets
 from blip_jax.data.text.clean import plain_text, tidy
 
 SPACE = "\u2581"  # stands for the space before a word
@@ -53,7 +54,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = path = pathlib.Path(path)
+        self.path = path = buckets.fetched(path)
         self._where = f"text.vocab={str(path)!r}"
         found = _read(path, self._where)
         self._pieces = [piece for piece, _ in found.pieces]

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tqdm import tqdm
 
+from blip_jax import buckets
 from blip_jax.data.text.clean import plain_text, tidy
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        path = pathlib.Path(path)
+        path = buckets.fetched(path)
         if not path.is_file():
             raise ValueError(
                 f"text.vocab={str(path)!r}: no such file; give a vocab.txt or tokenizer.json, or make one from "

