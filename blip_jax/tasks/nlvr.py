@@ -24,6 +24,7 @@ from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import step
 
 SIDES = ("img0", "img1")  # left and right
+BEST = ("accuracy",)  # of dev, as the original
 OTHER = {"left": "right", "right": "left"}
 
 

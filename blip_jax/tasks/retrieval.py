@@ -17,6 +17,7 @@ from blip_jax.models.blip import Blip
 from blip_jax.tasks import contrast, step, two_stage
 
 text, table = pairs.text, recall.table
+BEST = ("r_mean",)  # of the validation split, as the original
 before, after = contrast.before, contrast.after
 
 
