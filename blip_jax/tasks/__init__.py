@@ -45,6 +45,10 @@ and one whose model is not that of pre-training may start from a checkpoint of i
 
   START                                 models.build.Start: what its parameters start from
 
+one that fine-tunes what others have trained
+
+  BEGINS_FROM                           in words, what its train.init_from should name: anything else is said
+
 There is no list of tasks: a module in this folder that is not in SHARED is one.
 """
 

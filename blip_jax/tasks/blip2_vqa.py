@@ -29,6 +29,7 @@ from blip_jax.tasks import blip2_stage1, blip2_stage2, step, vqa
 
 START = blip2_stage2.START  # a first stage has the Q-Former's words, which a second stage's file lacks
 loss, table = blip2_stage2.loss, vqa.table
+BEGINS_FROM = "both stages of BLIP-2, its tower and its language model"
 
 
 def leaves() -> ConfigDict:

@@ -18,6 +18,7 @@ from blip_jax.tasks import contrast, step, two_stage
 
 text, table = pairs.text, recall.table
 BEST = ("r_mean",)  # of the validation split, as the original
+BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base.pth"
 before, after = contrast.before, contrast.after
 
 

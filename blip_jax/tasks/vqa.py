@@ -31,6 +31,7 @@ from blip_jax.models.build import Start
 from blip_jax.models.vqa import BlipVqa
 from blip_jax.tasks import step
 
+BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base_capfilt_large.pth"
 OFTEN = 9  # questions whose majority gives an answer that a made list holds
 # Both text models start as the shared one of pre-training. Where image and text widths differ the decoder, which looks
 # at question states, has keys and values of another shape; these start random, as in the original.

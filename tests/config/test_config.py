@@ -171,7 +171,7 @@ def test_paper_configs_have_the_papers_numbers():
         assert c.train.steps == 20 * (c.data.epoch_examples // batch)
 
 
-@pytest.mark.parametrize("size, lr_caption, lr_filter, batch_filter", [("b", 1e-5, 1e-5, 256), ("l", 2e-6, 5e-6, 512)])
+@pytest.mark.parametrize("size, lr_caption, lr_filter, batch_filter", [("b", 1e-5, 1e-5, 256), ("l", 2e-6, 5e-6, 256)])
 def test_fine_tuning_configs_have_the_papers_numbers(size, lr_caption, lr_filter, batch_filter):
     """BLIP paper, appendix, and configs/caption_coco.yaml, retrieval_coco.yaml of the published code."""
     captioner, judge = load("caption_coco", f"vit{size}"), load("retrieval_coco", f"vit{size}")
