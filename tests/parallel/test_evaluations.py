@@ -22,7 +22,7 @@ def server():
 
 def test_two_processes_evaluate_as_one(tiny_cfg, server, tmp_path, monkeypatch):
     monkeypatch.setattr(caption, "evaluate", caption.curve)  # official scores need Java, which takes 13 s to start
-    pictures, cases, configs = mini.write_pictures(tmp_path / "pictures"), {}, {}
+    pictures, cases, configs = mini.write(tmp_path / "mini"), {}, {}
     for objective in mini.SOURCES:
         cfg = mini.settings(tiny_cfg.copy_and_resolve_references(), objective, pictures)
         configs[objective] = write_config(cfg, tmp_path / f"{objective}.py")

@@ -22,7 +22,7 @@ DOMAINS = "nocaps/annotation/nocaps_val_4500_captions.json"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return mini.write_pictures(tmp_path_factory.mktemp("pictures"))
+    return mini.write(tmp_path_factory.mktemp("mini"))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from blip_jax.train import best, evaluation, loop, metrics
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return mini.write_pictures(tmp_path_factory.mktemp("pictures"))
+    return mini.write(tmp_path_factory.mktemp("mini"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_coco_captions_and_nocaps(tiny_cfg, pictures, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(captions, "Meteor", lambda: contextlib.nullcontext(meteor))
     test = mini.LISTS["coco"][2]
-    cfg.data.eval.mini.path = str(MINI / test)
+    cfg.data.eval.mini.path = str(pictures / "lists" / test)
     result = evaluation.evaluate(cfg, tmp_path / "test", tmp_path / "run" / "best")
     assert "SPICE: not computed" in capsys.readouterr().out
     given = tmp_path / "test" / "captions_blip_results.json"
@@ -96,7 +96,7 @@ def test_coco_captions_and_nocaps(tiny_cfg, pictures, tmp_path, monkeypatch, cap
     assert again.keys() == {"in-domain", "near-domain", "out-domain", "entire"}
     for name, own in again.items():
         assert own == pytest.approx({n: result[f"{name}/{n}"] for n in own})
-    cfg.data.eval.mini.path = str(MINI / "nocaps/annotation/nocaps_test.json")  # captions of people are not public
+    cfg.data.eval.mini.path = str(pictures / "lists" / "nocaps/annotation/nocaps_test.json")
     hidden = evaluation.evaluate(cfg, tmp_path / "hidden", tmp_path / "run" / "best")
     assert hidden.keys() == {"pictures", "predictions"} and hidden["pictures"] == 8
     assert "8 of 8 pictures have no captions of people and are not scored" in capsys.readouterr().out
@@ -133,15 +133,15 @@ def test_vqa(tiny_cfg, pictures, tmp_path, monkeypatch, capsys):
     again = scored(capsys, "vqa", given, MINI / "vqa/official/v2_mscoco_val2014_annotations.json")
     assert again == {name: result[name] for name in again} and "answer_type/yes/no" in again
     for subset, questions in (("test2015", 24), ("test-dev2015", 12)):
-        cfg.data.eval.mini.path = str(MINI / f"vqa/official/v2_OpenEnded_mscoco_{subset}_questions.json")
+        cfg.data.eval.mini.path = str(pictures / "lists" / f"vqa/official/v2_OpenEnded_mscoco_{subset}_questions.json")
         hidden = evaluation.evaluate(cfg, tmp_path / subset, tmp_path / "run")
         assert hidden.keys() == {"questions", "predictions"}
         rows = json.loads((tmp_path / subset / f"v2_OpenEnded_mscoco_{subset}_blip_results.json").read_text())
         assert len({row["question_id"] for row in rows}) == len(rows) == questions
     assert {row["answer"] for row in rows} <= set(mini.read("vqa/annotation/answer_list.json"))
     capsys.readouterr()
-    cfg.data.train.mini.path = str(MINI / "vqa/official/v2_*[nl]2014*.json")  # as the paper trains
-    cfg.data.eval.mini.path = str(MINI / "vqa/official/v2_*val2014*.json")
+    cfg.data.train.mini.path = str(pictures / "lists" / "vqa/official/v2_*[nl]2014*.json")  # as the paper trains
+    cfg.data.eval.mini.path = str(pictures / "lists" / "vqa/official/v2_*val2014*.json")
     assert evaluation.evaluate(cfg, tmp_path / "val", tmp_path / "run")["accuracy"] == result["accuracy"]
     assert (
         "val2014_annotations.json, which data.train.mini trains on: numbers on it say nothing"
@@ -153,7 +153,7 @@ def test_nlvr2(tiny_cfg, pictures, tmp_path, monkeypatch, capsys):
     cfg = mini.settings(tiny_cfg, "nlvr", pictures)
     trained(cfg, tmp_path / "run", monkeypatch, capsys)  # half of the pictures named .png are JPEG files
     for split in ("dev", "test1"):
-        official = MINI / f"nlvr2/official/{split}.json"
+        official = pictures / f"lists/nlvr2/official/{split}.json"
         cfg.data.eval.mini.path = str(official)
         result = evaluation.evaluate(cfg, tmp_path / split, tmp_path / "run" / "best")
         again = scored(capsys, "nlvr2", tmp_path / split / "predictions.csv", official)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import zlib
 
 from ml_collections import ConfigDict
@@ -32,8 +33,12 @@ def read(path: str):
     return json.loads((MINI / path).read_text(encoding="utf-8"))
 
 
-def write_pictures(folder: pathlib.Path) -> pathlib.Path:
-    """Every picture that the lists name. Of NLVR2's, all of which are named .png, every second pair are JPEG files."""
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """The lists, beside which readers write what they find out, and every picture that they name.
+
+    Of NLVR2's pictures, all of which are named .png, every second pair are JPEG files.
+    """
+    shutil.copytree(MINI, folder / "lists", ignore=shutil.ignore_patterns(".*"))
     for name, lists in LISTS.items():
         rows = [row for path in lists for row in read(path)]
         for i, paths in enumerate(row.get("images") or [row["image"]] for row in rows):
@@ -45,20 +50,20 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def found(pictures: pathlib.Path, kind: str, folder: str, path: str) -> ConfigDict:
-    """A config.source of files below tests/mini."""
-    return source(kind, str(MINI / path), images=str(pictures / folder))
+def found(files: pathlib.Path, kind: str, folder: str, path: str) -> ConfigDict:
+    """A config.source of lists and a folder of pictures that `write` has written."""
+    return source(kind, str(files / "lists" / path), images=str(files / folder))
 
 
-def settings(cfg: ConfigDict, objective: str, pictures: pathlib.Path) -> ConfigDict:
+def settings(cfg: ConfigDict, objective: str, files: pathlib.Path) -> ConfigDict:
     """The tiny config for a run of `objective` on its mini data set: three steps, the second and last evaluated."""
     kind, folder, train, evaluated = SOURCES[objective]
     cfg.objective = objective
     with cfg.data.unlocked():
-        cfg.data.train = ConfigDict({"mini": found(pictures, kind, folder, train)})
-        cfg.data.eval = ConfigDict({"mini": found(pictures, kind, folder, evaluated)})
+        cfg.data.train = ConfigDict({"mini": found(files, kind, folder, train)})
+        cfg.data.eval = ConfigDict({"mini": found(files, kind, folder, evaluated)})
         if objective == "vqa":
-            cfg.data.train.vg = found(pictures, kind, folder, "vqa/annotation/vg_qa.json")
+            cfg.data.train.vg = found(files, kind, folder, "vqa/annotation/vg_qa.json")
     if objective == "caption":
         cfg.text.prompt = "a "
         cfg.eval.max_length, cfg.eval.beams = 9, 2
