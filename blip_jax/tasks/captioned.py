@@ -56,7 +56,7 @@ def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
     """The pictures of cfg.data.eval, with captions of people or without. ValueError: eval.spice is no CoreNLP."""
     if cfg.eval.spice:
         spice.check(cfg.eval.spice)
-    return EvalRows(cfg, tokenizer, _picture, cfg.data.eval, skipped_path=skipped_path)
+    return EvalRows(cfg, tokenizer, _picture, cfg.data.eval, skipped_path=skipped_path, texts=False)
 
 
 def _picture(record: dict, cfg, tokenizer) -> dict:
