@@ -83,7 +83,7 @@ def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
         ({"optim.lr_factors": (("vit/.*", 0),)}, ["optim.lr_factors has 0 for 'vit/.*'", "name them in optim.freeze"]),
         ({"optim.lr_factors": (("vit/.*", (0.5, -1.0)),)}, ["optim.lr_factors has (0.5, -1.0) for 'vit/.*'"]),
         ({"optim.lr_factors": ("vit/.*", 0.1)}, ["give (regex, factor) pairs"]),
-        ({**CAPTION, "data.eval": {"val": source("scenes", count=4)}}, ["data.eval holds val", "a captioner has not"]),
+        ({"train.keep_best": True}, ["train.keep_best is set, but objective pretrain has no rule"]),
         ({**CAPTION, "text.prompt": "a picture of"}, ["text.prompt is 'a picture of'", "end it with a space"]),
         ({"text.prompt": "a picture of "}, ["text.prompt is 'a picture of ' but objective is pretrain"]),
     ],
