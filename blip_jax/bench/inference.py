@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import config, tasks
@@ -61,7 +62,7 @@ class Ours:
             return {"states": programs.encode_pixels(self.model, weights, batch["img"])}
         if self.settings.workload == "rank":
             ranked = programs.ranking(self.model, self.settings.k)
-            return ranked(weights, batch["img"], batch["ids"], batch["txt_mask"], *self.answers())
+            return ranked(weights, batch["img"], batch["ids"], batch["txt_mask"], *map(jnp.asarray, self.answers()))
         seen = programs.view(self.model, "kv", "img_emb")(weights, batch["img"])
         return programs.score(self.model)(weights, seen, batch["ids"], batch["txt_mask"])
 
