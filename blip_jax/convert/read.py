@@ -135,7 +135,7 @@ def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> 
             + " -> ".join(map(str, (*via[via.index(folder) :], folder)))
         )
     cfg, leaves = _settings(folder), reference["leaves"]
-    places = list(moved) or [origins.place(origin, folder.parent.parent) for origin in reference["origins"]]
+    places = list(moved) or [origins.place(origin, checkpoint.home(folder)) for origin in reference["origins"]]
     names = " + ".join(places) or f"the random numbers of seed {reference['random']['seed']}"
     try:
         sources = [(place, _open_origin(place, cfg, (*via, folder))) for place in places]

@@ -128,13 +128,13 @@ class EvalRows:
     """The records of `sources` in order as the rows of `example`, for evaluation one by one.
 
     Of many records the first cfg.eval.limit count, if that is set. example: (record, cfg, tokenizer) -> row, as a
-    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of each
-    row besides its arrays: the record without its pictures. A record that cannot be used is left out, counted and named
-    as in training; a source that leaves none raises ValueError.
+    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of
+    each row besides its arrays: the record without its pictures. texts: a source without any is refused. A record
+    that cannot be used is left out, counted and named as in training; a source that leaves none raises ValueError.
     """
 
-    def __init__(self, cfg, tokenizer, example, sources, *, skipped_path):
-        self.cfg, self.tokenizer, self.sources, self._example = cfg, tokenizer, open_all(sources), example
+    def __init__(self, cfg, tokenizer, example, sources, *, skipped_path, texts: bool = True):
+        self.cfg, self.tokenizer, self.sources, self._example = cfg, tokenizer, open_all(sources, texts), example
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
         where = [(name, r) for name, source in self.sources.items() for r in range(len(source))]
         self._where = where[: cfg.eval.limit or len(where)]

@@ -309,6 +309,21 @@ def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = F
     return encode_image(model) + image_kv(model) + texts * _match(model, T, original) + cosine
 
 
+def rank_image(model, T: int, answer: int, k: int, candidates: int) -> float:
+    """The fewest FLOPs with which a question of T positions about one image can have `k` of its `candidates` scored in
+    full, answers of `answer` positions with [DEC] and [SEP] (`inference.programs.ranking`).
+
+    [DEC] is read once for all of them, and the last position predicts nothing. An image has one question.
+    """
+    med, own, k = model.med, answer - 2, min(k, candidates)
+    asked = (
+        encode_image(model) + image_kv(model) + text(model, T, True) + med.layers * 2 * T * med.width * 2 * med.width
+    )
+    first = med.layers * text_layer(med, 1, 1, T) + lm_head(med)
+    each = med.layers * (text_layer(med, own, own, T) + 4 * own * med.width) + own * lm_head(med)  # [DEC]'s key too
+    return asked + first + k * each
+
+
 def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
     """FLOPs of a retrieval evaluation (blip_jax/tasks/two_stage.py): {"encode", "rerank", "total"}.
 

@@ -34,6 +34,9 @@ one that can be evaluated
                                         what `evaluate` reads, from cfg.data.eval
   evaluate(loaded, data, mesh)          {metric: number}, and maybe "predictions", JSON rows; loaded: model, params,
                                         cfg, tokenizer, origin
+  curve(loaded, data, mesh)             as `evaluate`, while a run trains, where that takes too long then
+  BEST                                  names of numbers of `curve`, or of `evaluate`, whose sum says which
+                                        checkpoint of a run is the best (train.keep_best)
   table(result)                         `evaluate`'s numbers as text
   submission(result, cfg)               (file name, text) that a server takes, where there is one. ValueError: what
                                         was asked is not answered as a whole, and nothing is written
@@ -41,6 +44,10 @@ one that can be evaluated
 and one whose model is not that of pre-training may start from a checkpoint of it by
 
   START                                 models.build.Start: what its parameters start from
+
+one that fine-tunes what others have trained
+
+  BEGINS_FROM                           in words, what its train.init_from should name: anything else is said
 
 There is no list of tasks: a module in this folder that is not in SHARED is one.
 """
@@ -53,7 +60,13 @@ from types import ModuleType
 
 from blip_jax import config
 
-SHARED = ("contrast", "momentum", "step", "two_stage")  # what several tasks have in common, no tasks themselves
+SHARED = (
+    "captioned",
+    "contrast",
+    "momentum",
+    "step",
+    "two_stage",
+)  # what several tasks have in common, no tasks themselves
 
 
 def names() -> list[str]:
@@ -92,4 +105,15 @@ def validate(cfg, tokenizer=None, process_count: int = 1, device_count: int = 1)
                 f"task holds {sorted(cfg.task)}, but of objective {cfg.objective} it is {sorted(leaves)}: {what}",
             ]
         )
-    config.refuse(problems + task.check(cfg, tokenizer))
+    config.refuse(problems + _best_problems(cfg, task) + task.check(cfg, tokenizer))
+
+
+def _best_problems(cfg, task: ModuleType) -> list[str]:
+    if not cfg.train.keep_best:
+        return []
+    if not hasattr(task, "BEST"):
+        return [
+            f"train.keep_best is set, but objective {cfg.objective} has no rule for which checkpoint is the best, its "
+            "last is used: set train.keep_best=False"
+        ]
+    return [] if len(cfg.data.eval) else ["train.keep_best is set, but data.eval is empty: nothing says which is best"]

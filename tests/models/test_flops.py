@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from blip_jax import config
+from blip_jax.bench import inference
 from blip_jax.inference import programs
-from blip_jax.models import flops
+from blip_jax.models import flops, initial
 from blip_jax.models.blip import Blip
+from blip_jax.models.vqa import BlipVqa
 
 
 def sized(size, T, img_size=224):
@@ -190,3 +192,28 @@ def test_count_goes_into_scan_conditional_and_gradient():
     with pytest.raises(ValueError, match="while loop"):
         flops.count_function(endless, x)
     assert flops.count_function(endless, x, trips=7) == 7 * once
+
+
+@pytest.mark.parametrize("depth, answer", [(12, 8), (6, 12)])
+def test_answers_by_rank_cost_what_the_maths_needs(depth, answer):
+    """Of the published size and list, as `blip-jax bench rank` runs it: states, keys and values are computed once."""
+    settings = inference.Settings("rank", img_sizes=(480,), positions=35, answer=answer)
+    cfg = config.base("base")
+    with cfg.unlocked():
+        cfg.model.img_size = 480
+        cfg.model.vit.depth = cfg.model.med.layers = depth
+    model = BlipVqa.from_config(cfg.model)
+    like = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    params = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
+    C, T = settings.candidates, settings.positions
+    traced = flops.count_function(
+        programs.ranking(model, settings.k),
+        params,
+        like(jnp.uint8, 2, 480, 480, 3),
+        like(jnp.int32, 2, T),
+        like(bool, 2, T),
+        like(jnp.int32, C, answer),
+        like(bool, C, answer),
+    )
+    needed = flops.rank_image(cfg.model, T, answer, settings.k, C)
+    assert 1 <= traced / 2 / needed < 1.1
