@@ -190,7 +190,7 @@ def retrieval_of(cfg, images=MINI / "msrvtt"):
 def questions_of(cfg, data: str, images=None):
     folder = {"msrvtt": "qa_official", "msvd_qa": "official"}[data]
     cfg = of_task(cfg, video_qa, "video_qa", "video_qa", f"{data}/{folder}/test_qa.json", images or MINI / data)
-    cfg.task.max_length, cfg.task.k = 6, 4
+    cfg.task.max_length, cfg.task.k = 6, 5
     cfg.task.train_answers = str(ANSWERS)
     return cfg
 
@@ -296,6 +296,7 @@ def answering(tiny_cfg, tmp_path):
     cfg = tiny_cfg.copy_and_resolve_references()
     cfg.objective, cfg.task = "vqa", vqa.leaves()
     cfg.task.method, cfg.task.max_length = "generate", 6
+    cfg.model.init_std = 0.3  # so that answers depend on video and question
     with cfg.data.unlocked():
         cfg.data.train = ConfigDict({"q": config.source("vqa", str(files / "vqa_train.json"), images=str(files))})
     cfg.data.epoch_examples = 16
@@ -305,6 +306,7 @@ def answering(tiny_cfg, tmp_path):
 @pytest.mark.parametrize("data", ["msrvtt", "msvd_qa"])
 def test_answers_from_files_to_numbers(data, answering, tiny_cfg, tmp_path):
     cfg = questions_of(tiny_cfg, data)
+    cfg.task.train_answers = str(tmp_path / "answer_list.json")  # which `answering` left there
     result = evaluation.evaluate(cfg, tmp_path / "run", str(answering))
     path = pathlib.Path(cfg.data.eval.clips.path)
     rows = json.loads(path.read_text())
@@ -327,7 +329,7 @@ def test_answers_from_files_to_numbers(data, answering, tiny_cfg, tmp_path):
     def alone(params, img, ids, mask, *encoded):
         kv = programs.question_kv(model, params, programs.view(model, "kv")(params, img)["kv"], ids, mask)
         found = programs.answers(model, params, kv, mask, how, 1, eos=tokenizer.sep, pad=tokenizer.pad)["ids"]
-        return found[0, 0, 1:], programs.rank_answers(model, params, *encoded, kv, mask, k=4)[0][0, 0]
+        return found[0, 0, 1:], programs.rank_answers(model, params, *encoded, kv, mask, k=5)[0][0, 0]
 
     source = video_qa.eval_data(cfg, tokenizer, tmp_path / "skipped.jsonl")
     for row, record in zip(told, source.records, strict=True):
@@ -335,6 +337,8 @@ def test_answers_from_files_to_numbers(data, answering, tiny_cfg, tmp_path):
         asked = tokenizer.encode([clean_question(record["question"])], cfg.text.max_len)
         ids, best = alone(loaded.params, img, *asked, *encoded)
         assert (row["answer"], row["rank_train"]) == (tokenizer.decode(ids), texts[int(best)])
+    for name in ("answer", "rank_train"):
+        assert len({row[name] for row in told}) > 1, f"nothing told apart by {name}: {told}"
 
 
 def test_questions_about_a_video_that_cannot_be_read_are_left_out_and_counted(answering, tiny_cfg, tmp_path):
@@ -343,6 +347,7 @@ def test_questions_about_a_video_that_cannot_be_read_are_left_out_and_counted(an
     for path in (MINI / "msrvtt" / "videos").iterdir():
         (clips / path.name).write_bytes(b"no video" if path.stem == "video7011" else path.read_bytes())
     cfg = questions_of(tiny_cfg, "msrvtt", clips)
+    cfg.task.train_answers = str(tmp_path / "answer_list.json")
     result = evaluation.evaluate(cfg, tmp_path / "run", str(answering))
     assert (result["videos"], result["questions"], result["unanswered"]) == (2, 6, 3)
     assert len(result["predictions"]) == 6 and ", 3 unanswered" in video_qa.table(result)
