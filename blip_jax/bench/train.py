@@ -83,7 +83,7 @@ def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buck
     cfg = config.blip2(*config.BLIP2_MODELS[model]) if model else config.base(size)
     with cfg.unlocked():
         cfg.objective = cfg.objective if model else objective
-        task = tasks.of(cfg)
+        task = tasks.trained(cfg)
         if hasattr(task, "leaves"):
             cfg.task = task.leaves()
         cfg.model.update(img_size=img_size, dtype=dtype)
