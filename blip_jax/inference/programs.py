@@ -34,7 +34,7 @@ VIEW_ROWS = {"img_tok": 0, "kv": 1, "img_emb": 0}  # the dimension of what `view
 
 # --- images and texts -------------------------------------------------------------------------------------------------
 def encode_pixels(model, params, img):
-    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa or BlipNlvr, without dropout.
+    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa, BlipNlvr or BlipDialog, without dropout.
 
     A single CPU takes a large batch some images at a time, so that what a layer leaves is still in the caches for the
     next one.
