@@ -257,11 +257,12 @@ def test_a_text_is_history_question_and_option(cfg):
 
 def test_a_question_is_whole_and_only_a_text_that_cannot_fit_is_cut(cfg):
     tokenizer = Tokenizer(cfg.text.vocab)
-    cfg.text.max_len, cfg.model.med.positions = 80, 80
-    texts, notes = dialog.texts_of([turn("red " * 60, "a", ["blue"], 0)], 0, cfg, tokenizer)
+    assert tokenizer.lengths(["a " * 60], 99)[0] == 62
+    cfg.text.max_len = 80
+    texts, notes = dialog.texts_of([turn("a " * 60, "a", ["a"], 0)], 0, cfg, tokenizer)
     assert len(texts.context) == 62 and notes == []  # no cleaning to fifty words
     cfg.text.max_len = 24
-    rounds = turn("a", "a"), turn("red " * 60, "a", ["blue", "red " * 30], 0)
+    rounds = turn("a", "a"), turn("a " * 60, "a", ["a", "a " * 30], 0)
     texts, notes = dialog.texts_of(rounds, 1, cfg, tokenizer)
     assert notes == ["long option, cut", "long question, cut", "long dialog, its oldest rounds are left out"]
     assert [len(texts.context) + len(ending) for ending in texts.endings] == [15, 24]
@@ -315,8 +316,8 @@ def test_options_that_read_the_same_are_scored_once(cfg):
 def test_groups_hold_every_text_once_the_shortest_first(cfg):
     tokenizer = Tokenizer(cfg.text.vocab)
     cfg.text.max_len = 40
-    long = record(turn("red " * 9, "a", ["red", "blue " * 9]), turn("a", "red", ["a", "ring", "star"]))
-    found = [dialog.dialog(r, cfg, tokenizer)["asked"].item() for r in (record(turn("a", "a", ["red"])), long)]
+    long = record(turn("a " * 9, "a", ["a", "a " * 9]), turn("a", "a", ["a", "of", "a a"]))
+    found = [dialog.dialog(r, cfg, tokenizer)["asked"].item() for r in (record(turn("a", "a", ["a"])), long)]
     seen, lengths = [], []
     for at, ids, mask in dialog.groups(found, 2, 40, tokenizer.pad):
         assert ids.shape == mask.shape == (2, 2, ids.shape[-1]) and ids.shape[-1] in (16, 32, 40)
