@@ -283,10 +283,15 @@ def compiled(model, score: str):
     def match(params, seen, ids, mask):
         B, G, T = ids.shape
         texts = (x.reshape(B * G, T) for x in (ids, mask))
-        found = model.apply({"params": params}, *texts, *seen, method="match").reshape(B, G, 2)
-        return found[..., 1] - found[..., 0] if score == "margin" else found[..., 1]
+        found = model.apply({"params": params}, *texts, *seen, method="match")
+        return scores_of(found.reshape(B, G, 2), score)
 
     return look, match
+
+
+def scores_of(logits, score: str):
+    """What options are ranked by, as task.score has it: f32[..., 2] -> f32[...]"""
+    return logits[..., 1] - logits[..., 0] if score == "margin" else logits[..., 1]
 
 
 def groups(dialogs: Sequence[Sequence[Asked]], size: int, longest: int, pad: int) -> Iterator[tuple]:

@@ -117,7 +117,8 @@ def world():
         cfg.model.vit.update(width=32, mlp=64, depth=1)
         cfg.model.update(img_size=16, dtype="float32")
     model, rng = dialog.build(cfg), np.random.default_rng(0)
-    params = initial.magnified(jax.jit(lambda: initial.init_params(cfg, model, jax.random.key(0)))(), 5)
+    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), shapes)
     ids = lambda *shape: jnp.asarray(rng.integers(3, 110, shape), jnp.int32)
     real = lambda T, *lengths: jnp.arange(T) < jnp.asarray(lengths)[..., None]
     batch = {
@@ -154,20 +155,21 @@ def test_what_a_text_looks_at():
     np.testing.assert_allclose(run(caption_ids=jnp.where(mask, ids, 9)), want, atol=1e-5)
     np.testing.assert_allclose(run(ids=jnp.where(batch["txt_mask"], batch["ids"], 9)), want, atol=1e-5)
     np.testing.assert_array_equal(run(ids=batch["ids"].at[..., 0].set(7)), want)
-    other = run(caption_ids=ids.at[1, 1].set(9))
-    assert np.abs(other - want).max(axis=(1, 2))[1] > 1e-3
+    other = run(caption_ids=ids.at[1, 1:].set(9))
+    assert np.abs(other - want).max(axis=(1, 2))[1] > 1e-4
     np.testing.assert_allclose(other[jnp.array([0, 2, 3])], want[jnp.array([0, 2, 3])], atol=1e-5)
-    assert (np.abs(run(img=batch["img"][::-1]) - want).max(axis=(1, 2)) > 1e-3).all()
+    assert (np.abs(run(img=batch["img"][::-1]) - want).max(axis=(1, 2)) > 1e-4).all()
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
 @functools.cache
 def published():
-    """(config, model, shapes of parameters) of the published run."""
+    """(config, model, shapes of parameters) of the published run with three layers."""
     cfg = config.base("base")
     with cfg.unlocked():
         cfg.objective, cfg.task = "dialog", dialog.leaves()
         cfg.model.img_size, cfg.text.max_len = 384, 256
+        cfg.model.vit.depth = cfg.model.med.layers = 3
     model = tasks.build(cfg)
     return cfg, model, jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
 
@@ -192,10 +194,9 @@ def test_evaluation_costs_what_the_maths_needs(T):
     C, G = cfg.task.caption_len, 100
     look, match = dialog.compiled(model, cfg.task.score)
     picture = like(jnp.uint8, 1, 384, 384, 3), like(jnp.int32, 1, C), like(bool, 1, C)
-    with stack.looped():
-        seen = jax.eval_shape(look, params, *picture)
-        counted = flops.count_function(look, params, *picture)
-        counted += flops.count_function(match, params, seen, like(jnp.int32, 1, G, T), like(bool, 1, G, T))
+    seen = jax.eval_shape(look, params, *picture)
+    counted = flops.count_function(look, params, *picture)
+    counted += flops.count_function(match, params, seen, like(jnp.int32, 1, G, T), like(bool, 1, G, T))
     assert counted == pytest.approx(sum(flops.dialog(cfg.model, C, T, G).values()), rel=1e-3)
 
 
@@ -209,9 +210,8 @@ def test_a_training_step_costs_what_the_maths_needs():
     def loss(params, batch):
         return dialog.loss(model, cfg, params, None, batch, Keys(jax.random.key(0), jax.random.key(1), 0))[0]
 
-    with stack.looped():
-        counted = flops.count_function(jax.grad(loss), params, batch)
-    assert 1 <= counted / 2 / dialog.flops(cfg)["step"] < 1.1
+    counted = flops.count_function(jax.grad(loss), params, batch) / 2
+    assert counted == pytest.approx(dialog.flops(cfg)["step"], rel=0.01)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -307,6 +307,12 @@ def test_what_is_odd_about_a_dialog(cfg):
         dialog.dialog(record(turn("a", "red", some, 0, [1.0, 0.0])), cfg, tokenizer)
 
 
+def test_options_are_ranked_by_a_logit_or_by_the_margin():
+    logits = np.array([[[0.0, 1.0], [3.0, 2.0]]])
+    assert dialog.scores_of(logits, "logit").tolist() == [[1.0, 2.0]]
+    assert dialog.scores_of(logits, "margin").tolist() == [[1.0, -1.0]]
+
+
 def test_options_that_read_the_same_are_scored_once(cfg):
     row = dialog.dialog(record(turn("a", "red", ["red", "Red", "blue", "red"], 1)), cfg, Tokenizer(cfg.text.vocab))
     (asked,) = row["asked"].item()
@@ -387,6 +393,7 @@ def test_a_run_starts_from_pretraining_is_stopped_resumes_and_is_evaluated(cfg, 
     with cfg.data.unlocked():
         cfg.data.train = ConfigDict({"visdial": source(files, "visdial_1.0_train.json")})
         cfg.data.eval = ConfigDict({"val": source(files, "visdial_1.0_val*.json")})
+    cfg.data.epoch_examples, cfg.text.max_len = 16, 16  # one length, hence one program
     cfg.train.update(batch=8, steps=3, log_every=1, save_every=1)
     cfg.eval.update(batch=2, rerank_texts=4)
     out = loop.fit(cfg, tmp_path / "run")
@@ -428,9 +435,8 @@ def check_evaluation(cfg, files, run, known, capsys):
     assert "dialogs, 6 rounds with options" in dialog.table(found)
 
     params, tokenizer = checkpoint.load_params(checkpoint.newest(run)), Tokenizer(cfg.text.vocab)
-    cfg.task.score = "margin"
     scores = {}
-    for devices, batch, texts in ((8, 8, 4), (1, 1, 100)):
+    for devices, batch, texts in ((8, 2, 4), (1, 1, 100)):
         cfg.eval.update(batch=batch, rerank_texts=texts)
         mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:devices])
         placed = jax.device_put(params, sharding.shardings_for(params, mesh))
@@ -449,7 +455,7 @@ def check_evaluation(cfg, files, run, known, capsys):
     alike = [i for i, text in enumerate(options) if text.lower() == "yes"]
     assert len(alike) == 2 and at["12", 2][alike[0]] == at["12", 2][alike[1]]
 
-    cfg.task.score = "logit"
+    cfg.eval.update(batch=2, rerank_texts=4)
     cfg.data.eval.val.path, cfg.eval.limit = str(files / "visdial_1.0_test.json"), 0
     test = evaluation.evaluate(cfg, run)
     assert test.keys() == {"dialogs", "rounds", "predictions"} and capsys.readouterr()
