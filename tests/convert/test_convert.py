@@ -47,7 +47,8 @@ needs_torch = pytest.mark.skipif(
 
 
 def sizes_of(family):
-    return official.TINY | ({"layers": 7} if family == "nlvr" else {})
+    other = {"nlvr": {"layers": 7}, "dialog": {"W": official.TINY["D"]}}  # a dialog's widths are one
+    return official.TINY | other.get(family, {})
 
 
 def tiny(family, **how):
