@@ -34,8 +34,8 @@ VIEW_ROWS = {"img_tok": 0, "kv": 1, "img_emb": 0}  # the dimension of what `view
 
 # --- images and texts -------------------------------------------------------------------------------------------------
 def encode_pixels(model, params, img):
-    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa or BlipNlvr, without dropout; of videos u8[B,R,S,S,3] those
-    of all frames, one frame behind the other, [B,R*P,D].
+    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa, BlipNlvr or BlipDialog, without dropout; of videos
+    u8[B,R,S,S,3] those of all frames, one frame behind the other, [B,R*P,D].
 
     A single CPU takes a large batch some images at a time, so that what a layer leaves is still in the caches for the
     next one.

@@ -248,6 +248,23 @@ def bucketed_step(cfg, step: Callable, lengths: np.ndarray) -> float:
     return sum(n * step(cfg, T=int(t))["step"] for t, n in zip(*np.unique(T, return_counts=True))) / len(T)
 
 
+def dialog(model, C: int, T: int, rows: int) -> dict[str, float]:
+    """Forward FLOPs by part of `rows` texts of T positions about one image with a caption of C (`models.dialog`).
+
+    States, keys and values of image and caption are computed once for all of them, and the last layer of a text has one
+    query. Every row is computed as a whole: it is read in both directions, so that rows with the same history share
+    nothing else.
+    """
+    med, S = model.med, positions(model) + C
+    return {
+        "vision": vision(model)[0],
+        "caption": text(model, C, False),
+        "seen_kv": med.layers * 2 * S * model.vit.width * 2 * med.width,
+        "dialog": rows * ((med.layers - 1) * text_layer(med, T, T, S) + text_layer(med, T, 1, S)),
+        "head": rows * 2 * med.width * 2,
+    }
+
+
 def encode_image(model) -> float:
     """FLOPs of the ViT for one image."""
     return vision(model)[0]
