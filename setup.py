@@ -4,18 +4,41 @@ launch/*.sh do this by themselves.
 """
 
 import pathlib
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+class WithConfigs(build_py):
+    """A wheel holds the checkout's configs/ as blip_jax/configs/, where the command line looks for them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            into = pathlib.Path(self.build_lib) / "blip_jax" / "configs"
+            shutil.copytree(HERE / "configs", into, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
 
 setup(
     name="blip-jax",
     version="0.1.0",
-    description="BLIP in JAX/Flax for TPU pods and GPUs",
-    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    description="BLIP, CapFilt and BLIP-2 in JAX/Flax for TPU pods and GPUs",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The blip_jax authors",
+    keywords=["BLIP", "BLIP-2", "CapFilt", "vision-language", "image captioning", "JAX", "Flax", "TPU"],
+    project_urls={
+        "BLIP": "https://arxiv.org/abs/2201.12086",
+        "BLIP-2": "https://arxiv.org/abs/2301.12597",
+    },
     python_requires=">=3.11",
     packages=find_packages(include=["blip_jax", "blip_jax.*"]),
+    package_data={"blip_jax": ["py.typed"]},
+    cmdclass={"build_py": WithConfigs},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
@@ -57,7 +80,17 @@ setup(
         "kerashub": ["keras-hub>=0.32,<0.33"],  # a peer of BLIP-2; it brings TensorFlow, which is not used
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     },
     entry_points={"console_scripts": ["blip-jax = blip_jax.cli.main:main"]},
-    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3.11"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

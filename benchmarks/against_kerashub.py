@@ -3,10 +3,10 @@
   python benchmarks/against_kerashub.py --llm=opt,t5 --captions=1,4 --batch=4 --rounds=5 --out=kerashub.json
 
 The weights go through a Hugging Face folder, which KerasHub converts by itself. Logits of both must agree within 1e-4
-before anything is timed; then both take turns within each round: captions of a batch of pictures by nucleus sampling,
-from pixels to ids, all of the same length. The seconds of the first call, in which each is compiled, stand beside the
-times; the compile cache is off. Needs `pip install -e ".[kerashub]"`, in an environment of its own, as it brings
-TensorFlow, which is not used here.
+in float32 before anything is timed; then both, in `--dtype`, take turns within each round: captions of a batch of
+pictures by nucleus sampling, from pixels to ids, all of the same length. The seconds of the first call, in which each
+is compiled, stand beside the times; the compile cache is off. Needs `pip install -e ".[kerashub]"`, in an environment
+of its own, as it brings TensorFlow, which is not used here.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ def parameters(cfg) -> dict:
 
 
 class Ours:
-    """Our model with these parameters on the first device."""
+    """Our model with these parameters on the first device, computing in `dtype`."""
 
-    def __init__(self, cfg, params: dict):
+    def __init__(self, cfg, params: dict, dtype: str):
+        cfg = cfg.copy_and_resolve_references()
+        cfg.model.dtype = dtype
         self.model, self.mesh = tasks.build(cfg), sharding.mesh_of((1, 1, 1), jax.devices()[:1])
-        self.params = placed(jax.tree.map(np.copy, params), self.mesh, "float32")
+        self.params = placed(jax.tree.map(np.copy, params), self.mesh, dtype)
 
     def logits(self, img, ids, out_ids) -> np.ndarray:
         """f32[B,T,V] of the next token of ids (OPT) or out_ids (T5)."""
@@ -108,13 +110,13 @@ class Ours:
 
 
 class Theirs:
-    """KerasHub's model of a Hugging Face folder."""
+    """KerasHub's model of a Hugging Face folder, in `dtype`."""
 
-    def __init__(self, folder: pathlib.Path, llm: str):
+    def __init__(self, folder: pathlib.Path, llm: str, dtype: str):
         import keras_hub
 
         self.hub, self.llm = keras_hub, llm
-        backbone = keras_hub.models.BLIP2Backbone.from_preset(str(folder))
+        backbone = keras_hub.models.BLIP2Backbone.from_preset(str(folder), dtype=dtype)
         kind = keras_hub.models.BLIP2CausalLM if llm == "opt" else keras_hub.models.BLIP2Seq2SeqLM
         self.net = kind(preprocessor=None, backbone=backbone)
 
@@ -147,15 +149,16 @@ class Theirs:
 def case(llm: str, values: argparse.Namespace) -> dict:
     """Agreement, first calls and rounds of one language model. ValueError: the two are not the same model."""
     cfg = settings(values.size, llm)
-    params, rng = parameters(cfg), np.random.default_rng(1)
+    params, rng, size = parameters(cfg), np.random.default_rng(1), cfg.model.img_size
     with tempfile.TemporaryDirectory() as folder:
         hf_blip2.write(folder, Source(FAMILIES[llm], {"params": params}, cfg, None, []))
-        theirs = Theirs(pathlib.Path(folder), llm)
-    ours, size = Ours(cfg, params), cfg.model.img_size
+        models = {d: (Ours(cfg, params, d), Theirs(pathlib.Path(folder), llm, d)) for d in {"float32", values.dtype}}
+    ours, theirs = models["float32"]
     img = rng.integers(0, 256, (values.batch, size, size, 3)).astype(np.uint8)
     ids, out_ids = (rng.integers(4, cfg.model.llm.vocab_size, (values.batch, PROMPT)).astype(np.int32) for _ in "ab")
     found = {"llm": llm, "logit_difference": agreement(llm, ours, theirs, img, ids, out_ids), "captions": {}}
     say(f"{llm}: logits differ by {found['logit_difference']:.1e}")
+    ours, theirs = models[values.dtype]
     for n in values.captions:
         sides = {"ours": ours.job(img, ids, n, values.tokens), "kerashub": theirs.job(img, ids, n, values.tokens)}
         found["captions"][str(n)] = told = {"first_s": {}, "s": {name: [] for name in sides}}
@@ -196,6 +199,7 @@ def main(argv: list[str]) -> int:
     several = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     parser.add_argument("--llm", type=several(str), default=["opt", "t5"], help="opt, t5, or both with a comma")
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is timed")
     parser.add_argument("--captions", type=several(int), default=[1, 4], help="of a picture")
     parser.add_argument("--batch", type=int, default=4, help="pictures")
     parser.add_argument("--tokens", type=int, default=20, help="of a caption")

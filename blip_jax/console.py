@@ -23,8 +23,13 @@ def plain(cfg) -> dict:
 
 @functools.cache
 def revision() -> str:
-    """Git revision of the source this runs from, or "none"."""
+    """Git revision of the checkout this runs from; "none" for an installed package, which has its version alone.
+
+    The folder it is installed in may lie in another project's repository, whose revision means nothing here.
+    """
     root = pathlib.Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return "none"
     try:
         done = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     except OSError:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # BLIP on TPUs of Google Kubernetes Engine through xpk (`pip install xpk`): a cluster, a shared disk, workloads that restart by
-# themselves after a preemption. launch/README.md tells the story. The only way to TPU7x. Needs xpk, gcloud and kubectl.
+# themselves after a preemption. launch/README.md tells the story. TPU7x goes this way; Compute
+# Engine's own, through managed instance groups, has no script here. Needs xpk, gcloud and kubectl.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 
@@ -107,8 +108,9 @@ run() {
         flags+=("--docker-image=$image")
     else
         flags+=("--docker-image=python:3.12")
-        line="git clone --quiet $(quoted "$repo") /blip_jax && cd /blip_jax && git checkout --quiet --detach $revision"
-        line+=" && pip install --quiet -e '.[tpu]' && "
+        # a clone or an install that failed, as a network does, is tried again by a restart, and does not end the run
+        line="{ git clone --quiet $(quoted "$repo") /blip_jax && cd /blip_jax && git checkout --quiet --detach $revision"
+        line+=" && pip install --quiet -e '.[tpu]'; } || exit 75; "
     fi
     if [ -n "$disk" ]; then flags+=("--storage=$disk"); fi
     for variable in "${environment[@]+"${environment[@]}"}"; do flags+=("--env=$variable"); done

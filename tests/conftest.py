@@ -4,6 +4,7 @@ What XLA compiles is kept from run to run, also for the processes that tests sta
 """
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,8 +12,10 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # gone since 0.11, and a flag that XLA does not know ends the process
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
 )
 
 import jax  # noqa: E402

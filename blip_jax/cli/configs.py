@@ -22,7 +22,9 @@ from blip_jax import config, trees
 from blip_jax.cli import usage
 from blip_jax.convert.saved import base_of
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# the paper's runs: beside the package in a checkout, within it where it is installed
+CONFIGS = next((p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()), PACKAGE / "configs")
 SAVED = "config.json"  # the resolved config that a run writes into its workdir
 ALIASES = {  # what other programs call it -> the leaf here, or how it is said
     **dict.fromkeys(("learning_rate", "lr", "base_lr", "init_lr", "peak_lr", "max_lr"), "optim.lr"),
@@ -183,12 +185,19 @@ def _get(module, file: str, argument: str | None):
 
 
 def _file_and_argument(path: str) -> tuple[str, str | None]:
-    """FILE and ARGUMENT of FILE:ARGUMENT, where FILE exists. ValueError: it does not, with what is near."""
+    """FILE and ARGUMENT of FILE:ARGUMENT, where FILE exists. ValueError: it does not, with what is near.
+
+    configs/NAME.py is where the command runs, and if it is not there the package's own.
+    """
     places = [i for i, letter in enumerate(path) if letter == ":"]
     for file, argument in ((path, None), *((path[:i], path[i + 1 :]) for i in places)):
         if os.path.isfile(file):
             return file, argument
-    file = path.split(":")[0]
+    file, _, argument = path.partition(":")
+    if pathlib.PurePath(file).parts[:-1] == ("configs",) and (CONFIGS / pathlib.PurePath(file).name).is_file():
+        found = CONFIGS / pathlib.PurePath(file).name
+        print(f"{file} is not here: the one of the package, {found}", file=sys.stderr)
+        return str(found), argument if ":" in path else None
     if os.path.isdir(file):
         found = sorted(p.name for p in pathlib.Path(file).glob("*.py"))
         raise ValueError(
@@ -205,9 +214,9 @@ def _near(file: str) -> str:
         here = [p.name for p in folder.glob("*.py")]
         if close := difflib.get_close_matches(name if name.endswith(".py") else f"{name}.py", here, 2, 0.6):
             return f"in {folder.absolute()}; did you mean {' or '.join(str(folder / c) for c in close)}?"
-    elsewhere = [ROOT / file, ROOT / "configs" / (name if name.endswith(".py") else f"{name}.py")]
-    if there := next((str(p) for p in elsewhere if p.is_file()), None):
-        return f"in {os.getcwd()}; did you mean {os.path.relpath(there) if ROOT.samefile('.') else there}?"
+    there = CONFIGS / (name if name.endswith(".py") else f"{name}.py")
+    if there.is_file():
+        return f"in {os.getcwd()}; did you mean configs/{there.name}?"
     return f"in {os.getcwd()}" + ("" if folder.is_dir() else f", which has no folder {folder}")
 
 

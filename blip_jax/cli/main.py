@@ -177,11 +177,9 @@ def convert(argv: list[str]) -> int:
 def demo(argv: list[str]) -> int:
     """blip-jax demo, and blip-jax demo blip2."""
     later = argv[1:2] == ["blip2"]
-    default = configs.ROOT / "configs" / ("scenes_blip2.py" if later else "scenes.py")
     argv = [argv[0], *argv[1 + later :]]
     if not configs.given(argv):
-        if not default.exists():
-            raise ValueError(f"{default} is missing: run from a checkout of the project, or give --config")
+        default = configs.CONFIGS / ("scenes_blip2.py" if later else "scenes.py")
         argv = [argv[0], f"--config={default}", *argv[1:]]
     cfg, values = config_of_run(argv)
     from blip_jax.demo import blip2, stages

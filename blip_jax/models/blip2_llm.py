@@ -123,9 +123,7 @@ class Blip2Llm(nn.Module):
         if not self.writes_answers_apart:
             states = self.llm(embeds, mask, deterministic=deterministic)
             return self.llm.logits(states[:, soft.shape[1] - 1 : -1])
-        kv = self.llm.cross_kv(self.llm.encode(embeds, mask, deterministic=deterministic))
-        before = jnp.pad(out_ids[:, :-1], ((0, 0), (1, 0)))  # T5 starts with its id 0
-        return self.llm.logits(self.llm.decode(before, out_mask, kv, mask, deterministic=deterministic))
+        return self.llm.target_logits(embeds, mask, out_ids, out_mask, deterministic=deterministic)
 
     def begin(self, soft, ids, txt_mask, length: int):
         """Reads what texts of at most `length` tokens, their start id counted, will follow: `soft` and a prompt.
@@ -162,9 +160,7 @@ class Blip2Llm(nn.Module):
         rows = jnp.tile(out_ids, (B, 1))
         if self.writes_answers_apart:
             embeds, mask = self._prompt(soft, ids, txt_mask)
-            kv = self.llm.cross_kv(self.llm.encode(embeds, mask))
-            before = jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
-            logits = self.llm.logits(self.llm.decode(before, jnp.tile(out_mask, (B, 1)), kv, mask))
+            logits = self.llm.target_logits(embeds, mask, rows, jnp.tile(out_mask, (B, 1)))
             logits = logits.reshape(B, C, U, -1)
             return text_nll(logits[:, 0, 0], logits[:, :, 1:], out_ids, out_mask)
         first, cache, mask = self.begin(soft, ids, txt_mask, U)

@@ -40,6 +40,4 @@ class Language(nn.Module):
         embeds = self.llm.embed(ids)
         if out_ids is None:
             return self.llm.logits(self.llm(embeds, txt_mask, deterministic=deterministic)[:, :-1])
-        kv = self.llm.cross_kv(self.llm.encode(embeds, txt_mask, deterministic=deterministic))
-        before = jnp.pad(out_ids[:, :-1], ((0, 0), (1, 0)))  # T5 starts with its id 0
-        return self.llm.logits(self.llm.decode(before, out_mask, kv, txt_mask, deterministic=deterministic))
+        return self.llm.target_logits(embeds, txt_mask, out_ids, out_mask, deterministic=deterministic)

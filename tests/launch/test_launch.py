@@ -515,7 +515,8 @@ def test_gke_prints_xpk_commands():
         "--docker-image=python:3.12",
     } <= set(run)
     inside = on_the_worker(run)
-    assert inside[:5] == ["git", "clone", "--quiet", "https://example.org/blip.git", "/blip_jax"] and "a" * 40 in inside
+    clone = ["{", "git", "clone", "--quiet", "https://example.org/blip.git", "/blip_jax"]
+    assert inside[:6] == clone and "a" * 40 in inside
     assert inside[-1 - len(RUN) :] == ["exec", *RUN]
     [own] = dry_run(
         "gke_xpk.sh", "run", *CLUSTER, "--workload=w", "--type=v6e-16", "--image=registry/own:1", "--", *RUN
@@ -528,6 +529,17 @@ def test_gke_prints_xpk_commands():
     assert dry_run("gke_xpk.sh", "status", *CLUSTER, "--workload=w")[0][-1] == "--filter-by-job=w"
     assert dry_run("gke_xpk.sh", "stop", *CLUSTER, "--workload=w")[0][-2:] == ["--workload=w", "--force"]
     assert dry_run("gke_xpk.sh", "delete", *CLUSTER) == [["xpk", "cluster", "delete", *place]]
+
+
+def test_a_clone_that_fails_on_gke_is_tried_again(tmp_path):
+    """xpk starts the worker again after 75, and ends the run after 128, git's own status."""
+    [run] = dry_run("gke_xpk.sh", "run", *CLUSTER, *CODE, "--workload=w", "--type=v6e-16", "--", *RUN)
+    [line] = [arg.removeprefix("--command=") for arg in run if arg.startswith("--command=")]
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexit 128\n")
+    git.chmod(0o755)
+    done = subprocess.run(["bash", "-c", line], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True)
+    assert done.returncode == 75
 
 
 def test_slurm_prints_its_commands_and_asks_for_a_signal_to_every_process():

@@ -82,10 +82,11 @@ class Turned:
         """`dot_general(x, kernel, dimension_numbers)`, where the kernel's first dimensions are summed over."""
         (taken, of_kernel), _ = dimension_numbers
         lead = [d for d in range(x.ndim) if d not in taken]
-        out = self.kept.shape[len(of_kernel) :]
-        x = jnp.transpose(x, (*lead, *taken)).reshape(*(x.shape[d] for d in lead), -1)
+        made = *(x.shape[d] for d in lead), *self.kept.shape[len(of_kernel) :]
+        # A matrix on both sides: for more dimensions the compiler lays a turned-back copy of the kernel beside it.
+        x = jnp.transpose(x, (*lead, *taken)).reshape(int(np.prod([x.shape[d] for d in lead])), -1)
         matrix = self.kept.reshape(-1, x.shape[-1])
-        return summed(x, matrix, (((x.ndim - 1,), (1,)), ((), ()))).astype(x.dtype).reshape(*x.shape[:-1], *out)
+        return summed(x, matrix, (((1,), (1,)), ((), ()))).astype(x.dtype).reshape(made)
 
 
 def rows(table, ids):

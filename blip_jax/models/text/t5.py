@@ -341,6 +341,13 @@ class T5(nn.Module):
         kv = self.cross_kv(self.encode(self.embed(ids), mask, deterministic=deterministic))
         return self.logits(self.decode(out_ids, out_mask, kv, mask, deterministic=deterministic))
 
+    def target_logits(self, embeds, mask, out_ids, out_mask, *, deterministic: bool = True):
+        """f32[R,U,Vp]: scores of each of out_ids i32[R,U] before it is read, behind the start id, 0; embeds [B,S,D] and
+        mask bool[B,S]: what the encoder reads. The rest as of `decode`."""
+        kv = self.cross_kv(self.encode(embeds, mask, deterministic=deterministic))
+        before = jnp.pad(out_ids[:, :-1], ((0, 0), (1, 0)))
+        return self.logits(self.decode(before, out_mask, kv, mask, deterministic=deterministic))
+
     def embed(self, ids):
         """Ids of words i32[B,T] -> [B,T,D]"""
         return self.embedding(ids)
