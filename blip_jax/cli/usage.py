@@ -51,8 +51,8 @@ Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config/leaves
 """
 LEAVES = "any leaf of the config, as --config.optim.lr=2e-4; blip_jax/config/leaves.py lists them with their units"
 FAMILIES = (  # of checkpoints, as convert/rules/families.py has them; that would import jax
-    "pretrain, retrieval, itm, features, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, blip2_vision, "
-    "blip2_text, blip2_opt, blip2_t5, instruct_opt, instruct_t5, eva, clip, opt, t5"
+    "pretrain, retrieval, itm, features, dialog, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, "
+    "blip2_vision, blip2_text, blip2_opt, blip2_t5, instruct_opt, instruct_t5, eva, clip, opt, t5"
 )
 COMMANDS = {  # command -> (what follows its name, what it does)
     "train": (

@@ -49,6 +49,7 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
     "caption": ("caption", 40, "a picture of "),
     "vqa": ("vqa", 35, ""),
     "nlvr": ("nlvr", 64, ""),
+    "dialog": ("dialog", 256, ""),
     **dict.fromkeys(("deit", "augreg", "bert"), ("pretrain", 30, "")),
     **dict.fromkeys(("blip2", *MATCHING, "eva", "clip"), ("blip2_stage1", 32, "")),
     **dict.fromkeys(("blip2_opt", "blip2_t5", "opt", "t5"), ("blip2_stage2", 32, "")),

@@ -4,6 +4,9 @@ Every task has
 
   check(cfg, tokenizer=None)            problems of the config, each with its remedy; tokenizer: once it is read
   build(cfg)                            the model
+
+one that is trained
+
   example(record, rng, cfg, tokenizer)  one row of a batch, numpy: pictures as bytes, which the pipeline decodes and
                                         augments under the same name, arrays, and "notes", what is irregular about the
                                         record though it is used. BadRecord where the record cannot be used
@@ -14,7 +17,11 @@ Every task has
   flops(cfg, T=None)                    {part: FLOPs of one example, ..., "step": of the training step}; T: text
                                         positions
 
-A task whose texts may be cut into buckets (text.buckets) also has
+and one that is not
+
+  INSTEAD                               what to do instead of training it
+
+One whose texts may be cut into buckets (text.buckets) also has
 
   text(record, rng, cfg)                (the text that decides the length, notes), with the draws that `example` makes
 
@@ -54,6 +61,7 @@ There is no list of tasks: a module in this folder that is not in SHARED is one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -81,6 +89,13 @@ def of(cfg) -> ModuleType:
     return importlib.import_module(f"{__name__}.{cfg.objective}")
 
 
+def trained(cfg) -> ModuleType:
+    """The module of `cfg.objective`, which is trained. ValueError: it is evaluated alone, or there is none."""
+    if instead := getattr(of(cfg), "INSTEAD", ""):
+        raise ValueError(f"objective {cfg.objective} is evaluated, not trained: {instead}")
+    return of(cfg)
+
+
 def build(cfg):
     """The model of `cfg.objective` with the sizes of `cfg.model`. ValueError: no such objective."""
     return of(cfg).build(cfg)
@@ -92,10 +107,11 @@ def validate(cfg, tokenizer=None, process_count: int = 1, device_count: int = 1)
     tokenizer: of `cfg.text.vocab`, or None where it is not read yet. ValueError: one that lists every problem with its
     remedy.
     """
-    problems = config.problems(cfg, tokenizer and tokenizer.vocab_size, process_count, device_count)
+    found = functools.partial(config.problems, cfg, tokenizer and tokenizer.vocab_size, process_count, device_count)
     if cfg.objective not in names():
-        config.refuse([*problems, f"objective is {cfg.objective!r}: choose one of {', '.join(names())}"])
+        config.refuse([*found(), f"objective is {cfg.objective!r}: choose one of {', '.join(names())}"])
     task = of(cfg)
+    problems = found(trained=not hasattr(task, "INSTEAD"))
     leaves = task.leaves() if hasattr(task, "leaves") else {}
     if set(cfg.task) != set(leaves):
         what = f"set c.task = leaves() of {task.__name__}" if leaves else "leave c.task empty"

@@ -68,13 +68,13 @@ class At(NamedTuple):
 def prepare(cfg, workdir) -> Run:
     """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
     tasks.validate(cfg, None, jax.process_count(), jax.device_count())
-    tokenizer = _files(cfg)
+    task, tokenizer = tasks.trained(cfg), _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     for name, own in tokenizers.parts(tokenizer).items():
         _keep_vocabulary(own, workdir, name)
-    mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
+    mesh = sharding.make_mesh(cfg.mesh)
     rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
     data = TrainData(
         cfg,
