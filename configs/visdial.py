@@ -14,7 +14,8 @@ Expected on val, of the paper: MRR 69.41, R@1 56.44, R@5 85.90, R@10 93.30 perce
 Differences: none is known, as neither code nor weights were published. Known are the forward pass (by the author), and
 batch 240, learning rate and epochs (table 14). Chosen here: the batch is 48 dialogs, of each one round, drawn, with the
 true answer and four wrong ones, drawn, weighed alike; the whole history is read, joined by [SEP], in 256 positions at
-most, the oldest rounds left out; the caption in 40; options are ranked by the logit; every epoch is kept and evaluated.
+most, the oldest rounds left out; the caption in 40; options are ranked by the logit; the best epoch by MRR stays in
+best/ of the workdir.
 """
 
 from blip_jax.config import base, source
@@ -44,7 +45,7 @@ def get_config():
     c.train.steps = EPOCHS * (DIALOGS // c.train.batch)
     c.train.save_every = DIALOGS // c.train.batch
     c.train.eval_every = DIALOGS // c.train.batch
-    c.train.keep = EPOCHS
+    c.train.keep_best = True
     c.train.init_from = "runs/pretrain_vitb_14m"
     c.eval.batch = 8  # dialogs at a time, at least one for each device
     c.eval.rerank_texts = 100  # texts of each of them
