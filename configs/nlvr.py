@@ -12,8 +12,8 @@ merging layers and the head start random.
 Hardware: the paper's authors used 16 A100. Unverified here: no run of this size was made.
 Expected, dev and test-P of the paper: 82.67, 82.30 from 14M; 82.48, 83.08 from 129M; 82.15, 82.24 from CapFilt-L.
 Differences: evaluation shows the pictures in their order, the original exchanges them at random there, too. Sentences
-are padded to 64 positions, the original's to the longest of the batch. Every epoch is kept and evaluated; the paper's
-is the best on dev.
+are padded to 64 positions, the original's to the longest of the batch. The best epoch on dev, the paper's, stays
+in best/ of the workdir.
 """
 
 from blip_jax.config import base, source
@@ -43,6 +43,6 @@ def get_config():
     c.train.steps = EPOCHS * (EXAMPLES // c.train.batch)
     c.train.save_every = EXAMPLES // c.train.batch
     c.train.eval_every = EXAMPLES // c.train.batch
-    c.train.keep = EPOCHS
+    c.train.keep_best = True
     c.train.init_from = "runs/pretrain_vitb_14m"
     return c

@@ -28,8 +28,9 @@ from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
 gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects and hardly a circle
 
 # The files that take longest, the longest first: a file goes to whichever worker is free, in this order.
-LONGEST = ("test_processes", "test_kill", "test_demo", "test_steps", "test_transformers", "test_capfilt_kill")
-LONGEST += ("test_train", "test_golden_blip", "test_capfilt", "test_pretrained", "test_plan", "test_caption_step")
+LONGEST = ("test_processes", "test_kill", "test_steps", "test_train", "test_demo_blip2", "test_blip2_stage1")
+LONGEST += ("test_transformers", "test_demo", "test_pretrained", "test_capfilt_kill", "test_vqa", "test_vqa_task")
+LONGEST += ("test_blip2_vqa", "test_plan", "test_prompted", "test_frozen", "test_capfilt_blip2", "test_checkpoint")
 
 
 def pytest_addoption(parser):
@@ -59,9 +60,11 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-def pytest_collection_finish():
-    """What was imported stays, so no collection of garbage looks at it: each looks at all the rest, and reading what is
-    damaged ends with one."""
+@pytest.fixture(scope="module", autouse=True)
+def set_aside():
+    """What was imported, and what the tests of earlier files left in memory, is looked at by no further collection of
+    garbage: each looks at all the rest, and reading what is damaged ends with several."""
+    gc.collect()  # this one alone looks at what the last file left
     gc.freeze()
 
 

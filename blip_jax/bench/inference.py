@@ -1,7 +1,8 @@
-"""Images per second of the vision tower, `blip-jax bench encode`, and of CapFilt's filter, `blip-jax bench filter`.
+"""Images per second of the vision tower, `blip-jax bench encode`, of CapFilt's filter, `blip-jax bench filter`, and of
+answering by rank, `blip-jax bench rank`.
 
-Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine. benchmarks/against.py
-sets them beside transformers.
+Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine; of `candidates` answers
+to a question about each image `k` are scored in full. benchmarks/against.py sets the first two beside transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from blip_jax import config, tasks
@@ -23,13 +25,16 @@ from blip_jax.parallel import sharding
 class Settings(NamedTuple):
     """What is measured. Every combination of img_sizes (pixels) and dtypes; the rest holds for all."""
 
-    workload: str = "encode"  # or "filter"
+    workload: str = "encode"  # or "filter" or "rank"
     size: str = "base"  # a size of blip_jax.config
     img_sizes: tuple = (224, 384)
     dtypes: tuple = ("float32", "bfloat16")
     batch: int = 8  # images per device
     texts: int = 2  # filter: per image, as CapFilt's, one of the web and one of the captioner
-    positions: int = 30  # filter: of each text
+    positions: int = 30  # filter: of each text; rank: of the question
+    candidates: int = 3128  # rank: answers, the published list's
+    k: int = 128  # rank: of them scored in full
+    answer: int = 8  # rank: positions of the longest answer, [DEC] and [SEP] among them
     rounds: int = 5
     threads: int = 0  # of each side on a CPU; 0: all cores
     trace: str = ""  # folder for a profile
@@ -43,7 +48,7 @@ class Ours:
 
     def __init__(self, settings: Settings, img_size: int, dtype: str):
         cfg = config.base(settings.size)
-        cfg.objective = "retrieval"
+        cfg.objective = "vqa" if settings.workload == "rank" else "retrieval"
         cfg.model.update(img_size=img_size, dtype=dtype)
         self.settings, self.config, self.model = settings, cfg.model, tasks.build(cfg)
         params = jax.jit(lambda: initial.init_params(cfg, self.model, jax.random.key(0)))()
@@ -52,24 +57,40 @@ class Ours:
         self.weights = rounded(self.params, dtype)
 
     def job(self, weights, batch: dict) -> dict:
-        """{"states": [B,P,D]}, or {"itm", "itc": f32[B,G]}"""
+        """{"states": [B,P,D]}, {"itm", "itc": f32[B,G]}, or {"candidate": i32[B,k], "score": f32[B,k]}"""
         if self.settings.workload == "encode":
             return {"states": programs.encode_pixels(self.model, weights, batch["img"])}
+        if self.settings.workload == "rank":
+            ranked = programs.ranking(self.model, self.settings.k)
+            return ranked(weights, batch["img"], batch["ids"], batch["txt_mask"], *map(jnp.asarray, self.answers()))
         seen = programs.view(self.model, "kv", "img_emb")(weights, batch["img"])
         return programs.score(self.model)(weights, seen, batch["ids"], batch["txt_mask"])
 
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Random candidates i32[C,T] and their mask, of three positions at least."""
+        shape, rng = (self.settings.candidates, self.settings.answer), np.random.default_rng(1)
+        mask = np.arange(shape[1]) < rng.integers(3, shape[1] + 1, (shape[0], 1))
+        ids = rng.integers(5, self.config.med.vocab_size - 2, shape)
+        return np.where(mask, ids, 0).astype(np.int32), mask
+
     def image_flops(self) -> float:
+        settings = self.settings
+        if settings.workload == "rank":
+            return flops.rank_image(self.config, settings.positions, settings.answer, settings.k, settings.candidates)
         if self.settings.workload == "encode":
             return flops.encode_image(self.config)
         return flops.filter_image(self.config, self.settings.positions, self.settings.texts)
 
     def batch(self, images: int) -> dict[str, np.ndarray]:
-        """Uniform pixels u8[B,S,S,3] and, for the filter, random texts i32[B,G,T] of 5 positions at least."""
+        """Uniform pixels u8[B,S,S,3] and random texts of 5 positions at least: for the filter i32[B,G,T], for rank a
+        question i32[B,T].
+        """
         rng, size, med = np.random.default_rng(0), self.config.img_size, self.config.med
         img = rng.integers(0, 256, (images, size, size, 3), np.uint8)
         if self.settings.workload == "encode":
             return {"img": img}
-        shape = images, self.settings.texts, self.settings.positions
+        texts = () if self.settings.workload == "rank" else (self.settings.texts,)
+        shape = (images, *texts, self.settings.positions)
         txt_mask = np.arange(shape[-1]) < rng.integers(5, shape[-1] + 1, (*shape[:-1], 1))
         return {
             "img": img,
@@ -92,6 +113,8 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
         raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")
     if not 5 <= settings.positions <= most:
         raise ValueError(f"--positions={settings.positions}: texts have 5 to {most}, the positions of this model")
+    if not 3 <= settings.answer <= most:
+        raise ValueError(f"--answer={settings.answer}: answers have 3 to {most} positions")
     result = {
         "command": command,
         "workload": settings.workload,

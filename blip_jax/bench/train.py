@@ -36,7 +36,7 @@ from blip_jax.train.loop import to_devices
 EPOCH_STEPS = 1000  # of the schedules
 WINDOWS = 16  # that the shares of text lengths are taken from
 # positions of texts, where the originals have another number than pre-training
-TEXT = {"retrieval": 35, "caption": 40, "vqa": 35, "nlvr": 64}
+TEXT = {"retrieval": 35, "caption": 40, "vqa": 35, "nlvr": 64, "dialog": 256}
 WARM_UP = 2  # steps after a program is compiled that do not count
 
 # positions -> captions: what 1151 captions of about 240 images of COCO's validation and test splits take in BERT's word
@@ -83,7 +83,7 @@ def sized(size: str, objective: str, img_size: int, dtype: str, batch: int, buck
     cfg = config.blip2(*config.BLIP2_MODELS[model]) if model else config.base(size)
     with cfg.unlocked():
         cfg.objective = cfg.objective if model else objective
-        task = tasks.of(cfg)
+        task = tasks.trained(cfg)
         if hasattr(task, "leaves"):
             cfg.task = task.leaves()
         cfg.model.update(img_size=img_size, dtype=dtype)

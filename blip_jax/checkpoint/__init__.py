@@ -6,7 +6,18 @@ knows nothing of the mesh: a state saved on one restores onto any other. Each ar
 position, the config and the vocabulary: whatever reads a checkpoint compares them.
 """
 
-from blip_jax.checkpoint.folders import SUBDIR, folders, missing, newest_complete, references, short, vocabulary
+from blip_jax.checkpoint.folders import (
+    BEST,
+    SUBDIR,
+    folders,
+    home,
+    missing,
+    newest_complete,
+    references,
+    short,
+    vocabularies,
+    vocabulary,
+)
 from blip_jax.checkpoint.load import (
     Damaged,
     check_folders,

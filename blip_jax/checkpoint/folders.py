@@ -16,6 +16,7 @@ import tensorstore as ts
 from blip_jax import buckets
 
 SUBDIR = "checkpoints"
+BEST = "best"  # in a workdir: another one, of the checkpoint whose evaluation was the best
 ITEMS = ("state", "data", "config")
 SUMS = "checksums"  # an item that checkpoints of earlier versions lack
 FILE_SUMS = "checksums.json"  # in a state: of the files that describe its arrays
@@ -36,6 +37,11 @@ def vocabulary(workdir, like="", name: str = "vocab") -> pathlib.Path | None:
     if like:
         return next((path for path in found if path.suffix == pathlib.Path(like).suffix), found[0])
     return next((path for path in found if path.is_file()), None)
+
+
+def vocabularies(workdir) -> list[pathlib.Path]:
+    """The vocabularies that `workdir` keeps."""
+    return [path for name in VOCABULARIES if (path := vocabulary(workdir, name=name))]
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -99,6 +105,12 @@ def is_whole(folder) -> bool:
 def newest_complete(workdir) -> int | None:
     """Number of the newest checkpoint of which nothing is missing, or None."""
     return next((step for step, folder in folders(workdir).items() if not missing(folder)), None)
+
+
+def home(folder: pathlib.Path) -> pathlib.Path:
+    """The workdir of the run that wrote the checkpoint in `folder`, also where that is the best, kept apart."""
+    workdir = folder.parent.parent
+    return workdir.parent if workdir.name == BEST and (workdir.parent / SUBDIR).is_dir() else workdir
 
 
 # --- one checkpoint ---------------------------------------------------------------------------------------------------

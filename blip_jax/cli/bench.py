@@ -1,4 +1,4 @@
-"""blip-jax bench train | caption | filter | encode | input.
+"""blip-jax bench train | caption | filter | encode | rank | input.
 
 Flags become settings, and settings go to one function of blip_jax/bench.
 
@@ -135,15 +135,20 @@ def _caption(argv: list[str], values: flags.FlagValues, command: str, with_peer:
     return 0
 
 
-def _inference(workload: str) -> Callable:
+def _inference(workload: str, **usual) -> Callable:
+    """usual: settings of this workload that are others by default."""
+
     def run(argv: list[str], values: flags.FlagValues, command: str, with_peer: Callable) -> int:
         from blip_jax.bench import inference
 
-        default = inference.Settings(workload)
+        default = inference.Settings(workload, **usual)
         _sizes(values, default)
         _numbers(values, default, batch="images per device", rounds="in which all take turns")
         if workload == "filter":
             _numbers(values, default, texts="per image", positions="of each text")
+        if workload == "rank":
+            _numbers(values, default, positions="of a question", candidates="answers", k="of them scored in full")
+            _numbers(values, default, answer="positions of the longest answer")
         _common(values, default)
         parse(values, argv, required=())
         inference.run(_settings(inference.Settings, values, workload=workload), command, values.out, **with_peer())
@@ -210,5 +215,6 @@ WORKLOADS = {
     "caption": _caption,
     "filter": _inference("filter"),
     "encode": _inference("encode"),
+    "rank": _inference("rank", img_sizes=(480,), positions=35),
     "input": _input,
 }

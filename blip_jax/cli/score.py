@@ -107,7 +107,7 @@ def _say_begin(n: int) -> None:
 
 
 def _about_spice(values: flags.FlagValues) -> str:
-    return "" if values.spice else f"SPICE: {spice.NOT_COMPUTED}"
+    return "" if values.spice else f"SPICE: {spice.NOT_COMPUTED.format(flag='spice')}"
 
 
 def _vqa(values: flags.FlagValues) -> Found:

@@ -37,7 +37,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
 
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
-  bench     caption | filter | encode | input        speed of the other work; benchmarks/README.md
+  bench     caption | filter | encode | rank | input speed of the other work; benchmarks/README.md
             all: [--out=FILE.json --trace=DIR]
   plan      --config=configs/x.py --topology=v5e:4x8 memory, collectives and best speed on a TPU slice that is not here
             [--slices=N --search --workload=evaluate --exact --out=FILE.json]
@@ -51,8 +51,8 @@ Any leaf of the config is a flag: --config.optim.lr=2e-4. blip_jax/config/leaves
 """
 LEAVES = "any leaf of the config, as --config.optim.lr=2e-4; blip_jax/config/leaves.py lists them with their units"
 FAMILIES = (  # of checkpoints, as convert/rules/families.py has them; that would import jax
-    "pretrain, retrieval, itm, features, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, blip2_vision, "
-    "blip2_text, blip2_opt, blip2_t5, instruct_opt, instruct_t5, eva, clip, opt, t5"
+    "pretrain, retrieval, itm, features, dialog, caption, vqa, nlvr, deit, augreg, bert, blip2, blip2_itm, "
+    "blip2_vision, blip2_text, blip2_opt, blip2_t5, instruct_opt, instruct_t5, eva, clip, opt, t5"
 )
 COMMANDS = {  # command -> (what follows its name, what it does)
     "train": (
@@ -133,6 +133,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "bench caption": ("[--model=blip2_opt2.7b]", "Writing captions: captions/s by beam search and by sampling."),
     "bench filter": ("", "Scoring texts against pictures, as the filter of CapFilt does."),
     "bench encode": ("", "Encoding pictures."),
+    "bench rank": ("", "Answering questions by ranking a list of answers."),
     "bench input": ("", "Reading, decoding and augmenting pictures. Exit status 1: its memory grew."),
     "plan": (
         "--config=FILE.py --topology=v5e:4x8 [--config.LEAF=VALUE ...]",

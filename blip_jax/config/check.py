@@ -74,15 +74,22 @@ def source_kinds() -> tuple[str, ...]:
 
 
 def problems(
-    cfg: ConfigDict, tokenizer_vocab_size: int | None = None, process_count: int = 1, device_count: int = 1
+    cfg: ConfigDict,
+    tokenizer_vocab_size: int | None = None,
+    process_count: int = 1,
+    device_count: int = 1,
+    trained: bool = True,
 ) -> list[str]:
     """What is wrong with a resolved config whatever its task, each with its remedy.
 
-    `tokenizer_vocab_size`: entries of the vocabulary with [DEC] and [ENC], or None where it is not read yet.
+    `tokenizer_vocab_size`: entries of the vocabulary with [DEC] and [ENC], or None where it is not read yet. `trained`:
+    whether the task is trained at all; of others nothing is asked of `train` and `data.train`.
     """
-    found = [*_values(cfg), *_sizes(cfg, tokenizer_vocab_size), *_sources(cfg)]
+    found = [*_values(cfg), *_sizes(cfg, tokenizer_vocab_size), *_sources(cfg, trained)]
+    if not trained:
+        found = [p for p in found if not p.startswith("train.")]
     if not any(p.startswith(("train.batch", "optim.accumulate")) for p in found):
-        found += _batch(cfg, process_count, device_count)
+        found += _mesh(cfg, device_count) or (_batch(cfg, process_count, device_count) if trained else [])
     return found
 
 
@@ -209,8 +216,10 @@ def _sizes(cfg, tokenizer_vocab_size) -> list[str]:
     return out
 
 
-def _sources(cfg) -> list[str]:
-    out = [] if len(cfg.data.train) else ["data.train is empty: add a source, c.data.train.name = source(kind, path)"]
+def _sources(cfg, trained: bool) -> list[str]:
+    out = []
+    if trained and not len(cfg.data.train):
+        out.append("data.train is empty: add a source, c.data.train.name = source(kind, path)")
     for part in ("train", "eval"):
         for name, src in cfg.data[part].items():
             where = f"data.{part}.{name}"
@@ -225,9 +234,8 @@ def _sources(cfg) -> list[str]:
     return out
 
 
-def _batch(cfg, process_count: int, device_count: int) -> list[str]:
-    """What does not divide: the devices into the mesh, or the batch into the devices and processes."""
-    batch, accumulate = cfg.train.batch, cfg.optim.accumulate
+def _mesh(cfg, device_count: int) -> list[str]:
+    """What does not divide the devices into the mesh."""
     axes = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     known = math.prod(a for a in axes if a > 0)
     if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
@@ -237,7 +245,13 @@ def _batch(cfg, process_count: int, device_count: int) -> list[str]:
             f"mesh (data, fsdp, tensor) is {axes}, {known} devices{' or a multiple' if -1 in axes else ''}, but "
             f"{device_count} are here: the product must equal it, as ({device_count}, 1, 1) or (-1, 1, 1) does"
         ]
+    return []
 
+
+def _batch(cfg, process_count: int, device_count: int) -> list[str]:
+    """What does not divide the batch into the devices, of a mesh that fits, and the processes."""
+    batch, accumulate = cfg.train.batch, cfg.optim.accumulate
+    known = math.prod(a for a in (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if a > 0)
     tensor = cfg.mesh.tensor if cfg.mesh.tensor > 0 else device_count // known
     rows = device_count // tensor
     unit = math.lcm(rows, process_count) * accumulate

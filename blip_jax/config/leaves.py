@@ -144,6 +144,8 @@ def base(size: str = "base") -> ConfigDict:
     c.train.save_every = 1000  # steps; the last step is always saved
     c.train.eval_every = 0  # steps; 0: only at the end (if data.eval is not empty)
     c.train.keep = 3  # newest checkpoints kept
+    # beside them, in best/ of the workdir, the one whose evaluation was the best by the task's rule (docs/tasks.md)
+    c.train.keep_best = False
     # what starts this run: workdir, checkpoint folder, .pth, Hugging Face folder or name; or several with commas
     c.train.init_from = ""
 
@@ -152,6 +154,13 @@ def base(size: str = "base") -> ConfigDict:
     c.eval.batch = 64  # images or texts per encoder pass
     c.eval.rerank_texts = 16  # texts scored against one image per pass
     c.eval.limit = 0  # first n images only; 0: all
+    # how captions are made that evaluation scores: by beams; lengths are tokens, the prompt's counted
+    c.eval.beams = 3
+    c.eval.min_length = 5
+    c.eval.max_length = 20
+    c.eval.length_penalty = 1.0  # exponent of the length that divides a score
+    c.eval.repetition_penalty = 1.0  # BLIP's of NoCaps: 1.1
+    c.eval.spice = ""  # folder of CoreNLP 3.6.0, for SPICE of captions in `blip-jax evaluate`; "": without SPICE
     return c.lock()
 
 
@@ -190,6 +199,9 @@ def blip2(tower: str = "eva_g", qformer: str = "base", llm: str = "") -> ConfigD
         c.data.crop_scale, c.data.randaugment = (0.5, 1.0), False
         c.loss.momentum, c.loss.queue, c.loss.alpha = False, 0, 0.0
         c.loss.smoothing_over = "valid"
+        if llm:  # LAVIS's captions of 8 to 30 tokens; lengths are new tokens here, and LAVIS counts a start id, too
+            c.eval.beams, c.eval.min_length = 5, 7
+            c.eval.max_length = 29 if LLM_SIZES[llm]["kind"] == "opt" else 30
     return c.lock()
 
 

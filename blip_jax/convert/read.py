@@ -49,6 +49,7 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
     "caption": ("caption", 40, "a picture of "),
     "vqa": ("vqa", 35, ""),
     "nlvr": ("nlvr", 64, ""),
+    "dialog": ("dialog", 256, ""),
     **dict.fromkeys(("deit", "augreg", "bert"), ("pretrain", 30, "")),
     **dict.fromkeys(("blip2", *MATCHING, "eva", "clip"), ("blip2_stage1", 32, "")),
     **dict.fromkeys(("blip2_opt", "blip2_t5", "opt", "t5"), ("blip2_stage2", 32, "")),
@@ -143,7 +144,7 @@ def frozen(folder: pathlib.Path, moved: Sequence[str] = (), via: tuple = ()) -> 
             + " -> ".join(map(str, (*via[via.index(folder) :], folder)))
         )
     cfg, leaves = _settings(folder), reference["leaves"]
-    places = list(moved) or [origins.place(origin, folder.parent.parent) for origin in reference["origins"]]
+    places = list(moved) or [origins.place(origin, checkpoint.home(folder)) for origin in reference["origins"]]
     names = " + ".join(places) or f"the random numbers of seed {reference['random']['seed']}"
     try:
         sources = [(place, _open_origin(place, cfg, (*via, folder))) for place in places]

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
-from blip_jax.data import image, pairs
+from blip_jax.data import image, pairs, video
 from blip_jax.data.batches import decoded, open_all, threads
 from blip_jax.data.ledger import Ledger
 from blip_jax.data.source import BadRecord
@@ -17,7 +18,57 @@ from blip_jax.data.source import BadRecord
 log = logging.getLogger(__name__)
 
 
-class EvalData:
+class Looks:
+    """What is looked at once a pass, pictures or videos, with texts about each.
+
+    Attributes: captions, list of cleaned str; text_image i64[n_text], the picture or video of each, rising. `_shape` is
+    that of one, `_picture` reads it. One that turns out unreadable has index -1 in `image_batches`.
+    """
+
+    cfg: ConfigDict
+    captions: list[str]
+    text_image: np.ndarray
+    _ledger: Ledger
+    _shape: tuple[int, ...]
+
+    def __init__(self):
+        self._reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    @property
+    def n_images(self) -> int:
+        raise NotImplementedError
+
+    def _picture(self, i: int) -> tuple[np.ndarray | None, list]:
+        """u8[_shape], None where it cannot be read, and events for the ledger."""
+        raise NotImplementedError
+
+    def counts(self) -> dict:
+        """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}}"""
+        return self._ledger.counts()
+
+    def image_batches(self, batch: int) -> Iterator[dict]:
+        """{"img": u8[batch,...], "index": i64[batch]} in order; -1: zeros, padding or unreadable."""
+        n = self.n_images
+        examples = threads(grain.MapDataset.range(n).map(self._picture), self.cfg, self.cfg.data.prefetch * batch)
+        try:
+            for first in range(0, n, batch):
+                img, index = np.zeros((batch, *self._shape), np.uint8), np.full(batch, -1, np.int64)
+                for i in range(first, min(first + batch, n)):
+                    picture, events = next(examples)
+                    if picture is not None:
+                        img[i - first], index[i - first] = picture, i
+                    if i not in self._reported:  # evaluation passes over the images again and again
+                        self._ledger.add(0, events)
+                        self._reported |= {i} if events else set()
+                yield {"img": img, "index": index}
+        finally:
+            examples.close()
+
+
+class EvalData(Looks):
     """Every picture and every caption of `sources`, for the evaluation of retrieval.
 
     sources: name -> config.source, or an open Source.
@@ -27,14 +78,14 @@ class EvalData:
     the first that can be read counts; that they bring different ones is noted and said. With cfg.eval.limit the first
     so many pictures count, and reading ends at the first record of another one.
 
-    Attributes: captions, list of cleaned str; text_image i64[n_text], the picture of each, rising; n_images. A record
-    without a usable caption or file is left out here; a picture that turns out undecodable later has index -1 in
-    `image_batches`. Both are counted and named as in training, and too many raise ValueError, as does a source that
-    leaves no picture at all.
+    A record without a usable caption or file is left out here. It is counted and named as in training, and so is a
+    picture that turns out undecodable later; too many raise ValueError, as does a source that leaves no picture at all.
     """
 
     def __init__(self, cfg, tokenizer, sources, *, skipped_path):
+        super().__init__()
         self.cfg, self.sources = cfg, open_all(sources)
+        self._shape = (cfg.model.img_size, cfg.model.img_size, 3)
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
         self._where: list[list[tuple[str, int]]] = []  # records of each picture, of which one is as good as another
         numbers: dict[tuple[str, str], int] = {}  # of pictures, by source and image_id
@@ -76,36 +127,10 @@ class EvalData:
             )
         self.captions = [caption for own in texts for caption in own]
         self.text_image = np.repeat(np.arange(self.n_images), [len(own) for own in texts])
-        self._reported: set[int] = set()
-
-    def __len__(self) -> int:
-        return self.n_images
 
     @property
     def n_images(self) -> int:
         return len(self._where)
-
-    def counts(self) -> dict:
-        """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}}"""
-        return self._ledger.counts()
-
-    def image_batches(self, batch: int) -> Iterator[dict]:
-        """{"img": u8[batch,H,W,3], "index": i64[batch]} in the order of images; -1: zeros, padding or unreadable."""
-        size, n = self.cfg.model.img_size, self.n_images
-        examples = threads(grain.MapDataset.range(n).map(self._picture), self.cfg, self.cfg.data.prefetch * batch)
-        try:
-            for first in range(0, n, batch):
-                img, index = np.zeros((batch, size, size, 3), np.uint8), np.full(batch, -1, np.int64)
-                for i in range(first, min(first + batch, n)):
-                    picture, events = next(examples)
-                    if picture is not None:
-                        img[i - first], index[i - first] = picture, i
-                    if i not in self._reported:  # evaluation passes over the images again and again
-                        self._ledger.add(0, events)
-                        self._reported |= {i} if events else set()
-                yield {"img": img, "index": index}
-        finally:
-            examples.close()
 
     def _picture(self, i: int):
         """The first picture of image `i` that can be read, or None, and events of those tried."""
@@ -124,17 +149,77 @@ class EvalData:
         return None, events
 
 
+class EvalVideos(Looks):
+    """Every video of `sources` with the texts that go with it, captions or questions.
+
+    text: record -> (its texts, notes), or BadRecord. n: frames of each video; its form is u8[n,S,S,3], S =
+    model.img_size. The records of one file of a source are one video, in the order of first appearance; with
+    cfg.eval.limit the first so many count, and reading ends at the first record of another one. `records` holds the
+    record of each text.
+
+    A record that cannot be used, as its file is missing, say, and a video that turns out unreadable later are counted
+    and named as in training, and too many raise ValueError, as does a source that leaves no video at all, or a missing
+    PyAV.
+    """
+
+    def __init__(self, cfg, sources, text, n: int, *, skipped_path):
+        super().__init__()
+        video.check()
+        self.cfg, self.sources = cfg, open_all(sources)
+        self._shape = (n, cfg.model.img_size, cfg.model.img_size, 3)
+        self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
+        self._videos: list[tuple[str, dict]] = []  # source and first record of each
+        numbers: dict[tuple[str, str], int] = {}  # of videos, by source and file
+        own: list[list[tuple[str, dict]]] = []  # texts and records of each
+        for name, r in ((name, r) for name, source in self.sources.items() for r in range(len(source))):
+            try:
+                record = self.sources[name][r]
+                texts, notes = text(record)
+            except BadRecord as e:
+                self._ledger.add(1, [(name, e.key, e.reason, False)])
+                continue
+            at = numbers.setdefault((name, record["video"]), self.n_images)
+            if at == self.n_images:
+                if at == cfg.eval.limit > 0:
+                    break
+                self._videos.append((name, record))
+                own.append([])
+            self._ledger.add(1, [(name, record["key"], note, True) for note in notes])
+            own[at] += [(one, record) for one in texts]
+        if not own:
+            raise ValueError(
+                f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
+                f"named in {skipped_path}"
+            )
+        self.captions = [one for each in own for one, _ in each]
+        self.records = [record for each in own for _, record in each]
+        self.text_image = np.repeat(np.arange(self.n_images), [len(each) for each in own])
+
+    @property
+    def n_images(self) -> int:
+        return len(self._videos)
+
+    def _picture(self, i: int):
+        name, record = self._videos[i]
+        try:
+            found, notes = video.frames(record["video"], *self._shape[:2], self.cfg.data.max_pixels)
+        except video.BadVideo as e:
+            log.warning("evaluation: video %d (%s) of %s: %s", i, record["key"], name, e)
+            return None, [(name, record["key"], str(e), False)]
+        return found, [(name, record["key"], note, True) for note in notes]
+
+
 class EvalRows:
     """The records of `sources` in order as the rows of `example`, for evaluation one by one.
 
     Of many records the first cfg.eval.limit count, if that is set. example: (record, cfg, tokenizer) -> row, as a
-    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of each
-    row besides its arrays: the record without its pictures. A record that cannot be used is left out, counted and named
-    as in training; a source that leaves none raises ValueError.
+    task's `example` without random choices; pictures come as a model sees them. `records` holds what is known of
+    each row besides its arrays: the record without its pictures. texts: a source without any is refused. A record
+    that cannot be used is left out, counted and named as in training; a source that leaves none raises ValueError.
     """
 
-    def __init__(self, cfg, tokenizer, example, sources, *, skipped_path):
-        self.cfg, self.tokenizer, self.sources, self._example = cfg, tokenizer, open_all(sources), example
+    def __init__(self, cfg, tokenizer, example, sources, *, skipped_path, texts: bool = True):
+        self.cfg, self.tokenizer, self.sources, self._example = cfg, tokenizer, open_all(sources, texts), example
         self._ledger = Ledger(skipped_path, cfg.data.max_bad_share)
         where = [(name, r) for name, source in self.sources.items() for r in range(len(source))]
         self._where = where[: cfg.eval.limit or len(where)]

@@ -139,8 +139,12 @@ def caption_references(path: str) -> People:
 
 
 def picture_ids(path: str) -> list[int]:
-    """The ids of the pictures to caption, in order: of a file in COCO's layout, or of BLIP's list of NoCaps."""
+    """The ids of the pictures to caption, in order: of a file in COCO's layout, of BLIP's list of NoCaps, or of its
+    lists of captions, whose pictures are named by the number at the end of their file's name.
+    """
     found = content(path)
+    if isinstance(found, list) and not any(isinstance(row, dict) and "img_id" in row for row in found):
+        return list(_of_lists(path, found))
     listed, field = (found, "img_id") if isinstance(found, list) else (found.get("images"), "id")
     if not isinstance(listed, list) or not all(isinstance(row, dict) and is_number(row.get(field)) for row in listed):
         raise ValueError(f"{path}: it is neither in COCO's layout, with `images`, nor BLIP's list of {{image, img_id}}")

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from blip_jax.eval import java
 
 NEEDED = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-NOT_COMPUTED = f"not computed (it needs {' and '.join(NEEDED)} of stanford-corenlp-full-2015-12-09: --spice=FOLDER)"
+NOT_COMPUTED = f"not computed (it needs {' and '.join(NEEDED)} of stanford-corenlp-full-2015-12-09: --{{flag}}=FOLDER)"
 OPENED = ("lang", "util", "math", "text", "net")  # packages that SPICE's serialiser looks into, which Java 16 forbids
 
 

@@ -34,7 +34,8 @@ VIEW_ROWS = {"img_tok": 0, "kv": 1, "img_emb": 0}  # the dimension of what `view
 
 # --- images and texts -------------------------------------------------------------------------------------------------
 def encode_pixels(model, params, img):
-    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa or BlipNlvr, without dropout.
+    """u8[B,S,S,3] RGB -> img_tok [B,P,D] of a Blip, BlipVqa, BlipNlvr or BlipDialog, without dropout; of videos
+    u8[B,R,S,S,3] those of all frames, one frame behind the other, [B,R*P,D].
 
     A single CPU takes a large batch some images at a time, so that what a layer leaves is still in the caches for the
     next one.
@@ -45,16 +46,17 @@ def encode_pixels(model, params, img):
     def encode(img):
         return model.apply({"params": params}, normalize_pixels(img), method="encode_image")
 
-    B, P = len(img), 1 + (model.img_size // model.vit_sizes["patch"]) ** 2
+    pictures = img.reshape(-1, *img.shape[-3:])
+    B, P = len(pictures), 1 + (model.img_size // model.vit_sizes["patch"]) ** 2
     if not single_cpu() or B * P < 2 * CPU_ROWS:
         return encode(img)
     few = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(CPU_ROWS // P, 1))
-    img_tok = jax.lax.map(encode, img.reshape(B // few, few, *img.shape[1:]))
-    return img_tok.reshape(B, *img_tok.shape[2:])
+    img_tok = jax.lax.map(encode, pictures.reshape(B // few, few, *pictures.shape[1:]))
+    return img_tok.reshape(len(img), -1, img_tok.shape[-1])
 
 
 def view(model, *wanted: str) -> Callable:
-    """(params, img u8[B,S,S,3]) -> what is `wanted` of the images.
+    """(params, img u8[B,S,S,3]) -> what is `wanted` of the images, or of videos u8[B,R,S,S,3], whose P are R * P.
 
     img_tok [B,P,D] in the dtype of the computation; kv: keys and values for every text pass; img_emb f32[B,E], of unit
     norm.
@@ -69,7 +71,8 @@ def view(model, *wanted: str) -> Callable:
         if "kv" in wanted:
             out["kv"] = apply(img_tok, method="image_kv")
         if "img_emb" in wanted:
-            out["img_emb"] = apply(img_tok, method="project_image")
+            how = {"frames": img.shape[1]} if img.ndim == 5 else {}
+            out["img_emb"] = apply(img_tok, method="project_image", **how)
         return out
 
     return view
@@ -266,13 +269,12 @@ def text_of(tokenizer, ids, prompt_len: int) -> str:
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
-def question_kv(model, params, img, ids, txt_mask):
-    """What the answer decoder attends to, of a question about each image.
+def question_kv(model, params, kv, ids, txt_mask):
+    """What the answer decoder attends to, of G questions on each of B images with these keys and values.
 
-    img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T].
+    ids i32[B*G,T], txt_mask bool[B*G,T], row b*G + g.
     """
     apply = functools.partial(model.apply, {"params": params})
-    kv = view(model, "kv")(params, img)["kv"]
     return apply(apply(ids, txt_mask, kv, method="encode_question"), method="question_kv")
 
 
@@ -280,22 +282,32 @@ def answering(model, how: beam.Beam, n: int, *, eos: int, pad: int) -> Callable:
     """Answers by beam search.
 
     (params, img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) -> {"ids": i32[B,n,L], "log_prob": f32[B,n]}.
-    The padding of a question is not attended to, so that an answer does not depend on the questions beside it.
     """
 
     def answer(params, img, ids, txt_mask):
-        kv, params = stored(question_kv(model, params, img, ids, txt_mask)), text_layers_apart(params)
-
-        def extend(ids, at, cache):
-            return model.apply({"params": params}, ids, at, cache, kv, kv_mask=txt_mask, method="extend")
-
-        start = jnp.full((len(img), 1), model.dec_id, jnp.int32)
-        logits, cache = extend(start, jnp.int32(0), model.empty_cache(len(img), how.max_length - 1))
-        cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
-        found, log_prob, _ = beam.search(extend, logits, cache, start, how, n, eos=eos, pad=pad)
-        return {"ids": found, "log_prob": log_prob}
+        kv = question_kv(model, params, view(model, "kv")(params, img)["kv"], ids, txt_mask)
+        return answers(model, params, kv, txt_mask, how, n, eos=eos, pad=pad)
 
     return answer
+
+
+def answers(model, params, kv, kv_mask, how: beam.Beam, n: int, *, eos: int, pad: int) -> dict:
+    """The best n answers to B questions by beam search: {"ids": i32[B,n,L], "log_prob": f32[B,n]}.
+
+    kv: `question_kv`; kv_mask bool[B,T]: the padding of a question is not attended to, so that an answer does not
+    depend on the questions beside it.
+    """
+    kv, params = stored(kv), text_layers_apart(params)
+
+    def extend(ids, at, cache):
+        return model.apply({"params": params}, ids, at, cache, kv, kv_mask=kv_mask, method="extend")
+
+    B = images_of(kv)
+    start = jnp.full((B, 1), model.dec_id, jnp.int32)
+    logits, cache = extend(start, jnp.int32(0), model.empty_cache(B, how.max_length - 1))
+    cache = jax.tree.map(lambda x: jnp.repeat(x, how.beams, axis=1), cache)
+    found, log_prob, _ = beam.search(extend, logits, cache, start, how, n, eos=eos, pad=pad)
+    return {"ids": found, "log_prob": log_prob}
 
 
 def ranking(model, k: int) -> Callable:
@@ -308,7 +320,7 @@ def ranking(model, k: int) -> Callable:
     """
 
     def ranked(params, img, ids, txt_mask, answers, ans_mask):
-        kv = question_kv(model, params, img, ids, txt_mask)
+        kv = question_kv(model, params, view(model, "kv")(params, img)["kv"], ids, txt_mask)
         best, score = rank_answers(model, params, answers, ans_mask, kv, txt_mask, k=k)
         return {"candidate": best, "score": score}
 

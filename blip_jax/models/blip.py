@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from blip_jax.models.text.med import Med, empty_cache, images_of
-from blip_jax.models.vision.vit import Vit, torch_uniform
+from blip_jax.models.vision.vit import Vit, each_frame, torch_uniform
 
 
 class Blip(nn.Module):
@@ -95,12 +95,14 @@ class Blip(nn.Module):
         return (*out, self.lm_logits(ids, txt_mask, kv)) if self.decoder else out
 
     def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D]"""
-        return self.vit(img, deterministic=deterministic)
+        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], of videos f32[B,R,S,S,3] [B,R*P,D] (`vit.each_frame`)"""
+        return each_frame(self.vit, img, deterministic)
 
-    def project_image(self, img_tok):
-        """img_tok [B,P,D] -> img_emb f32[B,E], unit norm, from [CLS]"""
-        return unit(self.vision_proj(img_tok[:, 0].astype(jnp.float32)))
+    def project_image(self, img_tok, frames: int = 1):
+        """img_tok [B,P,D] -> img_emb f32[B,E], unit norm, from [CLS]; of videos of so many frames [B,frames*P,D]: the
+        mean over their projections, before it is scaled to unit norm"""
+        cls = img_tok.reshape(len(img_tok), frames, -1, img_tok.shape[-1])[:, :, 0]
+        return unit(self.vision_proj(cls.astype(jnp.float32)).mean(axis=1))
 
     def encode_text(self, ids, txt_mask, *, deterministic: bool = True):
         """ids i32[B,T] starting with [CLS], txt_mask bool[B,T] -> txt_tok [B,T,D], txt_emb f32[B,E] of unit norm"""

@@ -23,9 +23,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from blip_jax.data import windows
 
 
-def positions(model) -> int:
-    """P, image positions."""
-    return (model.img_size // model.vit.patch) ** 2 + 1
+def positions(model, frames: int = 1) -> int:
+    """P, image positions; of a video those of all frames."""
+    return frames * ((model.img_size // model.vit.patch) ** 2 + 1)
 
 
 def vision(model) -> tuple[float, float]:
@@ -46,24 +46,22 @@ def text_layer(med, T: int, queries: int, P: int = 0) -> float:
     return own + (cross if P else 0)
 
 
-def text(model, T: int, image: bool) -> float:
-    """All MED layers for every position of one text, in text mode or with an image whose keys and values are there."""
-    return model.med.layers * text_layer(model.med, T, T, positions(model) if image else 0)
+def text(model, T: int, image: bool, frames: int = 1) -> float:
+    """All MED layers for every position of one text, in text mode or with an image (a video of so many frames) whose
+    keys and values are there."""
+    return model.med.layers * text_layer(model.med, T, T, positions(model, frames) if image else 0)
 
 
-def _match(model, T: int, original: bool) -> float:
+def _match(model, T: int, original: bool, frames: int = 1) -> float:
     """Matching one text with an image: the head reads position 0 alone, so our last layer has no other query."""
-    saved = (
-        0.0
-        if original
-        else text_layer(model.med, T, T, positions(model)) - text_layer(model.med, T, 1, positions(model))
-    )
-    return text(model, T, True) - saved + 2 * model.med.width * 2
+    med, P = model.med, positions(model, frames)
+    saved = 0.0 if original else text_layer(med, T, T, P) - text_layer(med, T, 1, P)
+    return text(model, T, True, frames) - saved + 2 * med.width * 2
 
 
-def image_kv(model) -> float:
-    """Cross-attention keys and values of one image, in all MED layers."""
-    return model.med.layers * 2 * positions(model) * model.vit.width * 2 * model.med.width
+def image_kv(model, frames: int = 1) -> float:
+    """Cross-attention keys and values of one image, or of a video, in all MED layers."""
+    return model.med.layers * 2 * positions(model, frames) * model.vit.width * 2 * model.med.width
 
 
 def lm_head(med) -> float:
@@ -250,6 +248,23 @@ def bucketed_step(cfg, step: Callable, lengths: np.ndarray) -> float:
     return sum(n * step(cfg, T=int(t))["step"] for t, n in zip(*np.unique(T, return_counts=True))) / len(T)
 
 
+def dialog(model, C: int, T: int, rows: int) -> dict[str, float]:
+    """Forward FLOPs by part of `rows` texts of T positions about one image with a caption of C (`models.dialog`).
+
+    States, keys and values of image and caption are computed once for all of them, and the last layer of a text has one
+    query. Every row is computed as a whole: it is read in both directions, so that rows with the same history share
+    nothing else.
+    """
+    med, S = model.med, positions(model) + C
+    return {
+        "vision": vision(model)[0],
+        "caption": text(model, C, False),
+        "seen_kv": med.layers * 2 * S * model.vit.width * 2 * med.width,
+        "dialog": rows * ((med.layers - 1) * text_layer(med, T, T, S) + text_layer(med, T, 1, S)),
+        "head": rows * 2 * med.width * 2,
+    }
+
+
 def encode_image(model) -> float:
     """FLOPs of the ViT for one image."""
     return vision(model)[0]
@@ -309,26 +324,42 @@ def filter_image(model, T: int, texts: int, itc: bool = True, original: bool = F
     return encode_image(model) + image_kv(model) + texts * _match(model, T, original) + cosine
 
 
-def retrieval_eval(cfg, images: int, texts: int) -> dict[str, float]:
-    """FLOPs of a retrieval evaluation (blip_jax/tasks/two_stage.py): {"encode", "rerank", "total"}.
+def rank_image(model, T: int, answer: int, k: int, candidates: int) -> float:
+    """The fewest FLOPs with which a question of T positions about one image can have `k` of its `candidates` scored in
+    full, answers of `answer` positions with [DEC] and [SEP] (`inference.programs.ranking`).
+
+    [DEC] is read once for all of them, and the last position predicts nothing. An image has one question.
+    """
+    med, own, k = model.med, answer - 2, min(k, candidates)
+    asked = (
+        encode_image(model) + image_kv(model) + text(model, T, True) + med.layers * 2 * T * med.width * 2 * med.width
+    )
+    first = med.layers * text_layer(med, 1, 1, T) + lm_head(med)
+    each = med.layers * (text_layer(med, own, own, T) + 4 * own * med.width) + own * lm_head(med)  # [DEC]'s key too
+    return asked + first + k * each
+
+
+def retrieval_eval(cfg, images: int, texts: int, frames: int = 1) -> dict[str, float]:
+    """FLOPs of a retrieval evaluation (blip_jax/tasks/two_stage.py): {"encode", "rerank", "total"}; frames: of each
+    video, where that is what `images` counts.
 
     Each image re-ranks its eval.k texts and each text its eval.k images; counted as if no pair were in both shortlists
     (at most), in passes of eval.rerank_texts texts an image, all full, each with its own keys and values.
     """
     model, T, group, k = cfg.model, cfg.text.max_len, cfg.eval.rerank_texts, cfg.eval.k
     project = 2 * model.embed_dim
-    encode = images * (encode_image(model) + project * model.vit.width) + texts * (
+    encode = images * frames * (encode_image(model) + project * model.vit.width) + texts * (
         text(model, T, False) + project * model.med.width
     )
     pairs = min(images * min(k, texts) + texts * min(k, images), images * texts)
-    rerank = pairs / group * rerank_unit(model, T, group)
+    rerank = pairs / group * rerank_unit(model, T, group, frames)
     return {"encode": encode, "rerank": rerank, "total": encode + rerank}
 
 
-def rerank_unit(model, T: int, texts: int) -> float:
-    """FLOPs of one pass of re-ranking: keys and values of an image, and `texts` texts of T positions matched with
-    it."""
-    return image_kv(model) + texts * _match(model, T, False)
+def rerank_unit(model, T: int, texts: int, frames: int = 1) -> float:
+    """FLOPs of one pass of re-ranking: keys and values of an image, or of a video, and `texts` texts of T positions
+    matched with it."""
+    return image_kv(model, frames) + texts * _match(model, T, False, frames)
 
 
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr, trips: int | None = None) -> float:

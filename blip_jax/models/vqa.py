@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from blip_jax.models.text.med import Med, empty_cache, images_of
-from blip_jax.models.vision.vit import Vit
+from blip_jax.models.vision.vit import Vit, each_frame
 
 
 class BlipVqa(nn.Module):
@@ -75,8 +75,8 @@ class BlipVqa(nn.Module):
         return self.lm_logits(ids, txt_mask, self.question_kv(states), txt_mask)
 
     def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D]"""
-        return self.vit(img, deterministic=deterministic)
+        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], of videos f32[B,R,S,S,3] [B,R*P,D] (`vit.each_frame`)"""
+        return each_frame(self.vit, img, deterministic)
 
     def image_kv(self, img_tok):
         """img_tok [B,P,D] -> keys and values of all layers of the question encoder, each [L,B,P,N,H]"""

@@ -80,6 +80,8 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
     own = cfg.copy_and_resolve_references().unlock()
     own.text.vocab = own.text.vocab or "sizes suffice"
     tasks.validate(own, None, 1, topology.devices)
+    if workload == "train":
+        tasks.trained(own)
     sharding.inside_slice(mesh_shape(cfg, topology), topology.slices)
     return Request(cfg, topology, workload)
 

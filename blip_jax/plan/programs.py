@@ -181,9 +181,9 @@ def evaluate(cfg, mesh) -> list[Program]:
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
 
-    img_size, positions = cfg.model.img_size, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
-    img = array(jnp.uint8, img_size, img_size, 3)
-    img_tok = array(jnp.dtype(cfg.model.dtype), positions, cfg.model.vit.width)
+    img_size, frames = cfg.model.img_size, cfg.task.frames if "frames" in cfg.task else 1
+    img = array(jnp.uint8, *(frames,) * ("frames" in cfg.task), img_size, img_size, 3)
+    img_tok = array(jnp.dtype(cfg.model.dtype), flops.positions(cfg.model, frames), cfg.model.vit.width)
     one_text = array(jnp.int32, T), array(jnp.bool_, T)
     texts = array(jnp.int32, G, T), array(jnp.bool_, G, T)
 
@@ -208,10 +208,10 @@ def evaluate(cfg, mesh) -> list[Program]:
             "encode images",
             programs.view(model, "img_tok", "img_emb"),
             (img,),
-            flops.encode_image(cfg.model) + project,
+            frames * (flops.encode_image(cfg.model) + project),
         ),
         program("encode texts", programs.embed(model), one_text, itc - project - 2 * cfg.model.embed_dim),
-        program("re-rank", programs.rerank(model), (img_tok, *texts), flops.rerank_unit(cfg.model, T, G)),
+        program("re-rank", programs.rerank(model), (img_tok, *texts), flops.rerank_unit(cfg.model, T, G, frames)),
     ]
 
 

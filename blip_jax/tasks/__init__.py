@@ -4,6 +4,9 @@ Every task has
 
   check(cfg, tokenizer=None)            problems of the config, each with its remedy; tokenizer: once it is read
   build(cfg)                            the model
+
+one that is trained
+
   example(record, rng, cfg, tokenizer)  one row of a batch, numpy: pictures as bytes, which the pipeline decodes and
                                         augments under the same name, arrays, and "notes", what is irregular about the
                                         record though it is used. BadRecord where the record cannot be used
@@ -14,7 +17,11 @@ Every task has
   flops(cfg, T=None)                    {part: FLOPs of one example, ..., "step": of the training step}; T: text
                                         positions
 
-A task whose texts may be cut into buckets (text.buckets) also has
+and one that is not
+
+  INSTEAD                               what to do instead of training it
+
+One whose texts may be cut into buckets (text.buckets) also has
 
   text(record, rng, cfg)                (the text that decides the length, notes), with the draws that `example` makes
 
@@ -34,6 +41,9 @@ one that can be evaluated
                                         what `evaluate` reads, from cfg.data.eval
   evaluate(loaded, data, mesh)          {metric: number}, and maybe "predictions", JSON rows; loaded: model, params,
                                         cfg, tokenizer, origin
+  curve(loaded, data, mesh)             as `evaluate`, while a run trains, where that takes too long then
+  BEST                                  names of numbers of `curve`, or of `evaluate`, whose sum says which
+                                        checkpoint of a run is the best (train.keep_best)
   table(result)                         `evaluate`'s numbers as text
   submission(result, cfg)               (file name, text) that a server takes, where there is one. ValueError: what
                                         was asked is not answered as a whole, and nothing is written
@@ -42,18 +52,29 @@ and one whose model is not that of pre-training may start from a checkpoint of i
 
   START                                 models.build.Start: what its parameters start from
 
+one that fine-tunes what others have trained
+
+  BEGINS_FROM                           in words, what its train.init_from should name: anything else is said
+
 There is no list of tasks: a module in this folder that is not in SHARED is one.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
 
 from blip_jax import config
 
-SHARED = ("contrast", "momentum", "step", "two_stage")  # what several tasks have in common, no tasks themselves
+SHARED = (
+    "captioned",
+    "contrast",
+    "momentum",
+    "step",
+    "two_stage",
+)  # what several tasks have in common, no tasks themselves
 
 
 def names() -> list[str]:
@@ -68,6 +89,13 @@ def of(cfg) -> ModuleType:
     return importlib.import_module(f"{__name__}.{cfg.objective}")
 
 
+def trained(cfg) -> ModuleType:
+    """The module of `cfg.objective`, which is trained. ValueError: it is evaluated alone, or there is none."""
+    if instead := getattr(of(cfg), "INSTEAD", ""):
+        raise ValueError(f"objective {cfg.objective} is evaluated, not trained: {instead}")
+    return of(cfg)
+
+
 def build(cfg):
     """The model of `cfg.objective` with the sizes of `cfg.model`. ValueError: no such objective."""
     return of(cfg).build(cfg)
@@ -79,10 +107,11 @@ def validate(cfg, tokenizer=None, process_count: int = 1, device_count: int = 1)
     tokenizer: of `cfg.text.vocab`, or None where it is not read yet. ValueError: one that lists every problem with its
     remedy.
     """
-    problems = config.problems(cfg, tokenizer and tokenizer.vocab_size, process_count, device_count)
+    found = functools.partial(config.problems, cfg, tokenizer and tokenizer.vocab_size, process_count, device_count)
     if cfg.objective not in names():
-        config.refuse([*problems, f"objective is {cfg.objective!r}: choose one of {', '.join(names())}"])
+        config.refuse([*found(), f"objective is {cfg.objective!r}: choose one of {', '.join(names())}"])
     task = of(cfg)
+    problems = found(trained=not hasattr(task, "INSTEAD"))
     leaves = task.leaves() if hasattr(task, "leaves") else {}
     if set(cfg.task) != set(leaves):
         what = f"set c.task = leaves() of {task.__name__}" if leaves else "leave c.task empty"
@@ -92,4 +121,15 @@ def validate(cfg, tokenizer=None, process_count: int = 1, device_count: int = 1)
                 f"task holds {sorted(cfg.task)}, but of objective {cfg.objective} it is {sorted(leaves)}: {what}",
             ]
         )
-    config.refuse(problems + task.check(cfg, tokenizer))
+    config.refuse(problems + _best_problems(cfg, task) + task.check(cfg, tokenizer))
+
+
+def _best_problems(cfg, task: ModuleType) -> list[str]:
+    if not cfg.train.keep_best:
+        return []
+    if not hasattr(task, "BEST"):
+        return [
+            f"train.keep_best is set, but objective {cfg.objective} has no rule for which checkpoint is the best, its "
+            "last is used: set train.keep_best=False"
+        ]
+    return [] if len(cfg.data.eval) else ["train.keep_best is set, but data.eval is empty: nothing says which is best"]

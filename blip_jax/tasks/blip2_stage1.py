@@ -21,6 +21,7 @@ from blip_jax.models.build import Start
 from blip_jax.tasks import contrast, retrieval, step, two_stage
 
 text, eval_data, table = pairs.text, retrieval.eval_data, retrieval.table
+BEST = retrieval.BEST
 STREAMS = ("vit", "queries", "text", "match", "decoder")  # of dropout
 NEW = "ln_vision/.*|query_tokens|qformer/cross/.*|(vision_proj|text_proj|itm_head)/.*|temp"  # what BERT does not have
 NEGATIVES = ("masked", "floored")

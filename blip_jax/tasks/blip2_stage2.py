@@ -17,9 +17,11 @@ from blip_jax.data import pairs
 from blip_jax.models import flops as counts
 from blip_jax.models.blip2_llm import Blip2Llm
 from blip_jax.models.build import Start
-from blip_jax.tasks import blip2_stage1, step
+from blip_jax.tasks import blip2_stage1, captioned, step
 
 START = Start(new=r"llm_proj/.*")  # of a first stage
+BEST, eval_data, evaluate, curve = captioned.BEST, captioned.eval_data, captioned.evaluate, captioned.curve
+table, submission = captioned.table, captioned.submission
 
 
 def check(cfg, tokenizer=None) -> list[str]:
@@ -28,12 +30,7 @@ def check(cfg, tokenizer=None) -> list[str]:
         return ["model has no llm but objective is blip2_stage2: let the config begin with config.blip2(llm=...)"]
     if cfg.text.buckets:
         out.append(f"text.buckets is {cfg.text.buckets}: the second stage has one length, text.max_len; leave it empty")
-    if len(cfg.data.eval):
-        out.append(
-            f"data.eval holds {', '.join(sorted(cfg.data.eval))} but the second stage of BLIP-2 is not scored while it "
-            "trains: leave data.eval empty"
-        )
-    return out + (_prompt_problems(cfg, tokenizer) if tokenizer else [])
+    return out + captioned.problems(cfg) + (_prompt_problems(cfg, tokenizer) if tokenizer else [])
 
 
 def _prompt_problems(cfg, tokenizer) -> list[str]:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.source import BadRecord
-from blip_jax.data.text.clean import clean_question
+from blip_jax.data.text.clean import clean_question, too_long
 from blip_jax.data.text.tokenizers import WithQuestions
 from blip_jax.decode import limits
 from blip_jax.inference import language
@@ -29,6 +29,7 @@ from blip_jax.tasks import blip2_stage1, blip2_stage2, step, vqa
 
 START = blip2_stage2.START  # a first stage has the Q-Former's words, which a second stage's file lacks
 loss, table = blip2_stage2.loss, vqa.table
+BEGINS_FROM = "both stages of BLIP-2, its tower and its language model"
 
 
 def leaves() -> ConfigDict:
@@ -130,7 +131,8 @@ def question(record: dict, cfg, tokenizer, *, pad_left: bool = True) -> dict:
     Of a question that is too long the last words are left out, so that the prompt is whole. pad_left: of OPT, where it
     is to go on from the prompt.
     """
-    words, T, notes = clean_question(record["question"]).split(" "), cfg.text.max_len, []
+    words, T = clean_question(record["question"]).split(" "), cfg.text.max_len
+    notes = ["long question, cut"] if too_long(record["question"]) else []
     prompt = lambda: cfg.text.prompt.replace("{}", " ".join(words))
     while len(words) > 1 and tokenizer.lengths([prompt()], 1 << 20)[0] > T:
         words.pop()

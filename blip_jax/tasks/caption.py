@@ -1,5 +1,5 @@
 """Captioning: language modelling alone (captioner fine-tuning; reference: BLIP's blip_decoder). No encoder, momentum or
-negatives.
+negatives. Scored by the captions that it makes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from blip_jax import losses
 from blip_jax.data import pairs
 from blip_jax.models import flops as counts
 from blip_jax.models.blip import Blip
-from blip_jax.tasks import step
+from blip_jax.tasks import captioned, step
 
-text = pairs.text
+text, BEST = pairs.text, captioned.BEST
+eval_data, evaluate, curve = captioned.eval_data, captioned.evaluate, captioned.curve
+table, submission = captioned.table, captioned.submission
+BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base_capfilt_large.pth"
 
 
 def check(cfg, tokenizer=None) -> list[str]:
     out = step.group_problems(cfg, least=1) + pairs.bucket_problems(cfg)
-    if len(cfg.data.eval):
-        out.append(
-            f"data.eval holds {', '.join(sorted(cfg.data.eval))} but objective is caption: retrieval evaluation needs "
-            "the text encoder, which a captioner has not; leave data.eval empty"
-        )
     prompt = cfg.text.prompt
     if prompt and not prompt.endswith(" "):
         out.append(f"text.prompt is {prompt!r}: end it with a space, or its last word runs into the caption's first")
+    least = 1 + pairs.prompt_length(tokenizer, prompt) if tokenizer else 1
+    out += captioned.problems(cfg, least, cfg.model.med.positions)
     return out + (pairs.prompt_problems(cfg, tokenizer) if tokenizer else [])
 
 

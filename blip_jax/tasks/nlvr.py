@@ -24,6 +24,8 @@ from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import step
 
 SIDES = ("img0", "img1")  # left and right
+BEST = ("accuracy",)  # of dev, as the original
+BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base.pth"
 OTHER = {"left": "right", "right": "left"}
 
 

@@ -17,6 +17,8 @@ from blip_jax.models.blip import Blip
 from blip_jax.tasks import contrast, step, two_stage
 
 text, table = pairs.text, recall.table
+BEST = ("r_mean",)  # of the validation split, as the original
+BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base.pth"
 before, after = contrast.before, contrast.after
 
 

@@ -20,7 +20,7 @@ from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.vqa import Questions
 from blip_jax.data.source import BadRecord, expand
-from blip_jax.data.text.clean import clean_question
+from blip_jax.data.text.clean import clean_question, too_long
 from blip_jax.decode.beam import Beam
 from blip_jax.eval import submission as servers
 from blip_jax.eval import vqa
@@ -31,6 +31,7 @@ from blip_jax.models.build import Start
 from blip_jax.models.vqa import BlipVqa
 from blip_jax.tasks import step
 
+BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base_capfilt_large.pth"
 OFTEN = 9  # questions whose majority gives an answer that a made list holds
 # Both text models start as the shared one of pre-training. Where image and text widths differ the decoder, which looks
 # at question states, has keys and values of another shape; these start random, as in the original.
@@ -120,7 +121,7 @@ def question(record: dict, cfg, tokenizer) -> dict:
     """
     text = clean_question(record["question"])
     ids, mask = tokenizer.encode([text], cfg.text.max_len)
-    cut = tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
+    cut = too_long(record["question"]) or tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
     return {"img": record["image"], "ids": ids[0], "txt_mask": mask[0], "notes": ["long question, cut"] if cut else []}
 
 

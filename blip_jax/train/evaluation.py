@@ -16,7 +16,7 @@ from blip_jax.inference.load import Loaded, read_for
 from blip_jax.models import initial
 from blip_jax.parallel import processes, sharding
 from blip_jax.train import start
-from blip_jax.train.run import suffix
+from blip_jax.train.run import suffix, warn_of_shared_files
 
 
 def evaluate(cfg, workdir, path="") -> dict:
@@ -43,6 +43,7 @@ def _evaluate(cfg, workdir, path) -> dict:
     mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
     model = task.build(cfg)
     shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(cfg.seed)))
+    warn_of_shared_files(cfg)
     data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
     processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
     params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))

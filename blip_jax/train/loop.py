@@ -25,7 +25,7 @@ from blip_jax.inference.load import Loaded
 from blip_jax.parallel import processes, sharding
 from blip_jax.parallel.interrupt import Interrupt, Stopped
 from blip_jax.tasks import step as steps
-from blip_jax.train import kept, metrics, saving, start
+from blip_jax.train import best, kept, metrics, saving, start
 from blip_jax.train.run import At, Run, prepare
 from blip_jax.train.summary import bucket_report, describe, ending
 
@@ -35,7 +35,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a di
 def fit(cfg, workdir) -> dict:
     """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
 
-    Writes checkpoints/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
+    Writes checkpoints/, best/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
     SIGTERM, or SIGINT once, finishes the step, saves and returns; an evaluation ends after its batch and is made again
     later. Returns {"step", "stopped", "log": last row, "eval": last evaluation}; step 0 where it was stopped before it
     began.
@@ -126,6 +126,8 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
                     saving.written(run, manager)  # before memory is filled, and before hours go by
                     try:
                         out["eval"] = _evaluate(run, step, state, sums)
+                        if every.keep_best:  # before the row: who is killed here evaluates again
+                            best.keep(run, step, out["eval"])
                         writer.row(step, "eval", out["eval"])
                         pending = False
                     except Stopped:
@@ -233,7 +235,12 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
 def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
     saving.finite(run, step, sums)
     loaded = Loaded(run.model, state.all_params, run.cfg, run.tokenizer, f"step {step}")
-    result = run.task.evaluate(loaded, run.eval_data, run.mesh)
+    result = getattr(run.task, "curve", run.task.evaluate)(loaded, run.eval_data, run.mesh)
     result.pop("predictions", None)
-    say(f"{run.cfg.objective}: " + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    say(f"{run.cfg.objective}: " + "  ".join(f"{name} {_number(value)}" for name, value in result.items()))
     return result
+
+
+def _number(value: float) -> str:
+    """With two places, or four where it is a fraction, as those of captions are."""
+    return f"{value:.4f}" if 0 < abs(value) < 1 else f"{value:.2f}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from types import ModuleType
@@ -14,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from blip_jax import buckets, checkpoint, tasks
+from blip_jax.console import say
 from blip_jax.data.batches import TrainData
 from blip_jax.data.order import Order
 from blip_jax.data.source import expand
@@ -65,13 +68,17 @@ class At(NamedTuple):
 def prepare(cfg, workdir) -> Run:
     """Everything that can fail on account of the config, the data or the sizes, without compiling or allocating."""
     tasks.validate(cfg, None, jax.process_count(), jax.device_count())
-    tokenizer = _files(cfg)
+    task, tokenizer = tasks.trained(cfg), _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = buckets.of(workdir, "workdir")
+    if cfg.train.keep_best and buckets.is_bucket(workdir):
+        raise ValueError(
+            f"train.keep_best, but {workdir} is on a bucket, where the best cannot be kept: set it to False"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     for name, own in tokenizers.parts(tokenizer).items():
         _keep_vocabulary(own, workdir, name)
-    mesh, task = sharding.make_mesh(cfg.mesh), tasks.of(cfg)
+    mesh = sharding.make_mesh(cfg.mesh)
     rows, first = sharding.rows(mesh, cfg.train.batch // cfg.optim.accumulate)
     data = TrainData(
         cfg,
@@ -84,6 +91,7 @@ def prepare(cfg, workdir) -> Run:
     )
     eval_data = None
     if len(cfg.data.eval):
+        warn_of_shared_files(cfg)
         eval_data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
     processes.agree(
         cfg, workdir, vocabulary=tokenizer.crc, records={name: len(source) for name, source in data.sources.items()}
@@ -136,6 +144,26 @@ def _files(cfg):
         several = f"{len(problems)} things that the config names cannot be had:\n  " if problems[1:] else ""
         raise ValueError(several + "\n  ".join(problems))
     return tokenizer
+
+
+def warn_of_shared_files(cfg) -> None:
+    """Says which files of data.eval data.train has, too: numbers on them say nothing about unseen examples."""
+
+    def files(part: str) -> dict[tuple[str, str], str]:
+        found = {}
+        for name, source in cfg.data[part].items():
+            with contextlib.suppress(ValueError):  # evaluation needs no file of training
+                paths = expand(name, source) if source.kind not in ("tfds", "scenes") else []
+                found |= {(os.path.realpath(path), source.split): name for path in paths}
+        return found
+
+    trained = files("train")
+    for key, name in files("eval").items():
+        if key in trained:
+            say(
+                f"WARNING: data.eval.{name} has {key[0]}, which data.train.{trained[key]} trains on: numbers on it say "
+                "nothing about unseen examples"
+            )
 
 
 def suffix() -> str:

@@ -71,10 +71,21 @@ def load(run, found: list | None = None) -> dict | None:
     found: of `located`. Several origins, separated by commas, add up; of a parameter that two of them have, the later
     one's counts.
     """
-    found = located(run) if found is None else found
+    found, begins = located(run) if found is None else found, getattr(run.task, "BEGINS_FROM", "")
     if not found:
+        if begins:
+            say(
+                f"WARNING: train.init_from is empty, so that objective {run.cfg.objective} trains random parameters: "
+                f"name {begins}"
+            )
         return None
-    given = origins.together(run.cfg, [(origin, read_for(run.cfg, path)) for origin, path in found])
+    sources = [(origin, read_for(run.cfg, path)) for origin, path in found]
+    if begins and (done := [origin for origin, x in sources if x.cfg.objective == run.cfg.objective]):
+        say(
+            f"WARNING: {', '.join(done)} was trained for objective {run.cfg.objective} before: this run goes on with a "
+            f"finished model, where the paper's starts from {begins}"
+        )
+    given = origins.together(run.cfg, sources)
     for origin, both in given.replaced.items():
         say(f"{origin}: its {len(both)} parameters take the place of the earlier origins': {', '.join(folded(both))}")
     for origin in dict.fromkeys(given.parts.values()) if len(found) > 1 else ():

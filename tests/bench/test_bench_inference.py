@@ -31,6 +31,13 @@ def test_all_devices_work_and_more_texts_cost_more(tmp_path):
     assert case["sides"]["ours"]["gflop_per_image"] == pytest.approx(flops.filter_image(model, 12, 3) / 1e9)
 
 
+def test_answers_by_rank(tmp_path):
+    case = bench(tmp_path, "rank", "--positions=12", "--candidates=9", "--k=4", "--answer=6")
+    model = inference.Ours(inference.Settings("rank", "tiny"), 16, "float32").config
+    needed = flops.rank_image(model, 12, 6, 4, 9)
+    assert case["sides"]["ours"]["gflop_per_image"] == pytest.approx(needed / 1e9)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [(["--img_size=17"], "multiple of the patch of 8 pixels"), (["--positions=60"], "texts have 5 to 40")],

@@ -120,7 +120,7 @@ def test_shares_of_text_lengths_are_those_of_windows():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--objective=dialog"], "should be one of"),
+        (["--objective=chat"], "should be one of"),
         (["--size=tiny", "--img_size=17"], "multiple of model.vit.patch"),
         (["--size=tiny", "--img_size=16", "--buckets=12,x"], "--buckets holds 'x'"),
         (["--size=tiny", "--img_size=16", "--batch=7"], "must be a multiple of 8"),

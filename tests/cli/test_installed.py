@@ -28,39 +28,22 @@ def installed(tmp_path_factory):
     theirs = folder / "theirs"
     zipfile.ZipFile(wheel).extractall(theirs / "lib")
     subprocess.run(["git", "init", "-q", theirs], check=True)
-    subprocess.run(
-        [
-            "git",
-            "-C",
-            theirs,
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b.c",
-            "commit",
-            "-q",
-            "--allow-empty",
-            "-m",
-            "x",
-        ],
-        check=True,
-    )
+    commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "x"]
+    subprocess.run(commit, cwd=theirs, check=True)
     return theirs / "lib", theirs
 
 
 def run(installed, *args) -> subprocess.CompletedProcess:
     lib, folder = installed
     env = os.environ | {"PYTHONPATH": str(lib)}
-    return subprocess.run(
-        [sys.executable, "-m", "blip_jax", *args], cwd=folder, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "blip_jax", *args]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_a_wheel_has_the_configs_and_finds_them(installed):
     lib, _ = installed
-    assert {p.name for p in (lib / "blip_jax/configs").glob("*.py")} == {
-        p.name for p in (ROOT / "configs").glob("*.py")
-    }
+    names = lambda folder: sorted(p.name for p in folder.glob("*.py"))
+    assert names(lib / "blip_jax/configs") == names(ROOT / "configs")
     assert (lib / "blip_jax/py.typed").exists()
     done = run(installed, "train", "--config=configs/pretrain.py:huge", "--workdir=x")
     assert done.returncode == 2 and "configs/pretrain.py is not here: the one of the package" in done.stderr

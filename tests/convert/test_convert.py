@@ -25,7 +25,7 @@ from blip_jax.models import initial
 from blip_jax.models.vision.vit import resize_pos_embed
 from blip_jax.tasks import build
 
-MODELS = ("pretrain", "retrieval", "itm", "features", "caption", "vqa", "nlvr")
+MODELS = ("pretrain", "retrieval", "itm", "features", "dialog", "caption", "vqa", "nlvr")
 HEADS = official.TINY_HEADS
 NUMBER_OF_KEYS = {  # of the released files
     ("pretrain", "base"): 1272,
@@ -39,6 +39,7 @@ NUMBER_OF_KEYS = {  # of the released files
     ("itm", "base"): 473,
     ("itm", "large"): 617,
     ("features", "base"): 467,
+    ("dialog", "base"): 469,  # of which there is no released file
 }
 needs_torch = pytest.mark.skipif(
     "not __import__('importlib').util.find_spec('torch')", reason="torch is not installed; pip install -e '.[convert]'"
@@ -46,7 +47,8 @@ needs_torch = pytest.mark.skipif(
 
 
 def sizes_of(family):
-    return official.TINY | ({"layers": 7} if family == "nlvr" else {})
+    other = {"nlvr": {"layers": 7}, "dialog": {"W": official.TINY["D"]}}  # a dialog's widths are one
+    return official.TINY | other.get(family, {})
 
 
 def tiny(family, **how):

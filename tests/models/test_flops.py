@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from blip_jax import config
+from blip_jax.bench import inference
 from blip_jax.inference import programs
-from blip_jax.models import flops
+from blip_jax.models import flops, initial
 from blip_jax.models.blip import Blip
+from blip_jax.models.vqa import BlipVqa
 
 
 def sized(size, T, img_size=224):
@@ -169,6 +171,25 @@ def test_retrieval_evaluation_is_its_passes():
     assert few == pytest.approx(9 / 5 * a_unit, rel=0.02)
 
 
+def test_videos_are_their_frames():
+    cfg, R, G, T = narrow(), 3, 5, 9
+    model, params, _, _ = shapes_of(cfg, T)
+    pixels = cfg.model.img_size, cfg.model.img_size, 3
+    clips = jax.ShapeDtypeStruct((2, R, *pixels), jnp.uint8)
+    traced = flops.count_function(programs.view(model, "img_tok", "img_emb"), params, clips) / 2
+    project = 2 * cfg.model.embed_dim * cfg.model.vit.width
+    assert traced == R * (flops.encode_image(cfg.model) + project)
+    img_tok = jax.ShapeDtypeStruct((2, flops.positions(cfg.model, R), cfg.model.vit.width), jnp.float32)
+    texts = jax.ShapeDtypeStruct((2, G, T), jnp.int32), jax.ShapeDtypeStruct((2, G, T), jnp.bool_)
+    traced = flops.count_function(programs.rerank(model), params, img_tok, *texts) / 2
+    assert traced == pytest.approx(flops.rerank_unit(cfg.model, T, G, R), rel=0.001)
+    with cfg.unlocked():
+        cfg.text.max_len, cfg.eval.k, cfg.eval.rerank_texts = T, 4, G
+    whole, alone = flops.retrieval_eval(cfg, 30, 30, R), flops.retrieval_eval(cfg, 30, 30)
+    assert whole["rerank"] == pytest.approx(30 * (4 + 4) / 5 * flops.rerank_unit(cfg.model, T, G, R))
+    assert whole["encode"] - alone["encode"] == pytest.approx(30 * (R - 1) * (flops.encode_image(cfg.model) + project))
+
+
 def test_count_of_a_product_a_convolution_and_a_batched_product():
     f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     assert flops.count_function(jnp.dot, f32(3, 5), f32(5, 7)) == 2 * 3 * 5 * 7
@@ -190,3 +211,28 @@ def test_count_goes_into_scan_conditional_and_gradient():
     with pytest.raises(ValueError, match="while loop"):
         flops.count_function(endless, x)
     assert flops.count_function(endless, x, trips=7) == 7 * once
+
+
+@pytest.mark.parametrize("depth, answer", [(12, 8), (6, 12)])
+def test_answers_by_rank_cost_what_the_maths_needs(depth, answer):
+    """Of the published size and list, as `blip-jax bench rank` runs it: states, keys and values are computed once."""
+    settings = inference.Settings("rank", img_sizes=(480,), positions=35, answer=answer)
+    cfg = config.base("base")
+    with cfg.unlocked():
+        cfg.model.img_size = 480
+        cfg.model.vit.depth = cfg.model.med.layers = depth
+    model = BlipVqa.from_config(cfg.model)
+    like = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    params = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
+    C, T = settings.candidates, settings.positions
+    traced = flops.count_function(
+        programs.ranking(model, settings.k),
+        params,
+        like(jnp.uint8, 2, 480, 480, 3),
+        like(jnp.int32, 2, T),
+        like(bool, 2, T),
+        like(jnp.int32, C, answer),
+        like(bool, C, answer),
+    )
+    needed = flops.rank_image(cfg.model, T, answer, settings.k, C)
+    assert 1 <= traced / 2 / needed < 1.1

@@ -249,7 +249,7 @@ def test_a_mesh_and_making_layers_again_change_nothing():
         cfg = tiny(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape)), **{"model.remat": remat})
         model, tx = task.build(cfg), optim.make(cfg, 5)[0]
         if not results:
-            start = train_state.create(cfg, model, tx, jax.random.key(0))
+            start = jax.jit(functools.partial(train_state.create, cfg, model, tx))(jax.random.key(0))
         mesh = sharding.make_mesh(cfg.mesh, jax.devices()[: np.prod(shape)])
         with jax.set_mesh(mesh):
             where = sharding.shardings_for(jax.eval_shape(lambda: start), mesh)

@@ -11,14 +11,16 @@ from world import language
 from world.language import tiny
 from world.runs import leaves, rows
 
-from blip_jax import config, tasks, trees
+from blip_jax import config, from_pretrained, tasks, trees
+from blip_jax.data.formats import open_source
 from blip_jax.data.text import tokenizers
+from blip_jax.eval import java
 from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded_once
 from blip_jax.parallel import sharding
 from blip_jax.tasks import blip2_stage2 as task
 from blip_jax.tasks import step
-from blip_jax.train import loop
+from blip_jax.train import evaluation, loop
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,10 @@ def test_cost_of_a_step_is_as_counted(llm):
 
 
 @pytest.mark.parametrize("llm", ["opt", "flant5"])
-def test_a_run_on_scenes_resumes_bit_for_bit_and_its_checkpoints_hold_no_frozen_part(llm, vocabularies, tmp_path):
+def test_a_run_on_scenes_resumes_bit_for_bit_and_its_checkpoints_hold_no_frozen_part(
+    llm, vocabularies, tmp_path, monkeypatch
+):
+    """And evaluation writes the captions that the verb does."""
     cfg = language.on_scenes(tiny(llm, **{"text.vocab": str(vocabularies[llm])}))
     cfg.train.update(steps=2, log_every=1, save_every=1)
     out = loop.fit(cfg, tmp_path / "run")
@@ -146,6 +151,18 @@ def test_a_run_on_scenes_resumes_bit_for_bit_and_its_checkpoints_hold_no_frozen_
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "2")
     assert loop.fit(cfg, tmp_path / "cut")["step"] == 2
     assert leaves(tmp_path / "cut") == saved and rows(tmp_path / "cut") == rows(tmp_path / "run")
+
+    def gone():
+        raise ValueError("no Java")
+
+    monkeypatch.setattr(java, "find", gone)
+    with cfg.data.unlocked():
+        cfg.data.eval.world = config.source("scenes", count=3, size=32, seed=1)
+    cfg.eval.update(beams=2, min_length=1, max_length=6)
+    result = evaluation.evaluate(cfg, tmp_path / "eval", tmp_path / "run")
+    pictures = [record["image"] for record in open_source("world", cfg.data.eval.world)]
+    told = from_pretrained(tmp_path / "run").caption(pictures, beams=2, min_length=1, max_length=6)
+    assert [row["caption"] for row in result["predictions"]] == [found["caption"] for [found] in told]
 
 
 def test_settings_that_do_not_fit(vocabularies):

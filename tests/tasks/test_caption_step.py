@@ -12,7 +12,7 @@ from blip_jax import checkpoint, config, tasks, trees
 from blip_jax.models import initial
 from blip_jax.tasks import caption
 from blip_jax.tasks.step import Keys
-from blip_jax.train import evaluation, loop, start
+from blip_jax.train import loop, start
 
 B, T, SIZE, VOCAB, PROMPT = 6, 9, 16, 60, 4
 
@@ -199,14 +199,3 @@ def test_parameters_of_another_vocabulary_are_refused(tiny_cfg, pretrained, tmp_
     said = f"another vocabulary than .*other.txt: set text.vocab .--vocab. to {pretrained / 'vocab.txt'}"
     with pytest.raises(ValueError, match=f"trained with {said}"):
         loop.fit(cfg, tmp_path / "run")
-
-
-def test_a_captioner_cannot_be_evaluated_on_retrieval(tiny_cfg, pretrained, tmp_path):
-    cfg = fine_tuning(tiny_cfg, "caption", pretrained)
-    with cfg.data.unlocked():
-        cfg.data.eval.world = config.source("scenes", count=8, size=32, seed=1)
-    with pytest.raises(ValueError, match="data.eval holds world but objective is caption"):
-        loop.fit(cfg, tmp_path / "run")
-    with pytest.raises(ValueError, match="data.eval holds world but objective is caption"):
-        evaluation.evaluate(cfg, pretrained)
-    assert not (tmp_path / "run").exists()

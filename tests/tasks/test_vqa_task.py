@@ -176,6 +176,12 @@ def test_what_does_not_fit_is_noted(cfg):
     )
     wordy = vqa.example(asked(["ring"], text="red " * 20), None, cfg, tokenizer)
     assert wordy["notes"] == ["long question, cut"]
+    words = [f"{a}{b}" for a in "abcdef" for b in "0123456789"]  # sixty, of which the original keeps fifty
+    cfg.text.max_len = 200
+    sixty = vqa.question(asked([], text=" ".join(words)), cfg, tokenizer)
+    assert sixty["notes"] == ["long question, cut"]
+    np.testing.assert_array_equal(sixty["ids"], tokenizer.encode([" ".join(words[:50])], 200)[0][0])
+    assert vqa.question(asked([], text=" ".join(words[:50]) + "?"), cfg, tokenizer)["notes"] == []
     with pytest.raises(BadRecord, match="question without an answer"):
         vqa.example(asked([]), None, cfg, tokenizer)
 

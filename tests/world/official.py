@@ -126,6 +126,7 @@ def shapes(family, s=BASE, img_size=0):
         },
         "itm": {**see, **read, **project, **match},
         "features": {**see, **read},
+        "dialog": {**see, **read, **match},
         "caption": {**see, **decode},
         "vqa": {**see, **read, **text("text_decoder.bert.", s, W), **head("text_decoder.cls.predictions.", s)},
         "nlvr": {

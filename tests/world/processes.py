@@ -147,6 +147,23 @@ def train_and_capfilt(config: str, workdir: str, capfilt_config: str, out: str) 
     return 0
 
 
+def evaluate_all(train: list[str], cases: list[list[str]]) -> int:
+    """A training run, (config, workdir), then evaluations, (config, workdir, checkpoint) each.
+
+    Captions with approximate tokens: Java takes some 13 s to start.
+    """
+    from blip_jax.parallel import processes
+    from blip_jax.tasks import caption
+    from blip_jax.train import evaluation, loop
+
+    caption.evaluate = caption.curve
+    with processes.start():
+        loop.fit(_config(train[0]), train[1])
+        for config, workdir, origin in cases:
+            evaluation.evaluate(_config(config), workdir, origin)
+    return 0
+
+
 def stay(beat: float = 2.5, still: float = 25.0) -> int:
     """Meets the others, says so, and waits for ever; gives a sign of life every `beat` seconds, and misses it after
     `still`."""
@@ -216,7 +233,7 @@ def _config(path: str):
     return scope["get_config"]().unlock()
 
 
-CALLS = {f.__name__: f for f in (command, train_and_capfilt, stay, stop_one, disagree)}
+CALLS = {f.__name__: f for f in (command, train_and_capfilt, evaluate_all, stay, stop_one, disagree)}
 
 if __name__ == "__main__":
     serve()

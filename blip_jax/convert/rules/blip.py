@@ -187,6 +187,7 @@ FAMILIES = {  # family -> rows; paths start at the train state's `params` or `mo
     ),
     "itm": _ENCODER,
     "features": (*_VIT, *_TEXT),
+    "dialog": (*_VIT, *_TEXT, *_dense("itm_head", "params/itm_head", "2", "W")),
     "caption": (
         *_VIT,
         *_under("text_decoder.bert.", "params/med/", TEXT_SHARED + DECODER_SELF_ATTENTION),
@@ -217,6 +218,7 @@ WORDS = {  # family -> what it is, and which models it is complete for besides i
     "retrieval": ("a retrieval model", ("itm", "features")),
     "itm": ("a matching model", ("features",)),
     "features": ("a feature extractor", ()),
+    "dialog": ("a visual dialog model", ("features",)),
     "caption": ("a captioner", ()),
     "vqa": ("a question answering model", ()),
     "nlvr": ("an NLVR2 model", ()),
@@ -243,7 +245,7 @@ TIED = {  # family -> (torch key of the copy, torch key of the original): equal 
         ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
         ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ),
-    **dict.fromkeys(("retrieval", "itm", "features", "nlvr", "deit", "augreg"), ()),
+    **dict.fromkeys(("retrieval", "itm", "features", "dialog", "nlvr", "deit", "augreg"), ()),
 }
 # a buffer of counting numbers, which later versions of transformers no longer store
 _POSITION_IDS = r"(^|\.)position_ids$"

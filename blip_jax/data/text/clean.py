@@ -31,6 +31,11 @@ def clean_question(s: str, max_words: int = 50) -> str:
     return " ".join(PUNCTUATION.sub("", s.lower()).rstrip(" ").split(" ")[:max_words])
 
 
+def too_long(question: str) -> bool:
+    """Whether `clean_question` leaves out words."""
+    return clean_question(question, len(question) + 1) != clean_question(question)
+
+
 def tidy(s: str) -> str:
     """Decoded text as the original gives it: without the spaces that pieces left before marks and in contractions."""
     for spaced in JOINED:

@@ -25,8 +25,15 @@ REMAT = {
 
 
 def normalize_pixels(img):
-    """u8[B,img_h,img_w,3] RGB -> f32 of the same shape, CLIP mean and standard deviation."""
+    """u8[...,img_h,img_w,3] RGB -> f32 of the same shape, CLIP mean and standard deviation."""
     return (img.astype(jnp.float32) / 255.0 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+
+
+def each_frame(vit: Callable, img, deterministic: bool):
+    """Tokens [B,P,D] of pictures f32[B,S,S,3]; of videos f32[B,R,S,S,3] those of all frames, one frame behind the
+    other, [B,R*P,D] (BLIP paper, section 5.6)."""
+    tok = vit(img.reshape(-1, *img.shape[-3:]), deterministic=deterministic)
+    return tok.reshape(len(img), -1, tok.shape[-1])
 
 
 def resize_pos_embed(table, positions: int, align_corners: bool = False):
