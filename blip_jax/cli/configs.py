@@ -53,7 +53,7 @@ ALIASES = {  # what other programs call it -> the leaf here, or how it is said
         ("gradient_checkpointing", "grad_checkpointing", "use_grad_checkpoint", "vit_grad_ckpt"), "model.remat"
     ),
     **dict.fromkeys(("drop_path_rate",), "model.drop_path"),
-    **dict.fromkeys(("max_length", "max_text_length", "max_txt_len", "context_length"), "text.max_len"),
+    **dict.fromkeys(("max_text_length", "max_txt_len", "context_length"), "text.max_len"),
     **dict.fromkeys(("vocab_file", "tokenizer", "vocabulary"), "text.vocab"),
     **dict.fromkeys(("queue_size",), "loss.queue"),
     **dict.fromkeys(("momentum", "ema_decay"), "loss.ema"),
