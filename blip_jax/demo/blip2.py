@@ -34,12 +34,12 @@ VOCAB_SCENES = 20_000  # captions that both vocabularies are trained on
 # the language model learns from so many texts of captions of one scene each, of a world with a seed so much larger
 TEXTS, CAPTIONS, APART = 20_000, 4, 1000
 RUNS = {  # folder -> (what its run is called, steps as a share of cfg.train.steps, about its seconds on 2 idle cores)
-    "blip": ("BLIP, for its image tower", 2.0, 100.0),
+    "blip": ("BLIP, for its image tower", 5.0, 250.0),  # after 2.0 its tower shows colours, but no shapes yet
     "language": ("language model, on captions alone", 3.0, 60.0),
     "stage1": ("first stage", 2.0, 120.0),
     "stage1-without-itg": ("first stage without ITG", 2.0, 100.0),
-    "stage2": ("second stage", 3.0, 80.0),
-    "stage2-alone": ("second stage without the first", 3.0, 60.0),
+    "stage2": ("second stage", 1.0, 27.0),
+    "stage2-alone": ("second stage without the first", 1.0, 20.0),
 }
 
 
