@@ -29,13 +29,17 @@ AGAIN = 75  # EX_TEMPFAIL: stopped before the end; what a launcher restarts on
 
 def train(argv: list[str]) -> int:
     """blip-jax train."""
-    cfg, values = config_of_run(argv)
+    steps = "FIRST:LAST, steps of which a profile is left in the workdir's profile/"
+    port = "port at which XProf and TensorBoard may ask this process for a profile while it runs"
+    cfg, values = config_of_run(argv, profile=steps, profiler_port=port)
     from blip_jax.parallel import processes
-    from blip_jax.train import loop, saving
+    from blip_jax.train import loop, profile, saving
 
-    with processes.start():
+    wanted = profile.parse(values.profile) if values.profile is not None else None
+    server = profile.port(values.profiler_port) if values.profiler_port is not None else None
+    with processes.start(), profile.served(server):
         try:
-            out = loop.fit(cfg, values.workdir)
+            out = loop.fit(cfg, values.workdir, wanted)
         except saving.NonFiniteLoss as e:
             print(f"error: {e}", file=sys.stderr)
             return 1

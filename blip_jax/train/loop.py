@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import pathlib
 import time
@@ -24,16 +25,20 @@ from blip_jax.data.order import Order
 from blip_jax.inference.load import Loaded
 from blip_jax.parallel import processes, sharding
 from blip_jax.parallel.interrupt import Interrupt, Stopped
+from blip_jax.plan.chips import peak_flops
 from blip_jax.tasks import step as steps
 from blip_jax.train import best, kept, metrics, saving, start
+from blip_jax.train.profile import FOLDER, Profile, Steps
 from blip_jax.train.run import At, Run, prepare
 from blip_jax.train.summary import bucket_report, describe, ending
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
 
-def fit(cfg, workdir) -> dict:
+def fit(cfg, workdir, profile: Steps | None = None) -> dict:
     """Trains `cfg` to `cfg.train.steps` in the folder `workdir`, resuming from its newest checkpoint if there is one.
+
+    profile: steps to record into `workdir`/profile.
 
     Writes checkpoints/, best/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
     SIGTERM, or SIGINT once, finishes the step, saves and returns; an evaluation ends after its batch and is made again
@@ -45,7 +50,7 @@ def fit(cfg, workdir) -> dict:
     """
     workdir = buckets.of(workdir, "workdir")
     try:
-        return _fit(cfg, workdir)
+        return _fit(cfg, workdir, profile)
     except Stopped:
         if jax.process_count() > 1:
             raise  # this process alone, which the others may wait for: they end with it
@@ -58,7 +63,7 @@ def fit(cfg, workdir) -> dict:
         raise OSError(f"{what}; make room, then {saving.go_on(workdir)}") from e
 
 
-def _fit(cfg, workdir) -> dict:
+def _fit(cfg, workdir, profile: Steps | None) -> dict:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Interrupt(agree=processes.stops))
         stack.enter_context(processes.remedy(lambda: saving.go_on(workdir)))
@@ -93,7 +98,8 @@ def _fit(cfg, workdir) -> dict:
         at = at._replace(evaluated=frozenset(processes.gather(evaluated)[0]))  # all take part in an evaluation or none
         writer = stack.enter_context(metrics.Writer(run.workdir, jax.process_index() == 0, at.step + 1))
         stop.then = "finishing this step, then saving"
-        return _loop(run, state, at, manager, writer, stop)
+        trace = stack.enter_context(Profile(profile, buckets.staged(run.workdir / FOLDER)))
+        return _loop(run, state, at, manager, writer, stop, trace)
 
 
 def _newest(workdir: pathlib.Path) -> int | None:
@@ -105,11 +111,12 @@ def _newest(workdir: pathlib.Path) -> int | None:
     return processes.gather(newest)[0]
 
 
-def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interrupt) -> dict:
+def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interrupt, trace: Profile) -> dict:
     cfg, every, last = run.cfg, run.cfg.train, run.cfg.train.steps
     step_fn = _step(run, at.order.ahead(run.epoch_steps))
     batches, compiled = run.data.batches(at.step, at.order), set()
     sums, step, crc = at.sums and metrics.load(at.sums), at.step, at.crc
+    flops = functools.cache(lambda T: run.task.flops(cfg, T=T)["step"] * every.batch)
     out, clock, ahead = {}, metrics.Clock(), None
     with contextlib.closing(batches):
         if cfg.text.buckets and at.step < last:
@@ -144,12 +151,14 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
                 say(f"step {step + 1}: compiling the step for texts of {T} positions")
                 compiled.add(T)
                 compiling = clock.paused()
+            trace.before(step + 1)
             with jax.transfer_guard("disallow"), compiling:
                 state, values = step_fn(state, batch)
             jax.block_until_ready(ahead or values)  # at most one step is in flight while the next batch is fetched
             sums, ahead = metrics.add(metrics.zeros(values) if sums is None else sums, values), values
             step += 1
-            clock.step(waited)
+            trace.after(step, values)
+            clock.step(waited, flops(T if cfg.text.buckets else None))
             if step == at.step + 1:
                 say(f"step {step}: the first one is done, after {time.perf_counter() - asked:.0f} s")
             if step % every.log_every == 0 or step >= last:
@@ -219,13 +228,15 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
     }
     timing, measured = "", clock.take()
     if measured:
-        rate, waiting = measured
-        left = (run.cfg.train.steps - step) / rate
-        row |= {"examples_per_s": rate * run.cfg.train.batch, "waiting": waiting}
+        left = (run.cfg.train.steps - step) / measured.steps
+        row |= {"examples_per_s": measured.steps * run.cfg.train.batch, "waiting": measured.waiting}
+        row |= {"goodput": measured.goodput, "tflops_per_device": measured.flops / run.mesh.size / 1e12}
+        if peak := peak_flops(jax.devices()[0].device_kind):
+            row["mfu"] = measured.flops / (run.mesh.size * peak)
         timing = (
             f"  {row['examples_per_s']:.1f} examples/s  eta {int(left // 3600)}:{int(left % 3600 // 60):02}:"
-            f"{int(left % 60):02}  waiting {100 * waiting:.0f} %"
-        )
+            f"{int(left % 60):02}  waiting {100 * measured.waiting:.0f} %"
+        ) + (f"  MFU {100 * row['mfu']:.1f} %" if peak else "")
     writer.row(step, "train", row)
     losses = "  ".join(f"{name} {row[name]:.4f}" for name in sorted(numbers["sum"], key=lambda n: ("loss" not in n, n)))
     say(f"step {step}/{run.cfg.train.steps}  {losses}  lr {row['lr']:.3e}{timing}")

@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,12 +125,22 @@ class Writer:
         buckets.sync(every=buckets.EVERY)
 
 
+class Speed(NamedTuple):
+    """Since the last log, without pauses."""
+
+    steps: float  # per second
+    waiting: float  # share of the time in which a step waited for its batch
+    flops: float  # per second, of all devices
+    goodput: float  # share of all time since the loop began that went into steps, the rest into what `Clock` leaves out
+
+
 class Clock:
-    """Steps per second and share of time waiting for data, without the first step, which compiles, and pauses."""
+    """How fast steps are, without the first step, which compiles, and pauses."""
 
     def __init__(self):
         self._since: float | None = None  # running since then; None: before the first step is done
-        self._steps, self._spent, self._waited = 0, 0.0, 0.0
+        self._steps, self._spent, self._waited, self._flops = 0, 0.0, 0.0, 0.0
+        self._began, self._useful = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def paused(self):
@@ -140,19 +151,21 @@ class Clock:
         if self._since is not None:
             self._since = time.perf_counter()
 
-    def step(self, waited: float) -> None:
-        """One more step, which waited so many seconds for its batch."""
+    def step(self, waited: float, flops: float = 0.0) -> None:
+        """One more step of so many FLOPs, which waited so many seconds for its batch."""
         if self._since is None:
             self._since = time.perf_counter()
         else:
-            self._steps, self._waited = self._steps + 1, self._waited + waited
+            self._steps, self._waited, self._flops = self._steps + 1, self._waited + waited, self._flops + flops
 
-    def take(self) -> tuple[float, float] | None:
-        """(steps per second, share of time waiting) since the last call; None if no step was counted."""
+    def take(self) -> Speed | None:
+        """Since the last call; None if no step was counted."""
         if not self._steps:
             return None
         now = time.perf_counter()
         spent = max(self._spent + now - self._since, 1e-9)
-        out = self._steps / spent, self._waited / spent
-        self._since, self._steps, self._spent, self._waited = now, 0, 0.0, 0.0
+        self._useful += spent
+        share = self._useful / max(now - self._began, self._useful)
+        out = Speed(self._steps / spent, self._waited / spent, self._flops / spent, share)
+        self._since, self._steps, self._spent, self._waited, self._flops = now, 0, 0.0, 0.0, 0.0
         return out

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from world.runs import rewrite_data
+from world.runs import TIMED, rewrite_data
 
 from blip_jax import checkpoint, lock, tasks, trees
 from blip_jax.config import source
@@ -61,7 +61,7 @@ def rows(workdir, part="train"):
     """Rows of metrics.jsonl without timings, by step; an error if a step is there twice."""
     out = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        row = {k: v for k, v in json.loads(line).items() if not k.endswith(("time", "examples_per_s", "waiting"))}
+        row = {k: v for k, v in json.loads(line).items() if not k.endswith(TIMED)}
         if any(k.startswith(part) for k in row):
             assert row["step"] not in out, f"step {row['step']} twice"
             out[row["step"]] = row
@@ -569,16 +569,19 @@ def test_the_clock_leaves_out_pauses_and_the_first_step(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     clock = metrics.Clock()
     now[0] = 100.0  # compilation
-    clock.step(50.0)
+    clock.step(50.0, 1e12)
     assert clock.take() is None
     now[0] = 102.0
-    clock.step(0.5)
+    clock.step(0.5, 2e12)
     with clock.paused():
         now[0] = 200.0
     now[0] = 202.0
-    clock.step(1.5)
-    assert clock.take() == (2 / 4, 2 / 4)
+    clock.step(1.5, 6e12)
+    assert clock.take() == metrics.Speed(steps=2 / 4, waiting=2 / 4, flops=8e12 / 4, goodput=4 / 202)
     assert clock.take() is None
+    now[0] = 210.0
+    clock.step(0.0, 0.0)
+    assert clock.take() == metrics.Speed(steps=1 / 8, waiting=0.0, flops=0.0, goodput=12 / 210)
 
 
 def test_a_run_does_not_load_torch_and_leaves_it_importable(tmp_path):

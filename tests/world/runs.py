@@ -12,6 +12,8 @@ from blip_jax.checkpoint import sums
 from blip_jax.console import plain
 from blip_jax.train import loop, start
 
+# endings of the numbers of a row that no other run has alike
+TIMED = ("time", "examples_per_s", "waiting", "goodput", "tflops_per_device", "mfu")
 CONFIG = """
 import json
 from ml_collections import ConfigDict
@@ -32,7 +34,7 @@ def write_config(cfg, path: pathlib.Path) -> pathlib.Path:
 def rows(workdir) -> list[dict]:
     """Rows of metrics.jsonl without timings."""
     found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.endswith(("time", "examples_per_s", "waiting"))} for row in found]
+    return [{k: v for k, v in row.items() if not k.endswith(TIMED)} for row in found]
 
 
 def leaves(workdir) -> dict[str, bytes]:
