@@ -126,7 +126,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "Recalls in percent of both directions, of pictures or videos; of videos the median rank, too.",
     ),
     "bench": (
-        "train | caption | filter | encode | input [flags]",
+        "train | caption | filter | encode | rank | input [flags]",
         "Measures speed. `blip-jax bench train --help` lists the flags of one workload.",
     ),
     "bench train": ("[--config=FILE.py | --model=blip2_opt2.7b]", "The training step: images/s, MFU, memory."),
