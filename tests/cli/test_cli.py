@@ -353,7 +353,7 @@ def test_demo_is_given_its_own_config_or_another(config_file, tmp_path, monkeypa
 def test_a_run_that_diverges_ends_with_status_1(config_file, tmp_path, capsys, monkeypatch):
     from blip_jax.train import loop, saving
 
-    def diverges(cfg, workdir):
+    def diverges(cfg, workdir, profile):
         raise saving.NonFiniteLoss("step 7: a loss is not finite")
 
     monkeypatch.setattr(loop, "fit", diverges)
