@@ -3,55 +3,23 @@ and the dialog with the picture and the caption's states before its eyes (BLIP p
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import FrozenDict
 
+from blip_jax.models.fine_tuned import FineTuned
 from blip_jax.models.text.med import Med, images_of
-from blip_jax.models.vision.vit import Vit, torch_uniform
+from blip_jax.models.vision.vit import torch_uniform
 
 
-class BlipDialog(nn.Module):
+class BlipDialog(FineTuned):
     """BLIP's model of Visual Dialog as methods on arrays; parameters vit, med, itm_head.
 
     Cross-attention reads image tokens and, behind them, the caption's states of the same text encoder: both have its
     width. [ENC] is the last id of the vocabulary.
     """
 
-    vit_sizes: Any
-    med_sizes: Any
-    img_size: int
-    init_std: float = 0.02
-    drop_path: float = 0.0
-    dropout: float = 0.1
-    remat: str = "none"
-    dtype: Any = jnp.float32
-
-    @classmethod
-    def from_config(cls, model) -> BlipDialog:
-        """Builds from `cfg.model` of blip_jax.config."""
-        return cls(
-            FrozenDict(model.vit),
-            FrozenDict(model.med),
-            model.img_size,
-            model.init_std,
-            model.drop_path,
-            model.dropout,
-            model.remat,
-            jnp.dtype(model.dtype),
-        )
-
     def setup(self):
-        self.vit = Vit(
-            **self.vit_sizes,
-            img_size=self.img_size,
-            init_std=self.init_std,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        self.vit = self.tower()
         self.med = Med(
             **self.med_sizes,
             kv_width=self.vit_sizes["width"],

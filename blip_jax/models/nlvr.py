@@ -8,14 +8,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 
+from blip_jax.models.fine_tuned import FineTuned
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
 from blip_jax.models.layers.dense import Dense
 from blip_jax.models.layers.norm import Dropout, LayerNorm
 from blip_jax.models.text.med import EPS, Embed, PostNormAttention
-from blip_jax.models.vision.vit import Vit, torch_uniform
+from blip_jax.models.vision.vit import torch_uniform
 
 FIRST_MERGE = 6  # layers before this one average what they saw in the two images, from it on a dense layer merges it
 
@@ -138,44 +138,14 @@ class Head(nn.Module):
         return dense(2, "out")(jax.nn.relu(dense(x.shape[-1], "dense")(x.astype(jnp.float32))))
 
 
-class BlipNlvr(nn.Module):
+class BlipNlvr(FineTuned):
     """BLIP's NLVR2 model as methods on arrays; parameters vit, med (twin cross-attention), cls_head.
 
     [ENC] is the last id of the vocabulary.
     """
 
-    vit_sizes: Any
-    med_sizes: Any
-    img_size: int
-    init_std: float = 0.02
-    drop_path: float = 0.0
-    dropout: float = 0.1
-    remat: str = "none"
-    dtype: Any = jnp.float32
-
-    @classmethod
-    def from_config(cls, model) -> BlipNlvr:
-        """Builds from `cfg.model` of blip_jax.config."""
-        return cls(
-            FrozenDict(model.vit),
-            FrozenDict(model.med),
-            model.img_size,
-            model.init_std,
-            model.drop_path,
-            model.dropout,
-            model.remat,
-            jnp.dtype(model.dtype),
-        )
-
     def setup(self):
-        self.vit = Vit(
-            **self.vit_sizes,
-            img_size=self.img_size,
-            init_std=self.init_std,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        self.vit = self.tower()
         self.med = TwinMed(
             **self.med_sizes,
             kv_width=self.vit_sizes["width"],

@@ -3,18 +3,14 @@ question's states."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from flax.core import FrozenDict
 
+from blip_jax.models.fine_tuned import FineTuned
 from blip_jax.models.text.med import Med, empty_cache, images_of
-from blip_jax.models.vision.vit import Vit, each_frame
+from blip_jax.models.vision.vit import each_frame
 
 
-class BlipVqa(nn.Module):
+class BlipVqa(FineTuned):
     """BLIP's VQA model as methods on arrays; parameters vit, med (question encoder), med_dec (answer decoder), nothing
     shared.
 
@@ -23,38 +19,8 @@ class BlipVqa(nn.Module):
     masks it in training and ranking. [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
     """
 
-    vit_sizes: Any
-    med_sizes: Any
-    img_size: int
-    init_std: float = 0.02
-    drop_path: float = 0.0
-    dropout: float = 0.1
-    remat: str = "none"
-    dtype: Any = jnp.float32
-
-    @classmethod
-    def from_config(cls, model) -> BlipVqa:
-        """Builds from `cfg.model` of blip_jax.config."""
-        return cls(
-            FrozenDict(model.vit),
-            FrozenDict(model.med),
-            model.img_size,
-            model.init_std,
-            model.drop_path,
-            model.dropout,
-            model.remat,
-            jnp.dtype(model.dtype),
-        )
-
     def setup(self):
-        self.vit = Vit(
-            **self.vit_sizes,
-            img_size=self.img_size,
-            init_std=self.init_std,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        self.vit = self.tower()
         text = lambda **parts: Med(
             **self.med_sizes, **parts, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype
         )
