@@ -8,7 +8,7 @@ Command: bash launch/demo.sh blip2, or blip-jax demo blip2 --workdir=runs/demo_b
           tower, the language model, first stage with ITG and without, second stage with the first and without,
           captions, report. blip_jax/demo/blip2.py has the steps of each as shares of train.steps, which are the second
           stage's.
-Hardware: made for 2 CPU cores and 20 minutes, which was not measured yet. What came out so far: docs/results.md.
+Hardware: 2 CPU cores, 15 minutes. What came out, which is not the paper's order: docs/results.md.
 """
 
 from blip_jax.config import blip2, source
