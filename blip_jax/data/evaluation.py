@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from blip_jax.data.source import BadRecord
 log = logging.getLogger(__name__)
 
 
-class Looks:
+class Looks(abc.ABC):
     """What is looked at once a pass, pictures or videos, with texts about each.
 
     Attributes: captions, list of cleaned str; text_image i64[n_text], the picture or video of each, rising. `_shape` is
@@ -38,12 +39,13 @@ class Looks:
         return self.n_images
 
     @property
+    @abc.abstractmethod
     def n_images(self) -> int:
-        raise NotImplementedError
+        """How many there are."""
 
+    @abc.abstractmethod
     def _picture(self, i: int) -> tuple[np.ndarray | None, list]:
         """u8[_shape], None where it cannot be read, and events for the ledger."""
-        raise NotImplementedError
 
     def counts(self) -> dict:
         """{"read": records tried, "skipped": {reason: n}, "noted": {reason: n}}"""
