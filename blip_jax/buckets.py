@@ -10,6 +10,7 @@ and no link: files that grow are written beside the run (`staged`) and copied th
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import os
 import pathlib
@@ -22,9 +23,11 @@ from typing import BinaryIO, NamedTuple
 from etils import epath
 
 SCHEME = "gs://"
+PAST_THE_END = 416  # HTTP's answer to a range that begins behind a file
 NEEDS = ("gcsfs", "google.cloud.storage")  # modules of the extra gcs
 EVERY = 30.0  # seconds at least between two copies of a file that grows, where nobody asks for one
 SHARE = 20  # ... and of as many seconds at most one goes into copying
+THREADS = 8  # that copy at once
 COPY = "gcloud storage cp --recursive"
 
 
@@ -113,10 +116,53 @@ def opened(path) -> BinaryIO:
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file on a bucket, fewer at its end."""
+    """`size` bytes of a file on a bucket, fewer at its end. OSError: there is none, or it cannot be read."""
     if size <= 0:
         return b""
-    return _system().cat_file(path, start=offset, end=offset + size)
+    from gcsfs.retry import HttpError
+
+    try:
+        return _system().cat_file(path, start=offset, end=offset + size)
+    except HttpError as e:
+        if e.code == PAST_THE_END:
+            return b""
+        raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """Size of a file on a bucket in bytes, and when it was written, in nanoseconds. OSError: there is none."""
+    about = _system().info(path)
+    return int(about["size"]), round(about["mtime"].timestamp() * 1e6) * 1000
+
+
+def copy_here(path: str, to: pathlib.Path) -> None:
+    """Copies a file on a bucket, whatever its size. OSError: it cannot be read, or `to` not be written."""
+    from gcsfs.retry import HttpError
+
+    try:
+        _system().get_file(path, str(to))
+    except HttpError as e:
+        raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
+
+
+def copy_within(folder, to, but: str) -> None:
+    """Copies what is below a folder of a bucket, except the file called `but`, without reading it."""
+    found = [name for name in _system().find(_text(folder)) if name != f"{_text(folder).removeprefix(SCHEME)}/{but}"]
+    below = [name.removeprefix(_text(folder).removeprefix(SCHEME)) for name in found]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(_system().cp_file, found, [f"{_text(to)}{name}" for name in below]))
+
+
+def remove(folder, first: str) -> None:
+    """Removes what is below a folder of a bucket, the file called `first` before the others."""
+    (folder / first).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmtree()
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file of this name on a bucket, or one below it."""
+    return _system().exists(path)
 
 
 def glob(path: str, folders: dict[str, set[str]]) -> list[str]:
@@ -161,7 +207,7 @@ def fetched(path, beside: str = "") -> pathlib.Path:
     that goes with it, where there is one. ValueError: there is no such file."""
     if not is_bucket(path):
         return pathlib.Path(path)
-    path, folder = of(path), pathlib.Path(tempfile.mkdtemp(dir=_own_folder()))
+    path, folder = of(path), pathlib.Path(tempfile.mkdtemp(dir=own_folder()))
     try:
         (folder / path.name).write_bytes(path.read_bytes())
         if beside and (more := path.with_name(beside)).exists():
@@ -186,8 +232,9 @@ _FOLDER: list[tempfile.TemporaryDirectory] = []
 _next = [0.0]  # when a copy is due, of time.monotonic()
 
 
-def _own_folder() -> str:
-    if not _FOLDER:  # removed when the process ends
+def own_folder() -> str:
+    """A folder on this machine that is removed when the process ends."""
+    if not _FOLDER:
         _FOLDER.append(tempfile.TemporaryDirectory(prefix="blip_jax-gs-"))
     return _FOLDER[0].name
 
@@ -197,7 +244,7 @@ def staged(path) -> pathlib.Path:
     the bucket has of a file, which `sync` copies back."""
     if not is_bucket(path):
         return path
-    copy = pathlib.Path(tempfile.mkdtemp(dir=_own_folder())) / path.name
+    copy = pathlib.Path(tempfile.mkdtemp(dir=own_folder())) / path.name
     have = {}
     if path.exists() and not path.is_dir():
         copy.write_bytes(path.read_bytes())

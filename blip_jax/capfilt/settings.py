@@ -10,7 +10,7 @@ import re
 import jax
 from ml_collections import ConfigDict
 
-from blip_jax import __version__
+from blip_jax import __version__, buckets
 from blip_jax.capfilt import shards
 from blip_jax.config import capfilt
 from blip_jax.console import plain, revision
@@ -22,7 +22,7 @@ FILE = "capfilt.json"
 # what may differ between two starts of one run: places and speed, nothing that changes a result
 NOT_COMPARED = re.compile(
     r"written_by|(captioner|filter)\.path|settings\.(captioner|filter|text\.(captioner_)?vocab)|"
-    r"settings\.data\.(threads|prefetch|max_bad_share|sources\.\w+\.(path|images|weight))"
+    r"settings\.data\.(threads|prefetch|max_bad_share|sources\.\w+\.(path|images|weight|cache))"
 )
 RANGES = {  # leaf -> (least, most, what that is)
     **dict.fromkeys(("threshold", "data.max_bad_share", "method.top_p"), (0, 1, "between 0 and 1")),
@@ -102,7 +102,7 @@ def on_record(cfg: ConfigDict, captioner: dict, judge: dict, vocabulary: int, le
     settings = plain(cfg)
     for src in settings["data"]["sources"].values():
         for leaf in ("path", "images"):
-            if src[leaf] and src["kind"] != "tfds":
+            if src[leaf] and src["kind"] != "tfds" and not buckets.is_bucket(src[leaf]):
                 src[leaf] = os.path.abspath(src[leaf])
     return {
         "written_by": f"blip_jax {__version__}, revision {revision()}, jax {jax.__version__}",

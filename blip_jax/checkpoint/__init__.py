@@ -8,6 +8,7 @@ position, the config and the vocabulary: whatever reads a checkpoint compares th
 
 from blip_jax.checkpoint.folders import (
     BEST,
+    COMMITTED,
     SUBDIR,
     folders,
     home,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from collections.abc import Callable
 
@@ -47,11 +46,9 @@ def pack(argv: list[str], parse: Callable, again: int) -> int:
         raise ValueError(f"{given[0]!r} and {len(given) - 1} more: give one path or pattern in quotes, as 'cc/*.tar'")
     if not given and kind != "scenes":
         raise ValueError("blip-jax pack needs a file or a pattern in quotes, as blip-jax pack 'cc/*.tar' --out=data/cc")
-    for path in given:
-        buckets.local(path, "the source")
     if not kind:
-        first = paths.find(given[0])[0]
-        kind = kind_of(first) if pathlib.Path(first).is_file() else "a folder"
+        first = paths.find(given[0], on_bucket=True)[0]
+        kind = kind_of(first) if buckets.is_file(first) else "a folder"
         if kind not in KINDS and kind not in ("csv", "parquet"):
             raise ValueError(f"{first!r} is {kind or 'of an unknown kind'}: give the files, and --kind=json or another")
     leaves = {

@@ -23,6 +23,8 @@ def source(kind: str, path: str = "", **leaves) -> ConfigDict:
     # file, or pattern of shards with *, ?, [0-9], {a,b} or {00000..00010}; for tfds the name and split, as
     # "coco_captions/train"
     c.path = path
+    # tar on gs://: folder on this machine into which the shards are copied at the start; "": they are read by ranges
+    c.cache = ""
     c.images = ""  # of lists: root folder of the image paths, which may not leave it; tfds: data_dir
     c.roots = ()  # of lists: further folders that links below `images` may lead into, as ("/disk/coco",)
     c.weight = 1.0  # share of the mixture, relative to the other sources

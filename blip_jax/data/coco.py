@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 import pathlib
 import re
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from blip_jax.data.folders import check_links, image_folder, read_image
+from blip_jax.data.folders import check_links, image_folder, read_image, there
 from blip_jax.data.index import Index, indexes
 from blip_jax.data.pieces import parsed
 from blip_jax.data.source import MAX_TEXT, Source, expand, field_of, image_id, in_keys, read_at
@@ -131,7 +130,7 @@ class Captions(Source):
         for path, folder, index in zip(files, self._folders, self._found):
             first = [_text(index, "name", k) for k in range(min(len(index.arrays["ids"]), LOOKED_AT))]
             check_links(name, folder, first)
-            if first and not any(os.path.exists(os.path.join(folder.path, image)) for image in first):
+            if first and not any(there(folder, image) for image in first):
                 raise ValueError(
                     f"data source {name!r}: not one of the first {len(first)} pictures of {path!r} is in "
                     f"{folder.path!r}: set `images` to the folder that holds {first[0]!r}"

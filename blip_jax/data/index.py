@@ -8,11 +8,11 @@ An index is a few arrays and some notes about one file. A module makes it, by th
     sound     (Index, size of the file) -> bool: nothing in the arrays points out of the file or out of each other
     probe     Index -> byte of the file at which its last record begins, or -1
 
-It is kept in the folder .blip_jax_index beside the file, or where that cannot be written in $XDG_CACHE_HOME/blip_jax
-(~/.cache/blip_jax); in $BLIP_JAX_CACHE alone, where that is set. One counts only if it was made of a file of the same
-size and modification time, by the same version and settings; if its checksum is right and its arrays are sound; if what
-stands at the last record's place is what stood there; and if it belongs to this user or to the owner of the file.
-Anything else is made anew.
+It is kept in the folder .blip_jax_index beside the file, also on a bucket, or where that cannot be written in
+$XDG_CACHE_HOME/blip_jax (~/.cache/blip_jax); in $BLIP_JAX_CACHE alone, where that is set. One counts only if it was
+made of a file of the same size and modification time, by the same version and settings; if its checksum is right and
+its arrays are sound; if what stands at the last record's place is what stood there; and if it belongs to this user or
+to the owner of the file. Anything else is made anew.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from blip_jax import buckets
 from blip_jax.data.source import read_at
 
 log = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ def _in_processes(module: ModuleType, paths: list[str], settings: dict, workers:
     def follow(number: int) -> None:
         worker = started[number]
         with worker.stdin:
-            worker.stdin.write(json.dumps([os.path.abspath(path) for path in paths[number::workers]]))
+            worker.stdin.write(json.dumps([_absolute(path) for path in paths[number::workers]]))
         for _ in worker.stdout:
             bar.update()
 
@@ -125,22 +127,30 @@ def _in_processes(module: ModuleType, paths: list[str], settings: dict, workers:
             worker.wait()
 
 
+def _absolute(path: str) -> str:
+    return path if buckets.is_bucket(path) else os.path.abspath(path)
+
+
 def _stamp(path: str) -> tuple[int, int]:
     """Size in bytes and modification time in nanoseconds."""
+    if buckets.is_bucket(path):
+        return buckets.stamp(path)
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
 
-def _places(module: ModuleType, path: str, settings: dict) -> Iterator[pathlib.Path]:
+def _places(module: ModuleType, path: str, settings: dict) -> Iterator[pathlib.Path | epath.Path]:
     """Where the index of a file may lie, the first choice first."""
     kind = json.dumps([module.__name__, module.VERSION, settings], sort_keys=True)
 
     def name(file: str) -> str:
         return hashlib.blake2b(f"{kind}\0{file}".encode(errors="surrogateescape"), digest_size=DIGEST).hexdigest()
 
-    whole, own = os.path.realpath(path), os.environ.get("BLIP_JAX_CACHE")
+    on_bucket, own = buckets.is_bucket(path), os.environ.get("BLIP_JAX_CACHE")
+    whole = path if on_bucket else os.path.realpath(path)
     if not own:
-        yield pathlib.Path(path).parent / FOLDER / name(os.path.basename(path))
+        beside = buckets.of(path) if on_bucket else pathlib.Path(path)
+        yield beside.parent / FOLDER / name(beside.name)
     root = pathlib.Path(own) if own else pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "blip_jax"
     try:
         yield root.expanduser() / "index" / name(whole)
@@ -164,6 +174,13 @@ def _save(module: ModuleType, path: str, settings: dict, index: Index) -> None:
     content = b"".join([len(header).to_bytes(8, "little"), header, *arrays])
     content = MAGIC + hashlib.blake2b(content, digest_size=DIGEST).digest() + content
     for place in _places(module, path, settings):
+        if buckets.is_bucket(place):
+            try:
+                place.write_bytes(content)
+                return
+            except Exception as e:  # who may read a bucket may not always write there; gcsfs has types of its own
+                log.info("the index of %s is not kept beside it: %s", path, e)
+                continue
         beside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -193,16 +210,8 @@ def _load(module: ModuleType, path: str, settings: dict) -> Index | None:
 
 def _read(module: ModuleType, path: str, place: pathlib.Path) -> Index | None:
     """The index in `place`; None: it is of another state of the file. ValueError and others: it is not sound."""
-    about = os.stat(path)
-    fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with os.fdopen(fd, "rb") as f:
-        kept = os.fstat(fd)
-        if not stat.S_ISREG(kept.st_mode) or kept.st_uid not in (os.geteuid(), about.st_uid):
-            raise ValueError("no file of this user or of the owner of the data")
-        if kept.st_size > 8 * about.st_size + HEADER:  # no array takes 8 bytes for one of the file's
-            raise ValueError(f"{kept.st_size} bytes are too many")
-        content = f.read()
-
+    size, modified = _stamp(path)
+    content = _content(path, place, 8 * size + HEADER)  # no array takes 8 bytes for one of the file's
     at = len(MAGIC) + DIGEST
     if content[: len(MAGIC)] != MAGIC:
         raise ValueError("no index")
@@ -213,7 +222,7 @@ def _read(module: ModuleType, path: str, place: pathlib.Path) -> Index | None:
     if end > HEADER:
         raise ValueError("its header is too long")
     header = json.loads(bytes(body[8:end]))
-    if (header["size"], header["modified"]) != (about.st_size, about.st_mtime_ns):
+    if (header["size"], header["modified"]) != (size, modified):
         return None
 
     arrays = {}
@@ -224,13 +233,30 @@ def _read(module: ModuleType, path: str, place: pathlib.Path) -> Index | None:
         arrays[name] = np.frombuffer(body, dtype, count, end)
         end += count * width
     index = Index(arrays, header["notes"])
-    if end != len(body) or not isinstance(index.notes, dict) or not module.sound(index, about.st_size):
+    if end != len(body) or not isinstance(index.notes, dict) or not module.sound(index, size):
         raise ValueError("its arrays do not fit the file")
 
     begins, crc = header["probe"]
     if begins != module.probe(index) or (begins >= 0 and zlib.crc32(read_at(path, begins, PROBED)) != crc):
         raise ValueError("the file holds something else at the place of its last record")
     return index
+
+
+def _content(path: str, place: pathlib.Path | epath.Path, most: int) -> bytes:
+    """What is kept in `place`, at most so many bytes. ValueError: it is more, or somebody else's."""
+    if buckets.is_bucket(place):
+        if (size := buckets.size(place)) > most:
+            raise ValueError(f"{size} bytes are too many")
+        return place.read_bytes()
+    owners = [os.geteuid()] + ([] if buckets.is_bucket(path) else [os.stat(path).st_uid])
+    fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with os.fdopen(fd, "rb") as f:
+        kept = os.fstat(fd)
+        if not stat.S_ISREG(kept.st_mode) or kept.st_uid not in owners:
+            raise ValueError("no file of this user or of the owner of the data")
+        if kept.st_size > most:
+            raise ValueError(f"{kept.st_size} bytes are too many")
+        return f.read()
 
 
 def _work(module: ModuleType, settings: dict) -> None:

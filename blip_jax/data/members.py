@@ -7,6 +7,7 @@ member costs what belongs to it, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -18,7 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blip_jax import buckets
 from blip_jax.data.index import Index
+from blip_jax.data.remote import Ranges
 
 VERSION = 1
 BLOCK = 512  # bytes of a tar block
@@ -58,22 +61,44 @@ class Member(NamedTuple):
     fault: int = 0
 
 
+class Local:
+    """A file on this machine, as `remote.Ranges` is one on a bucket. size: bytes."""
+
+    def __init__(self, path: str):
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, size: int, at: int) -> bytes:
+        """`size` bytes from byte `at` on, fewer at the file's end."""
+        return os.pread(self._fd, size, at)
+
+    def written(self, at: int) -> int:
+        """The first byte from `at` on that may be other than zero: what was never written need not be read."""
+        try:
+            return os.lseek(self._fd, at, os.SEEK_DATA)
+        except OSError as e:
+            return self.size if e.errno == errno.ENXIO else at
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class Walk:
-    """Iterates over the members of an open tar file of `size` bytes.
+    """Iterates over the members of an open tar file.
 
     Afterwards: found, whether there was any header; behind, the bytes at which the file went on behind an end mark;
     rest, bytes at the end that are no tar; cut, whether the file ends without an end mark.
     """
 
-    def __init__(self, fd: int, size: int):
-        self._fd, self.size = fd, size
+    def __init__(self, file: Local | Ranges):
+        self._file, self.size = file, file.size
         self._window, self._at = b"", 0  # bytes of the file from `_at` on
         self.found, self.cut, self.rest, self.behind = False, False, 0, []
 
     def _read(self, at: int, size: int) -> bytes:
         begin = at - self._at
         if begin < 0 or begin + size > len(self._window):
-            self._window, self._at, begin = os.pread(self._fd, max(size, AHEAD), at), at, 0
+            self._window, self._at, begin = self._file.read(max(size, AHEAD), at), at, 0
         return self._window[begin : begin + size]
 
     def __iter__(self) -> Iterator[Member]:
@@ -181,12 +206,8 @@ class Walk:
         """The first block from `at` on that is not all zeros; the size of the file or more: there is none."""
         part = AHEAD
         while at < self.size:
-            try:  # what was never written need not be read
-                at = max(at, os.lseek(self._fd, at, os.SEEK_DATA) // BLOCK * BLOCK)
-            except OSError as e:
-                if e.errno == errno.ENXIO:
-                    return self.size
-            data = os.pread(self._fd, part, at)
+            at = max(at, self._file.written(at) // BLOCK * BLOCK)
+            data = self._file.read(part, at) if at < self.size else b""
             if not data:
                 return self.size
             if left := len(data.lstrip(b"\0")):
@@ -198,7 +219,7 @@ class Walk:
         """The first block in `at` to `end` that is a header with a right checksum."""
         part = AHEAD
         while at + BLOCK <= end:
-            data = os.pread(self._fd, min(part, end - at), at)
+            data = self._file.read(min(part, end - at), at)
             blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
             if not len(blocks):
                 return None
@@ -275,9 +296,9 @@ def build(path: str, image_key: str) -> Index:
     seen: Counter = Counter()
     unused: Counter = Counter()
     damages: list[tuple[int, Member]] = []  # how many samples began before it
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        walk = Walk(fd, _check(path, fd))
+    with contextlib.closing(Ranges(path) if buckets.is_bucket(path) else Local(path)) as file:
+        _check(path, file)
+        walk = Walk(file)
         for member in walk:
             if not member.name:
                 damages.append((len(samples), member))
@@ -299,26 +320,23 @@ def build(path: str, image_key: str) -> Index:
                 sample = newest[name] = Sample(free, {})
                 samples.append(sample)
             sample.members[ext] = member.start, member.size, member.fault
-    finally:
-        os.close(fd)
     if not walk.found:
         raise ValueError(f"{path!r} is not a tar file (no header in it): remove it from the list or fetch it again")
     _blame(samples, damages, walk.cut, size=walk.size)
     return _packed(samples, image_key, walk, unused)
 
 
-def _check(path: str, fd: int) -> int:
-    """Size of an open file in bytes. ValueError: it is compressed, or too large."""
-    head, size = os.pread(fd, 4, 0), os.fstat(fd).st_size
+def _check(path: str, file: Local | Ranges) -> None:
+    """ValueError: an open file is compressed, or too large."""
+    head = file.read(4, 0)
     for magic, tool in COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(
                 f"{path!r} is a compressed tar, which has no random access: unpack it once with `{tool}` and give the "
                 "plain .tar"
             )
-    if size >= BLOCK << 32:
-        raise ValueError(f"{path!r} has {size} bytes, and tars of less than 2 TiB are read: split it")
-    return size
+    if file.size >= BLOCK << 32:
+        raise ValueError(f"{path!r} has {file.size} bytes, and tars of less than 2 TiB are read: split it")
 
 
 @functools.lru_cache(1 << 12)

@@ -27,6 +27,7 @@ from blip_jax.data.ledger import Ledger
 from blip_jax.data.source import BadRecord, Source
 
 SETTINGS = "pack.json"
+NOT_OF_RECORDS = ("weight", "cache")  # leaves of a source
 UNFINISHED = "unfinished"
 STEP = 100  # records between two looks at whether to stop
 
@@ -134,9 +135,9 @@ def _unwritten(out: pathlib.Path, e: Exception) -> OSError:
 
 
 def _settings(name: str, cfg, records: int, shard_examples: int) -> dict:
-    files = [] if cfg.kind in ("tfds", "scenes") else paths.find(cfg.path)
-    of = {leaf: value for leaf, value in json.loads(cfg.to_json()).items() if leaf != "weight"}
-    size = sum(os.path.getsize(file) for file in files)
+    files = [] if cfg.kind in ("tfds", "scenes") else paths.find(cfg.path, on_bucket=True)
+    of = {leaf: value for leaf, value in json.loads(cfg.to_json()).items() if leaf not in NOT_OF_RECORDS}
+    size = sum(map(buckets.size, files))
     return {"name": name, "source": of, "records": records, "bytes": size, "shard_examples": shard_examples}
 
 

@@ -33,15 +33,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from blip_jax import buckets
-from blip_jax.data import paths
+from blip_jax.data import paths, remote
 
 MAX_BYTES = 1 << 28  # of one picture; longer is not a record but an accident
 MAX_TEXT = 1 << 23  # bytes of one row of a list, one caption or one .json of a shard; parsing takes many times as much
-ON_BUCKETS = ("array_record",)  # kinds whose files are read by ranges from gs://
-REMEDY = (
-    "of gs:// the kind array_record alone is read: copy the files here, write them with `blip-jax pack` and copy its "
-    "folder there, or mount the bucket with gcsfuse"
-)
+BY_RANGES = ("array_record", "tar")  # kinds whose files on gs:// are not copied before they are read
+NOT_ON_BUCKETS = ("video_text", "video_qa", "tfds")
+REMEDY = "of gs:// neither videos nor tfds are read: copy them here, or mount the bucket with gcsfuse"
 NO_ID = ("", "nan", "none", "null")  # what tools write for an image_id that is missing
 
 
@@ -74,14 +72,21 @@ class Source(Protocol):
 
 
 def expand(name: str, cfg) -> list[str]:
-    """The sorted files that cfg.path names (data/paths.py). ValueError: there are none, or one is missing."""
+    """The sorted files that cfg.path names (data/paths.py); of lists on a bucket, local copies.
+
+    ValueError: there are none, or one is missing.
+    """
     try:
-        for leaf in ("path", "images", "roots"):
+        for leaf in ("path", "images", "roots", "cache"):
             for path in [cfg[leaf]] if isinstance(cfg[leaf], str) else cfg[leaf]:
-                if leaf != "path" or cfg.kind not in ON_BUCKETS:
-                    buckets.local(path, leaf, REMEDY)
+                if leaf in ("roots", "cache") or cfg.kind in NOT_ON_BUCKETS:
+                    buckets.local(path, leaf, REMEDY if leaf in ("path", "images") else "")
+                elif leaf == "images":
+                    buckets.of(path, leaf)
         found = paths.find(cfg.path, on_bucket=True)
-    except ValueError as e:
+        if buckets.is_bucket(cfg.path) and (cfg.cache or cfg.kind not in BY_RANGES):
+            found = remote.copies(found, cfg.cache, name)
+    except (ValueError, OSError) as e:
         raise ValueError(f"data source {name!r}: {e}") from None
     for path in found:
         if not buckets.is_bucket(path) and not os.path.isfile(path):

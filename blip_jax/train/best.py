@@ -3,7 +3,8 @@
 Whatever takes a workdir takes it. It is made of the files of checkpoints/STEP, by links where the file system has them,
 so that it costs no writing, and stays when train.keep newer ones have removed that one. Its score lies within it and
 comes back with it when a run goes on. A folder appears under its number when it is complete, and only then is the one
-before removed: a process killed at any moment leaves one or the other.
+before removed: a process killed at any moment leaves one or the other. On a bucket, where nothing is linked or renamed,
+its objects are copied there, and last the mark that makes a checkpoint complete.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import shutil
 from typing import NamedTuple
 
 import jax
+from etils import epath
 
-from blip_jax import checkpoint, lock
+from blip_jax import buckets, checkpoint, lock
 from blip_jax.console import say
 from blip_jax.train import saving
 from blip_jax.train.run import Run
@@ -34,7 +36,7 @@ class Best(NamedTuple):
 
 def found(workdir) -> Best | None:
     """The best checkpoint that `workdir` keeps, None where there is none."""
-    for step, folder in checkpoint.folders(pathlib.Path(workdir) / checkpoint.BEST).items():
+    for step, folder in checkpoint.folders(buckets.of(workdir) / checkpoint.BEST).items():
         if not checkpoint.missing(folder) and (folder / SCORE).is_file():
             return Best(step, json.loads((folder / SCORE).read_text(encoding="utf-8"))["score"])
     return None
@@ -62,8 +64,10 @@ def keep(run: Run, step: int, result: dict) -> None:
     say(f"step {step}: {what}, the best so far, kept in {folder}")
 
 
-def _put(workdir: pathlib.Path, best: pathlib.Path, step: int, score: dict) -> None:
+def _put(workdir: pathlib.Path | epath.Path, best: pathlib.Path | epath.Path, step: int, score: dict) -> None:
     """Makes checkpoint `step` of `workdir` the only one of `best`."""
+    if buckets.is_bucket(best):
+        return _put_on_bucket(workdir, best, step, score)
     parent = best / checkpoint.SUBDIR
     shutil.rmtree(parent / "next", ignore_errors=True)  # of a process that was killed
     parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,21 @@ def _put(workdir: pathlib.Path, best: pathlib.Path, step: int, score: dict) -> N
     for path in parent.iterdir():
         if path.name != str(step):
             shutil.rmtree(path)
+
+
+def _put_on_bucket(workdir: epath.Path, best: epath.Path, step: int, score: dict) -> None:
+    """As `_put`."""
+    parent, mark = best / checkpoint.SUBDIR, checkpoint.COMMITTED
+    for path in (workdir / "config.json", *checkpoint.vocabularies(workdir)):
+        if path.is_file():
+            (best / path.name).write_bytes(path.read_bytes())
+    buckets.remove(parent / str(step), mark)  # of a run that went on from an earlier one
+    buckets.copy_within(workdir / checkpoint.SUBDIR / str(step), parent / str(step), but=mark)
+    (parent / str(step) / SCORE).write_text(json.dumps(score) + "\n")
+    (parent / str(step) / mark).write_text("")
+    for path in parent.iterdir():
+        if path.name != str(step):
+            buckets.remove(path, mark)
 
 
 def _link(source: str, target: str) -> None:

@@ -71,10 +71,6 @@ def prepare(cfg, workdir) -> Run:
     task, tokenizer = tasks.trained(cfg), _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = buckets.of(workdir, "workdir")
-    if cfg.train.keep_best and buckets.is_bucket(workdir):
-        raise ValueError(
-            f"train.keep_best, but {workdir} is on a bucket, where the best cannot be kept: set it to False"
-        )
     workdir.mkdir(parents=True, exist_ok=True)
     for name, own in tokenizers.parts(tokenizer).items():
         _keep_vocabulary(own, workdir, name)

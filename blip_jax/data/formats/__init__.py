@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 
+from blip_jax import buckets
 from blip_jax.data import paths
 from blip_jax.data.formats import csv, json
 from blip_jax.data.formats.array_record import BLOCK, MAGIC, ArrayRecords
@@ -71,7 +71,7 @@ def refuse_missing(cfgs) -> None:
 
 def kind_of(path: str) -> str:
     """The kind of source that reads the file `path`, by its content and name; "packed" or "arrow"; "" where unknown."""
-    size = os.path.getsize(path)
+    size = buckets.size(path)
     head = read_at(path, 0, 1 << 16)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"PAR1"):
@@ -98,7 +98,7 @@ def _mistaken(cfg) -> str:
     if cfg.kind in ("tfds", "scenes"):
         return ""
     try:
-        files = paths.find(cfg.path)[:1000]
+        files = paths.find(cfg.path, on_bucket=True)[:1000]
         found = next(((f, k) for f in files if (k := kind_of(f)) not in ("", READS.get(cfg.kind, cfg.kind))), None)
         addresses = cfg.kind == "json" and found is None and b'"url"' in (head := read_at(files[0], 0, 1 << 16))
         if addresses and f'"{cfg.image_key}"'.encode() not in head:
