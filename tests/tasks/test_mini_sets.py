@@ -138,6 +138,29 @@ def test_vqa(tiny_cfg, pictures, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_visual_dialog(tiny_cfg, pictures, tmp_path, monkeypatch, capsys):
+    cfg = mini.settings(tiny_cfg, "dialog", pictures)
+    cfg.eval.limit = 1
+    out = trained(cfg, tmp_path / "run", monkeypatch, capsys)
+    assert (out["eval"]["dialogs"], out["eval"]["rounds"]) == (1, 10)
+    cfg.eval.limit = 0
+    result = evaluation.evaluate(cfg, tmp_path / "val", tmp_path / "run" / "best")
+    official = MINI / "visdial/visdial_1.0_val.json"
+    dense = f"--dense={MINI / 'visdial/visdial_1.0_val_dense_annotations.json'}"
+    again = scored(capsys, "visdial", tmp_path / "val" / "visdial_blip_ranks.json", official, dense)
+    assert {"r@1", "mrr", "mean", "ndcg"} < again.keys() and result["rounds"] == 80
+    if result["ties"]:  # ranks have none: of equal scores the earlier option is before the later
+        assert again["mrr"] >= result["mrr"] and again["mean"] <= result["mean"]
+    else:
+        assert again == pytest.approx({name: result[name] for name in again})
+    cfg.data.eval.mini.path = str(pictures / "lists" / "visdial/visdial_1.0_test.json")
+    hidden = evaluation.evaluate(cfg, tmp_path / "hidden", tmp_path / "run" / "best")
+    assert hidden.keys() == {"dialogs", "rounds", "predictions"}
+    rows = json.loads((tmp_path / "hidden" / "visdial_blip_ranks.json").read_text())
+    dialogs = mini.read("visdial/visdial_1.0_test.json")["data"]["dialogs"]
+    assert [(row["image_id"], row["round_id"]) for row in rows] == [(d["image_id"], len(d["dialog"])) for d in dialogs]
+
+
 def test_nlvr2(tiny_cfg, pictures, tmp_path, monkeypatch, capsys):
     cfg = mini.settings(tiny_cfg, "nlvr", pictures)
     trained(cfg, tmp_path / "run", monkeypatch, capsys)  # half of the pictures named .png are JPEG files
