@@ -95,13 +95,14 @@ def _fresh_listings() -> None:
 
 
 # --- objects ----------------------------------------------------------------------------------------------------------
-def write(path, text: str) -> None:
-    """A file of this text, in UTF-8, whole or not at all."""
+def write(path, content: str | bytes) -> None:
+    """A file of these bytes, or of this text in UTF-8, whole or not at all."""
+    content = content.encode("utf-8") if isinstance(content, str) else content
     if is_bucket(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(content)
     beside.replace(path)
 
 

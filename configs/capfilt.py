@@ -2,6 +2,8 @@
 
 Paper row: CapFilt with ViT-B captioner and filter, nucleus sampling, p = 0.9 (BLIP, arXiv 2201.12086, tables 1 and 2).
 Command: blip-jax capfilt --config=configs/capfilt.py --out=data/capfilt_14m
+Over LAION, the same with:
+          --config.data.sources.web.kind=tar --config.data.sources.web.path='data/laion/*.tar' --out=data/capfilt_laion
 CapFilt-L over LAION, the same with:
           --config.captioner=runs/caption_coco_vitl --config.filter=runs/retrieval_coco_vitl
           --config.data.sources.web.kind=tar --config.data.sources.web.path='data/laion/*.tar'

@@ -1,36 +1,47 @@
 """Retrieval on Flickr30k at 384 px: fine-tuned on it, 6 epochs, or zero-shot by a model of COCO.
 
 Paper rows: image-text retrieval on Flickr30k (BLIP, arXiv 2201.12086, table 5), and zero-shot (table 6).
-Commands, with vitb or vitl:
-  blip-jax train --config=configs/retrieval_flickr.py:vitb --workdir=runs/retrieval_flickr_vitb
+Commands, with one of the arguments below:
+  blip-jax train --config=configs/retrieval_flickr.py:vitb,129m,bootstrapped --workdir=runs/retrieval_flickr_vitb
   blip-jax evaluate --config=configs/retrieval_flickr.py:vitb,zero_shot --workdir=runs/flickr_zero_shot
   --checkpoint=runs/retrieval_coco_vitb/best
   blip-jax evaluate --config=configs/retrieval_flickr.py:vitl,zero_shot --workdir=runs/flickr_zero_shot_l
   --checkpoint=runs/retrieval_coco_vitl/best
 
-  vitb              fine-tuned, validated at each epoch      vitb,zero_shot    evaluated on the test split
-  vitl              fine-tuned, validated at each epoch      vitl,zero_shot    evaluated on the test split
+  vitb,14m,bootstrapped   fine-tuned, validated at each epoch: BLIP, 14M
+  vitb,129m,bootstrapped  fine-tuned: BLIP, 129M
+  vitb,129m,capfilt_l     fine-tuned: BLIP CapFilt-L, 129M
+  vitl,129m,capfilt_l     fine-tuned: BLIP ViT-L, 129M
+  vitb,zero_shot          evaluated on the test split: the rows of ViT-B by --checkpoint
+  vitl,zero_shot          evaluated on the test split
 
-The paper's zero-shot model is the one that was fine-tuned on COCO (configs/retrieval_coco.py, or
+The paper's zero-shot model is the one that was fine-tuned on COCO (the same row of configs/retrieval_coco.py, or
 --checkpoint=model_base_retrieval_coco.pth); --checkpoint=runs/pretrain_vitb_14m evaluates a pre-trained one, for which
 the paper has no number. A fine-tuned one is evaluated on the test split the same way, --checkpoint its own best.
 Data: BLIP's lists flickr30k_train.json, flickr30k_val.json, flickr30k_test.json, 29,000, 1000 and 1000 pictures of five
 captions each, pictures in data/flickr30k/flickr30k-images; or Karpathy's dataset_flickr30k.json, with
 --config.data.eval.flickr.kind=karpathy --config.data.eval.flickr.split=test and its path, whose pictures may lie in
-flickr30k-images, flickr30k_images or `images` itself. Training starts from runs/pretrain_vitb_14m or
-runs/pretrain_vitl_129m.
+flickr30k-images, flickr30k_images or `images` itself. Training starts from the workdir of pretrain.py that belongs to
+the row (ARGUMENTS); --config.train.init_from names another one of the same sizes.
 Hardware: the paper's authors used 8 A100 for ViT-B, 16 for ViT-L. Unverified here: no run of this size was made.
 Expected on the test split, R@1, 5, 10:
-  vitb, 14M              text 96.6 99.8 100.0, image 87.2 97.5 98.8; zero-shot 94.8 99.7 100.0, 84.9 96.7 98.3
-  vitb, 129M             text 97.3 99.9 100.0, image 87.3 97.6 98.9; zero-shot 96.0 99.9 100.0, 85.0 96.8 98.6
-  vitb, 129M, CapFilt-L  text 97.2 99.9 100.0, image 87.5 97.7 98.9; zero-shot 96.0 99.9 100.0, 85.5 96.8 98.7
-  vitl, 129M             text 97.4 99.8 99.9, image 87.6 97.7 99.0; zero-shot 96.7 100.0 100.0, 86.7 97.3 98.7
+  vitb,14m,bootstrapped   text 96.6 99.8 100.0, image 87.2 97.5 98.8; zero-shot 94.8 99.7 100.0, 84.9 96.7 98.3
+  vitb,129m,bootstrapped  text 97.3 99.9 100.0, image 87.3 97.6 98.9; zero-shot 96.0 99.9 100.0, 85.0 96.8 98.6
+  vitb,129m,capfilt_l     text 97.2 99.9 100.0, image 87.5 97.7 98.9; zero-shot 96.0 99.9 100.0, 85.5 96.8 98.7
+  vitl,129m,capfilt_l     text 97.4 99.8 99.9, image 87.6 97.7 99.0; zero-shot 96.7 100.0 100.0, 86.7 97.3 98.7
 Differences: negatives come from the 32 examples of a group, as from one GPU's of the original.
 """
 
 from blip_jax.config import base, source
 
-ARGUMENTS = ("vitb", "vitl", "vitb,zero_shot", "vitl,zero_shot")
+ARGUMENTS = {  # run -> what training starts from
+    "vitb,14m,bootstrapped": "runs/pretrain_vitb_14m_bootstrapped",
+    "vitb,129m,bootstrapped": "runs/pretrain_vitb_129m_bootstrapped",
+    "vitb,129m,capfilt_l": "runs/pretrain_vitb_129m_capfilt_l",
+    "vitl,129m,capfilt_l": "runs/pretrain_vitl_129m_capfilt_l",
+    "vitb,zero_shot": "",
+    "vitl,zero_shot": "",
+}
 EPOCHS = 6
 EXAMPLES = 145_000
 
@@ -41,14 +52,14 @@ def get_config(argument=""):
             f"configs/retrieval_flickr.py has no run {argument!r}: give one of "
             f"{', '.join(f':{a}' for a in ARGUMENTS)} after it"
         )
-    size, _, zero_shot = argument.partition(",")
+    size, _, kind = argument.partition(",")
     c = base({"vitb": "base", "vitl": "large"}[size])
     c.objective = "retrieval"
     c.model.img_size = 384
     c.model.remat = "dots"
     c.text.vocab = "data/bert-base-uncased-vocab.txt"
     c.text.max_len = 35
-    split = "test" if zero_shot else "val"
+    split = "test" if kind == "zero_shot" else "val"
     with c.data.unlocked():
         c.data.train.flickr = source("json", "data/flickr30k_train.json", images="data/flickr30k")
         c.data.eval.flickr = source("json", f"data/flickr30k_{split}.json", images="data/flickr30k")
@@ -65,6 +76,6 @@ def get_config(argument=""):
     c.train.save_every = EXAMPLES // c.train.batch
     c.train.eval_every = EXAMPLES // c.train.batch
     c.train.keep_best = True
-    c.train.init_from = {"vitb": "runs/pretrain_vitb_14m", "vitl": "runs/pretrain_vitl_129m"}[size]
+    c.train.init_from = ARGUMENTS[argument]
     c.eval.k = 128
     return c

@@ -1,6 +1,6 @@
-"""blip-jax score caption | nocaps | vqa | nlvr2 | visdial | retrieval: result files against references, no model.
+"""blip-jax score caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa: result files against references.
 
-Nothing here imports jax: the command starts as quickly as Python does.
+No model is needed, and nothing here imports jax: the command starts as quickly as Python does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from absl import flags
 from blip_jax import buckets
 from blip_jax.cli import usage
 from blip_jax.cli.parse import parse
-from blip_jax.eval import captions, files, nlvr, recall, spice, visdial, vqa
+from blip_jax.eval import captions, files, nlvr, recall, retrieval_files, spice, video_qa, visdial, vqa
 
 
 class Found(NamedTuple):
@@ -187,13 +187,28 @@ def _from_ranks(ranks: list[int]) -> list[int]:
 
 
 def _retrieval(values: flags.FlagValues) -> Found:
-    pairs = files.retrieval_references(values.references)
-    i2t, t2i = files.retrieval_scores(values.results, pairs.owners, len(pairs.text_owner))
+    pairs = retrieval_files.references(values.references)
+    i2t, t2i = retrieval_files.scores(values.results, pairs)
     scores = (recall.video if pairs.videos else recall.both_ways)(i2t, t2i, pairs.text_owner)
     texts = recall.image_to_text_ranks(i2t, pairs.text_owner) + 1
     back = recall.text_to_image_ranks(t2i, pairs.text_owner) + 1
     each = [{"image": i, "rank": int(rank)} for i, rank in enumerate(texts)]
     return Found(scores, each + [{"text": i, "rank": int(rank)} for i, rank in enumerate(back)])
+
+
+def _video_qa(values: flags.FlagValues) -> Found:
+    results, people = files.video_qa_results(values.results), files.video_qa_references(values.references)
+    files.check_complete(values.results, results, people, "question", values.references)
+    ways = {"accuracy": "answer"} | {name: name for name in next(iter(results.values())) if name != "answer"}
+    scores = {
+        way: video_qa.accuracy([results[key][name] for key in people], list(people.values()))
+        for way, name in ways.items()
+    }
+    each = [
+        {"question_id": key, **{way: video_qa.is_right(results[key][name], own) for way, name in ways.items()}}
+        for key, own in people.items()
+    ]
+    return Found(scores | {"questions": len(people)}, each)
 
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
@@ -223,8 +238,14 @@ TASKS = {  # task -> (scorer, what results are, what references are, its flags: 
     ),
     "retrieval": (
         _retrieval,
-        ".npz with `i2t` [images, texts] and `t2i` [texts, images], or .npy [images, texts] for both",
+        "scores.npz, .npz with `i2t` [images, texts] and `t2i` [texts, images], or .npy [images, texts] for both",
         "BLIP's list of {image, caption}, or MSR-VTT's of {clip_name, caption}",
+        {},
+    ),
+    "video_qa": (
+        _video_qa,
+        '[{"question_id": 7, "answer": "dog"}, ...], one for every question',
+        "MSRVTT-QA's or MSVD-QA's test_qa.json, or LAVIS's qa_test.json",
         {},
     ),
 }

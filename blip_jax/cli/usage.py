@@ -34,7 +34,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
-  score     caption | nocaps | vqa | nlvr2 | visdial | retrieval   anybody's result file, without a model
+  score     caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa      anybody's result file, no model
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
 
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
@@ -109,7 +109,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "States and embeddings of pictures and texts, as NumPy arrays.",
     ),
     "score": (
-        "caption | nocaps | vqa | nlvr2 | visdial | retrieval --results=FILE --references=FILE [--json]",
+        "caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa --results=FILE --references=FILE [--json]",
         "Scores a result file as the task's official scorer does, without a model. `blip-jax score caption --help` "
         "lists the flags of one task.",
     ),
@@ -130,7 +130,12 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     ),
     "score retrieval": (
         "--results=SCORES.npz --references=FILE",
-        "Recalls in percent of both directions, of pictures or videos; of videos the median rank, too.",
+        "Recalls in percent of both directions, of pictures or videos; of videos the median rank, too. `evaluate` "
+        "leaves such scores in scores.npz.",
+    ),
+    "score video_qa": (
+        "--results=predictions.json --references=test_qa.json",
+        "Accuracy of MSRVTT-QA's and MSVD-QA's answers in percent, of each way to answer that the results have.",
     ),
     "bench": (
         "train | caption | filter | encode | rank | input [flags]",

@@ -3,7 +3,7 @@
 Frames are picked by their number in the order of display, at equal distances from the first on. They are found by
 decoding from the start, never by seeking, so that they are exact whatever the file's key frames and times are. Scaling
 is FFmpeg's `scale` filter with bilinear weights on the picture as it is stored, mostly YUV, and then RGB: what decord,
-which the published runs read videos with, does on reading. Pictures stay as they are stored, never turned.
+which the published runs read videos with, does on reading. It turns pictures upright before, where the file says how.
 
 A file costs no more than its limits: only the containers below are opened, which name no other file; the size of a
 picture is bounded by FFmpeg before it is decoded, the number of frames before the first one is, and the work of all of
@@ -23,6 +23,7 @@ PIXELS = 4096 * 2304  # most of a picture; a decoder keeps some twenty of them
 FRAMES = 1 << 17  # most of a video: more than an hour at 30 a second
 WORK = 1 << 35  # most pixels of all pictures that are decoded for one video: nine minutes of 1920 x 1080 at 30 a second
 CONTAINERS = "mov,mp4,avi,matroska,webm,flv,mpeg,mpegts,asf,ogg"  # FFmpeg's names
+TURNS = {90: ("1",), 180: ("1", "1"), 270: ("2",)}  # degrees, clockwise -> FFmpeg's transposes; decord knows no others
 
 
 class BadVideo(Exception):
@@ -133,7 +134,7 @@ def _decoded(container, stream, max_pixels: int) -> Iterator:
 
 
 def _scaled(frame, size: int) -> np.ndarray:
-    """u8[size,size,3] of a frame."""
+    """u8[size,size,3] of a frame, upright."""
     import av
 
     graph = av.filter.Graph()
@@ -141,6 +142,7 @@ def _scaled(frame, size: int) -> np.ndarray:
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
     graph.link_nodes(
         source,
+        *(graph.add("transpose", turn) for turn in TURNS.get(-frame.rotation % 360, ())),
         graph.add("scale", f"{size}:{size}:flags=bilinear"),
         graph.add("format", "pix_fmts=rgb24"),
         graph.add("buffersink"),

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from blip_jax.data.pieces import parsed
 
 SHOWN = 3  # examples that an error names
@@ -321,68 +319,34 @@ def visdial_results(path: str) -> dict[tuple[int, int], list[int]]:
     )
 
 
-# --- retrieval --------------------------------------------------------------------------------------------------------
-class Pairs(NamedTuple):
-    """Which texts belong to which picture or video."""
-
-    owners: int  # pictures or videos
-    text_owner: np.ndarray  # i64[texts]
-    videos: bool
-
-
-def retrieval_references(path: str) -> Pairs:
-    """BLIP's list of {image, caption: one or several}, or of {clip_name, caption}, MSR-VTT's; texts in their order."""
-    found = content(path)
-    numbers: dict[str, int] = {}
-    owner, videos = [], False
-    for row in found if isinstance(found, list) else [found]:
-        row = row if isinstance(row, dict) else {}
-        clip = row.get("clip_name", row.get("video"))
-        name, texts = row.get("image", clip), row.get("caption")
-        texts = [texts] if is_text(texts) else texts
-        if not is_text(name) or not is_texts(texts):
-            raise ValueError(
-                f"{path}: a list of {{image, caption}} is expected, or of {{clip_name, caption}}, not {str(row)[:120]}"
-            )
-        videos |= "image" not in row
-        owner += [numbers.setdefault(name, len(numbers))] * len(texts)
-    if not owner:
-        raise ValueError(f"{path}: it holds no text to retrieve")
-    return Pairs(len(numbers), np.array(owner), videos)
-
-
-FORWARD = ("i2t", "score_i2t", "scores_i2t", "v2t", "score_v2t", "scores_v2t")
-BACK = ("t2i", "score_t2i", "scores_t2i", "t2v", "score_t2v", "scores_t2v")
-
-
-def retrieval_scores(path: str, images: int, texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores by which pictures rank texts and texts pictures, both f[images, texts].
-
-    A .npz of `i2t` [images, texts] and `t2i` [texts, images], as BLIP's evaluation has them (also v2t, t2v, with score_
-    or scores_ before); or a .npy of one matrix [images, texts] for both. ValueError: it is another file, or matrices of
-    another form or with NaN.
+# --- questions about videos -------------------------------------------------------------------------------------------
+def video_qa_results(path: str) -> dict[str, dict[str, str]]:
+    """Question -> {"answer", and others by the name of how they were made, "rank_vqa", say}: `evaluate`'s
+    predictions.json, [{"question_id": 7, "answer": "dog"}], where every row has the same names.
     """
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            found = {"the matrix": (loaded, (images, texts))}
-        else:
-            names = [next((n for n in wanted if n in loaded), None) for wanted in (FORWARD, BACK)]
-            if None in names:
-                raise ValueError(f"it has {sorted(loaded)}, not `i2t` and `t2i`")
-            found = {name: (loaded[name], shape) for name, shape in zip(names, ((images, texts), (texts, images)))}
-    except (ValueError, EOFError, KeyError) as e:
-        raise ValueError(
-            f"{path}: no scores of retrieval ({e}): a .npz with `i2t` [images, texts] and `t2i` [texts, images] is "
-            "expected, or a .npy [images, texts]"
-        ) from None
-    for name, (scores, shape) in found.items():
-        if scores.shape != shape or scores.dtype.kind not in "fiu":
-            raise ValueError(
-                f"{path}: {name} is {scores.dtype}{list(scores.shape)}, but the references have {images} pictures and "
-                f"{texts} texts: numbers {list(shape)} are expected"
-            )
-        if np.isnan(scores).any():
-            raise ValueError(f"{path}: {name} has NaN at {np.argwhere(np.isnan(scores))[0].tolist()}")
-    scores = [scores for scores, _ in found.values()]
-    return (scores[0], scores[0]) if len(scores) == 1 else (scores[0], scores[1].T)
+    found = rows(path, {"question_id": _is_id, "answer": is_text}, '{"question_id": 7, "answer": "dog"}')
+    names = [name for name in found[0] if name != "question_id"]
+    for i, row in enumerate(found):
+        if row.keys() != {"question_id", *names} or not all(is_text(row[name]) for name in names):
+            raise ValueError(f"{path}: row {i} has not texts of {names}, as row 0 has: {json.dumps(row)[:120]}")
+    return single(path, ((str(row.pop("question_id")), row) for row in map(dict, found)), "question")
+
+
+def video_qa_references(path: str) -> dict[str, str]:
+    """Question -> the right answer, of MSRVTT-QA's and MSVD-QA's files, {id, question, answer, video_id}, or LAVIS's,
+    with `question_id`.
+    """
+    found = content(path)
+    out = []
+    for row in found if isinstance(found, list) else [found]:
+        number = row.get("question_id", row.get("id")) if isinstance(row, dict) else None
+        if not _is_id(number) or not is_text(row.get("answer")):
+            raise ValueError(f"{path}: no row of questions about videos, {{id, answer}}: {str(row)[:120]}")
+        out.append((str(number), row["answer"]))
+    if not out:
+        raise ValueError(f"{path}: it holds no question")
+    return single(path, out, "question")
+
+
+def _is_id(value) -> bool:
+    return is_number(value) or is_text(value) and bool(value)

@@ -12,6 +12,7 @@ import numpy as np
 
 RECALLS = (1, 5, 10)
 CHUNK = 1024  # rows of a score matrix handled at a time, to bound temporaries
+UNSCORED = -100.0  # score of a pair outside the shortlist
 
 
 def shortlist(similarity: np.ndarray, k: int) -> np.ndarray:
@@ -30,6 +31,23 @@ def shortlist(similarity: np.ndarray, k: int) -> np.ndarray:
         room = k - above.sum(axis=1, keepdims=True)
         keep[start : start + CHUNK] = above | (equal & (np.cumsum(equal, axis=1) <= room))
     return keep
+
+
+def compact(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(columns i32[N,k], their scores f32[N,k]) of f32[N,M]: what is not UNSCORED, k the most of a row; rows with
+    less are filled with pairs that are.
+    """
+    real = scores != UNSCORED
+    k = int(real.sum(axis=1).max())
+    columns = np.nonzero(shortlist(real.astype(np.int8), k))[1].reshape(len(scores), k)
+    return columns.astype(np.int32), np.take_along_axis(scores, columns, axis=1)
+
+
+def spread(columns: np.ndarray, values: np.ndarray, m: int) -> np.ndarray:
+    """The f32[N,M] that `compact` made these of. IndexError: a column that is not of m."""
+    out = np.full((len(columns), m), UNSCORED, values.dtype)
+    np.put_along_axis(out, columns, values, axis=1)
+    return out
 
 
 def image_to_text_ranks(scores: np.ndarray, text_image: np.ndarray) -> np.ndarray:

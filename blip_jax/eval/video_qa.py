@@ -11,7 +11,12 @@ def accuracy(answers: Sequence[str], right: Sequence[str]) -> float:
     none, or of one more than of the other."""
     if not answers:
         raise ValueError("no answer to be scored")
-    return 100 * sum(_plain(a) == _plain(b) for a, b in zip(answers, right, strict=True)) / len(answers)
+    return 100 * sum(is_right(a, b) for a, b in zip(answers, right, strict=True)) / len(answers)
+
+
+def is_right(answer: str, other: str) -> bool:
+    """Whether an answer is the right one, but for case and white space around it."""
+    return _plain(answer) == _plain(other)
 
 
 def candidates(answers: Iterable[str]) -> list[str]:

@@ -39,8 +39,8 @@ one that can be evaluated
 
   eval_data(cfg, tokenizer, skipped_path)
                                         what `evaluate` reads, from cfg.data.eval
-  evaluate(loaded, data, mesh)          {metric: number}, and maybe "predictions", JSON rows; loaded: model, params,
-                                        cfg, tokenizer, origin
+  evaluate(loaded, data, mesh)          {metric: number}, and maybe "predictions", JSON rows, and "scores", arrays by
+                                        name; loaded: model, params, cfg, tokenizer, origin
   curve(loaded, data, mesh)             as `evaluate`, while a run trains, where that takes too long then
   BEST                                  names of numbers of `curve`, or of `evaluate`, whose sum says which
                                         checkpoint of a run is the best (train.keep_best)
@@ -94,6 +94,11 @@ def trained(cfg) -> ModuleType:
     if instead := getattr(of(cfg), "INSTEAD", ""):
         raise ValueError(f"objective {cfg.objective} is evaluated, not trained: {instead}")
     return of(cfg)
+
+
+def numbers(result: dict) -> dict:
+    """The numbers of an evaluation's result, without what they were computed from."""
+    return {name: value for name, value in result.items() if name not in ("predictions", "scores")}
 
 
 def build(cfg):

@@ -47,7 +47,8 @@ def eval_data(cfg, tokenizer, skipped_path) -> EvalVideos:
 
 def evaluate(loaded, data: EvalVideos, mesh) -> dict:
     """As `two_stage.evaluate`, of "videos" and "texts": "vid_*" retrieves videos, the paper's direction, with the
-    median rank "vid_mdR", from 1; "txt_*" retrieves texts; "itc_*" by cosine alone.
+    median rank "vid_mdR", from 1; "txt_*" retrieves texts; "itc_*" by cosine alone; "scores" as there, a video in the
+    place of an image.
 
     Host memory: n_videos * task.frames * P * D values in the compute dtype.
     """
@@ -59,6 +60,7 @@ def evaluate(loaded, data: EvalVideos, mesh) -> dict:
         "texts": texts,
         **recall.video(scores.i2t, scores.t2i, scores.text_image),
         **{f"itc_{name}": value for name, value in by_cosine.items()},
+        "scores": two_stage.ranked(scores),
     }
 
 

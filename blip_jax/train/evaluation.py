@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 
 import jax
+import numpy as np
 
 from blip_jax import buckets, checkpoint, tasks
 from blip_jax.console import say
@@ -55,17 +57,22 @@ def _evaluate(cfg, workdir, path) -> dict:
 
 
 def _write_result(workdir: pathlib.Path, task, cfg, result: dict, checkpoint: str) -> None:
-    """evaluation.json with the numbers, predictions.json, and what a server wants, as far as the task has them."""
+    """evaluation.json with the numbers, predictions.json, scores.npz, and what a server wants, as far as the task has
+    them.
+    """
     if jax.process_index() != 0:
         return
-    numbers = {"checkpoint": checkpoint} | {name: value for name, value in result.items() if name != "predictions"}
-    files = [("evaluation.json", json.dumps(numbers, indent=1) + "\n")]
+    numbers = {"checkpoint": checkpoint} | tasks.numbers(result)
+    files: list[tuple[str, str | bytes]] = [("evaluation.json", json.dumps(numbers, indent=1) + "\n")]
     if "predictions" in result:
         files.append(("predictions.json", json.dumps(result["predictions"], indent=1) + "\n"))
+    if "scores" in result:
+        np.savez(whole := io.BytesIO(), **result["scores"])
+        files.append(("scores.npz", whole.getvalue()))
     if hasattr(task, "submission"):
         try:
             files.append(task.submission(result, cfg))
         except ValueError as e:
             say(f"nothing is written for a server: {e}")
-    for name, text in files:  # whole or not at all
-        buckets.write(workdir / name, text)
+    for name, content in files:  # whole or not at all
+        buckets.write(workdir / name, content)

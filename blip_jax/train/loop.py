@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from blip_jax import buckets, checkpoint, lock
+from blip_jax import buckets, checkpoint, lock, tasks
 from blip_jax.console import say
 from blip_jax.data.order import Order
 from blip_jax.inference.load import Loaded
@@ -246,8 +246,7 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
 def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
     saving.finite(run, step, sums)
     loaded = Loaded(run.model, state.all_params, run.cfg, run.tokenizer, f"step {step}")
-    result = getattr(run.task, "curve", run.task.evaluate)(loaded, run.eval_data, run.mesh)
-    result.pop("predictions", None)
+    result = tasks.numbers(getattr(run.task, "curve", run.task.evaluate)(loaded, run.eval_data, run.mesh))
     say(f"{run.cfg.objective}: " + "  ".join(f"{name} {_number(value)}" for name, value in result.items()))
     return result
 

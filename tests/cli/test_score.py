@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from blip_jax.cli import main
+from blip_jax.eval import recall
 
 ROOT = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "scores"
 VQA, NLVR, VISDIAL, VIDEO = (ROOT / name for name in ("vqa_accuracy", "nlvr_consistency", "visdial", "video_retrieval"))
@@ -119,6 +120,71 @@ def test_pictures_with_several_captions(capsys, tmp_path):
     np.save(tmp_path / "s.npy", np.array([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0]]))
     got = scores(capsys, "retrieval", tmp_path / "s.npy", lists)
     assert got["txt_r1"] == 50 and got["img_r1"] == pytest.approx(100 / 3) and "vid_mdR" not in got
+
+
+def shortlists(scores, owner):
+    """What scores.npz holds of scores [images, texts] that have some pairs unscored, both ways the same."""
+    (texts, i2t), (images, t2i) = recall.compact(scores), recall.compact(scores.T)
+    return {"i2t": i2t, "i2t_text": texts, "t2i": t2i, "t2i_image": images, "text_image": np.array(owner)}
+
+
+def test_shortlists_score_as_their_whole_matrix(capsys, tmp_path):
+    lists = write(tmp_path / "l.json", [{"image": "a", "caption": ["1", "2"]}, {"image": "b", "caption": "3"}])
+    scores_of = np.array([[3.0, recall.UNSCORED, -2e3], [recall.UNSCORED, 2.0, 1.0]], np.float32)
+    own = shortlists(scores_of, [0, 0, 1])
+    assert own["i2t"].shape == (2, 2) and own["t2i"].shape == (3, 2)  # a row of fewer is filled
+    np.savez(tmp_path / "scores.npz", **own)
+    np.save(tmp_path / "s.npy", scores_of)
+    short, whole = (scores(capsys, "retrieval", tmp_path / name, lists) for name in ("scores.npz", "s.npy"))
+    assert short == whole and short["img_r1"] == pytest.approx(200 / 3)
+    for change, said in (
+        ({"text_image": np.array([0, 1, 1])}, "it is of 2 pictures and 3 texts, in their order, and the references"),
+        ({"text_image": np.array([0, 0])}, "it is of 2 pictures and 2 texts"),
+        ({"i2t": own["i2t"][:1], "i2t_text": own["i2t_text"][:1]}, "i2t is float32[1, 3], but the references have 2"),
+        ({"i2t_text": own["i2t_text"] + 3}, "no scores of retrieval"),
+    ):
+        np.savez(tmp_path / "scores.npz", **own | change)
+        assert said in fails(capsys, "retrieval", tmp_path / "scores.npz", lists)
+
+
+def test_msrvtts_official_file_has_the_texts_of_each_video_together(capsys, tmp_path):
+    sentences = [{"video_id": name, "caption": name} for name in ("b", "a", "b")]
+    videos = [{"video_id": name} for name in ("a", "none", "b")]
+    np.save(tmp_path / "s.npy", np.array([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0]]))
+    official = write(tmp_path / "o.json", {"videos": videos, "sentences": sentences})
+    got = scores(capsys, "retrieval", tmp_path / "s.npy", official)
+    assert got["vid_r1"] == pytest.approx(200 / 3) and got["txt_r1"] == 100
+    del sentences[0]["caption"]
+    broken = write(tmp_path / "o.json", {"videos": videos, "sentences": sentences})
+    assert "have a `video_id`, these a `caption`" in fails(capsys, "retrieval", tmp_path / "s.npy", broken)
+
+
+def test_questions_about_videos(capsys, tmp_path):
+    rows = lambda *own: write(tmp_path / "r.json", [dict(zip(("question_id", "answer", "rank_vqa"), r)) for r in own])
+    right = [{"id": 7, "video_id": 1, "question": "?", "answer": "dog"}, {"id": 8, "question": "?", "answer": "Two"}]
+    official = write(tmp_path / "test_qa.json", right)
+    ours = rows(("7", "cat", "Dog "), (8, "two", "two"))
+    found = scores(capsys, "video_qa", ours, official, f"--out={tmp_path / 'all.json'}")
+    assert found == {"accuracy": 50, "rank_vqa": 100, "questions": 2}
+    each = read(tmp_path / "all.json")["each"]
+    assert each == [
+        {"question_id": "7", "accuracy": False, "rank_vqa": True},
+        {"question_id": "8", "accuracy": True, "rank_vqa": True},
+    ]
+    lavis = [
+        {"video": "video1.mp4", "question": "?", "question_id": row["id"], "answer": row["answer"]} for row in right
+    ]
+    other = rows((7, "dog"), (8, "a two"))
+    assert scores(capsys, "video_qa", other, write(tmp_path / "l.json", lavis)) == {"accuracy": 50, "questions": 2}
+    assert "1 of 2 questions have no prediction, such as ['8']" in fails(capsys, "video_qa", rows((7, "a")), official)
+    said = fails(capsys, "video_qa", rows((7, "a"), (8, "a"), (9, "a")), official)
+    assert "1 predictions are of questions that" in said
+    assert "1 questions occur more than once" in fails(capsys, "video_qa", rows((7, "a"), ("7", "a")), official)
+    uneven = rows((7, "a", "b"), (8, "a"))
+    assert "row 1 has not texts of ['answer', 'rank_vqa']" in fails(capsys, "video_qa", uneven, official)
+    assert "no row of questions about videos" in fails(
+        capsys, "video_qa", rows((7, "a")), write(tmp_path / "x.json", ["a"])
+    )
 
 
 # ---- what is wrong with a file is one line

@@ -1,5 +1,6 @@
 """validate(): every problem at once, each with its remedy; the files in configs/ are valid."""
 
+import inspect
 import pathlib
 import re
 import runpy
@@ -150,8 +151,15 @@ def test_configs_are_valid_and_documented(name, argument):
     assert f"`{name}.py{':' * bool(argument)}{argument}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", sorted({name for name, argument in RUNS if argument}))
-@pytest.mark.parametrize("argument", ["", "vith"])
+def wrong_arguments():
+    """(name of a file, argument that it has not); "" is none, of files that have one of their own then."""
+    for name in sorted({name for name, argument in RUNS if argument}):
+        get_config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]
+        own = inspect.signature(get_config).parameters["argument"].default
+        yield from [(name, "vith")] if own else [(name, ""), (name, "vith")]
+
+
+@pytest.mark.parametrize("name, argument", list(wrong_arguments()))
 def test_a_wrong_argument_is_answered_with_the_right_ones(name, argument):
     first = next(right for run, right in RUNS if run == name)
     with pytest.raises(ValueError, match=f"configs/{name}.py has no run '{argument}': give one of .*:{first}"):
@@ -169,6 +177,17 @@ def test_paper_configs_have_the_papers_numbers():
         assert (c.train.batch, c.optim.lr, c.model.vit.width, c.model.img_size) == (batch, lr, width, 224)
         assert (c.loss.queue, c.optim.weight_decay, c.optim.schedule) == (57600, 0.05, "epoch_decay")
         assert c.train.steps == 20 * (c.data.epoch_examples // batch)
+
+
+def test_every_row_of_the_papers_tables_starts_from_its_own_pretraining():
+    """BLIP paper, tables 5, 7 and 8: 14M and 129M bootstrapped by ViT-B, 129M by ViT-L, and ViT-L."""
+    rows = ["vitb,14m,bootstrapped", "vitb,129m,bootstrapped", "vitb,129m,capfilt_l"]
+    for name, mine in (("retrieval_coco", 1), ("retrieval_flickr", 1), ("caption_coco", 1), ("vqa", 0), ("nlvr", 0)):
+        for argument in rows + ["vitl,129m,capfilt_l"] * mine:
+            c, first = load(name, argument), load("pretrain", argument)
+            assert c.train.init_from == f"runs/pretrain_{argument.replace(',', '_')}"
+            assert (c.model.vit, c.model.med) == (first.model.vit.copy_and_resolve_references(), first.model.med)
+    assert load("vqa") == load("vqa", rows[2]) and load("nlvr") == load("nlvr", rows[1])
 
 
 @pytest.mark.parametrize("size, lr_caption, lr_filter, batch_filter", [("b", 1e-5, 1e-5, 256), ("l", 2e-6, 5e-6, 256)])

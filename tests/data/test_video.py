@@ -2,10 +2,13 @@
 too much; videos for evaluation, each once with its texts."""
 
 import json
+import math
 import os
 import pathlib
 import re
+import struct
 import sys
+import zlib
 from fractions import Fraction
 
 import av
@@ -55,6 +58,27 @@ def test_golden_frames_are_the_original_decoders_to_the_last_bit():
         assert video.places(int(found[f"{name}/count"]), len(theirs)) == found[f"{name}/indices"].tolist()
         short = int(found[f"{name}/count"]) < len(theirs)
         assert [note.split(":")[0] for note in notes] == ["short video"] * short, name
+
+
+@pytest.mark.parametrize(
+    "degrees, checksums",  # of three frames of each clip at 64 px as decord 0.6.0 gives them
+    [
+        (0, (0xD9670178, 0x133BA5B5, 0x1D4DB65F)),
+        (45, (0xD9670178, 0x133BA5B5, 0x1D4DB65F)),
+        (90, (0x1D2E3E9C, 0xEDA4D107, 0x257F5505)),
+        (180, (0x83063773, 0x38E2D031, 0xA2E86666)),
+        (270, (0xEE626BDF, 0x8DC594D8, 0x99AB5FC7)),
+    ],
+)
+def test_pictures_are_turned_upright_as_by_the_original_decoder(degrees, checksums, tmp_path):
+    cos, sin = (round(f(math.radians(degrees)) * (1 << 16)) for f in (math.cos, math.sin))
+    matrix = struct.pack(">9i", cos, sin, 0, -sin, cos, 0, 0, 0, 1 << 30)
+    for number, checksum in zip((7010, 7011, 7012), checksums, strict=True):
+        data = bytearray(CLIPS[f"video{number}.mp4"].read_bytes())
+        at = data.index(b"tkhd") + 8 + (32 if data[data.index(b"tkhd") + 4] else 20) + 16  # version 1 has longer times
+        data[at : at + len(matrix)] = matrix
+        (tmp_path / "turned.mp4").write_bytes(data)
+        assert zlib.crc32(video.frames(str(tmp_path / "turned.mp4"), 3, 64)[0].tobytes()) == checksum
 
 
 def test_golden_places_of_frames():

@@ -256,7 +256,12 @@ def test_evaluate_reports_both_stages_and_a_clipped_k(caplog):
     assert result["itc_img_r1"] == pytest.approx(100 * first_is_own)
     assert result["img_r1"] == pytest.approx(100 * ((cosine + logit).argmax(axis=0) == data.text_image).mean())
     names = [f"{way}_{r}" for way in ("txt", "img") for r in ("r1", "r5", "r10", "r_mean")] + ["r_mean"]
-    assert sorted(result) == sorted([*names, *(f"itc_{n}" for n in names), "images", "texts"])
+    assert sorted(result) == sorted([*names, *(f"itc_{n}" for n in names), "images", "texts", "scores"])
+    own, kept = scores_of(k=20), result["scores"]
+    assert kept["i2t"].shape == (N_IMAGES, 20) and kept["t2i"].shape == (N_TEXTS, N_IMAGES)
+    np.testing.assert_allclose(recall.spread(kept["i2t_text"], kept["i2t"], N_TEXTS), own.i2t, atol=1e-5)
+    np.testing.assert_allclose(recall.spread(kept["t2i_image"], kept["t2i"], N_IMAGES), own.t2i.T, atol=1e-5)
+    assert (kept["text_image"] == own.text_image).all()
     assert (result["images"], result["texts"]) == (N_IMAGES, N_TEXTS)
 
 

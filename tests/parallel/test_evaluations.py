@@ -4,6 +4,7 @@ run is the best.
 
 import json
 
+import numpy as np
 import pytest
 from world import mini
 from world.processes import Pod, Server
@@ -28,6 +29,10 @@ def test_two_processes_evaluate_as_one(tiny_cfg, server, tmp_path, monkeypatch):
         configs[objective] = write_config(cfg, tmp_path / f"{objective}.py")
         cases[objective] = cfg
     origins = {name: begun(cfg, tmp_path / "begun" / name) for name, cfg in cases.items() if name != "caption"}
+    for objective, trained in (("video_retrieval", "retrieval"), ("video_qa", "vqa")):
+        cases[objective] = mini.evaluation_of(tiny_cfg.copy_and_resolve_references(), objective)
+        configs[objective] = write_config(cases[objective], tmp_path / f"{objective}.py")
+        origins[objective] = origins[trained]
 
     pod = Pod(
         server,
@@ -60,3 +65,10 @@ def test_two_processes_evaluate_as_one(tiny_cfg, server, tmp_path, monkeypatch):
         assert found[0].keys() == found[1].keys(), name
         assert found[0].pop("evaluation.json") == pytest.approx(found[1].pop("evaluation.json"), abs=1e-5), name
         assert found[0] == found[1], name  # predictions, and what servers take
+        scores = [tmp_path / which / name / "scores.npz" for which in ("one", "two")]
+        assert scores[0].exists() == scores[1].exists() == ("retrieval" in name)
+        if "retrieval" in name:
+            one, two = map(np.load, scores)
+            assert one.keys() == two.keys()
+            for part in one:
+                np.testing.assert_allclose(one[part], two[part], atol=1e-5, err_msg=f"{name}, {part}")

@@ -10,7 +10,7 @@ import zlib
 from ml_collections import ConfigDict
 
 from blip_jax.config import source
-from blip_jax.tasks import vqa
+from blip_jax.tasks import dialog, video_qa, video_retrieval, vqa
 from world.pictures import encode, noise
 
 MINI = pathlib.Path(__file__).resolve().parents[1] / "mini"
@@ -26,6 +26,16 @@ SOURCES = {  # objective -> kind, folder of pictures, training files, evaluation
     "retrieval": ("json", "flickr30k", LISTS["flickr30k"][0], LISTS["flickr30k"][2]),
     "vqa": ("vqa", "vqa", "vqa/official/v2_*train2014*.json", "vqa/official/v2_*val2014*.json"),
     "nlvr": ("nlvr", "nlvr2", "nlvr2/official/train.json", "nlvr2/official/dev.json"),
+    "dialog": ("visdial", "visdial", "visdial/visdial_1.0_train.json", "visdial/visdial_1.0_val*.json"),
+}
+VIDEOS = {  # objective -> kind, videos, evaluation file, all below tests/mini; the videos are those of the data sets
+    "video_retrieval": ("video_text", "msrvtt", "msrvtt/annotation/msrvtt_test.jsonl"),
+    "video_qa": ("video_qa", "msvd_qa", "msvd_qa/official/test_qa.json"),
+}
+DIALOGS = {  # split -> its pictures below "visdial"
+    "train": "train2014/COCO_train2014_{:012d}.jpg",
+    "val": "VisualDialog_val2018/VisualDialog_val2018_{:012d}.jpg",
+    "test": "VisualDialog_test2018/VisualDialog_test2018_{:012d}.jpg",
 }
 
 
@@ -39,8 +49,13 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     Of NLVR2's pictures, all of which are named .png, every second pair are JPEG files.
     """
     shutil.copytree(MINI, folder / "lists", ignore=shutil.ignore_patterns(".*"))
-    for name, lists in LISTS.items():
-        rows = [row for path in lists for row in read(path)]
+    named = {name: [row for path in lists for row in read(path)] for name, lists in LISTS.items()}
+    named["visdial"] = [
+        {"image": form.format(dialog["image_id"])}
+        for split, form in DIALOGS.items()
+        for dialog in read(f"visdial/visdial_1.0_{split}.json")["data"]["dialogs"]
+    ]
+    for name, rows in named.items():
         for i, paths in enumerate(row.get("images") or [row["image"]] for row in rows):
             for path in paths:
                 place = folder / name / path
@@ -71,6 +86,28 @@ def settings(cfg: ConfigDict, objective: str, files: pathlib.Path) -> ConfigDict
         cfg.model.vit.update(width=32, mlp=64)
         cfg.task = vqa.leaves()
         cfg.task.update(answers=3, answer_len=6, answer_list=str(MINI / "vqa/annotation/answer_list.json"), k=5)
+    if objective == "dialog":
+        cfg.model.vit.update(width=32, mlp=64)
+        cfg.task = dialog.leaves()
+        cfg.task.update(negatives=2, caption_len=8)
+        cfg.text.max_len = 16  # one length, hence one program
+        cfg.eval.rerank_texts = 100
     cfg.data.epoch_examples = 16
     cfg.train.update(steps=3, log_every=1, save_every=2, eval_every=2, keep=1, keep_best=objective != "vqa")
+    return cfg
+
+
+def evaluation_of(cfg: ConfigDict, objective: str) -> ConfigDict:
+    """The tiny config for the evaluation of an objective of VIDEOS on its mini data set, three frames of each."""
+    kind, folder, path = VIDEOS[objective]
+    cfg.objective, cfg.task = objective, {"video_retrieval": video_retrieval, "video_qa": video_qa}[objective].leaves()
+    cfg.task.frames = 3
+    if objective == "video_qa":
+        cfg.model.vit.update(width=32, mlp=64)
+        cfg.task.update(max_length=6, k=5, train_answers=str(MINI / "vqa/annotation/answer_list.json"))
+    with cfg.data.unlocked():
+        cfg.data.train = ConfigDict()
+        cfg.data.eval = ConfigDict({"clips": source(kind, str(MINI / path), images=str(MINI / folder))})
+    cfg.train.steps = 0
+    cfg.eval.update(batch=2, rerank_texts=2, k=2)
     return cfg
