@@ -223,6 +223,7 @@ COMMANDS = {
     "convert": convert,
     "caption": infer.caption,
     "match": infer.match,
+    "localize": infer.localize,
     "answer": infer.answer,
     "features": infer.features,
     "demo": demo,

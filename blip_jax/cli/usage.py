@@ -27,9 +27,10 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
 
   caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
   match     PICTURES --text=...                      texts against pictures
+  localize  PICTURES --text=... [--out=FILE.png]     where in pictures the words of texts are
   answer    PICTURES --question=... [--answers=FILE] answers, free or the best of a list
   features  [PICTURES] [--text=...] --out=FILE.npz   states and embeddings
-            all four: PICTURES are files, folders or patterns;
+            all five: PICTURES are files, folders or patterns;
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
@@ -93,6 +94,11 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     ),
     "caption": ("PICTURE ... --model=MODEL", "Captions of pictures."),
     "match": ("PICTURE ... --model=MODEL --text=TEXT ...", "How well each text fits each picture."),
+    "localize": (
+        "PICTURE ... --model=MODEL --text=TEXT ... [--out=FILE.png]",
+        "Where in each picture the words of each text are: of each word the place of the largest value of its map, as "
+        "shares of width and height from the left and the top. --out draws the maps over the picture.",
+    ),
     "answer": (
         "PICTURE ... --model=MODEL --question=TEXT ...",
         "Answers to questions about pictures, free or the best of a list.",
