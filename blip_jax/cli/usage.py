@@ -34,6 +34,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
+  app       --model=MODEL [--photos=DIR --features=FILE.npz]   a page in the browser: all that the model can do
   score     caption | nocaps | vqa | nlvr2 | visdial | retrieval   anybody's result file, without a model
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
 
@@ -106,6 +107,12 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "features": (
         "[PICTURE ...] --model=MODEL [--text=TEXT ...] --out=FILE.npz",
         "States and embeddings of pictures and texts, as NumPy arrays.",
+    ),
+    "app": (
+        "--model=MODEL [--photos=DIR]",
+        "A page in the browser, on this machine: captions, matching with a heat map for each word, questions, a "
+        "conversation, and with --photos search by words, as far as the model can do it. Needs the extra `app`: "
+        "Gradio. No network is used. Uploads stay in memory, 32 MiB each at most, and are gone at the end.",
     ),
     "score": (
         "caption | nocaps | vqa | nlvr2 | visdial | retrieval --results=FILE --references=FILE [--json]",

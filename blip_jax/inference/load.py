@@ -56,6 +56,11 @@ class Loaded(NamedTuple):
             "language model": "llm" in self.params,
         }
 
+    def can(self, what: str) -> bool:
+        """Whether the model has all parts that `what`, a key of NEEDS, takes."""
+        parts = self.parts()
+        return all(parts[part] for part in NEEDS[what][0])
+
     def require(self, what: str, name: str = "") -> None:
         """ValueError: the model lacks parts that `what`, a key of NEEDS, takes.
 

@@ -61,6 +61,21 @@ class Pretrained:
             f"{parts})"
         )
 
+    def verbs(self) -> tuple[str, ...]:
+        """Which verbs there are, but for features: some of caption, match, localize, answer; of a BLIP-2 with a
+        language model generate, caption, answer."""
+        layers = self.cfg.model.med.layers if self._loaded.can("localize") else 0
+        return tuple(
+            verb
+            for verb in ("caption", "match", "localize", "answer")
+            if self._loaded.can(verb) and (verb != "localize" or layers > 1)
+        )
+
+    @property
+    def queries(self) -> int:
+        """How many learned queries look at an image, each with an embedding of its own; 0 of a BLIP."""
+        return self.cfg.model.qformer.queries if "qformer" in self.cfg.model else 0
+
     def caption(
         self,
         images,
