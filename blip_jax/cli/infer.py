@@ -1,4 +1,4 @@
-"""blip-jax caption | match | answer | features: pictures on the command line go through inference/verbs.py.
+"""blip-jax caption | match | localize | answer | features: pictures on the command line go through inference/verbs.py.
 
 Results go to standard output as they come; progress, pictures that cannot be used and the times go to standard error. A
 picture that cannot be used does not keep the others from being done; the exit status is then 1.
@@ -79,6 +79,50 @@ def match(argv: list[str]) -> int:
         return [f"probability {m['probability']:.4f}  cosine {m['cosine']:.4f}  {m['text']}" for m in row["matches"]]
 
     return _each(values, files, run, lines)
+
+
+def localize(argv: list[str]) -> int:
+    """blip-jax localize."""
+    values, _ = _flags()
+    flags.DEFINE_multi_string("text", None, "a text; repeatable: each is looked for in each image", flag_values=values)
+    flags.DEFINE_integer("layer", None, "of the text encoder, from 0; default: 7 of 12", flag_values=values)
+    flags.DEFINE_string("out", None, "PNG to write: the maps over the picture, of one picture", flag_values=values)
+    files, asked = _parse(values, argv, "images", "text"), values.text
+    if values.out:
+        if len(files) != 1:
+            raise ValueError(f"--out={values.out} is of one picture, and {len(files)} are given: give one, or no --out")
+        if not values.out.endswith(".png") or not pathlib.Path(values.out).absolute().parent.is_dir():
+            raise ValueError(f"--out={values.out}: give a file ending in .png in a folder that exists")
+
+    def run(model, images):
+        from blip_jax.inference import heat
+        from blip_jax.inference.localize import peak
+
+        found = model.localize([img for img in images for _ in asked], asked * len(images), layer=values.layer)
+        if values.out:
+            heat.sheet(heat.photograph(files[0], model.cfg.data.max_pixels), found).save(values.out)
+        rows = [
+            {"text": text, "probability": one["score"], "words": [_at(*row) for row in zip(one["words"], peaks)]}
+            for text, one in zip(asked * len(images), found)
+            for peaks in [[peak(heat) for heat in one["maps"]]]
+        ]
+        return [{"texts": rows[i : i + len(asked)]} for i in range(0, len(rows), len(asked))]
+
+    def lines(row: dict) -> list[str]:
+        return [
+            line
+            for one in row["texts"]
+            for line in (
+                f"probability {one['probability']:.4f}  {one['text']}",
+                *(f"x {word['x']:.2f}  y {word['y']:.2f}  {word['word']}" for word in one["words"]),
+            )
+        ]
+
+    return _each(values, files, run, lines)
+
+
+def _at(word: str, at: tuple[float, float]) -> dict:
+    return {"word": word, "x": at[0], "y": at[1]}
 
 
 def answer(argv: list[str]) -> int:

@@ -203,6 +203,13 @@ def push(argv: list[str]) -> int:
     return 0
 
 
+def app(argv: list[str]) -> int:
+    """blip-jax app."""
+    from blip_jax.cli.app import app
+
+    return app(argv)
+
+
 def demo(argv: list[str]) -> int:
     """blip-jax demo, and blip-jax demo blip2."""
     later = argv[1:2] == ["blip2"]
@@ -248,8 +255,10 @@ COMMANDS = {
     "push": push,
     "caption": infer.caption,
     "match": infer.match,
+    "localize": infer.localize,
     "answer": infer.answer,
     "features": infer.features,
+    "app": app,
     "demo": demo,
     "score": score,
     "bench": bench,

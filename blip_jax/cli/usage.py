@@ -28,12 +28,14 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
 
   caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
   match     PICTURES --text=...                      texts against pictures
+  localize  PICTURES --text=... [--out=FILE.png]     where in pictures the words of texts are
   answer    PICTURES --question=... [--answers=FILE] answers, free or the best of a list
   features  [PICTURES] [--text=...] --out=FILE.npz   states and embeddings
-            all four: PICTURES are files, folders or patterns;
+            all five: PICTURES are files, folders or patterns;
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
+  app       --model=MODEL [--photos=DIR --features=FILE.npz]   a page in the browser: all that the model can do
   score     caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa      anybody's result file, no model
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
 
@@ -100,6 +102,11 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     ),
     "caption": ("PICTURE ... --model=MODEL", "Captions of pictures."),
     "match": ("PICTURE ... --model=MODEL --text=TEXT ...", "How well each text fits each picture."),
+    "localize": (
+        "PICTURE ... --model=MODEL --text=TEXT ... [--out=FILE.png]",
+        "Where in each picture the words of each text are: of each word the place of the largest value of its map, as "
+        "shares of width and height from the left and the top. --out draws the maps over the picture.",
+    ),
     "answer": (
         "PICTURE ... --model=MODEL --question=TEXT ...",
         "Answers to questions about pictures, free or the best of a list.",
@@ -107,6 +114,12 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "features": (
         "[PICTURE ...] --model=MODEL [--text=TEXT ...] --out=FILE.npz",
         "States and embeddings of pictures and texts, as NumPy arrays.",
+    ),
+    "app": (
+        "--model=MODEL [--photos=DIR]",
+        "A page in the browser, on this machine: captions, matching with a heat map for each word, questions, a "
+        "conversation, and with --photos search by words, as far as the model can do it. Needs the extra `app`: "
+        "Gradio. No network is used. Uploads stay in memory, 32 MiB each at most, and are gone at the end.",
     ),
     "score": (
         "caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa --results=FILE --references=FILE [--json]",

@@ -5,12 +5,13 @@ What is wrong is named by its place.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,21 @@ def pictures(images) -> tuple[list[Picture], bool]:
 
 
 def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
-    """u8[size,size,3] as evaluation sees it (data/image.py), upright by its EXIF orientation.
+    """u8[size,size,3] as evaluation sees it (data/image.py), upright by its EXIF orientation. Errors: `opened`."""
+    with opened(picture, max_pixels) as found:
+        return image.eval_transform(found, size)
+
+
+def photograph(picture: Picture, side: int, max_pixels: int) -> Image.Image:
+    """The picture for people to look at, RGB, upright, no side longer than `side` pixels. Errors: `opened`."""
+    with opened(picture, max_pixels) as found:
+        shrink = min(1.0, side / max(found.size))
+        return found.resize([max(1, round(n * shrink)) for n in found.size], Image.Resampling.LANCZOS).convert("RGB")
+
+
+@contextlib.contextmanager
+def opened(picture: Picture, max_pixels: int) -> Iterator[Image.Image]:
+    """The decoded picture, RGB or L, upright by its EXIF orientation.
 
     What is irregular about it, such as values of 16 bits, is said on standard error.
     ValueError: the picture's name and why it cannot be used.
@@ -63,18 +78,19 @@ def pixels(picture: Picture, size: int, max_pixels: int) -> np.ndarray:
             if memoryview(given).nbytes > MAX_BYTES:
                 raise image.BadImage(f"too large: more than {MAX_BYTES} bytes, which no picture needs")
             with image.decoded([bytes(given)], max_pixels, upright=True) as [(found, notes)]:
-                return _told(picture, notes, image.eval_transform(found, size))
-        if isinstance(given, Image.Image):
+                yield _told(picture, notes, found)
+        elif isinstance(given, Image.Image):
             with image.converted(given) as (found, notes):
-                return _told(picture, notes, image.eval_transform(found, size))
-        return image.eval_transform(_from_array(np.asarray(given)), size)
+                yield _told(picture, notes, found)
+        else:
+            yield _from_array(np.asarray(given))
     except OSError as e:
         raise ValueError(f"{picture.name}: {(e.strerror or str(e)).lower()}") from None
     except image.BadImage as e:
         raise ValueError(f"{picture.name}: {e}") from None
 
 
-def _told(picture: Picture, notes: list[str], seen: np.ndarray) -> np.ndarray:
+def _told(picture: Picture, notes: list[str], seen: Image.Image) -> Image.Image:
     for note in notes:
         tqdm.write(f"note: {picture.name}: {note}", file=sys.stderr)  # above a bar of progress, if there is one
     return seen

@@ -25,6 +25,7 @@ from blip_jax.tasks import build
 NEEDS = {  # what is asked of a model -> the parts it takes, the checkpoints that have them
     "caption": (("text decoder",), "a captioner or a pre-training checkpoint"),
     "match": (("text encoder", "projections", "matching head"), "a retrieval or pre-training checkpoint"),
+    "localize": (("image-grounded text encoder", "matching head"), "a retrieval or pre-training checkpoint of BLIP"),
     "answer": (("question encoder and answer decoder",), "a VQA checkpoint"),
     "generate": (("language model",), "a checkpoint of BLIP-2's second stage"),
     "image features": (("image encoder",), "a checkpoint with one"),
@@ -48,11 +49,17 @@ class Loaded(NamedTuple):
             "image encoder": "vit" in self.params,
             "text decoder": "lm_head" in self.params["qformer" if later else "med"] if later or blip else False,
             "text encoder": "word" in self.params["qformer"]["embed"] if later else blip and self.model.encoder,
+            "image-grounded text encoder": blip and self.model.encoder,
             "projections": {"vision_proj", "text_proj"} <= self.params.keys(),
             "matching head": "itm_head" in self.params,
             "question encoder and answer decoder": "med_dec" in self.params,
             "language model": "llm" in self.params,
         }
+
+    def can(self, what: str) -> bool:
+        """Whether the model has all parts that `what`, a key of NEEDS, takes."""
+        parts = self.parts()
+        return all(parts[part] for part in NEEDS[what][0])
 
     def require(self, what: str, name: str = "") -> None:
         """ValueError: the model lacks parts that `what`, a key of NEEDS, takes.

@@ -25,6 +25,9 @@ CANDIDATES = 64  # texts that are scored at once after each prompt
 class Prompted(Pretrained):
     """A model with the verbs generate, caption and answer; attributes as `Pretrained`."""
 
+    def verbs(self) -> tuple[str, ...]:
+        return "generate", "caption", "answer"
+
     def generate(
         self,
         images,

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from blip_jax.config import text_side
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.decode import beam
-from blip_jax.inference import inputs, programs
+from blip_jax.inference import inputs, localize, programs
 from blip_jax.inference.batching import Runner, at_least, at_most, padded
 from blip_jax.inference.load import Loaded
 from blip_jax.models.blip2 import Blip2
@@ -60,6 +60,21 @@ class Pretrained:
             f"Pretrained({self.origin!r}: {self.cfg.objective}, {self.cfg.model.img_size} px, {self.cfg.model.dtype}, "
             f"{parts})"
         )
+
+    def verbs(self) -> tuple[str, ...]:
+        """Which verbs there are, but for features: some of caption, match, localize, answer; of a BLIP-2 with a
+        language model generate, caption, answer."""
+        layers = self.cfg.model.med.layers if self._loaded.can("localize") else 0
+        return tuple(
+            verb
+            for verb in ("caption", "match", "localize", "answer")
+            if self._loaded.can(verb) and (verb != "localize" or layers > 1)
+        )
+
+    @property
+    def queries(self) -> int:
+        """How many learned queries look at an image, each with an embedding of its own; 0 of a BLIP."""
+        return self.cfg.model.qformer.queries if "qformer" in self.cfg.model else 0
 
     def caption(
         self,
@@ -161,6 +176,32 @@ class Pretrained:
             if one_image and one_text:
                 itm, itc = float(itm[0]), float(itc[0])
         return {"probability": itm, "cosine": itc}
+
+    def localize(self, images, texts, *, layer: int | None = None) -> dict | list:
+        """Where in each image the words of its text are, paired as in `match`.
+
+        {"words": [str], "maps": f32[words,g,g] on the grid of patches, "text_map": f32[g,g] of the whole text, "score":
+        the matching head's probability}, or a list of them where several are given. Maps are attention times its
+        gradient (inference/localize.py), 0 or more; only their course means something.
+
+        layer: of the image-grounded encoder, whose attention is looked at, from 0; None: 7 of 12, as LAVIS has it, and
+          as deep of another number. A BLIP-2 has no such maps: there the learned queries look at the image, no words.
+        """
+        self._loaded.require("localize")
+        pictures, one_image = inputs.pictures(images)
+        texts, one_text = self._texts(texts, "texts")
+        i, t = inputs.pairs(len(pictures), len(texts), "texts")
+        layer, (ids, txt_mask) = localize.layer_of(self.cfg.model.med.layers, layer), self._tokens(texts)
+
+        def rows(at: slice):
+            return self._pixels([pictures[j] for j in i[at]]), ids[t[at]], txt_mask[t[at]]
+
+        program = self._program(("localize", layer), lambda: localize.program(self.model, layer))
+        found, told = self._map(program, len(t), rows), []
+        for maps, score, j in zip(found["maps"], found["probability"], t):
+            words = self.tokenizer.words(texts[j], self.cfg.text.max_len)
+            told.append(localize.by_words(maps, words) | {"score": float(score)})
+        return told[0] if one_image and one_text else told
 
     def answer(
         self,

@@ -146,6 +146,12 @@ class Blip(nn.Module):
         txt_tok = self.med(ids, txt_mask, kv=kv, img_idx=img_idx, first_only=True, deterministic=deterministic)
         return self.itm_head(txt_tok[:, 0].astype(jnp.float32))
 
+    def match_looking(self, ids, txt_mask, kv, nudge):
+        """`match` of one text per image, ids i32[B,T]: logits f32[B,2], and the probabilities of all cross-attentions
+        [L,B,N,T,P], to which `nudge`, of that shape, is added (see `Med.look`)."""
+        txt_tok, p = self.med.look(ids.at[:, 0].set(self.enc_id), txt_mask, kv, nudge)
+        return self.itm_head(txt_tok[:, 0].astype(jnp.float32)), p
+
     def lm_logits(self, ids, txt_mask, kv, *, deterministic: bool = True):
         """Next-token logits f32[B,T-1,Vp] of ids i32[B,T], one text per image; position 0 is set to [DEC]."""
         ids = ids.at[:, 0].set(self.dec_id)[:, :-1]

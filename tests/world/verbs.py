@@ -33,20 +33,26 @@ def folder(tiny_vocab, tmp_path_factory):
     """Workdirs pretrain, caption, retrieval, vqa and nlvr of tiny models with lively random weights."""
     root = tmp_path_factory.mktemp("models")
     for seed, objective in enumerate(("pretrain", "caption", "retrieval", "vqa", "nlvr")):
-        c = config.base("tiny")
-        c.objective = objective
-        c.model.update(img_size=16, embed_dim=16, dtype="bfloat16")
-        c.model.vit.depth = c.model.med.layers = 1
-        c.text.update(vocab=str(tiny_vocab), max_len=14, prompt="a small " if objective == "caption" else "")
-        c.loss.momentum = False
-        model = build(c)
-        shapes = jax.eval_shape(functools.partial(initial.init_params, c, model), jax.random.key(0))
-        params = lively(shapes, np.random.default_rng(seed))
-        with checkpoint.open_dir(root / objective, 1) as manager:
-            state = train_state.create(c, model, optax.set_to_zero(), jax.random.key(0), params)
-            checkpoint.save(manager, 3, state, {"step": 3}, json.loads(c.to_json()))
-        shutil.copyfile(tiny_vocab, root / objective / "vocab.txt")
+        saved(root / objective, objective, seed, tiny_vocab)
     return root
+
+
+def saved(to, objective: str, seed: int, vocab, layers: int = 1) -> dict:
+    """A workdir of a tiny model with lively random weights, which are returned. layers: of its text model."""
+    c = config.base("tiny")
+    c.objective = objective
+    c.model.update(img_size=16, embed_dim=16, dtype="bfloat16")
+    c.model.vit.depth, c.model.med.layers = 1, layers
+    c.text.update(vocab=str(vocab), max_len=14, prompt="a small " if objective == "caption" else "")
+    c.loss.momentum = False
+    model = build(c)
+    shapes = jax.eval_shape(functools.partial(initial.init_params, c, model), jax.random.key(0))
+    params = lively(shapes, np.random.default_rng(seed))
+    with checkpoint.open_dir(to, 1) as manager:
+        state = train_state.create(c, model, optax.set_to_zero(), jax.random.key(0), params)
+        checkpoint.save(manager, 3, state, {"step": 3}, json.loads(c.to_json()))
+    shutil.copyfile(vocab, to / "vocab.txt")
+    return params
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import pathlib
+import re
 import shutil
 import sys
 import threading
@@ -158,6 +159,19 @@ class Tokenizer:
     def lengths(self, texts: list[str], max_len: int) -> np.ndarray:
         """i32[n]: how many positions `encode` fills for each text."""
         return np.minimum([len(e) for e in self._tok.encode_batch_fast(texts)], max_len).astype(np.int32)
+
+    def words(self, text: str, max_len: int) -> list[tuple[str, range]]:
+        """The words of a text, between white space, with the positions of their pieces in what `encode` gives of it.
+
+        What was cut off is left out.
+        """
+        found = self._tok.encode(text)
+        pieces = list(zip(range(len(found)), found.offsets))[1:-1][: max_len - 2]
+        out = []
+        for word in re.finditer(r"\S+", text):
+            own = [i for i, (begin, _) in pieces if word.start() <= begin < word.end()]
+            out += [(word[0], range(own[0], own[-1] + 1))] if own else []
+        return out
 
     def decode(self, ids) -> str:
         """The text of one row of ids i32[T], without special tokens, pieces joined and tidied as the original does."""

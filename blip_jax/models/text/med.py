@@ -122,6 +122,18 @@ class PostNormAttention(HeadedAttention):
         y = grouped_cross_attention(self.project_q(x), *kv, img_idx, self.drop.active(deterministic), kv_mask)
         return self.closed(x, y, deterministic)
 
+    def looking(self, x, kv, nudge):
+        """`cross_attention` of one text per image, without dropout, and its probabilities [B,N,T,P], to each of which
+        `nudge`, of that shape, is added: where it is 0, the gradient by it is the one by the probabilities."""
+        found = []
+
+        def keep(p):
+            found.append(p)
+            return p + nudge
+
+        y = grouped_cross_attention(self.project_q(x), *kv, (None,), keep)
+        return self.closed(x, y, True), found[0]
+
     def closed(self, x, y, deterministic):
         return self.ln(x + self.drop(self.project_out(y), deterministic=deterministic))
 
@@ -162,6 +174,12 @@ class MedLayer(nn.Module):
         if kv is not None:
             x = self.cross_attn.cross_attention(x, kv, kv_mask, img_idx, deterministic)
         return self.mlp_ln(x + self.drop(self.mlp(x), deterministic=deterministic))
+
+    def look(self, x, mask, kv, nudge):
+        """`attend` of one text per image, in both directions, with `looking`."""
+        x = self.self_attn.self_attention(x, mask, True)
+        x, p = self.cross_attn.looking(x, kv, nudge)
+        return self.mlp_ln(x + self.mlp(x)), p
 
     def extend(self, x, cache, layer, start, kv, kv_mask, img_idx):
         x, cache = self.self_attn_dec.cached_attention(x, cache, layer, start)
@@ -308,6 +326,20 @@ class Med(nn.Module):
             stacks, lasts = zip(*map(stack.ended, (self.blocks, kv, keys)))
             x, _ = stack.through(attend, x, *stacks)
             return attend(x, *lasts, first_only=first_only)[0]
+
+    def look(self, ids, txt_mask, kv, nudge):
+        """Token states [B,T,D] of one text per image, as `__call__` has them, and where each token looks.
+
+        The latter are the probabilities of all cross-attentions, [L,B,N,T,P], to which `nudge`, of that shape, is added
+        (see `PostNormAttention.looking`).
+        """
+        layer, mask = self._layer(), txt_mask[:, None, None, :]
+
+        def look(x, params, kv, nudge):
+            return layer.apply({"params": params}, x, mask, kv, nudge, method="look")
+
+        with jax.named_scope("blocks"):
+            return stack.through(look, self.embed(ids, True), self.blocks, kv, nudge)
 
     def extend(self, ids, start, cache, kv, img_idx: tuple, kv_mask=None):
         """The decoder on t more tokens, without dropout: (token states [R,t,D], cache), R = B * len(img_idx).
