@@ -37,7 +37,7 @@ setup(
     },
     python_requires=">=3.11",
     packages=find_packages(include=["blip_jax", "blip_jax.*"]),
-    package_data={"blip_jax": ["py.typed"]},
+    package_data={"blip_jax": ["py.typed", "plan/targets/*.txtpb"]},
     cmdclass={"build_py": WithConfigs},
     install_requires=[
         "jax>=0.10,<0.13",

@@ -1,8 +1,8 @@
 """What a compiler makes of pre-training for a device that is not here: `python benchmarks/compile.py --platform=h100
 --batch=128`.
 
-The creation of the state and the training step are compiled, not run, for one H100 (pip install -e ".[cuda]" and
-nothing else; the device is described in h100.txtpb) or for a slice of TPUs (".[tpu]"; --platform=v5e:4x8). Each program
+The creation of the state and the training step are compiled, not run, for one GPU (pip install -e ".[cuda]" and
+nothing else; blip_jax/plan/targets describes them) or for a slice of TPUs (".[tpu]"; --platform=v5e:4x8). Each program
 gets a process of its own with a time limit, so that a refusal, a crash or a hang is a row of the table and the others
 go on.
 """
@@ -21,11 +21,6 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAMS = ("state", "step")
-GPUS = {"h100": HERE / "h100.txtpb"}
-
-# Autotuning times kernels on a device. Without it XLA cannot choose between its own Triton products and cuBLAS: take
-# cuBLAS, as it mostly would.
-GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 # name in the JSON -> head of the table
 COLUMNS = {
@@ -72,7 +67,7 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """Flags; those that list may have several values, with commas."""
     made = argparse.ArgumentParser(prog="python benchmarks/compile.py")
-    made.add_argument("--platform", type=listed, default=["h100"], help="h100, or TPUs as v5e:4x8")
+    made.add_argument("--platform", type=listed, default=["h100"], help="h100 or another GPU, or TPUs as v5e:4x8")
     made.add_argument("--program", type=listed, default=list(PROGRAMS), help="state, step")
     made.add_argument("--size", default="base", help="of the model")
     made.add_argument("--text_layers", type=numbers, default=[0], help="of MED; 0: the size's own")
@@ -140,10 +135,11 @@ def environment(case: dict) -> dict[str, str]:
     # else it measures the cache
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH", "")]))
-    if case["platform"] in GPUS:
-        return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{GPU_FLAGS} {env.get('XLA_FLAGS', '')}".strip()}
+    from blip_jax.plan import aot, gpus
 
-    from blip_jax.plan import aot
+    if case["platform"] in gpus.GPUS:
+        own = gpus.environment_of_compiler()
+        return env | own | {"XLA_FLAGS": f"{own['XLA_FLAGS']} {env.get('XLA_FLAGS', '')}".strip()}
 
     env.pop("XLA_FLAGS", None)  # those of other platforms are unknown to libtpu, and end it
     level = {} if case["exact"] else {"JAX_OPTIMIZATION_LEVEL": "O0"}
@@ -194,29 +190,18 @@ def compile_case(case: dict) -> dict:
 
         path = pathlib.Path(case["save"], f"{case['program']}-{case['size']}-{case['batch']}.bin")
         path.write_bytes(serialize_executable.serialize(compiled)[0])
-    return found | counted(compiled.as_text()) | memory_of(compiled)
+    return found | counted(compiled.as_text()) | memory_of(compiled, devices[0].platform)
 
 
 def described(platform: str) -> list:
     """The devices of a platform, which need not be here. ValueError: there is no such platform, or its compiler is
     missing."""
-    import jax
-    from jax.experimental import topologies
+    from blip_jax.plan import aot, chips, gpus
 
-    if platform in GPUS:
-        jax.devices()  # registers jax's plug-in for CUDA, which is not asked for a device
-        target = GPUS[platform].read_text(encoding="utf-8")
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name=platform, target_config=target, topology="1x1x1"
-        )
-        return list(found.devices)
-
-    from blip_jax.plan import aot, chips
-
-    if not aot.installed():
-        raise ValueError(aot.MISSING)
-    topology = chips.topology(platform)
-    return list(aot.tpu_mesh(topology, (topology.devices, 1, 1)).devices.flat)
+    topology = chips.topology(f"{platform}:1" if platform in gpus.GPUS else platform)
+    if how := aot.missing(topology):
+        raise ValueError(how)
+    return list(aot.mesh_of(topology, (topology.devices, 1, 1)).devices.flat)
 
 
 def configured(case: dict):
@@ -250,13 +235,13 @@ def lines_of(text: str) -> int:
     return text.count("\n")
 
 
-def memory_of(compiled) -> dict[str, float]:
-    """GiB on one device, of what is there at once beside the arguments, and of the arguments."""
+def memory_of(compiled, platform: str) -> dict[str, float]:
+    """GiB on one device, of what is needed beside the arguments, and of the arguments."""
     from blip_jax.plan import aot
 
     memory = compiled.memory_analysis()
     return {
-        "temporaries_gib": aot.temporaries(memory) / 2**30,
+        "temporaries_gib": aot.temporaries(memory, platform) / 2**30,
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
     }
 

@@ -14,11 +14,12 @@ from blip_jax.plan.plan import gib
 
 HEAD = """# Plans
 
-What the TPU compiler makes of the step of a config on slices that were not at hand; each row is a JSON file here,
+What the compiler makes of the step of a config on TPUs and GPUs that were not at hand; each row is a JSON file here,
 made by `blip-jax plan` ([make.sh](make.sh) has the commands). Memory is what a device needs of what the compiler lets
-a program have. Times are lower bounds, every unit at its data sheet's rate and all at once; `memory` counts the
-traffic of a program compiled at -O0, which fuses less than a run's, so images/s is given as bounded by compute and
-interconnect, too. Nothing here was measured on a TPU.
+a program have, on a GPU of the 75 % that jax takes. Times are lower bounds, every unit at its data sheet's rate and all
+at once; `memory` counts the traffic of a program that a TPU's run would fuse more (compiled at -O0) and whose attention
+a GPU's would make by cuDNN, so images/s is given as bounded by compute and interconnect, too. Nothing here was measured
+on a TPU or a GPU.
 """
 STYLE = (
     "svg{background:#fdfdfb;font-family:system-ui,sans-serif}text{fill:#5c6166;font-size:11px}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles the plans of this folder that are missing and rewrites README.md and ../scaling.svg. Needs `pip install -e ".[tpu]"`, no TPU.
+# Compiles the plans of this folder that are missing and rewrites README.md and ../scaling.svg. Needs `pip install -e ".[tpu]"`, no TPU;
+# for the plans of GPUs `pip install -e ".[cuda]"`, without which they are left out, and no GPU.
 # One plan takes 4 to 9 minutes of a core and 6 GB. Two of these may run side by side, each takes the next that nobody has begun; the one that
 # ends last leaves the whole table.
 set -euo pipefail
@@ -47,6 +48,17 @@ plan blip2_stage1_vitg_v5e-4x4 --config=configs/blip2_stage1.py:vitg --topology=
 plan blip2_stage2_vitg-opt2.7b_v5e-4x8 $stage2,opt2.7b --topology=v5e:4x8 --config.mesh.fsdp=8
 plan blip2_stage2_vitg-flant5xl_v5e-4x8 $stage2,flant5xl --topology=v5e:4x8 --config.mesh.fsdp=8 --config.train.batch=1536
 plan blip2_stage2_vitg-flant5xxl_v5p-4x4x4 $stage2,flant5xxl --topology=v5p:4x4x4 --config.train.batch=1536
+
+# GPUs
+if python -c 'from blip_jax.plan import gpus; raise SystemExit(not gpus.installed())'; then
+  train vitb_14m_h100-8 vitb,14m "" --topology=h100:8 --config.model.remat=full
+  train vitb_129m_h100-8 vitb,129m "" --topology=h100:8 --config.model.remat=full
+  train vitl_129m_h100-8 vitl,129m "" --topology=h100:8 --config.model.remat=full
+  train vitb_14m_h100-8_4-hosts vitb,14m "" --topology=h100:8 --hosts=4
+  train vitb_129m_h100-8_4-hosts vitb,129m "" --topology=h100:8 --hosts=4
+  train vitl_129m_h100-8_4-hosts vitl,129m "" --topology=h100:8 --hosts=4 --config.model.remat=dots
+  plan blip2_stage2_vitg-flant5xxl_h100-8 $stage2,flant5xxl --topology=h100:8 --config.mesh.fsdp=8 --config.model.remat=full
+fi
 
 # ViT-B, 64 rows a chip
 train scaling-v5e-64_a_chip-16 vitb,14m "1024 57344 64" --topology=v5e:4x4 --config.model.remat=dots

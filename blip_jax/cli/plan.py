@@ -21,8 +21,11 @@ def plan(argv: list[str]) -> int:
         ("filter", "CapFilt: config of the filter's training"),
     ):
         argv = configs.take(values, argv, name, f"FILE.py or FILE.py:ARGUMENT: {text}")
-    flags.DEFINE_string("topology", None, "TPU and chips of a slice, as v5e:4x8", flag_values=values)
-    flags.DEFINE_integer("slices", 1, "slices of this topology", lower_bound=1, flag_values=values)
+    flags.DEFINE_string(
+        "topology", None, "TPU and chips of a slice, as v5e:4x8; GPU and GPUs of a host, as h100:8", flag_values=values
+    )
+    flags.DEFINE_integer("slices", 1, "TPU: slices of this topology", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("hosts", 1, "GPU: hosts of this topology", lower_bound=1, flag_values=values)
     flags.DEFINE_enum(
         "workload", "", ["", "train", "evaluate", "capfilt"], "default: what the config is of", flag_values=values
     )
@@ -30,7 +33,7 @@ def plan(argv: list[str]) -> int:
     flags.DEFINE_integer(
         "tries", 4, "search: how many of the candidates are compiled", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_bool("exact", False, "compile at the compiler's usual level, several times slower", flag_values=values)
+    flags.DEFINE_bool("exact", False, "TPU: at the compiler's usual level, several times slower", flag_values=values)
     flags.DEFINE_integer("timeout", 3600, "seconds that one compilation may take", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
     parse(values, argv, required=("config", "topology"))
@@ -38,7 +41,7 @@ def plan(argv: list[str]) -> int:
     from blip_jax.plan import chips, search
     from blip_jax.plan import plan as planning
 
-    topology = chips.topology(values.topology, values.slices)
+    topology = chips.topology(values.topology, values.slices, values.hosts)
     wanted = planning.request(values.config, topology, values.workload, values.captioner, values.filter)
     if values.search:
         found = search.run(wanted, values.tries, values.exact, values.timeout)

@@ -1,7 +1,9 @@
-"""Compiling for TPUs that are not here: libtpu as a compiler alone, in a process of its own.
+"""Compiling for TPUs and GPUs that are not here, in a process of its own: libtpu or jax's plug-in for CUDA as a
+compiler alone.
 
-libtpu reads its environment when jax starts, logs on its own and may end the process, so `compile_programs` runs this
-file as `python -m blip_jax.plan.aot` with what to compile on stdin. What comes back is plain JSON.
+They read their environment when jax starts, log on their own and may end the process, so `compile_programs` runs this
+file as `python -m blip_jax.plan.aot` with what to compile on stdin. What comes back is plain JSON. What is said here of
+libtpu alone, `gpus` says of the plug-in.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 
 from blip_jax.parallel import compiler
+from blip_jax.plan import chips, gpus
 
 MISSING = "the TPU compiler is not installed: pip install 'blip-jax[tpu]' (it needs no TPU)"
 _ENVIRONMENT = {
@@ -38,18 +41,42 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def missing(topology) -> str:
+    """How to get the compiler for a topology; "" where it is here."""
+    if topology.platform == "gpu":
+        return "" if gpus.installed() else gpus.MISSING
+    return "" if installed() else MISSING
+
+
+def compiler_of(topology, exact: bool) -> str:
+    """What compiles for a topology, with its version and level."""
+    import jax
+
+    if topology.platform == "gpu":
+        return f"{gpus.version()}, jax {jax.__version__}, nothing autotuned"
+    from importlib.metadata import version
+
+    return f"libtpu {version('libtpu')}, jax {jax.__version__}, {'usual level' if exact else '-O0'}"
+
+
 def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0) -> dict:
     """Compiles the programs that `request` describes (see `_work`) and returns what `_work` found.
 
-    exact: at the compiler's usual level. ValueError: no compiler, the request does not fit, time is up, or the compiler
-    failed; the last line it said is in the message.
+    exact: for TPUs at the compiler's usual level. ValueError: no compiler, the request does not fit, time is up, or the
+    compiler failed; the last line it said is in the message.
     """
-    if not installed():
-        raise ValueError(MISSING)
+    topology = _topology(request)
+    if how := missing(topology):
+        raise ValueError(how)
 
-    # without XLA_FLAGS, which may ask for fake CPU devices; with this source, wherever the command is run
-    level = {"JAX_OPTIMIZATION_LEVEL": "" if exact else "O0"}
-    environment = {k: v for k, v in (os.environ | environment_of_compiler() | level).items() if v and k != "XLA_FLAGS"}
+    # without the XLA_FLAGS that are here, which may ask for fake CPU devices; with this source, wherever the command is
+    # run
+    own = {"XLA_FLAGS": "", "JAX_OPTIMIZATION_LEVEL": ""}
+    if topology.platform == "gpu":
+        own |= gpus.environment_of_compiler()
+    else:
+        own |= environment_of_compiler() | ({} if exact else {"JAX_OPTIMIZATION_LEVEL": "O0"})
+    environment = {k: v for k, v in (os.environ | own).items() if v}
     root = str(pathlib.Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory() as folder:
@@ -61,21 +88,17 @@ def compile_programs(request: dict, exact: bool = False, timeout: float = 3600.0
             )
         except subprocess.TimeoutExpired:
             raise ValueError(
-                f"compiling for {request['topology']} took more than {timeout:.0f} s: raise --timeout, or plan a "
-                "smaller slice"
+                f"compiling for {topology} took more than {timeout:.0f} s: raise --timeout, or plan a smaller topology"
             ) from None
 
+        who = f"the {topology.platform.upper()} compiler"
         if done.returncode < 0:
-            remedy = "raise train.batch, or choose another mesh"
+            remedy = f"{'raise' if topology.platform == 'tpu' else 'change'} train.batch, or choose another mesh"
             if "STACK OVERFLOW" in done.stderr:
                 remedy = f"its stack was too small: set LIBTPU_INIT_ARGS={compiler.FLAG}={2 * compiler.STACK} or more"
-            raise ValueError(
-                f"the TPU compiler crashed for {request['topology']} (signal {-done.returncode}): {remedy}"
-            )
+            raise ValueError(f"{who} crashed for {topology} (signal {-done.returncode}): {remedy}")
         if done.returncode or not out.exists():
-            raise ValueError(
-                f"the TPU compiler failed for {request['topology']} (status {done.returncode}): {_last(done.stderr)}"
-            )
+            raise ValueError(f"{who} failed for {topology} (status {done.returncode}): {_last(done.stderr)}")
         found = json.loads(out.read_text(encoding="utf-8"))
     if "error" in found:
         raise ValueError(found["error"])
@@ -87,11 +110,20 @@ def _last(text: str) -> str:
     return lines[-1][:500] if lines else "it said nothing"
 
 
-def tpu_mesh(topology, shape: tuple):
-    """Mesh (data, fsdp, tensor) of the devices of a `chips.Topology`, which need not be here, laid out as in a run.
+def _topology(request: dict):
+    return chips.topology(request["topology"], request.get("slices", 1), request.get("hosts", 1))
 
-    Needs `environment_of_compiler`.
+
+def mesh_of(topology, shape: tuple):
+    """Mesh (data, fsdp, tensor) of a topology's devices, which need not be here, laid out as in a run.
+
+    Needs the environment of its compiler.
     """
+    return gpus.mesh(topology, shape) if topology.platform == "gpu" else tpu_mesh(topology, shape)
+
+
+def tpu_mesh(topology, shape: tuple):
+    """`mesh_of` a `chips.Topology`."""
     from jax.experimental import topologies
 
     from blip_jax.parallel import sharding
@@ -133,7 +165,7 @@ def compile_one(program, mesh, topology) -> dict:
     moved = [_described(c, mesh, topology) for c in hlo.collectives(text, mesh.size, program.trips or 1)]
     return found | {
         "arguments": memory.argument_size_in_bytes,
-        "temporaries": temporaries(memory),
+        "temporaries": temporaries(memory, topology.platform),
         "code": memory.generated_code_size_in_bytes,
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "bytes": hlo.traffic(text, program.trips or 1),
@@ -142,24 +174,26 @@ def compile_one(program, mesh, topology) -> dict:
     }
 
 
-def temporaries(memory) -> int:
-    """Bytes that a program needs beside its arguments, of a compiler's analysis: the most that is there at once.
+def temporaries(memory, platform: str = "tpu") -> int:
+    """Bytes that a program needs beside its arguments, of a compiler's analysis.
 
-    Its own number for temporaries adds what is never there together in a program of several loops: 12.6 GiB where
-    8.4 are needed, for the pre-training step of a ViT-B.
+    On a GPU that is one piece, of the size that the compiler laid out. On a TPU it is the most that is there at once:
+    the number for temporaries adds what is never there together in a program of several loops, 12.6 GiB where 8.4 are
+    needed, for the pre-training step of a ViT-B.
     """
+    if platform == "gpu":
+        return memory.temp_size_in_bytes
     return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes) or memory.temp_size_in_bytes
 
 
 def _described(collective, mesh, topology) -> dict:
     """A `hlo.Collective` with its mesh axes, and the links that its group has.
 
-    How many links inside a slice, and how many slices it spans.
+    How many links inside a slice or a host, and how many slices or hosts it spans.
     """
     import numpy as np
 
     from blip_jax.parallel import sharding
-    from blip_jax.plan import chips
 
     words = {
         "kind": collective.kind,
@@ -182,29 +216,22 @@ def _described(collective, mesh, topology) -> dict:
         for name, row, size, part in zip(mesh.axis_names, places, mesh.devices.shape, inside)
         if len(set(row)) > 1
     ]
-    devices = mesh.devices.reshape(-1)[ids]
-    slices = {getattr(d, "slice_index", 0) or 0 for d in devices}
-    spans = tuple(len({d.coords[i] for d in devices}) for i in range(len(topology.shape)))
-    return words | {
-        "axis": " and ".join(axes) or "none",
-        "devices": len(ids),
-        "slices": len(slices),
-        "links": chips.rings(topology.chip, topology.shape, spans),
-    }
+    slices, links = topology.reach(mesh.devices.reshape(-1)[ids])
+    return words | {"axis": " and ".join(axes) or "none", "devices": len(ids), "slices": slices, "links": links}
 
 
 def _work(request: dict) -> dict:
     """{"programs": [a result of `compile_one` each], ...} of a request:
 
-    topology, slices; mesh [data, fsdp, tensor]; workload train | evaluate | capfilt; config, and captioner and filter
-    of capfilt, as dicts.
+    topology, slices, hosts; mesh [data, fsdp, tensor]; workload train | evaluate | capfilt; config, and captioner and
+    filter of capfilt, as dicts.
     """
     from ml_collections import ConfigDict
 
-    from blip_jax.plan import chips, programs
+    from blip_jax.plan import programs
 
-    topology = chips.topology(request["topology"], request["slices"])
-    mesh = tpu_mesh(topology, tuple(request["mesh"]))
+    topology = _topology(request)
+    mesh = mesh_of(topology, tuple(request["mesh"]))
     configs = [ConfigDict(request[name]) for name in ("config", "captioner", "filter") if request.get(name)]
     made = getattr(programs, request["workload"])(configs[0], mesh, *configs[1:])
     return {"programs": [compile_one(p, mesh, topology) for p in made]}

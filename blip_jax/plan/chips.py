@@ -1,8 +1,8 @@
-"""What the vendors say of their chips, and which TPU topologies exist. Bytes are decimal (GB) unless the name says GiB.
+"""What Google says of its TPUs, and which topologies exist. Bytes are decimal (GB) unless the name says GiB.
 
-Sources: Google Cloud's pages of each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and NVIDIA's data sheets,
-read November 2026. A link's rate is that of one direction: the pages' bandwidth per chip over the number of its links,
-halved where they count both directions.
+Sources: Google Cloud's pages of each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x), read November 2026. A
+link's rate is that of one direction: the pages' bandwidth per chip over the number of its links, halved where they
+count both directions. NVIDIA's GPUs are in `gpus`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import itertools
 import math
 import re
 from typing import NamedTuple
+
+from blip_jax.plan import gpus
 
 
 class Chip(NamedTuple):
@@ -33,6 +35,11 @@ class Chip(NamedTuple):
     # bytes/s from one device of a chip to the other, one direction; a chip of one device has none
     on_chip: float = math.inf
 
+    @staticmethod
+    def together(inside: float, between: float) -> float:
+        """Seconds of a collective that takes so many inside a slice and between slices: one after the other."""
+        return inside + between
+
 
 GIB = 2**30
 TPUS = {
@@ -51,14 +58,6 @@ TPUS = {
         "tpu7x", "TPU7x", 2307e12, 192 * GIB, 94.75 * GIB, 7380e9, 100e9, 3, 4, 12.5e9, 2, (16, 24, 24), on_chip=600e9
     ),
 }
-GPUS = {  # bf16 FLOP/s without sparsity, by a part of jax's device_kind
-    "A100": 312e12,
-    "H100": 990e12,
-    "H200": 990e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-}
 FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # slices of v5e and v6e
 SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # slices of the others below one cube of 4x4x4
 
@@ -66,6 +65,8 @@ SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # slices of the others bel
 class Topology(NamedTuple):
     """`slices` slices of a TPU, each of `shape` chips."""
 
+    platform = "tpu"  # as jax calls its devices
+    hosts = 1  # those of a slice follow from its shape; of GPUs there may be several
     name: str  # v4 | v5e | v5p | v6e | v7x
     chip: Chip
     shape: tuple
@@ -80,27 +81,43 @@ class Topology(NamedTuple):
         return self.chips * self.chip.devices
 
     @property
+    def one(self) -> str:
+        """As the user spells one slice."""
+        return _spelled(self.name, self.shape)
+
+    @property
     def compiler_name(self) -> str:
         """As the TPU compiler spells one slice."""
         return f"{self.chip.platform}:{'x'.join(map(str, self.shape))}"
 
+    def reach(self, devices) -> tuple[int, int]:
+        """How many slices a group of devices spans, and by how many links data enters its worst placed chip in one."""
+        slices = {getattr(d, "slice_index", 0) or 0 for d in devices}
+        spans = tuple(len({d.coords[i] for d in devices}) for i in range(len(self.shape)))
+        return len(slices), rings(self.chip, self.shape, spans)
+
     def __str__(self) -> str:
-        one = f"{self.name}:{'x'.join(map(str, self.shape))}"
-        return one if self.slices == 1 else f"{self.slices} slices of {one}"
+        return self.one if self.slices == 1 else f"{self.slices} slices of {self.one}"
 
 
-def topology(text: str, slices: int = 1) -> Topology:
-    """The slice that "v5e:4x4" means, and a number of such slices.
+def topology(text: str, slices: int = 1, hosts: int = 1) -> Topology | gpus.Hosts:
+    """What "v5e:4x4" or "h100:8" means, and a number of such slices of TPUs or hosts of GPUs.
 
-    ValueError: no such TPU, or no such slice; it says which there are, and the nearest ones.
+    ValueError: no such chip, or no such slice or host; it says which there are, and the nearest ones.
     """
+    if gpus.named(text):
+        if slices != 1:
+            raise ValueError(f"slices is {slices}, and {text!r} are GPUs, of which there are hosts: give --hosts")
+        return gpus.topology(text, hosts)
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text.strip().lower())
     name = {"tpu7x": "v7x"}.get(match[1], match[1]) if match else ""
     if name not in TPUS:
         raise ValueError(
             f"topology {text!r} is unknown: write one of {', '.join(TPUS)} and the chips of a slice in each dimension, "
-            "as v5e:4x8 or v5p:4x4x4"
+            f"as v5e:4x8 or v5p:4x4x4; or one of {', '.join(gpus.GPUS)} and the GPUs of a host, as h100:8"
         )
+    if hosts != 1:
+        raise ValueError(f"hosts is {hosts}, and {text!r} are TPUs, whose slice says its hosts: give --slices")
     if slices < 1:
         raise ValueError(f"slices is {slices}: at least one is needed")
     chip, shape = TPUS[name], tuple(map(int, match[2].split("x")))
@@ -134,7 +151,7 @@ def peak_flops(device_kind: str) -> float | None:
     for chip in TPUS.values():
         if device_kind == chip.kind:
             return chip.bf16 / chip.devices
-    return next((rate for name, rate in GPUS.items() if re.search(rf"\b{name}\b", device_kind)), None)
+    return next((rate for name, rate in gpus.BF16.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def rings(chip: Chip, shape: tuple, spans: tuple) -> float:

@@ -1,7 +1,8 @@
 """What a compiled program moves: its collectives and its memory traffic, read from the compiler's text (optimised HLO).
 
 The text has one block of instructions per computation. A scanned stack of layers is a `while` whose body stands there
-once and runs as often as its condition's constant says, so everything in it is counted so many times.
+once and runs as often as its condition's constant says, so everything in it is counted so many times. The TPU's and the
+GPU's compiler write the same language; what one of them alone writes is said where it is read.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def times(found: dict[str, list[Op]], entry: str, trips: int = 1) -> tuple[dict[
 def _trips(loop: Op, around: list[Op], found: dict[str, list[Op]], otherwise: int) -> int:
     """How often a counting loop runs: from where it starts to the constant of its condition.
 
-    `otherwise` where the condition is more than this comparison. around: the instructions of the computation in which
+    Where the condition is more than this comparison, as in a GPU's program, which makes a fusion of it: what the
+    compiler counted, or else `otherwise`. around: the instructions of the computation in which
     the loop stands.
     """
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -155,7 +157,8 @@ def _trips(loop: Op, around: list[Op], found: dict[str, list[Op]], otherwise: in
     bounds = [int(o.inside) for o in ops if o.kind == "constant" and o.type.startswith(("s32[]", "u32[]"))]
     plain = all(o.kind in ("constant", "parameter", "get-tuple-element", "compare", "copy", "bitcast") for o in ops)
     if not plain or len(bounds) != 1:
-        return otherwise
+        counted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        return int(counted[1]) if counted else otherwise
 
     # the counter is the one element of the loop's state that the condition looks at; it starts at 1 where the compiler
     # took the first turn out of the loop
@@ -362,7 +365,7 @@ def _bytes(op: Op, known: dict[str, Op], found: dict[str, list[Op]]) -> int:
 
     called = re.search(r"calls=%?([\w.\-]+)", op.rest) if op.kind == "fusion" else None
     if not called:
-        written = 0 if op.kind.endswith("-start") else hbm(op)
+        written = 0 if op.kind.endswith("-start") else hbm(op) - _workspace(op)
         return written + sum(map(hbm, operands))
     inner = found.get(called[1], [])
     read = sum(min(hbm(o), part) for o, part in zip(operands, _parts(inner, len(operands), found)))
@@ -399,9 +402,17 @@ def _sliced(name: str, users: dict, found: dict[str, list[Op]]) -> float:
 def _written(op: Op, inner: list[Op]) -> int:
     """Bytes that a fusion writes: of results that are a slice of an operand, overwritten, the slice."""
     types = {o.name: o.type for o in inner}
-    total = size(op.type, only_hbm=True)
+    total = size(op.type, only_hbm=True) - sum(map(_workspace, inner))
     for o in inner:
         if o.kind == "dynamic-update-slice" and len(o.operands) > 1:
             slice_ = size(types.get(o.operands[1], ""))
             total -= max(size(o.type) - slice_, 0)
     return max(total, 0)
+
+
+def _workspace(op: Op) -> int:
+    """Bytes among a tuple of results that are room for a library's kernel, as cuBLAS and cuDNN get on a GPU: bytes in
+    one dimension, of which nobody says how many are touched."""
+    if op.kind != "custom-call" or not op.type.startswith("("):
+        return 0
+    return sum(size(array) for array in re.findall(r"\b[su]8\[\d+\]", op.type))

@@ -1,11 +1,11 @@
-"""What a config would need and reach on a TPU slice, before anyone rents it.
+"""What a config would need and reach on a TPU slice or on hosts of GPUs, before anyone rents them.
 
 Memory, FLOPs, collectives, and the best time of a step.
 
 The analytic part (state and batch on each device, FLOPs, their time at the chip's peak, bytes of gradients) comes from
-the sizes and the sharding tables. The rest, temporaries and traffic and collectives, is what the TPU compiler makes of
-the real step (`aot`). Times are
-lower bounds: every unit at its data sheet's rate, compute, memory and interconnect at once.
+the sizes and the sharding tables. The rest, temporaries and traffic and collectives, is what the chip's compiler makes
+of the real step (`aot`). Times are lower bounds: every unit at its data sheet's rate, compute, memory and interconnect
+at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blip_jax import buckets, tasks
 from blip_jax.capfilt import settings
 from blip_jax.console import plain, say
 from blip_jax.parallel import sharding
-from blip_jax.plan import aot, chips, hlo, programs
+from blip_jax.plan import aot, chips, gpus, hlo, programs
 from blip_jax.plan.reasons import reason
 
 BIG = 2**20  # bytes a step from which a collective is listed by itself
@@ -32,11 +32,23 @@ CAVEAT = (
 )
 
 
+class Words(NamedTuple):
+    """What a plan calls things."""
+
+    chip: str
+    compiler: str
+    wires: tuple  # inside a slice or a host, and between them
+
+
+TPU = Words("chip", "TPU compiler", ("in slice", "between"))
+GPU = Words("GPU", "GPU compiler", ("NVLink", "network"))
+
+
 class Request(NamedTuple):
     """What is planned. captioner, judge: configs of the models of a CapFilt run, None else."""
 
     cfg: Any
-    topology: chips.Topology
+    topology: chips.Topology | gpus.Hosts
     workload: str  # train | evaluate | capfilt
     captioner: Any = None
     judge: Any = None
@@ -46,7 +58,7 @@ class Request(NamedTuple):
         return mesh_shape(self.cfg, self.topology)
 
 
-def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, judge=None) -> Request:
+def request(cfg, topology: chips.Topology | gpus.Hosts, workload: str = "", captioner=None, judge=None) -> Request:
     """A checked request.
 
     ValueError: all that does not fit, the mesh, the batch, the slices, each with the nearest that does.
@@ -86,7 +98,7 @@ def request(cfg, topology: chips.Topology, workload: str = "", captioner=None, j
     return Request(cfg, topology, workload)
 
 
-def mesh_shape(cfg, topology: chips.Topology) -> tuple:
+def mesh_shape(cfg, topology: chips.Topology | gpus.Hosts) -> tuple:
     """(data, fsdp, tensor) of a valid `cfg.mesh` on the devices of a topology; CapFilt's data axis is what is left."""
     shape = [cfg.mesh[axis] if axis in cfg.mesh else -1 for axis in sharding.MESH]
     known = math.prod(n for n in shape if n > 0)
@@ -103,7 +115,7 @@ def made(request: Request, mesh=None) -> list[programs.Program]:
 def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict:
     """The whole plan as a plain dict: what `table` prints and `save` writes.
 
-    Without the TPU compiler, its analytic part; "fits" is then False where the state alone is too much, and else None.
+    Without the compiler, its analytic part; "fits" is then False where the state alone is too much, and else None.
     """
     topology, parts = request.topology, made(request)
     out = {
@@ -116,18 +128,20 @@ def make(request: Request, exact: bool = False, timeout: float = 3600.0) -> dict
         "compiler": "none",
         "programs": [analytic(p, request) for p in parts],
     }
-    if not aot.installed():
-        out["note"] = aot.MISSING + "; this is the analytic part alone"
+    if topology.platform == "gpu":
+        out["memory_fraction"] = topology.chip.fraction
+    if how := aot.missing(topology):
+        out["note"] = how + "; this is the analytic part alone"
         return finished(out, request)
     say(
         f"compiling {', '.join(p.name for p in parts)} for {topology}, {topology.devices} devices, mesh "
         f"{request.mesh}: some minutes"
     )
     found = aot.compile_programs(_wanted(request), exact, timeout)["programs"]
-    from importlib.metadata import version
-
-    out["compiler"] = f"libtpu {version('libtpu')}, jax {jax.__version__}, {'usual level' if exact else '-O0'}"
-    if not exact:
+    out["compiler"] = aot.compiler_of(topology, exact)
+    if topology.platform == "gpu":
+        out["note"] = gpus.CAVEAT
+    elif not exact:
         out["note"] = CAVEAT
     for row, result in zip(out["programs"], found):
         merge(row, result, topology)
@@ -138,8 +152,9 @@ def _wanted(request: Request) -> dict:
     configs = {"config": request.cfg, "captioner": request.captioner, "filter": request.judge}
     topology = request.topology
     return {
-        "topology": f"{topology.name}:{'x'.join(map(str, topology.shape))}",
+        "topology": topology.one,
         "slices": topology.slices,
+        "hosts": topology.hosts,
         "mesh": list(request.mesh),
         "workload": request.workload,
     } | {name: plain(c) for name, c in configs.items() if c is not None}
@@ -167,7 +182,7 @@ def analytic(program: programs.Program, request: Request) -> dict:
     }
 
 
-def merge(row: dict, found: dict, topology: chips.Topology) -> None:
+def merge(row: dict, found: dict, topology: chips.Topology | gpus.Hosts) -> None:
     """Adds what the compiler found to a row of `analytic`."""
     chip = topology.chip
     row["traced_flops"] = found["traced_flops"] / topology.devices
@@ -194,7 +209,7 @@ def merge(row: dict, found: dict, topology: chips.Topology) -> None:
     }
 
 
-def _timed(c: dict, chip: chips.Chip) -> dict:
+def _timed(c: dict, chip: chips.Chip | gpus.Gpu) -> dict:
     """A collective with what moves, and why.
 
     Also the bytes that a device receives a step, and the seconds that takes at the links' rate.
@@ -209,7 +224,7 @@ def _timed(c: dict, chip: chips.Chip) -> dict:
         "why": why,
         "ici": ici,
         "dcn": dcn,
-        "seconds": ici / rate + dcn / (chip.dcn / chip.devices),
+        "seconds": chip.together(ici / rate, dcn / (chip.dcn / chip.devices)),
     }
 
 
@@ -269,8 +284,9 @@ def gib(n: float) -> str:
 
 def table(plan: dict) -> str:
     """The plan as text."""
+    words = GPU if "memory_fraction" in plan else TPU
     lines = [
-        f"{plan['workload']} on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices, mesh "
+        f"{plan['workload']} on {plan['topology']}: {plan['chips']} {words.chip}s, {plan['devices']} devices, mesh "
         f"{tuple(plan['mesh'].values())} (data, fsdp, tensor); compiler: {plan['compiler']}"
     ]
     for row in plan["programs"]:
@@ -279,27 +295,37 @@ def table(plan: dict) -> str:
             f"{row['name']}, {row['images']} images a call",
             *_memory_lines(row),
             *_time_lines(row),
-            *_collective_lines(row),
+            *_collective_lines(row, words),
         ]
     if "images_per_s" in plan:
-        lines += ["", _rate_line(plan)]
-    return "\n".join([*lines, _verdict(plan), *([f"note: {plan['note']}"] if "note" in plan else [])])
+        lines += ["", _rate_line(plan, words)]
+    notes = [plan["note"]] if "note" in plan else []
+    if words is GPU:
+        notes.append(_share(plan["memory_fraction"]))
+    return "\n".join([*lines, _verdict(plan, words), *(f"note: {note}" for note in notes)])
 
 
-def _rate_line(plan: dict) -> str:
-    rates = f"{plan['images_per_s']:,.0f} images/s, {plan['images_per_s_per_chip']:,.0f} a chip"
+def _share(fraction: float) -> str:
+    return (
+        f"of a GPU's memory {100 * fraction:.0f} % are counted as a program's, what jax takes at start: "
+        f"{gpus.FRACTIONS[0]} of the environment, or {100 * gpus.FRACTION:.0f} %"
+    )
+
+
+def _rate_line(plan: dict, words: Words) -> str:
+    rates = f"{plan['images_per_s']:,.0f} images/s, {plan['images_per_s_per_chip']:,.0f} a {words.chip}"
     days = f"; {plan['days']:.2f} days for the config's steps" if "days" in plan else ""
     if plan["compiler"] == "none":  # of three bounds only the one that every step could reach
         return f"by arithmetic alone at most {rates}{days}; memory and interconnect are not counted"
     return f"at best {rates}, MFU at most {100 * plan['mfu_bound']:.0f} %{days}"
 
 
-def _verdict(plan: dict) -> str:
+def _verdict(plan: dict, words: Words) -> str:
     if plan["fits"] is None:
         left = min(row["usable"] - row["known"] for row in plan["programs"])
         return (
             f"NOT DECIDED: the state fits and leaves {gib(left)} per device; whether the activations fit into that "
-            "only the TPU compiler says"
+            f"only the {words.compiler} says"
         )
     return "it fits" if plan["fits"] else "it does NOT fit"
 
@@ -329,10 +355,11 @@ def _time_lines(row: dict) -> list[str]:
     return [*lines, f"  at least: {times}; bound by {row['bound']}, {1e3 * row['best_seconds']:.2f} ms"]
 
 
-def _collective_lines(row: dict) -> list[str]:
+def _collective_lines(row: dict, words: Words) -> list[str]:
     if not row.get("collectives"):
         return [f"  gradients: {gib(row['gradient_bytes'])} to receive a step"] if row["gradient_bytes"] else []
-    lines = [f"  {'collective':18} {'axis':22} {'times':>6} {'in slice':>12} {'between':>12} {'ms':>8}  what, why"]
+    inside, between = words.wires
+    lines = [f"  {'collective':18} {'axis':22} {'times':>6} {inside:>12} {between:>12} {'ms':>8}  what, why"]
     big = [c for c in row["collectives"] if c["ici"] + c["dcn"] >= BIG]
     for c in big:
         between = gib(c["dcn"]) if c["dcn"] else "-"

@@ -1,4 +1,4 @@
-"""The best mesh, batch per chip and remat policy for a config on a slice.
+"""The best mesh, batch per chip and remat policy for a config on a topology.
 
 Cheap bounds first, then the compiler for the most promising.
 """
@@ -37,8 +37,8 @@ def candidates(request: plan.Request) -> list[Candidate]:
     First come those that send least (no tensor axis, little fsdp), then those that recompute least, then those of the
     largest batch, for which the sum of the gradients is spread over the most images.
 
-    Meshes: data x fsdp with fsdp 1, 8 and what a slice has at most, tensor 1 or 2; batches: the config's, and 16 to 256
-    a device; the queue is cut to whole batches. ValueError: nothing fits.
+    Meshes: data x fsdp with fsdp 1, 8 and what a slice has at most, of GPUs all hosts, tensor 1 or 2; batches: the
+    config's, and 16 to 256 a device; the queue is cut to whole batches. ValueError: nothing fits.
     """
     topology = request.topology
     own = max(request.cfg.train.batch // topology.devices, 1)
@@ -66,7 +66,7 @@ def candidates(request: plan.Request) -> list[Candidate]:
         out += [c for c in found if c.known < topology.chip.usable]
     if not out:
         raise ValueError(
-            f"the state of this config does not fit on {topology} with any mesh: take a larger slice or a smaller model"
+            f"the state of this config does not fit on {topology} with any mesh: take a larger one or a smaller model"
         )
     return sorted(out, key=lambda c: (c.mesh[2], c.mesh[1], _rank(c), -c.batch))
 
@@ -95,8 +95,8 @@ def run(request: plan.Request, tries: int, exact: bool = False, timeout: float =
         raise ValueError(
             f"--search is for training, not for {request.workload}: give --workload=train and a training config"
         )
-    if not aot.installed():
-        raise ValueError(aot.MISSING + "; what fits cannot be searched without it")
+    if how := aot.missing(request.topology):
+        raise ValueError(how + "; what fits cannot be searched without it")
 
     started = time.monotonic()
     left = candidates(request)
@@ -176,6 +176,6 @@ def table(found: dict) -> str:
             f"{str(tuple(row['mesh'])):16} {row['batch_per_device']:8} {row['remat']:>6} {plan.gib(row['needed']):>12} "
             f"{plan.gib(row['usable']):>12} {rate}"
         )
-    nothing = "nothing that was compiled fits: raise --tries, take a larger slice or a smaller model"
+    nothing = "nothing that was compiled fits: raise --tries, take a larger topology or a smaller model"
     end = plan.table(found["best"]) if found["best"] else nothing
     return "\n".join([*lines, "", end])

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from blip_jax.plan import aot
+from blip_jax.plan import aot, gpus
 
 path = pathlib.Path(__file__).parents[2] / "benchmarks" / "compile.py"
 # not by name, which is a built-in function's, too
@@ -78,10 +78,10 @@ def test_what_does_not_compile_is_a_row_and_the_others_go_on(outcome, message, m
     assert re.search(rf"^\[1\] .*{message}", text, re.M)
 
 
-def test_the_description_of_an_h100_names_its_source_and_is_whole():
-    text = compiling.GPUS["h100"].read_text()
-    assert "whitepaper" in text and text.count("{") == text.count("}")
-    figures = dict(re.findall(r"^\s*(\w+): ([\d.]+)", text, re.M))
-    # float32 GFLOP/s
-    assert float(figures["core_count"]) * 128 * 2 * float(figures["clock_rate_ghz"]) == pytest.approx(67_000, rel=0.01)
-    assert int(figures["registers_per_core_limit"]) == 65536 and int(figures["device_memory_size"]) == 80 * 2**30
+def test_a_gpu_is_compiled_for_as_plans_do():
+    """With what the environment adds behind the flags of plans."""
+    case = {"platform": "h100", "exact": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_mine=1")
+        made = compiling.environment(case)
+    assert made["XLA_FLAGS"] == f"{gpus.FLAGS} --xla_mine=1" and made["JAX_PLATFORMS"] == "cpu"

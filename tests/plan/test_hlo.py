@@ -232,3 +232,98 @@ def test_traffic_counts_loops_slices_and_no_fast_memory():
     assert hlo.traffic(PROGRAM) - hlo.size("(bf16[2,8,256], u32[])") == loop + once + words
     assert hlo.traffic(PROGRAM, trips=7) - hlo.traffic(PROGRAM) == 6 * words
     assert hlo.size("(f32[2,3]{1,0}, pred[5]{0}, bf16[])") == 24 + 5 + 2
+
+
+def test_a_program_for_gpus():
+    """As the GPU's compiler writes it: asynchronous pairs with tuples of both ends, products by cuBLAS with room to
+    work in, a loop whose condition is a fusion and whose turns it counted."""
+    first, second = "mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", "mesh['axis_0'=8] {'axis_0'}"
+    text = f"""HloModule jit_step, is_scheduled=true, num_partitions=8
+
+FileNames
+1 "step.py"
+
+StackFrames
+1 {{file_location_id=1 parent_frame_id=1}}
+
+%fused_slice (param_0: bf16[3,8,64], param_1: s32[]) -> bf16[1,8,64] {{
+  %param_0 = bf16[3,8,64]{{2,1,0}} parameter(0), metadata={{scheduling_name="param_0"}}
+  %param_1 = s32[] parameter(1)
+  %nought = s32[] constant(0)
+  %dynamic-slice.1 = bf16[1,8,64]{{2,1,0}} dynamic-slice(%param_0, %param_1, %nought, %nought), dynamic_slice_sizes={{1,8,64}}
+  ROOT %copy.4 = bf16[1,8,64]{{2,1,0}} copy(%dynamic-slice.1)
+}}
+
+%fused_product (param_0.1: bf16[3,8,64], param_1.1: bf16[8,64], param_2.1: bf16[64,64], param_3.1: s32[]) -> (bf16[3,8,64], s8[4096]) {{
+  %param_0.1 = bf16[3,8,64]{{2,1,0}} parameter(0)
+  %param_1.1 = bf16[8,64]{{1,0}} parameter(1)
+  %param_2.1 = bf16[64,64]{{1,0}} parameter(2)
+  %custom-call.9 = (bf16[8,64]{{1,0}}, s8[4096]{{0}}) custom-call(%param_1.1, %param_2.1), custom_call_target="__cublas$gemm"
+  %element.9 = bf16[8,64]{{1,0}} get-tuple-element(%custom-call.9), index=0
+  %bitcast.9 = bf16[1,8,64]{{2,1,0}} bitcast(%element.9)
+  %param_3.1 = s32[] parameter(3)
+  %written = bf16[3,8,64]{{2,1,0}} dynamic-update-slice(%param_0.1, %bitcast.9, %param_3.1, %param_3.1, %param_3.1)
+  %room.9 = s8[4096]{{0}} get-tuple-element(%custom-call.9), index=1
+  ROOT %both = (bf16[3,8,64]{{2,1,0}}, s8[4096]{{0}}) tuple(%written, %room.9)
+}}
+
+%fused_compare (param_0.2: s32[]) -> pred[] {{
+  %param_0.2 = s32[] parameter(0)
+  %limit = s32[] constant(3)
+  ROOT %lt.1 = pred[] compare(%param_0.2, %limit), direction=LT
+}}
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}}
+
+%body (state: (s32[], bf16[3,8,64], /*index=2*/bf16[8,64])) -> (s32[], bf16[3,8,64], bf16[8,64]) {{
+  %state = (s32[], bf16[3,8,64]{{2,1,0}}, /*index=2*/bf16[8,64]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %stack = bf16[3,8,64]{{2,1,0}} get-tuple-element(%state), index=1
+  %x = bf16[8,64]{{1,0}} get-tuple-element(%state), index=2
+  %layer = bf16[1,8,64]{{2,1,0}} fusion(%stack, %i), kind=kCustom, calls=%fused_slice
+  %part = bf16[8,64]{{1,0}} bitcast(%layer)
+  %all-gather-start = (bf16[8,64]{{1,0}}, bf16[16,64]{{1,0}}) all-gather-start(%part), channel_id=1, replica_groups={first}, dimensions={{0}}, metadata={{op_name="jit(step)/jvp(vit)/while/body/dot_general"}}, backend_config={{"collective_backend_config":{{"is_sync":false}}}}
+  %all-gather-done = bf16[16,64]{{1,0}} all-gather-done(%all-gather-start)
+  %custom-call.1 = (bf16[8,64]{{1,0}}, s8[33554432]{{0}}) custom-call(%x, %all-gather-done), custom_call_target="__cublas$lt$matmul"
+  %y = bf16[8,64]{{1,0}} get-tuple-element(%custom-call.1), index=0
+  ROOT %next = (s32[], bf16[3,8,64]{{2,1,0}}, bf16[8,64]{{1,0}}) tuple(%i, %stack, %y)
+}}
+
+%condition (state.1: (s32[], bf16[3,8,64], bf16[8,64])) -> pred[] {{
+  %state.1 = (s32[], bf16[3,8,64]{{2,1,0}}, bf16[8,64]{{1,0}}) parameter(0)
+  %at = s32[] get-tuple-element(%state.1), index=0
+  ROOT %loop_compare_fusion = pred[] fusion(%at), kind=kLoop, calls=%fused_compare
+}}
+
+ENTRY %main (p0: bf16[3,8,64], p1: bf16[8,64], p2: bf16[64,64]) -> bf16[4,64] {{
+  %p0 = bf16[3,8,64]{{2,1,0}} parameter(0), sharding={{devices=[1,2,1,4]<=[4,2]T(1,0) last_tile_dim_replicate}}
+  %p1 = bf16[8,64]{{1,0}} parameter(1)
+  %p2 = bf16[64,64]{{1,0}} parameter(2)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[3,8,64]{{2,1,0}}, bf16[8,64]{{1,0}}) tuple(%zero, %p0, %p1)
+  %while = (s32[], bf16[3,8,64]{{2,1,0}}, bf16[8,64]{{1,0}}) while(%start), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"3"}},"known_init_step":{{"init":"0","step":"1"}}}}
+  %last = bf16[8,64]{{1,0}} get-tuple-element(%while), index=2
+  %kept = (bf16[3,8,64]{{2,1,0}}, s8[4096]{{0}}) fusion(%p0, %last, %p2, %zero), kind=kCustom, calls=%fused_product
+  %reduce-scatter-start = ((bf16[8,64]{{1,0}}), bf16[4,64]{{1,0}}) reduce-scatter-start(%last), channel_id=6, replica_groups={first}, dimensions={{0}}, to_apply=%add
+  %reduce-scatter-done = bf16[4,64]{{1,0}} reduce-scatter-done(%reduce-scatter-start)
+  %all-reduce-start = (bf16[4,64]{{1,0}}, bf16[8,64]{{1,0}}) all-reduce-start(%reduce-scatter-done, %p1), channel_id=4, replica_groups={second}, to_apply=%add, metadata={{op_name="jit(step)/transpose(jvp())/dot_general"}}
+  %all-reduce-done = (bf16[4,64]{{1,0}}, bf16[8,64]{{1,0}}) all-reduce-done(%all-reduce-start)
+  ROOT %out = bf16[4,64]{{1,0}} get-tuple-element(%all-reduce-done), index=0
+}}
+"""  # noqa: E501  lines as the compiler writes them
+    part = 8 * 64 * 2
+    found = {c.kind: (c.bytes, c.count, c.group, c.shapes) for c in hlo.collectives(text, 8)}
+    assert found == {
+        "all-gather": (2 * part, 3, (0, 1), "bf16[8,64]"),
+        "reduce-scatter": (part, 1, (0, 1), "bf16[8,64]"),
+        "all-reduce": (part // 2 + part, 1, tuple(range(8)), "bf16[8,64] and 1 more"),
+    }
+    # a turn: the slice read and written and its place, the part sent, a product of 8 and 16 rows, which reads its two
+    # factors and writes its result, but nothing of the room it gets; the condition moves nothing
+    turn = (2 * part + 4) + part + (part + 2 * part + part)
+    kept = part + 64 * 64 * 2 + 4 + part  # into the stack goes one slice, and of it nothing is read
+    assert hlo.traffic(text) == 3 * turn + kept + part + (part // 2 + part)
