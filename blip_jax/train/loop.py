@@ -72,7 +72,7 @@ def _fit(cfg, workdir, profile: Steps | None) -> dict:
         run = prepare(cfg, workdir)
         stack.enter_context(jax.set_mesh(run.mesh))
         newest = _newest(run.workdir)
-        manager = checkpoint.open_dir(run.workdir, cfg.train.keep)
+        manager = checkpoint.open_dir(run.workdir, cfg.train.keep, cfg.train.keep_every)
         stack.callback(saving.closed, run, manager)
         if newest is None:
             found = start.located(run)
