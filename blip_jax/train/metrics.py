@@ -136,8 +136,8 @@ class Wandb:
             self._run.define_metric("*", step_metric="step")
         except (wandb.Error, OSError) as e:
             raise ValueError(
-                f"train.wandb is {project!r}, but Weights & Biases cannot be used: {_line(e)}; log in with `wandb login`, "
-                "set WANDB_MODE=offline, which keeps the rows for `wandb sync`, or train.wandb=''"
+                f"train.wandb is {project!r}, but Weights & Biases cannot be used: {_line(e)}; log in with "
+                "`wandb login`, set WANDB_MODE=offline, which keeps the rows for `wandb sync`, or train.wandb=''"
             ) from e
 
     def row(self, row: dict[str, float]) -> None:
