@@ -231,6 +231,13 @@ def score(argv: list[str]) -> int:
     return score(argv)
 
 
+def report(argv: list[str]) -> int:
+    """blip-jax report."""
+    from blip_jax.cli.report import report
+
+    return report(argv)
+
+
 def plan(argv: list[str]) -> int:
     """blip-jax plan."""
     from blip_jax.cli.plan import plan
@@ -251,6 +258,7 @@ COMMANDS = {
     "answer": infer.answer,
     "features": infer.features,
     "demo": demo,
+    "report": report,
     "score": score,
     "bench": bench,
     "plan": plan,

@@ -34,6 +34,8 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
+  report    --workdir=DIR [--out= --samples=12]      a run as one HTML file: curves, evaluations, samples, settings
+
   score     caption | nocaps | vqa | nlvr2 | visdial | retrieval   anybody's result file, without a model
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
 
@@ -107,6 +109,12 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "features": (
         "[PICTURE ...] --model=MODEL [--text=TEXT ...] --out=FILE.npz",
         "States and embeddings of pictures and texts, as NumPy arrays.",
+    ),
+    "report": (
+        "--workdir=DIR [--out=FILE.html]",
+        "Writes what a run left in DIR as one HTML file: curves of the log, evaluations, samples of data.eval with "
+        "what the model says of them, nearest neighbours, settings. Of a CapFilt run its counts and examples. A run "
+        "that is still going is only read. DIR/report.html unless --out is given.",
     ),
     "score": (
         "caption | nocaps | vqa | nlvr2 | visdial | retrieval --results=FILE --references=FILE [--json]",
