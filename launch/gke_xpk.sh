@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # BLIP on TPUs of Google Kubernetes Engine through xpk (`pip install xpk`): a cluster, a shared disk, workloads that restart by
-# themselves after a preemption. launch/README.md tells the story. TPU7x goes this way; Compute
-# Engine's own, through managed instance groups, has no script here. Needs xpk, gcloud and kubectl.
+# themselves after a preemption. launch/README.md tells the story. TPU7x goes this way, or by tpu_mig.sh. Needs xpk, gcloud and kubectl;
+# docker for `image`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # BLIP on TPUs of Compute Engine: TPU7x, v6e and v5p as one managed instance group, a slice whose hosts come all at once or not at all.
-# launch/README.md tells the story. Needs gcloud, logged in. The flags are those of Google's documentation of 2026; none of this was run
-# on a cloud.
+# launch/README.md tells the story. Needs gcloud, logged in. The flags are as gcloud's reference and guides of 2026 have them; none
+# of this was run on a cloud.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 
