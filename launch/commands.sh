@@ -1,4 +1,4 @@
-# Sourced by tpu_vm.sh and gke_xpk.sh: errors, quoting, and commands that --dry-run prints instead of running.
+# Sourced by tpu_vm.sh, tpu_mig.sh and gke_xpk.sh: errors, quoting, and commands that --dry-run prints instead of running.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dry_run=""
 problems=()
@@ -78,4 +78,16 @@ settle_revision() {
         echo "warning: commit $hash is on no remote branch of this clone: push it, or the workers cannot check it out" >&2
     fi
     revision="$hash"
+}
+
+# What installs commit $revision of $repo on a worker, after the command $1, if there is one. Where the workers' own python is older
+# than jax needs, as on Ubuntu 22.04, uv brings another.
+install_line() {
+    local steps="set -e"
+    if [ -n "$1" ]; then steps+="; $1"; fi
+    steps+="; test -d ~/blip_jax/.git || git clone --quiet $(quoted "$repo") ~/blip_jax; cd ~/blip_jax; git fetch --quiet --tags origin"
+    steps+="; git checkout --quiet --detach $revision"
+    steps+="; test -x .venv/bin/python || python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'"
+    steps+=" || { python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --seed --python 3.12 .venv; }"
+    printf '%s\n' "$steps; source launch/environment.sh; install_project tpu"
 }

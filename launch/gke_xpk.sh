@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # BLIP on TPUs of Google Kubernetes Engine through xpk (`pip install xpk`): a cluster, a shared disk, workloads that restart by
-# themselves after a preemption. launch/README.md tells the story. TPU7x goes this way; Compute
-# Engine's own, through managed instance groups, has no script here. Needs xpk, gcloud and kubectl.
+# themselves after a preemption. launch/README.md tells the story. TPU7x goes this way, or by tpu_mig.sh. Needs xpk, gcloud and kubectl;
+# docker for `image`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 
@@ -9,6 +9,7 @@ usage() {
     cat <<'END'
 usage: bash launch/gke_xpk.sh COMMAND [flags] [-- what every worker runs]
 
+  image     build launch/Dockerfile of this clone as --image, with docker, and push it
   cluster   create the cluster with its slices, or change their number
   disk      create a Filestore disk that all workers see under --mount: the place of workdir and data
   run       submit the workload; it starts again after exit status 75, and when a worker is lost
@@ -23,7 +24,8 @@ usage: bash launch/gke_xpk.sh COMMAND [flags] [-- what every worker runs]
   --zone=      as us-west4-a                 GKE_ZONE        --mount=     where workers see it: /shared
   --type=      as v5litepod-16, tpu7x-16     GKE_TYPE        --size=      of the disk: 1024 (GB)
   --slices=    1                             GKE_SLICES      --restarts=  50
-  --image=     of your own with blip-jax in it; default: python:3.12, which clones --repo at --revision and installs it
+  --image=     with blip-jax in it, as `image` makes it, so that no start installs anything;          GKE_IMAGE
+               default: python:3.12, which clones --repo at --revision and installs it at every start
   --repo=      that the workers clone: origin                --revision=  commit to run: this clone's
   --worker=    of logs: 0, or all                            --env=A=B    for the run, repeatable
   --dry-run    print the commands, run nothing
@@ -32,7 +34,7 @@ END
 
 cluster="${GKE_CLUSTER:-}" workload="${GKE_WORKLOAD:-}" project="${GKE_PROJECT:-}" zone="${GKE_ZONE:-}" type="${GKE_TYPE:-}"
 slices="${GKE_SLICES:-1}" capacity="${GKE_CAPACITY:-on-demand}" disk="${GKE_DISK:-}" mount=/shared size=1024 restarts=50
-image="" repo="" revision="" worker=0
+image="${GKE_IMAGE:-}" repo="" revision="" worker=0
 environment=()
 what=()
 
@@ -65,6 +67,12 @@ parse() {
 
 check_settings() {
     local variable kubernetes='[a-z]([a-z0-9-]{0,38}[a-z0-9])?' its="a name of small letters, digits and dashes, 40 at most"
+    if [ "$command" = image ]; then
+        check "--image (GKE_IMAGE)" "$image" '[a-z0-9.:-]+(/[a-z0-9._-]+)+(:[A-Za-z0-9._-]+)?' \
+            "where to push it, as us-central1-docker.pkg.dev/my-project/images/blip_jax:1"
+        no_problems
+        return
+    fi
     check "--cluster (GKE_CLUSTER)" "$cluster" "$kubernetes" "$its"
     check "--project (GKE_PROJECT)" "$project" '[a-z0-9][a-z0-9.:-]+' "the id of a Google Cloud project"
     check "--zone (GKE_ZONE)" "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone, as us-west4-a"
@@ -100,6 +108,15 @@ xpk_to() {
     execute xpk "$1" "$2" "--cluster=$cluster" "--project=$project" "--zone=$zone" "${@:3}"
 }
 
+# What is not committed is in the image, too; a run says its commit, and that it is dirty.
+image() {
+    if [ -z "$dry_run" ] && [ -n "$(git -C "$root" status --porcelain)" ]; then
+        echo "warning: the image will hold changes that no commit has" >&2
+    fi
+    execute docker build "--file=$root/launch/Dockerfile" --build-arg=EXTRA=tpu,gcs "--tag=$image" "$root"
+    execute docker push "$image"
+}
+
 # 75 is blip-jax's "stopped and saved, run me again"; xpk itself restarts on the statuses of signals. exec, so that SIGTERM reaches
 # the run and not a shell; five minutes to save.
 run() {
@@ -128,17 +145,19 @@ logs() {
 command="${1:-help}"
 shift || true
 case "$command" in
-    cluster | disk | run | status | logs | stop | delete) ;;
+    image | cluster | disk | run | status | logs | stop | delete) ;;
     help | --help | -h) usage; exit ;;
-    *) fail "unknown command '$command': cluster, disk, run, status, logs, stop or delete" ;;
+    *) fail "unknown command '$command': image, cluster, disk, run, status, logs, stop or delete" ;;
 esac
 parse "$@"
 check_settings
 case "$command" in
+    image) need_program docker "or build launch/Dockerfile with another program" ;;
     logs) need_program kubectl "install it with \`gcloud components install kubectl\`" ;;
     *) need_program xpk "pip install xpk" ;;
 esac
 case "$command" in
+    image) image ;;
     cluster) xpk_to cluster create "--tpu-type=$type" "--num-slices=$slices" "--$capacity" ;;
     disk) xpk_to storage create "$disk" --type=gcpfilestore "--size=$size" --vol=default "--mount-point=$mount" --readonly=false \
         --auto-mount=false ;;

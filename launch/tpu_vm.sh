@@ -17,18 +17,20 @@ usage: bash launch/tpu_vm.sh COMMAND [flags] [-- what every worker runs]
   stop      SIGTERM: save, end, do not start again
   delete    give the slices back
 
-  --name=     of the queued resource        TPU_NAME       --capacity=  on-demand, spot, reserved    TPU_CAPACITY
-  --project=                                TPU_PROJECT                 or best-effort
+  --name=     of the queued resource        TPU_NAME       --capacity=  on-demand, spot, reserved,   TPU_CAPACITY
+  --project=                                TPU_PROJECT                 best-effort or flex-start
   --zone=     as us-west4-a                 TPU_ZONE       --repo=      that the workers clone: origin
   --type=     as v5litepod-16               TPU_TYPE       --revision=  commit to run: this clone's
   --slices=   1                             TPU_SLICES     --setup=     shell command on every worker before the install
   --runtime=  software version, by type     TPU_RUNTIME    --env=A=B    for the run, repeatable
   --worker=   of logs: 0, or all                           --dry-run    print the commands, run nothing
+  --hours=    1 to 168, after which flex-start takes the   TPU_HOURS
+              slices back; it has v5e and v6e
 END
 }
 
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-}" slices="${TPU_SLICES:-1}"
-runtime="${TPU_RUNTIME:-}" capacity="${TPU_CAPACITY:-on-demand}" repo="" revision="" setup="" worker=0
+runtime="${TPU_RUNTIME:-}" capacity="${TPU_CAPACITY:-on-demand}" hours="${TPU_HOURS:-}" repo="" revision="" setup="" worker=0
 poll="${TPU_POLL:-30}"  # seconds between two looks at a request that waits
 environment=()
 what=()
@@ -43,6 +45,7 @@ parse() {
             --slices=*) slices="${1#*=}" ;;
             --runtime=*) runtime="${1#*=}" ;;
             --capacity=*) capacity="${1#*=}" ;;
+            --hours=*) hours="${1#*=}" ;;
             --repo=*) repo="${1#*=}" ;;
             --revision=*) revision="${1#*=}" ;;
             --setup=*) setup="${1#*=}" ;;
@@ -78,9 +81,14 @@ check_settings() {
 check_hardware() {
     local two='1|4|8|16|32|64|128|256'
     check "--slices (TPU_SLICES)" "$slices" '[1-9][0-9]*' "a number from 1"
-    check "--capacity (TPU_CAPACITY)" "$capacity" 'on-demand|spot|reserved|best-effort' "on-demand, spot, reserved or best-effort"
+    check "--capacity (TPU_CAPACITY)" "$capacity" 'on-demand|spot|reserved|best-effort|flex-start' \
+        "on-demand, spot, reserved, best-effort or flex-start"
+    if [ "$capacity" = flex-start ]; then
+        check "--hours (TPU_HOURS)" "$hours" '[1-9]|[1-9][0-9]|1[0-5][0-9]|16[0-8]' "1 to 168, how long flex-start lends the slices"
+        case "$type" in v5litepod-* | v6e-*) ;; *) problems+=("--type is '$type': flex-start has v5litepod-N and v6e-N") ;; esac
+    fi
     case "$type" in
-        v7x-* | tpu7x-* | v7-*) problems+=("--type is '$type': TPU7x is not offered as a TPU VM: use launch/gke_xpk.sh") ; return ;;
+        v7x-* | tpu7x-* | v7-*) problems+=("--type is '$type': TPU7x is not offered as a TPU VM: use launch/tpu_mig.sh or launch/gke_xpk.sh") ; return ;;
         v5e-* | v5lite-*) problems+=("--type is '$type': Cloud TPU calls it v5litepod-${type##*-}") ; return ;;
     esac
     check "--type (TPU_TYPE)" "$type" "(v5litepod|v6e)-($two)|(v2|v3|v4|v5p)-[1-9][0-9]*" \
@@ -128,8 +136,12 @@ state() {
 create() {
     local nodes=("--node-id=$name") tier=() track=()
     if [ "$slices" -gt 1 ]; then nodes=("--node-count=$slices" "--node-prefix=$name"); fi
-    if [ "$capacity" != on-demand ]; then tier=("--$capacity"); fi
-    if [ "$capacity" = best-effort ]; then track=(alpha); fi  # this flag is not in the stable commands
+    case "$capacity" in
+        on-demand) ;;
+        flex-start) tier=(--provisioning-model=flex-start "--max-run-duration=${hours}h") ;;
+        *) tier=("--$capacity") ;;
+    esac
+    case "$capacity" in best-effort | flex-start) track=(alpha) ;; esac  # these flags are not in the stable commands
     queued "${track[@]+"${track[@]}"}" create "--accelerator-type=$type" "--runtime-version=$runtime" "${nodes[@]}" \
         "${tier[@]+"${tier[@]}"}"
 }
@@ -154,16 +166,8 @@ wait_until_active() {
     done
 }
 
-# Where the workers' own python is older than jax needs, as on Ubuntu 22.04, uv brings another.
 install() {
-    local steps="set -e"
-    if [ -n "$setup" ]; then steps+="; $setup"; fi
-    steps+="; test -d ~/blip_jax/.git || git clone --quiet $(quoted "$repo") ~/blip_jax; cd ~/blip_jax; git fetch --quiet --tags origin"
-    steps+="; git checkout --quiet --detach $revision"
-    steps+="; test -x .venv/bin/python || python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'"
-    steps+=" || { python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --seed --python 3.12 .venv; }"
-    steps+="; source launch/environment.sh; install_project tpu"
-    on_workers all "$steps"
+    on_workers all "$(install_line "$setup")"
 }
 
 # start VERB: `start` or `resume` of worker.sh.

@@ -23,9 +23,12 @@ LAZY = 2  # arrays that are read at a time, where they need not be in memory
 WRITERS = 64  # devices that share the writing of one array, at most
 
 
-def open_dir(workdir, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of `workdir`, created if missing; the `keep` newest stay. Close it (`with`) to finish saves."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+def open_dir(workdir, keep: int, every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of `workdir`, created if missing; the `keep` newest stay, and those of every so many steps, if
+    that is set. Close it (`with`) to finish saves."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=every or None, create=True, cleanup_tmp_directories=True
+    )
     arrays = ocp.type_handlers.ArrayHandler(
         array_metadata_store=key_store(),
         min_slice_bytes_for_replica_parallel=SLICE,

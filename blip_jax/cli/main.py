@@ -238,6 +238,13 @@ def score(argv: list[str]) -> int:
     return score(argv)
 
 
+def report(argv: list[str]) -> int:
+    """blip-jax report."""
+    from blip_jax.cli.report import report
+
+    return report(argv)
+
+
 def plan(argv: list[str]) -> int:
     """blip-jax plan."""
     from blip_jax.cli.plan import plan
@@ -260,6 +267,7 @@ COMMANDS = {
     "features": infer.features,
     "app": app,
     "demo": demo,
+    "report": report,
     "score": score,
     "bench": bench,
     "plan": plan,

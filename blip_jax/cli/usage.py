@@ -35,6 +35,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --model=DIR, a workdir, a checkpoint, a Hugging Face folder or a name on the hub
             [--json --batch= --dtype= --vocab=]
 
+  report    --workdir=DIR [--out= --samples=12]      a run as one HTML file: curves, evaluations, samples, settings
   app       --model=MODEL [--photos=DIR --features=FILE.npz]   a page in the browser: all that the model can do
   score     caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa      anybody's result file, no model
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
@@ -120,6 +121,12 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "A page in the browser, on this machine: captions, matching with a heat map for each word, questions, a "
         "conversation, and with --photos search by words, as far as the model can do it. Needs the extra `app`: "
         "Gradio. No network is used. Uploads stay in memory, 32 MiB each at most, and are gone at the end.",
+    ),
+    "report": (
+        "--workdir=DIR [--out=FILE.html]",
+        "Writes what a run left in DIR as one HTML file: curves of the log, evaluations, samples of data.eval with "
+        "what the model says of them, nearest neighbours, settings. Of a CapFilt run its counts and examples. A run "
+        "that is still going is only read. DIR/report.html unless --out is given.",
     ),
     "score": (
         "caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa --results=FILE --references=FILE [--json]",

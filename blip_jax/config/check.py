@@ -45,6 +45,7 @@ RANGES = {  # leaf -> (least, most), both allowed
     **dict.fromkeys(
         (
             "train.eval_every",
+            "train.keep_every",
             "eval.limit",
             "data.epoch_examples",
             "loss.queue",
@@ -122,7 +123,18 @@ def _values(cfg) -> list[str]:
     scale = tuple(cfg.data.crop_scale)
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         out.append(f"data.crop_scale is {scale}: give two shares of the area, 0 < least <= most <= 1")
-    return out + _patterns(cfg) + _buckets(cfg)
+    return out + _kept(cfg) + _patterns(cfg) + _buckets(cfg)
+
+
+def _kept(cfg) -> list[str]:
+    """Whether the checkpoints that are to stay for good are written at all."""
+    every, saved = cfg.train.keep_every, {"save_every": cfg.train.save_every, "eval_every": cfg.train.eval_every}
+    if every <= 0 or any(n > 0 and every % n == 0 for n in saved.values()):
+        return []
+    return [
+        f"train.keep_every is {every}: checkpoints are written every {saved['save_every']} steps (train.save_every): "
+        f"give a multiple of that, as {nearest(every, saved['save_every'])}, or 0 to keep the newest alone"
+    ]
 
 
 def _allowed(least: float, most: float) -> str:

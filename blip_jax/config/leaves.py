@@ -146,8 +146,11 @@ def base(size: str = "base") -> ConfigDict:
     c.train.save_every = 1000  # steps; the last step is always saved
     c.train.eval_every = 0  # steps; 0: only at the end (if data.eval is not empty)
     c.train.keep = 3  # newest checkpoints kept
+    c.train.keep_every = 0  # steps: besides them, the checkpoints of every so many stay for good; 0: none
     # beside them, in best/ of the workdir, the one whose evaluation was the best by the task's rule (docs/tasks.md)
     c.train.keep_best = False
+    # project of Weights & Biases, or ENTITY/PROJECT, that the log's rows go to as well; "": none. Needs the extra wandb
+    c.train.wandb = ""
     # what starts this run: workdir, checkpoint folder, .pth, Hugging Face folder or name; or several with commas
     c.train.init_from = ""
 

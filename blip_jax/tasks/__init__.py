@@ -44,6 +44,8 @@ one that can be evaluated
   curve(loaded, data, mesh)             as `evaluate`, while a run trains, where that takes too long then
   BEST                                  names of numbers of `curve`, or of `evaluate`, whose sum says which
                                         checkpoint of a run is the best (train.keep_best)
+  samples(loaded, data, mesh)           (record, what the model says of it) of what `eval_data` gives, in order, for
+                                        people to look at; where it says something
   table(result)                         `evaluate`'s numbers as text
   submission(result, cfg)               (file name, text) that a server takes, where there is one. ValueError: what
                                         was asked is not answered as a whole, and nothing is written

@@ -21,7 +21,7 @@ from blip_jax.tasks import blip2_stage1, captioned, step
 
 START = Start(new=r"llm_proj/.*")  # of a first stage
 BEST, eval_data, evaluate, curve = captioned.BEST, captioned.eval_data, captioned.evaluate, captioned.curve
-table, submission = captioned.table, captioned.submission
+table, submission, samples = captioned.table, captioned.submission, captioned.samples
 
 
 def check(cfg, tokenizer=None) -> list[str]:

@@ -198,3 +198,6 @@ def answered(loaded, data: EvalRows, mesh):
     with jax.set_mesh(mesh):
         for records, found in runner.fetched(passes()):
             yield from ((record, tokenizer.decode(row[0, 1:]).strip()) for record, row in zip(records, found["ids"]))
+
+
+samples = answered

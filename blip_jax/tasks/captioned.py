@@ -136,7 +136,7 @@ def method(cfg) -> Method:
     return found._replace(rule="lavis", **limits.lengths(1, how.min_length, how.max_length))
 
 
-def _written(loaded, data: EvalRows, mesh) -> Iterator[tuple[dict, str]]:
+def samples(loaded, data: EvalRows, mesh) -> Iterator[tuple[dict, str]]:
     """(record, caption) of each picture in order; each once, whatever fills the last batch."""
     cfg, runner = loaded.cfg, Runner(mesh)
     size = runner.size(len(data), cfg.eval.batch)
@@ -164,7 +164,7 @@ def _evaluated(loaded, data: EvalRows, mesh, approximate: bool) -> dict:
     people: dict[Hashable, list[str]] = {}
     domains: dict[Hashable, str] = {}
     named: dict[Hashable, tuple[str, str]] = {}
-    for record, text in _written(loaded, data, mesh):
+    for record, text in samples(loaded, data, mesh):
         own = record["source"], record["image_id"]
         found = files.image_number(record["image_id"])
         key = record["image_id"] if found is None else found

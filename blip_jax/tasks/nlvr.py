@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -155,10 +155,20 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
 
     "predictions" holds them all: [{"identifier", "label"}].
     """
-    runner = Runner(mesh)
-    size = runner.size(len(data), loaded.cfg.eval.batch)
+    told = list(samples(loaded, data, mesh))
+    known = [(label, record["label"], record["group"]) for record, label in told if record["label"] is not None]
+    scores = nlvr.score(*zip(*known)) if known else {}
+    return {
+        "examples": len(told),
+        **scores,
+        "predictions": [{"identifier": r["identifier"], "label": label} for r, label in told],
+    }
 
-    program = labels(loaded.model)
+
+def samples(loaded, data: EvalRows, mesh) -> Iterator[tuple[dict, bool]]:
+    """(record, label) of each example in order; each once, whatever fills the last batch."""
+    runner = Runner(mesh)
+    size, program = runner.size(len(data), loaded.cfg.eval.batch), labels(loaded.model)
 
     def passes():
         for records, rows in data.batches(size):
@@ -168,18 +178,8 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
             )
 
     with jax.set_mesh(mesh):
-        told = [
-            (record, bool(label))
-            for records, found in runner.fetched(passes())
-            for record, label in zip(records, found)
-        ]
-    known = [(label, record["label"], record["group"]) for record, label in told if record["label"] is not None]
-    scores = nlvr.score(*zip(*known)) if known else {}
-    return {
-        "examples": len(told),
-        **scores,
-        "predictions": [{"identifier": r["identifier"], "label": label} for r, label in told],
-    }
+        for records, found in runner.fetched(passes()):
+            yield from ((record, bool(label)) for record, label in zip(records, found))
 
 
 def table(result: dict) -> str:

@@ -256,6 +256,9 @@ def answered(loaded, data: EvalRows, mesh):
                     yield record, texts[found["candidate"][b, 0]]
 
 
+samples = answered
+
+
 @functools.cache
 def jitted(make: Callable, *args, **how) -> Callable:
     """The jitted program make(*args, **how), kept from one evaluation of a run to the next."""

@@ -12,7 +12,7 @@ from blip_jax.console import plain
 
 MOST = 8  # things kept, those asked for last
 ELSEWHERE = ("data", "eval", "train.init_from", "train.log_every", "train.save_every", "train.eval_every", "train.keep")
-ELSEWHERE += ("train.keep_best",)
+ELSEWHERE += ("train.keep_every", "train.keep_best", "train.wandb")
 _kept: dict[Hashable, object] = {}
 
 

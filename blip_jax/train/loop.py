@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from blip_jax import buckets, checkpoint, lock, tasks
-from blip_jax.console import say
+from blip_jax.console import plain, say
 from blip_jax.data.order import Order
 from blip_jax.inference.load import Loaded
 from blip_jax.parallel import processes, sharding
@@ -40,7 +40,8 @@ def fit(cfg, workdir, profile: Steps | None = None) -> dict:
 
     profile: steps to record into `workdir`/profile.
 
-    Writes checkpoints/, best/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary.
+    Writes checkpoints/, best/, metrics.jsonl, tb/, config.json, start.txt, skipped.jsonl and a copy of the vocabulary,
+    and with train.wandb wandb/ and wandb.txt.
     SIGTERM, or SIGINT once, finishes the step, saves and returns; an evaluation ends after its batch and is made again
     later. Returns {"step", "stopped", "log": last row, "eval": last evaluation}; step 0 where it was stopped before it
     began.
@@ -72,7 +73,7 @@ def _fit(cfg, workdir, profile: Steps | None) -> dict:
         run = prepare(cfg, workdir)
         stack.enter_context(jax.set_mesh(run.mesh))
         newest = _newest(run.workdir)
-        manager = checkpoint.open_dir(run.workdir, cfg.train.keep)
+        manager = checkpoint.open_dir(run.workdir, cfg.train.keep, cfg.train.keep_every)
         stack.callback(saving.closed, run, manager)
         if newest is None:
             found = start.located(run)
@@ -96,7 +97,10 @@ def _fit(cfg, workdir, profile: Steps | None) -> dict:
             rows = metrics.drop_after(run.workdir / "metrics.jsonl", at.step)
             evaluated = [r["step"] for r in rows if any(n.startswith("eval/") for n in r)]
         at = at._replace(evaluated=frozenset(processes.gather(evaluated)[0]))  # all take part in an evaluation or none
-        writer = stack.enter_context(metrics.Writer(run.workdir, jax.process_index() == 0, at.step + 1))
+        writes, wandb = jax.process_index() == 0, None
+        if writes and cfg.train.wandb:
+            wandb = metrics.Wandb(cfg.train.wandb, run.workdir, plain(cfg))
+        writer = stack.enter_context(metrics.Writer(run.workdir, writes, at.step + 1, wandb))
         stop.then = "finishing this step, then saving"
         trace = stack.enter_context(Profile(profile, buckets.staged(run.workdir / FOLDER)))
         return _loop(run, state, at, manager, writer, stop, trace)

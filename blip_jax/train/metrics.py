@@ -1,19 +1,26 @@
-"""Means that stay on the device between logs, and where they are written: console, metrics.jsonl, TensorBoard."""
+"""Means that stay on the device between logs, and where they are written: metrics.jsonl, TensorBoard and, if a run
+asks for it, Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import pathlib
+import secrets
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from blip_jax import buckets
+from blip_jax.console import say
+
+WANDB_ID = "wandb.txt"  # in a workdir: the name of its run at Weights & Biases
 
 
 def tensorboard():
@@ -92,10 +99,73 @@ def drop_after(path: pathlib.Path, step: int) -> list[dict]:
     return kept
 
 
-class Writer:
-    """Appends rows to `workdir`/metrics.jsonl and `workdir`/tb; nothing where `write` is False (other processes)."""
+def check_wandb(project: str) -> None:
+    """ValueError: `project`, of train.wandb, names none, or what sends rows to it is not installed."""
+    if project.count("/") > 1 or not all(project.split("/")):
+        raise ValueError(f"train.wandb is {project!r}: give PROJECT or ENTITY/PROJECT of Weights & Biases, or nothing")
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"train.wandb is {project!r}, and Weights & Biases needs wandb, which is not installed: pip install "
+            "'blip-jax[wandb]', or set train.wandb=''; metrics.jsonl and tb/ have every row"
+        )
 
-    def __init__(self, workdir: pathlib.Path, write: bool, purge_step: int):
+
+class Wandb:
+    """Rows for Weights & Biases: a workdir is one run there, however often it goes on.
+
+    Steps that a killed process had logged and that are made again are sent again; they are the same, and each row has
+    its step as a number, `step`, by which W&B draws all others. What goes wrong after the start is said once, and the
+    training goes on without.
+    """
+
+    def __init__(self, project: str, workdir: pathlib.Path, settings: dict):
+        """project: as `check_wandb` has it; settings: shown there as the run's. ValueError: it is not taken, as nobody
+        is logged in, say."""
+        import wandb
+
+        entity, _, name = project.rpartition("/")
+        file = workdir / WANDB_ID
+        if not file.exists():
+            buckets.write(file, secrets.token_hex(8) + "\n")
+        place = {"project": name, "entity": entity or None, "id": file.read_text().strip(), "resume": "allow"}
+        if not buckets.is_bucket(workdir):  # else where W&B itself would put its files
+            place["dir"] = str(workdir)
+        try:
+            own = wandb.Settings(console="off")  # which prints what `say` does
+            self._run = wandb.init(**place, name=workdir.name, config=settings, settings=own)
+            self._run.define_metric("*", step_metric="step")
+        except (wandb.Error, OSError) as e:
+            raise ValueError(
+                f"train.wandb is {project!r}, but Weights & Biases cannot be used: {_line(e)}; log in with "
+                "`wandb login`, set WANDB_MODE=offline, which keeps the rows for `wandb sync`, or train.wandb=''"
+            ) from e
+
+    def row(self, row: dict[str, float]) -> None:
+        self._trying(lambda: self._run.log(row))
+
+    def close(self, failed: bool) -> None:
+        self._trying(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _trying(self, what: Callable[[], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            what()
+        except Exception as e:  # whatever it is, of a service that is no part of the training
+            self._run = None
+            say(f"WARNING: Weights & Biases gets no more rows: {type(e).__name__}: {_line(e)}")
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())[:300]
+
+
+class Writer:
+    """Appends rows to `workdir`/metrics.jsonl and `workdir`/tb, and sends them to `wandb`, where there is one; nothing
+    where `write` is False (other processes)."""
+
+    def __init__(self, workdir: pathlib.Path, write: bool, purge_step: int, wandb: Wandb | None = None):
+        self._wandb = wandb
         self._file = open(buckets.staged(workdir / "metrics.jsonl"), "a", encoding="utf-8") if write else None
         # its thread dies of a full disk, and who puts something into a queue with a limit then waits for ever
         queue = {"purge_step": purge_step, "max_queue": 2**30}
@@ -104,24 +174,28 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self._file:
             with contextlib.suppress(OSError):  # `row` flushes, and says what it could not write
                 self._file.close()
                 self._board.close()
+        if self._wandb:
+            self._wandb.close(failed=kind is not None)
 
     def row(self, step: int, prefix: str, values: dict) -> None:
-        """One row {"step": step, "time": UTC, prefix/name: value, ...}; numbers go to TensorBoard too."""
+        """One row {"step": step, "time": UTC, prefix/name: value, ...}; numbers go to TensorBoard and W&B, too."""
         if not self._file:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = {"step": step, "time": now} | {f"{prefix}/{name}": value for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        for name in numbers.keys() - {"step"}:
+            self._board.add_scalar(name, numbers[name], step)
         self._board.flush()
+        if self._wandb:
+            self._wandb.row(numbers)
         buckets.sync(every=buckets.EVERY)
 
 

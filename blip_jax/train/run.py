@@ -22,7 +22,7 @@ from blip_jax.data.order import Order
 from blip_jax.data.source import expand
 from blip_jax.data.text import tokenizers
 from blip_jax.parallel import processes, sharding
-from blip_jax.train import kept, optim
+from blip_jax.train import kept, metrics, optim
 from blip_jax.train import state as train_state
 
 
@@ -71,6 +71,8 @@ def prepare(cfg, workdir) -> Run:
     task, tokenizer = tasks.trained(cfg), _files(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
     workdir = buckets.of(workdir, "workdir")
+    if cfg.train.wandb:
+        metrics.check_wandb(cfg.train.wandb)
     workdir.mkdir(parents=True, exist_ok=True)
     for name, own in tokenizers.parts(tokenizer).items():
         _keep_vocabulary(own, workdir, name)

@@ -104,7 +104,11 @@ def bucket_report(run, step: int, order, shares: dict[int, float]) -> str:
 
 
 def parameter_table(trained: dict, frozen: dict, vocab_size: int) -> str:
-    """Counts by module, without the padding of the vocabulary; layers of one stack share a row."""
+    """Counts by module, without the padding of the vocabulary; layers of one stack share a row.
+
+    Not clu's parameter_overview, which has a row for each array, counts the padding and knows nothing of what is
+    frozen; every array is in `sharding.report`.
+    """
     groups: dict[str, list[int]] = {}
     total = {"trained": 0, "frozen": 0}
     for kind, tree in (("trained", trained), ("frozen", frozen)):

@@ -85,6 +85,8 @@ def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
         ({"optim.lr_factors": (("vit/.*", (0.5, -1.0)),)}, ["optim.lr_factors has (0.5, -1.0) for 'vit/.*'"]),
         ({"optim.lr_factors": ("vit/.*", 0.1)}, ["give (regex, factor) pairs"]),
         ({"train.keep_best": True}, ["train.keep_best is set, but objective pretrain has no rule"]),
+        ({"train.keep_every": -1}, ["train.keep_every is -1: it must not be negative"]),
+        ({"train.keep_every": 4}, ["train.keep_every is 4", "every 3 steps (train.save_every)", "as 3 or 6"]),
         ({**CAPTION, "text.prompt": "a picture of"}, ["text.prompt is 'a picture of'", "end it with a space"]),
         ({"text.prompt": "a picture of "}, ["text.prompt is 'a picture of ' but objective is pretrain"]),
     ],

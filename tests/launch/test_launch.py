@@ -14,8 +14,8 @@ import sys
 import time
 
 import pytest
+from world.launching import CLUSTER, CODE, POD, ROOT, RUN, dry_run, on_the_worker, program, shell
 
-ROOT = pathlib.Path(__file__).parents[2]
 # stands in for python: notes its arguments and the folder, and makes the .venv when asked to
 FAKE = """#!/usr/bin/env bash
 echo "$PWD: $*" >> "{log}"
@@ -119,43 +119,6 @@ def test_an_old_python_is_an_error_that_says_so(project):
     assert done.returncode != 0 and "Python 3.11 or newer" in done.stderr
 
 
-POD = ("--name=pod", "--project=my-project", "--zone=us-west4-a")
-CLUSTER = ("--cluster=lab", "--project=my-project", "--zone=us-west4-a")
-CODE = ("--repo=https://example.org/blip.git", f"--revision={'a' * 40}")
-RUN = ["blip-jax", "train", "--config=configs/photos.py", "--workdir=/shared/a run/it's mine", "--config.optim.lr=2e-4"]
-
-
-def shell(script, *args, path="", **env):
-    """A script of launch/ run in /, with programs of the folder `path` before the system's."""
-    return subprocess.run(
-        ["bash", str(ROOT / "launch" / script), *args],
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={"PATH": f"{path}:/usr/bin:/bin" if path else "/usr/bin:/bin", "HOME": "/nonexistent"} | env,
-    )
-
-
-def dry_run(script, command, *args):
-    """The words of every command that a dry run prints, as a shell would read them."""
-    done = shell(script, command, "--dry-run", *args)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
-
-
-def on_the_worker(words):
-    """The words of what an ssh command, or a workload, runs there."""
-    return shlex.split(next(w for w in words if w.startswith("--command=")).removeprefix("--command="))
-
-
-def program(folder, name, text):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-    (folder / name).chmod(0o755)
-    return folder
-
-
 def test_every_script_passes_shellcheck():
     found = shutil.which(
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -198,6 +161,12 @@ def test_tpu_vm_prints_gcloud_commands():
         "--spot",
     ]
     assert look == [*queued, "describe", *place, "--format=value(state.state)"]
+
+    lent, _ = dry_run("tpu_vm.sh", "create", *POD, "--type=v6e-16", "--capacity=flex-start", "--hours=24")
+    assert lent[:2] == ["gcloud", "alpha"] and lent[-2:] == [
+        "--provisioning-model=flex-start",
+        "--max-run-duration=24h",
+    ]
     create = dry_run(
         "tpu_vm.sh", "create", *POD, "--type=v6e-64", "--slices=2", "--capacity=best-effort", "--runtime=own"
     )[0]
@@ -268,7 +237,7 @@ def test_tpu_vm_prints_gcloud_commands():
                 "--project (TPU_PROJECT) is missing",
                 "--zone (TPU_ZONE) is 'us'",
                 "calls it v5litepod-16",
-                "on-demand, spot, reserved or best-effort",
+                "on-demand, spot, reserved, best-effort or flex-start",
                 "--slices (TPU_SLICES) is '0'",
             ],
         ),
@@ -278,7 +247,26 @@ def test_tpu_vm_prints_gcloud_commands():
             ["--type (TPU_TYPE) is 'v5litepod-17'", "1, 4, 8, ... 256"],
         ),
         ("tpu_vm.sh", ["create", *POD, "--type=v4-12"], ["multiple of 8"]),
-        ("tpu_vm.sh", ["create", *POD, "--type=tpu7x-16"], ["use launch/gke_xpk.sh"]),
+        ("tpu_vm.sh", ["create", *POD, "--type=tpu7x-16"], ["use launch/tpu_mig.sh or launch/gke_xpk.sh"]),
+        (
+            "tpu_vm.sh",
+            ["create", *POD, "--type=v4-32", "--capacity=flex-start", "--hours=169"],
+            ["--hours (TPU_HOURS) is '169'", "flex-start has v5litepod-N and v6e-N"],
+        ),
+        (
+            "tpu_mig.sh",
+            ["create", *POD, "--type=tpu7x", "--topology=4x4", "--capacity=reserved"],
+            ["--topology (TPU_TOPOLOGY) is '4x4'", "reservation=NAME"],
+        ),
+        ("tpu_mig.sh", ["create", *POD, "--type=v6e", "--topology=1x2"], ["expected a multiple of 4 chips"]),
+        (
+            "tpu_mig.sh",
+            ["create", *POD, "--type=v6e", "--topology=2x2", "--capacity=flex-start"],
+            ["--hours (TPU_HOUR"],
+        ),
+        ("tpu_mig.sh", ["run", *POD], ["what to run is missing"]),
+        ("tpu_mig.sh", ["stop", *POD, "--", "blip-jax"], ["stop runs nothing on the workers"]),
+        ("gke_xpk.sh", ["image", "--image=blip jax"], ["--image (GKE_IMAGE) is 'blip jax'"]),
         ("tpu_vm.sh", ["run", *POD], ["what to run is missing", "-- blip-jax train"]),
         ("tpu_vm.sh", ["stop", *POD, "--", "blip-jax"], ["stop runs nothing on the workers"]),
         ("tpu_vm.sh", ["run", *POD, "--env=no", "blip-jax", "--"], ["--env is 'no'", "unknown flag 'blip-jax'"]),
@@ -518,6 +506,12 @@ def test_gke_prints_xpk_commands():
     clone = ["{", "git", "clone", "--quiet", "https://example.org/blip.git", "/blip_jax"]
     assert inside[:6] == clone and "a" * 40 in inside
     assert inside[-1 - len(RUN) :] == ["exec", *RUN]
+    build, push = dry_run("gke_xpk.sh", "image", "--image=registry/own/blip:1")
+    assert build[:2] == ["docker", "build"] and {
+        f"--file={ROOT}/launch/Dockerfile",
+        "--tag=registry/own/blip:1",
+    } <= set(build)
+    assert build[-1] == str(ROOT) and push == ["docker", "push", "registry/own/blip:1"]
     [own] = dry_run(
         "gke_xpk.sh", "run", *CLUSTER, "--workload=w", "--type=v6e-16", "--image=registry/own:1", "--", *RUN
     )
@@ -548,6 +542,13 @@ def test_slurm_prints_its_commands_and_asks_for_a_signal_to_every_process():
     assert submit == ["sbatch", "--nodes=4", "--time=1:00:00", "launch/slurm.sbatch", *RUN]
     assert run[0] == "srun" and run[-len(RUN) :] == RUN and requeue[:2] == ["scontrol", "requeue"]
     asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", (ROOT / "launch" / "slurm.sbatch").read_text(), re.M))
+    assert not [word for word in run if word.startswith("--container")]
+    held = shell("slurm.sbatch", "--dry-run", *RUN, BLIP_JAX_IMAGE="registry#blip:1", BLIP_JAX_MOUNTS="/data:/data")
+    [run] = [shlex.split(line) for line in held.stdout.splitlines() if line.startswith("srun")]
+    assert {"--container-image=registry#blip:1", "--container-mounts=/:/,/data:/data", "--container-workdir=/"} <= set(
+        run
+    )
+    assert run[-len(RUN) :] == RUN
     assert asked["signal"] == "TERM@300" and "requeue" in asked and asked["gpus-per-node"] == asked["ntasks-per-node"]
 
 

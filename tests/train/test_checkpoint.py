@@ -48,6 +48,19 @@ def test_devices_share_the_writing_of_large_arrays_alone(tmp_path):
         assert back[name].sharding == state[name].sharding
 
 
+def test_those_of_every_so_many_steps_outlive_the_newest_ones(tmp_path):
+    """Also those that an earlier process wrote, and none where that is not asked for."""
+    state, keep = {"kernel": jnp.arange(4.0)}, lambda: sorted(checkpoint.folders(tmp_path))
+    for steps, found in (((2, 4, 6), [4, 6]), ((8, 10, 12, 14), [4, 8, 12, 14])):
+        with checkpoint.open_dir(tmp_path, 1, every=4) as manager:
+            for step in steps:
+                checkpoint.save(manager, step, state, {"step": step}, {})
+        assert keep() == found
+    with checkpoint.open_dir(tmp_path, 1) as manager:
+        checkpoint.save(manager, 16, state, {"step": 16}, {})
+    assert keep() == [16]
+
+
 def test_unstacked_text_layers_are_refused_wherever_a_checkpoint_is_read(tmp_path, tiny_cfg):
     """In one line that says how to convert or start anew."""
     kernel = np.zeros((2, 2), np.float32)

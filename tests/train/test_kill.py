@@ -30,7 +30,7 @@ def second_stage(cfg, folder):
 def test_sigterm_and_kill_at_20_moments(make, tiny_cfg, tmp_path):
     """One run is first stopped by a signal, then killed again and again, and ends as the one that nobody disturbed."""
     cfg = make(tiny_cfg, tmp_path)
-    cfg.train.update(steps=42, save_every=2, log_every=3, keep=2)
+    cfg.train.update(steps=42, save_every=2, log_every=3, keep=2, keep_every=12)
     trainer = Trainer(write_config(cfg, tmp_path / "config.py"), tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     started = time.perf_counter()
@@ -68,5 +68,5 @@ def test_sigterm_and_kill_at_20_moments(make, tiny_cfg, tmp_path):
     assert trainer.end() == 0, trainer.log.read_text()
     assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == list(range(3, 43, 3))
     assert leaves(cut) == leaves(whole)
-    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["40", "42"]
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["12", "24", "36", "40", "42"]
     trainer.close()

@@ -113,6 +113,8 @@ def _labels(values: list[float], text=None) -> list[str]:
         return [escape(text(v)) for v in values]
     step = values[1] - values[0] if len(values) > 1 else 1.0
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    if digits > 5:  # a learning rate, say; written out there is no room for it
+        return [f"{v:.1e}" if abs(v) > step / 2 else "0" for v in values]
     return [number(v, digits) for v in values]
 
 

@@ -40,6 +40,9 @@ ROWS = {
     "objectives": ({"itg", "metrics"}, set()),
     "captions": ({"image", "texts"}, set()),
 }
+PAPERS = """Made by blip_jax. The papers: Li, Li, Xiong, Hoi, BLIP: Bootstrapping Language-Image Pre-training for
+Unified Vision-Language Understanding and Generation, 2022; Li, Li, Savarese, Hoi, BLIP-2: Bootstrapping Language-Image
+Pre-training with Frozen Image Encoders and Large Language Models, 2023."""
 PARTS = {"title", "intro", "facts", "curves", "noise", "phases", *ROWS}
 
 
@@ -72,7 +75,11 @@ def write(path, results: dict) -> None:
       curves: {run: {"loss_itc" | "loss_itm" | "loss_lm" | any name: [(step, value)] in order of steps}}
     Shares and probabilities are 0 ... 1. Raises ValueError that names every part that is unknown or lacks something.
     """
-    text = page(results)
+    put(path, page(results))
+
+
+def put(path, text: str) -> None:
+    """Writes a page to the file `path`, whole or not at all; its folder is made."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -88,7 +95,14 @@ def page(results: dict) -> str:
     check(results)
     title = escape(results.get("title") or "CapFilt, the paper in miniature")
     intro = f'<p class="lead">{escape(results["intro"])}</p>' if results.get("intro") else ""
-    body = [text for text in (part(results) for part in (*blip2.ALL, *sections.ALL)) if text]
+    head = f"{intro}{sections.glance(results, blip2.tiles(results))}{sections.facts(results)}"
+    return document(title, head, [part(results) for part in (*blip2.ALL, *sections.ALL)], PAPERS)
+
+
+def document(title: str, head: str, body: list[str], foot: str) -> str:
+    """A whole page. title, head, foot: HTML, as are the sections of `body`, of which empty ones are left out; the links
+    to them follow the head."""
+    body = [text for text in body if text]
     links = [re.search(r'id="(\w+)"><h2>(.*?)</h2>', text).groups() for text in body]
     nav = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in links)
     nav = f'<nav aria-label="Contents">{nav}</nav>' if len(links) > 1 else ""
@@ -103,13 +117,11 @@ def page(results: dict) -> str:
 <style>{style.sheet()}</style>
 </head>
 <body>
-<header><h1>{title}</h1>{intro}{sections.glance(results, blip2.tiles(results))}{sections.facts(results)}{nav}</header>
+<header><h1>{title}</h1>{head}{nav}</header>
 <main>
 {chr(10).join(body)}
 </main>
-<footer><p>Made by blip_jax. The papers: Li, Li, Xiong, Hoi, BLIP: Bootstrapping Language-Image Pre-training for Unified
-Vision-Language Understanding and Generation, 2022; Li, Li, Savarese, Hoi, BLIP-2: Bootstrapping Language-Image
-Pre-training with Frozen Image Encoders and Large Language Models, 2023.</p></footer>
+<footer><p>{foot}</p></footer>
 </body>
 </html>
 """

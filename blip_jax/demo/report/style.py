@@ -93,6 +93,7 @@ svg .kind-true{fill:var(--good)} svg .kind-false{fill:var(--bad)}
 .card{display:grid;grid-template-columns:6.5rem minmax(0,1fr);gap:1rem;padding:1rem;
 border:1px solid var(--hair);border-radius:.5rem}
 img{display:block;width:100%;aspect-ratio:1;object-fit:contain;image-rendering:pixelated;background:var(--wash)}
+.photos img{image-rendering:auto} .photos img+img{margin-top:.5rem}
 .card p{margin:0;font-size:.92rem;line-height:1.4;overflow-wrap:anywhere}
 .card p+p{margin-top:.7rem}
 .who{color:var(--ink)}
