@@ -31,6 +31,7 @@ gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects and hardly
 LONGEST = ("test_processes", "test_kill", "test_steps", "test_train", "test_demo_blip2", "test_blip2_stage1")
 LONGEST += ("test_transformers", "test_demo", "test_pretrained", "test_capfilt_kill", "test_vqa", "test_vqa_task")
 LONGEST += ("test_blip2_vqa", "test_plan", "test_prompted", "test_frozen", "test_capfilt_blip2", "test_checkpoint")
+LONGEST += ("test_tutorials",)
 
 
 def pytest_addoption(parser):

@@ -58,14 +58,18 @@ one that fine-tunes what others have trained
 
   BEGINS_FROM                           in words, what its train.init_from should name: anything else is said
 
-There is no list of tasks: a module in this folder that is not in SHARED is one.
+There is no list of tasks: a module in this folder that is not in SHARED is one, and so is a file that `bring` names.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
+import pathlib
 import pkgutil
+import sys
 from types import ModuleType
 
 from blip_jax import config
@@ -77,17 +81,53 @@ SHARED = (
     "step",
     "two_stage",
 )  # what several tasks have in common, no tasks themselves
+_brought: set[str] = set()  # names of tasks that lie elsewhere and are loaded
+
+
+def bring(file: str | os.PathLike) -> str:
+    """Makes a Python file anywhere a task, under the file's name, and returns that name, for `config.objective`.
+
+    A config's file that holds its own task says `c.objective = tasks.bring(__file__)`. The settings that a run leaves
+    in its workdir hold the name alone, so reading them never runs a file: whoever reads them brings it first. Of a file
+    in this folder it is the name, and nothing else happens.
+    ValueError: a task of this name is here already, from another file.
+    """
+    path = pathlib.Path(file).resolve()
+    name = f"{__name__}.{path.stem}"
+    if path.parent == pathlib.Path(__file__).resolve().parent:
+        return path.stem
+    if path.stem in _brought and sys.modules[name].__file__ == str(path):
+        return path.stem
+    if path.stem in (*names(), *SHARED):
+        raise ValueError(f"{file}: there is a task {path.stem} already: give the file another name")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or not path.stem.isidentifier():
+        raise ValueError(f"{file}: a Python file with a name of letters, digits and _ was expected")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    _brought.add(path.stem)
+    return path.stem
 
 
 def names() -> list[str]:
     """Every task there is."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
+    here = {module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED}
+    return sorted(here | _brought)
+
+
+def unknown(objective: str) -> str:
+    """What is wrong with an objective that no task has the name of."""
+    return (
+        f"objective is {objective!r}: choose one of {', '.join(names())}; of a task of your own give the --config that "
+        "brings it (blip_jax.tasks.bring)"
+    )
 
 
 def of(cfg) -> ModuleType:
     """The module of `cfg.objective`. ValueError: there is no such task."""
     if cfg.objective not in names():
-        raise ValueError(f"objective is {cfg.objective!r}: choose one of {', '.join(names())}")
+        raise ValueError(unknown(cfg.objective))
     return importlib.import_module(f"{__name__}.{cfg.objective}")
 
 
@@ -116,7 +156,7 @@ def validate(cfg, tokenizer=None, process_count: int = 1, device_count: int = 1)
     """
     found = functools.partial(config.problems, cfg, tokenizer and tokenizer.vocab_size, process_count, device_count)
     if cfg.objective not in names():
-        config.refuse([*found(), f"objective is {cfg.objective!r}: choose one of {', '.join(names())}"])
+        config.refuse([*found(), unknown(cfg.objective)])
     task = of(cfg)
     problems = found(trained=not hasattr(task, "INSTEAD"))
     leaves = task.leaves() if hasattr(task, "leaves") else {}

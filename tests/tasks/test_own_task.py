@@ -1,0 +1,82 @@
+"""A task that lies in a file of its own, and not in blip_jax/tasks/."""
+
+import pathlib
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from blip_jax import tasks
+from blip_jax.cli import configs
+from blip_jax.config import base
+
+OWN = """
+from blip_jax import tasks
+from blip_jax.config import base
+
+def get_config():
+    c = base("tiny")
+    c.objective = tasks.bring(__file__)
+    return c
+
+def check(cfg, tokenizer=None):
+    return ["no: {word}"]
+"""
+
+
+def objective(name: str) -> ConfigDict:
+    return ConfigDict({"objective": name})
+
+
+def test_a_config_brings_its_own_task_once(tmp_path):
+    file = tmp_path / "own_once.py"
+    file.write_text(OWN.format(word="first"))
+    cfg = configs.load(str(file))
+    assert cfg.objective == "own_once" and "own_once" in tasks.names()
+    module = tasks.of(cfg)
+    assert module.check(cfg) == ["no: first"] and module.__name__ == "blip_jax.tasks.own_once"
+    assert configs.load(str(file)).objective == "own_once" and tasks.of(cfg) is module  # what jit keeps stays valid
+    with pytest.raises(ValueError, match="no: first"):
+        tasks.validate(cfg.unlock())
+
+
+def test_a_name_alone_loads_no_file(tmp_path, monkeypatch):
+    (tmp_path / "own_never.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_never", "own_never.py", str(tmp_path / "own_never"), "json", "step", "..config"):
+        with pytest.raises(ValueError, match=r"choose one of .*; of a task of your own give the --config that brings"):
+            tasks.of(objective(name))
+        with pytest.raises(ValueError, match="choose one of"):
+            cfg = base("tiny").unlock()
+            cfg.objective = name
+            tasks.validate(cfg)
+    assert "own_never" not in sys.modules
+
+
+def test_a_name_belongs_to_one_file(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (tmp_path, other):
+        (folder / "own_twice.py").write_text(OWN.format(word=folder.name))
+    assert tasks.bring(tmp_path / "own_twice.py") == "own_twice" == tasks.bring(tmp_path / "." / "own_twice.py")
+    for name in ("own_twice", "caption", "step"):
+        (other / f"{name}.py").write_text(OWN.format(word="other"))
+        with pytest.raises(ValueError, match=f"there is a task {name} already: give the file another name"):
+            tasks.bring(other / f"{name}.py")
+    here = pathlib.Path(tasks.__file__).parent / "caption.py"
+    before = tasks.of(objective("caption"))
+    assert tasks.bring(here) == "caption" and tasks.of(objective("caption")) is before
+    (other / "two words.py").write_text("")
+    with pytest.raises(ValueError, match="a Python file with a name of letters"):
+        tasks.bring(other / "two words.py")
+
+
+def test_a_file_that_raises_is_no_task(tmp_path):
+    file = tmp_path / "own_broken.py"
+    file.write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        tasks.bring(file)
+    assert "own_broken" not in tasks.names() and "blip_jax.tasks.own_broken" not in sys.modules
+    file.write_text(OWN.format(word="mended"))
+    assert tasks.bring(file) == "own_broken"
