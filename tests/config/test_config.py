@@ -158,7 +158,8 @@ def wrong_arguments():
     for name in sorted({name for name, argument in RUNS if argument}):
         get_config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]
         own = inspect.signature(get_config).parameters["argument"].default
-        yield from [(name, "vith")] if own else [(name, ""), (name, "vith")]
+        wrong = ["vith"] if own else ["", "vith"]
+        yield from [(name, argument) for argument in wrong if (name, argument) not in RUNS]
 
 
 @pytest.mark.parametrize("name, argument", list(wrong_arguments()))
