@@ -23,8 +23,9 @@ Expected on the Karpathy test split, R@1, 5, 10 of the paper's table 5 (blip-jax
   vitb,129m,capfilt_l     text 81.2 95.7 97.9, image 64.1 85.8 91.6
   vitl,129m,capfilt_l     text 82.4 95.4 97.9, image 65.1 86.3 91.8
 and R@1 of its table 1, after pre-training on unfiltered pairs: vitb 78.4, 60.7 (14M); vitl 80.6, 64.1 (129M).
-Differences: ITC compares with the features of the whole batch and the queue, the original with one GPU's 32 and the
-queue. The best epoch by the mean recall on the validation split, the paper's, stays in best/ of the workdir.
+Differences: none is known. ITC compares with the features of a group of 32 (ViT-L: 16) and the queue, as on the
+original's GPUs; hard negatives come from the whole batch. The best epoch by the mean recall on the validation split,
+the paper's, stays in best/ of the workdir.
 """
 
 from blip_jax.config import base, source
@@ -60,6 +61,8 @@ def get_config(argument=""):
     c.data.epoch_examples = EXAMPLES
     c.data.crop_scale = (0.5, 1.0)
     c.loss.alpha_ramp_epochs = 1.0
+    c.loss.group_size = {"vitb": 32, "vitl": 16}[size]  # examples of one of the authors' GPUs
+    c.loss.negatives = "batch"
     c.optim.min_lr = 0.0
     c.optim.schedule = "epoch_cosine"
     c.optim.warmup_steps = 0

@@ -29,7 +29,8 @@ Expected on the test split, R@1, 5, 10:
   vitb,129m,bootstrapped  text 97.3 99.9 100.0, image 87.3 97.6 98.9; zero-shot 96.0 99.9 100.0, 85.0 96.8 98.6
   vitb,129m,capfilt_l     text 97.2 99.9 100.0, image 87.5 97.7 98.9; zero-shot 96.0 99.9 100.0, 85.5 96.8 98.7
   vitl,129m,capfilt_l     text 97.4 99.8 99.9, image 87.6 97.7 99.0; zero-shot 96.7 100.0 100.0, 86.7 97.3 98.7
-Differences: negatives come from the 32 examples of a group, as from one GPU's of the original.
+Differences: none is known. Columns and hard negatives come from a group of 32 (ViT-L: 16) examples, as from one GPU's
+of the original.
 """
 
 from blip_jax.config import base, source
@@ -66,7 +67,7 @@ def get_config(argument=""):
     c.data.epoch_examples = EXAMPLES
     c.data.crop_scale = (0.5, 1.0)
     c.loss.alpha_ramp_epochs = 1.0
-    c.loss.group_size = 32
+    c.loss.group_size = {"vitb": 32, "vitl": 16}[size]  # examples of one of the authors' GPUs
     c.optim.lr = {"vitb": 1e-5, "vitl": 5e-6}[size]
     c.optim.min_lr = 0.0
     c.optim.schedule = "epoch_cosine"

@@ -109,6 +109,7 @@ def base(size: str = "base") -> ConfigDict:
     c.loss.alpha = 0.4  # weight of the soft targets after the ramp
     c.loss.alpha_ramp_epochs = 2.0  # linear ramp of alpha from 0
     c.loss.group_size = 0  # examples among which columns and hard negatives are drawn (one GPU's, originally); 0: all
+    c.loss.negatives = "group"  # what retrieval's hard negatives are drawn from: group, the row's | batch, all of them
     c.loss.label_smoothing = 0.1  # of the language modelling loss; in BLIP-2's first stage of the contrastive one too
     c.loss.smoothing_over = "valid"  # mean of that term over: valid positions | all (torch 1.10, the published runs)
 
@@ -159,6 +160,8 @@ def base(size: str = "base") -> ConfigDict:
     c.eval.batch = 64  # images or texts per encoder pass
     c.eval.rerank_texts = 16  # texts scored against one image per pass
     c.eval.limit = 0  # first n images only; 0: all
+    # NLVR2: exchange the pictures, and "left" and "right", of half of the sentences, as the original's evaluation does
+    c.eval.exchange = False
     # how captions are made that evaluation scores: by beams; lengths are tokens, the prompt's counted
     c.eval.beams = 3
     c.eval.min_length = 5

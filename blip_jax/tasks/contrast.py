@@ -31,6 +31,13 @@ def check(cfg) -> list[str]:
         below = queue // batch * batch
         near = f"{below} or {below + batch}" if below else f"{batch}"
         out.append(f"loss.queue is {queue}: it must be a multiple of train.batch = {batch}, as {near}, or 0 for none")
+    if cfg.loss.negatives not in ("group", "batch"):
+        out.append(f"loss.negatives is {cfg.loss.negatives!r}: choose group or batch")
+    elif cfg.loss.negatives == "batch" and cfg.objective != "retrieval":
+        out.append(
+            f"loss.negatives is 'batch' but objective is {cfg.objective}: only retrieval draws hard negatives from "
+            "other groups; set loss.negatives=group"
+        )
     if cfg.text.prompt:
         out.append(
             f"text.prompt is {cfg.text.prompt!r} but objective is {cfg.objective}: only a captioner is trained "

@@ -49,25 +49,31 @@ def extra(cfg, params, key) -> dict | None:
 def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):
     """ITC with all texts of the same image as positives, plus ITM (reference: BLIP's blip_retrieval).
 
-    batch as in `pretrain.loss`, with image_id i32[B]. Hard negatives come from the online features; texts of the same
-    image are never negatives. A row whose whole group shows its image has no negative and is left out of the ITM mean.
+    batch as in `pretrain.loss`, with image_id i32[B]. Hard negatives come from the online features of the row's group,
+    or of the whole batch (loss.negatives); texts of the same image are never negatives. A row that all of these show
+    the image of has no negative and is left out of the ITM mean.
     """
     apply = functools.partial(model.apply, {"params": params})
-    streams, group = step.dropout_streams(keys.dropout, contrast.STREAMS), cfg.loss.group_size
+    streams = step.dropout_streams(keys.dropout, contrast.STREAMS)
     encoded = contrast.encode(apply, batch, streams)
-    image_id = losses.grouped(batch["image_id"], group)  # G, g
-    same = image_id[:, :, None] == image_id[:, None, :]
-    itc = contrast.itc(model, cfg, params, extra, batch, encoded, same, streams)
+    group, drawn_from = cfg.loss.group_size, 0 if cfg.loss.negatives == "batch" else cfg.loss.group_size
+    itc = contrast.itc(model, cfg, params, extra, batch, encoded, _same(batch, group), streams)
 
-    img, txt = losses.grouped(encoded.img_emb, group), losses.grouped(encoded.txt_emb, group)
+    img, txt = losses.grouped(encoded.img_emb, drawn_from), losses.grouped(encoded.txt_emb, drawn_from)
     online = {"i2t": losses.similarity(img, txt, params["temp"]), "t2i": losses.similarity(txt, img, params["temp"])}
-    neg_img, neg_txt = contrast.negatives(online, same, 0.0, keys)
+    neg_img, neg_txt = contrast.negatives(online, _same(batch, drawn_from), 0.0, keys)
     kv = apply(encoded.img_tok, ended=True, method="image_kv")
-    itm, itm_acc = contrast.matching(apply, batch, kv, neg_img, neg_txt, group, streams["match"])
+    itm, itm_acc = contrast.matching(apply, batch, kv, neg_img, neg_txt, drawn_from, streams["match"])
 
     total = itc.loss + itm
     metrics = {"loss": total, "loss_itc": itc.loss, "loss_itm": itm, "itm_acc": itm_acc, **itc.metrics}
     return total, (metrics, itc.found | ({"image_id": batch["image_id"]} if itc.found else {}))
+
+
+def _same(batch: dict, group_size: int):
+    """bool[G,g,g]: which rows of a group have one image."""
+    image_id = losses.grouped(batch["image_id"], group_size)  # G, g
+    return image_id[:, :, None] == image_id[:, None, :]
 
 
 def flops(cfg, T: int | None = None) -> dict[str, float]:

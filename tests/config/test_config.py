@@ -64,6 +64,8 @@ def test_a_captioner_is_valid_also_with_micro_batches_of_one(tiny_cfg):
         ({"loss.queue": 40}, ["loss.queue is 40", "train.batch = 16", "32 or 48"]),
         ({"loss.momentum": False}, ["loss.queue is 32", "loss.queue=0 or loss.momentum=True"]),
         ({"loss.group_size": 5}, ["loss.group_size is 5", "4 or 8"]),
+        ({"loss.negatives": "all"}, ["loss.negatives is 'all': choose group or batch"]),
+        ({"loss.negatives": "batch"}, ["objective is pretrain: only retrieval", "set loss.negatives=group"]),
         ({"loss.group_size": 1}, ["loss.group_size is 1", "at least 2"]),
         ({"model.img_size": 20}, ["model.img_size is 20", "16 or 24"]),
         ({"model.vit.heads": 5}, ["model.vit.width is 48", "45 or 50"]),
@@ -199,6 +201,9 @@ def test_fine_tuning_configs_have_the_papers_numbers(size, lr_caption, lr_filter
     captioner, judge = load("caption_coco", f"vit{size}"), load("retrieval_coco", f"vit{size}")
     assert (captioner.optim.lr, captioner.train.batch, captioner.text.max_len) == (lr_caption, 256, 40)
     assert (judge.optim.lr, judge.train.batch, judge.text.max_len) == (lr_filter, batch_filter, 35)
+    assert (judge.loss.group_size, judge.loss.negatives) == ({"b": 32, "l": 16}[size], "batch")
+    flickr = load("retrieval_flickr", {"b": "vitb,129m,bootstrapped", "l": "vitl,129m,capfilt_l"}[size])
+    assert (flickr.loss.group_size, flickr.loss.negatives) == (judge.loss.group_size, "group")
     assert (captioner.text.prompt, captioner.loss.smoothing_over, judge.eval.k) == ("a picture of ", "all", 256)
     for c, epochs in ((captioner, 5), (judge, 6)):
         assert (

@@ -113,7 +113,7 @@ def loss_and_grads(case):
 
 
 def check_grads(case, grads):
-    names = [k for k in case.io.files if k.startswith("grad/")]
+    names = [k for k in case.io if k.startswith("grad/")]
     assert names
     for name in names:
         key, theirs = name[len("grad/") :], case.io[name]
@@ -227,11 +227,57 @@ def test_golden_retrieval_losses_gradients_and_queue():
     close(weights[0][0], case.io["weights_t2i"])
     close(weights[1][0], case.io["weights_i2t"])
     check_grads(case, grads)
-    tensors = load_file(GOLDEN / "retrieval" / "weights.safetensors")
+    check_queue(case, "retrieval", features)
+
+
+def check_queue(case, name, features):
+    tensors = load_file(GOLDEN / name / "weights.safetensors")
     state = case.state(optim.make(case.cfg, 1)[0], int(tensors["ptr_queue"][0]))
     after = case.as_torch(state.replace(extra=retrieval.after(case.cfg, state.extra, features)))
     for name in ("image_queue", "text_queue", "idx_queue", "ptr_queue"):
         close(after[name], case.io["after/" + name], what=name)
+
+
+@pytest.mark.parametrize("name, negatives", [("retrieval_2ranks_all", "batch"), ("retrieval_2ranks_local", "group")])
+def test_golden_retrieval_on_two_ranks_is_one_batch_in_two_groups(name, negatives):
+    case = Case(name, "retrieval")
+    ranks, own = case.io["neg_image_idx"].shape
+    case.cfg.loss.update(group_size=own, negatives=negatives)
+    case.io = {key: case.io[key] for key in case.io.files} | {
+        key: case.io[key].reshape(-1) for key in ("neg_image_idx", "neg_text_idx")
+    }
+    metrics, grads, features, extra, weights = loss_and_grads(case)
+    close(metrics["loss_itc"], case.io["loss_itc"].mean())
+    close(metrics["loss_itm"], case.io["loss_itm"].mean())
+    for ours, key in zip(weights, ("weights_t2i", "weights_i2t")):
+        theirs = case.io[key]
+        close(ours, theirs.reshape(1, ranks * own, -1) if negatives == "batch" else theirs, what=key)
+    check_grads(case, grads)
+    check_queue(case, name, features)
+
+
+def test_golden_step_of_a_captioner():
+    """Fine-tuning: the prompt's positions are not scored, by both forms of the smoothing's mean."""
+    case = Case("caption_step", "caption")
+    batch = case.batch()
+    batch["lm_mask"] = batch["txt_mask"] & (jnp.arange(batch["ids"].shape[1]) >= int(case.io["prompt_length"]))
+    keys = step.Keys(jax.random.key(0), jax.random.key(0), 0)
+
+    def both(params):
+        found = []
+        for over in ("valid", "all"):
+            case.cfg.loss.smoothing_over = over
+            found.append(caption.loss(case.model, case.cfg, params, None, batch, keys)[0])
+        return found[0], found
+
+    grads, found = jax.jit(jax.grad(both, has_aux=True))(case.loaded["params"])
+    close(found, [case.io["loss_lm"], case.io["loss_lm_torch110"]])
+    kv = case.apply("image_kv", case.apply("encode_image", batch["img"]))
+    logits = case.apply("lm_logits", batch["ids"], batch["txt_mask"], kv)[..., : case.meta["config"]["vocab"]]
+    close(logits, case.io["logits"][:, : logits.shape[1]])
+    check_grads(
+        case, to_torch("caption", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=case.meta["config"]["vocab"])
+    )
 
 
 def test_golden_itm_logits_and_cosines():
