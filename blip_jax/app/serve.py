@@ -93,6 +93,8 @@ def alone(uploads: pathlib.Path) -> None:
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Gradio asks its own page whether it is there, and would ask a proxy for it
+        "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
     }
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("blip-jax app needs Gradio: pip install 'blip-jax[app]'")
