@@ -24,7 +24,7 @@ from blip_jax.app import serve
 
 ROOT = pathlib.Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WAIT = 120_000  # ms for what compiles
+WAIT = 600_000  # ms, for what compiles on a machine that has much else to do
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 gradio = pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[app]'")
@@ -83,7 +83,7 @@ def shown(tiny_vocab, tmp_path_factory, compilation_cache):
     (at / "photos" / "bad.jpg").write_bytes(b"no picture")
     command = [sys.executable, "-m", "blip_jax", "app", f"--model={at / 'model'}", "--port=0"]
     command += [f"--photos={at / 'photos'}", f"--features={at / 'kept.npz'}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(at / "tmp"), "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(at / "tmp")}
     # with a proxy that is not there: who asked anybody would fail
     env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
