@@ -90,8 +90,8 @@ def shown(tiny_vocab, tmp_path_factory, compilation_cache):
     line = next(line for line in process.stdout if "page is at" in line)
     address, uploads = re.fullmatch(r"the page is at (\S+); uploads lie in (\S+) .*", line.strip()).groups()
     yield types.SimpleNamespace(address=address, uploads=uploads, folder=at, process=process)
-    process.kill()
-    process.wait()
+    process.terminate()  # killed, it would leave its folder behind
+    process.wait(60)
 
 
 def give(page, img: np.ndarray, name: str = "photo.png"):
