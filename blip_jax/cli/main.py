@@ -179,6 +179,13 @@ def convert(argv: list[str]) -> int:
     return 0
 
 
+def app(argv: list[str]) -> int:
+    """blip-jax app."""
+    from blip_jax.cli.app import app
+
+    return app(argv)
+
+
 def push(argv: list[str]) -> int:
     """blip-jax push."""
     values = flags.FlagValues()
@@ -201,13 +208,6 @@ def push(argv: list[str]) -> int:
         dry_run=values.dry_run,
     )
     return 0
-
-
-def app(argv: list[str]) -> int:
-    """blip-jax app."""
-    from blip_jax.cli.app import app
-
-    return app(argv)
 
 
 def demo(argv: list[str]) -> int:
@@ -238,13 +238,6 @@ def score(argv: list[str]) -> int:
     return score(argv)
 
 
-def report(argv: list[str]) -> int:
-    """blip-jax report."""
-    from blip_jax.cli.report import report
-
-    return report(argv)
-
-
 def plan(argv: list[str]) -> int:
     """blip-jax plan."""
     from blip_jax.cli.plan import plan
@@ -267,7 +260,6 @@ COMMANDS = {
     "features": infer.features,
     "app": app,
     "demo": demo,
-    "report": report,
     "score": score,
     "bench": bench,
     "plan": plan,

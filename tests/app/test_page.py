@@ -24,7 +24,7 @@ from blip_jax.app import serve
 
 ROOT = pathlib.Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WAIT = 120_000  # ms for what compiles
+WAIT = 600_000  # ms, for what compiles on a machine that has much else to do
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 gradio = pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[app]'")
@@ -83,15 +83,15 @@ def shown(tiny_vocab, tmp_path_factory, compilation_cache):
     (at / "photos" / "bad.jpg").write_bytes(b"no picture")
     command = [sys.executable, "-m", "blip_jax", "app", f"--model={at / 'model'}", "--port=0"]
     command += [f"--photos={at / 'photos'}", f"--features={at / 'kept.npz'}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(at / "tmp"), "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(at / "tmp")}
     # with a proxy that is not there: who asked anybody would fail
-    env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+    env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     line = next(line for line in process.stdout if "page is at" in line)
     address, uploads = re.fullmatch(r"the page is at (\S+); uploads lie in (\S+) .*", line.strip()).groups()
     yield types.SimpleNamespace(address=address, uploads=uploads, folder=at, process=process)
-    process.kill()
-    process.wait()
+    process.terminate()  # killed, it would leave its folder behind
+    process.wait(60)
 
 
 def give(page, img: np.ndarray, name: str = "photo.png"):
@@ -121,9 +121,9 @@ def scores(page) -> list[list[str]]:
 def test_captions_matching_and_search(shown, visit, size, colours):
     page = visit(shown.address, size, colours)
     assert page.get_by_role("tab").all_inner_texts() == ["Captions", "Matching", "Search"]  # what it can do, no more
-    seen = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
-    light = np.mean([int(x) for x in re.findall(r"\d+", seen)[:3]])
-    assert (light > 200) if colours == "light" else (light < 60), seen
+    ink = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).color")
+    bright = np.mean([int(x) for x in re.findall(r"\d+", ink)[:3]]) > 128
+    assert bright == (colours == "dark"), ink
 
     give(page, photos(1)[0])
     page.get_by_label("How many").first.fill("2")
