@@ -25,10 +25,14 @@ from blip_jax.plan import aot
 
 PAGES = pathlib.Path(__file__).resolve().parents[1] / "docs" / "tutorials"
 REPLACED = {
-    # sizes and steps of a config that stands in the page itself
+    "captions": [("--config.train.steps=500", "--config.train.steps=2")],
+    # the config that stands in the page itself
     "own_task": [
         ("    return c\n", "    c.optim.lr = 3e-3\n    return __import__('world.small').small.smaller(c, 60)\n")
     ],
+    # where the TPU's compiler is not installed, a plan is not decided
+    "pretraining": [] if aot.installed() else [("--out=plan.json\n", "--out=plan.json || test $? -eq 3\n")],
+    "blip_jax": [("--config.train.steps=600", "--config.train.steps=2")],
 }
 HUB = {"Salesforce__blip_image_captioning_base": "caption", "Salesforce__blip_itm_base_coco": "itm"}
 needs = lambda *names: pytest.mark.skipif(
@@ -42,11 +46,17 @@ class Block(NamedTuple):
     mark: str  # of the comment in front of it
 
 
-def blocks(page: str) -> list[Block]:
-    text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
-    for old, new in REPLACED.get(page, ()):
-        assert text.count(old) == 1, f"{page}.md holds {old!r} {text.count(old)} times"
+def smaller(name: str) -> str:
+    """The text of a page or notebook with what is REPLACED."""
+    text = (PAGES / name).read_text(encoding="utf-8")
+    for old, new in REPLACED.get(pathlib.Path(name).stem, ()):
+        assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
         text = text.replace(old, new)
+    return text
+
+
+def blocks(page: str) -> list[Block]:
+    text = smaller(f"{page}.md")
     found = re.findall(r"^(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)^```$", text, re.M | re.S)
     return [Block(kind, text, mark) for mark, kind, text in found]
 
@@ -93,6 +103,7 @@ def told(shell, tmp_path, monkeypatch):
     def run(page: str) -> list[str]:
         found = blocks(page)
         done = shell.run(script(found))
+        print(done.stdout)
         parts = re.split(r"^== \d+\n", done.stdout, flags=re.M)[1:]
         assert done.returncode == 0, f"block {len(parts) - 1} of {page}.md:\n{parts[-1][-4000:]}"
         assert len(parts) == len(found)
@@ -121,19 +132,19 @@ def test_every_page_is_tested_and_every_mark_says_why():
 
 @needs("huggingface_hub")
 def test_caption_your_photographs(told, tmp_path):
-    small.photos(tmp_path / "photos", 10)
+    small.photos(tmp_path / "photos", 40)
     parts = told("captions")
-    for i in range(10):
-        assert re.search(rf"^photos/{i}.jpg: \w+", parts[1], re.M)
+    for i in range(40):
+        assert re.search(rf"^photos/{i}.jpg: \S", parts[1], re.M)
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
-    assert [row["image"] for row in rows] == [f"photos/{i}.jpg" for i in range(10)]
+    assert [row["image"] for row in rows] == sorted(f"photos/{i}.jpg" for i in range(40))
     assert parts[3].splitlines() == [f"{row['image']} | {row['captions'][0]['caption']}" for row in rows]
-    chosen = re.findall(r"^([01]\.\d\d)  (\d)\.jpg: \w+", parts[4], re.M)
-    assert [name for _, name in chosen] == [str(i) for i in range(10)]
+    chosen = re.findall(r"^([01]\.\d\d)  (\d+)\.jpg: \S", parts[4], re.M)
+    assert [name for _, name in chosen] == sorted(map(str, range(40)))
     lists = [json.loads((tmp_path / "photos" / f"{name}.json").read_text()) for name in ("train", "val")]
-    assert [len(part) for part in lists] == [9, 1] and all(row["caption"] for part in lists for row in part)
+    assert [len(part) for part in lists] == [36, 4] and all(row["caption"] for part in lists for row in part)
     assert "goes on with a finished model" in parts[5] and "step 2" in parts[5]
-    assert len(re.findall(r"^photos/\d.jpg: \w+", parts[6], re.M)) == 10
+    assert len(re.findall(r"^photos/\d+.jpg: \S", parts[6], re.M)) == 40
     assert "would send" in parts[7] and "to me/my-captions" in parts[7] and "objective: caption" in parts[7]
 
 
@@ -147,11 +158,10 @@ def test_bring_a_checkpoint_from_pytorch(told, tmp_path, shell):
     assert "'probability'" in parts[3] and re.search(r"'caption': '\w+", parts[3])
     tensors = len(small.official.shapes("pretrain", small.SIZES, small.PIXELS))
     assert f"{tensors} tensors, bit for bit" in parts[5]
-    assert re.search(r"^transformers: a picture of \w+", parts[7], re.M)
+    assert re.search(r"^transformers: a picture of \S", parts[7], re.M)
 
 
-@needs("huggingface_hub")
-def test_from_shards_to_a_trained_blip(told, tmp_path, shell, monkeypatch):
+def test_from_shards_to_a_trained_blip(told, tmp_path, shell):
     (tmp_path / "data").mkdir()
     small.cc12m(tmp_path / "cc12m")
     small.coco(tmp_path / "data")
@@ -160,11 +170,9 @@ def test_from_shards_to_a_trained_blip(told, tmp_path, shell, monkeypatch):
     parts = told("pretraining")
     assert "7 captions of 7 pictures" in parts[1]
     assert (tmp_path / "data" / "ccs" / "00000.array_record").is_file()
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["fits"] is (True if aot.installed() else None)
     for name in ("pretrain_vitb_14m", "caption_coco_vitb", "retrieval_coco_vitb", "second", "second_retrieval"):
         assert (tmp_path / "runs" / name / "checkpoints" / "2").is_dir(), name
-    assert re.findall(r"^(\d) \{'itc': [\d.]+, 'itm': [\d.]+, 'lm': [\d.]+\}", parts[7], re.M) == ["1", "2"]
+    assert re.findall(r"^(\d) itc [\d.]+ itm [\d.]+ lm [\d.]+$", parts[7], re.M) == ["1", "2"]
     summary = json.loads((tmp_path / "data" / "capfilt_14m" / "summary.json").read_text())
     for kind in ("web", "synthetic"):
         assert f"{kind}: {summary[kind]['kept']} of {summary[kind]['texts']} kept" in parts[10]
@@ -173,6 +181,8 @@ def test_from_shards_to_a_trained_blip(told, tmp_path, shell, monkeypatch):
     assert json.loads((tmp_path / "data" / "capfilt_14m_07" / "summary.json").read_text())["threshold"] == 0.7
     recalls = json.loads((tmp_path / "runs" / "second_retrieval" / "evaluation.json").read_text())
     assert recalls["images"] == 8 and 0 <= recalls["r_mean"] <= 100
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] is (True if aot.installed() else None)
 
 
 @needs("huggingface_hub")
@@ -193,7 +203,7 @@ def test_your_own_task(told, tmp_path):
 @needs("huggingface_hub")
 def test_the_notebook(shell, tmp_path, monkeypatch):
     """Its cells as one program: lines that begin with ! go to a shell, %pip is left out."""
-    notebook = json.loads((PAGES / "blip_jax.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(smaller("blip_jax.ipynb"))
     assert notebook["nbformat"] == 4 and len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
@@ -206,6 +216,7 @@ def test_the_notebook(shell, tmp_path, monkeypatch):
     monkeypatch.setattr(shell, "place", tmp_path)
     done = shell.run("python notebook.py")
     assert done.returncode == 0, done.stdout[-4000:]
-    assert len(re.findall(r"^\{'caption': '\w+.*', 'log_prob': -", done.stdout, re.M)) == 3
+    assert len(re.findall(r"^\{'caption': '\S.*', 'log_prob': -", done.stdout, re.M)) == 3
     assert re.findall(r"^(\d+) itc [\d.]+ itm [\d.]+ lm [\d.]+$", done.stdout, re.M) == ["1", "2"]
-    assert re.search(r"own picture is nearest: \d of 8", done.stdout) and done.stdout.count(" | a ") >= 4
+    assert re.search(r"own picture is nearest: \d of 8", done.stdout)
+    assert len(re.findall(r"^.{40,} \| \w[\w ,]+$", done.stdout, re.M)) == 8

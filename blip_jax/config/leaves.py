@@ -57,7 +57,7 @@ def base(size: str = "base") -> ConfigDict:
     if size not in VIT_SIZES:
         raise ValueError(f"model size {size!r} is unknown: choose one of {sorted(VIT_SIZES)}")
     c = ConfigDict()
-    c.objective = "pretrain"  # the task, a module of blip_jax/tasks: its model, loss and evaluation
+    c.objective = "pretrain"  # the task, a module of blip_jax/tasks or what tasks.bring gave: model, loss, evaluation
     c.seed = 42  # root of every random stream: initialisation, dropout, negatives, data order, augmentation
 
     c.model = ConfigDict()

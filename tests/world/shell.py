@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -32,7 +33,8 @@ class Shell:
     """bash in the folder `place`; `beside` holds what it needs, outside of that folder."""
 
     def __init__(self, place: pathlib.Path, beside: pathlib.Path, env: dict[str, str]):
-        self.place, commands, address = place, beside / "bin", str(beside / "socket")
+        self._folder = tempfile.TemporaryDirectory()  # a socket's path must be short
+        self.place, commands, address = place, beside / "bin", os.path.join(self._folder.name, "socket")
         commands.mkdir()
         for name in ("blip-jax", "python"):
             (commands / name).write_text(CLIENT.format(python=sys.executable, address=address))
@@ -54,6 +56,7 @@ class Shell:
     def close(self) -> None:
         self._server.terminate()
         self._server.wait(60)
+        self._folder.cleanup()
 
 
 def serve(address: str) -> None:

@@ -7,6 +7,8 @@ import pathlib
 import tarfile
 
 import numpy as np
+from tokenizers import AddedToken
+from tokenizers.implementations import BertWordPieceTokenizer
 
 from blip_jax.convert import write
 from blip_jax.data.text.wordpiece import train_vocab
@@ -37,6 +39,7 @@ def smaller(c, steps: int = 2, batch: int = 32):
     """A config of a run, with the sizes of SIZES and a few steps; what it reads and how it learns stay."""
     if "model" not in c:  # CapFilt
         c.device_batch, c.shard_examples, c.method.max_length = 8, 16, 12
+        c.threshold = 0.0  # a filter of two steps finds that nothing matches
         return c
     c.model.vit.update(width=SIZES["D"], depth=SIZES["depth"], heads=1, mlp=SIZES["F"], patch=SIZES["p"])
     c.model.med.update(width=SIZES["W"], layers=SIZES["layers"], heads=1, mlp=SIZES["M"])
@@ -74,9 +77,15 @@ def pth(path: pathlib.Path, family: str = "pretrain") -> None:
 
 
 def on_hub(home: pathlib.Path, vocab: pathlib.Path, **families: str) -> None:
-    """Repositories in the cache of huggingface_hub, owner__name=family, as it lays them out."""
+    """Repositories in the cache of huggingface_hub, owner__name=family, as it lays them out.
+
+    As in BLIP's on the hub a tokenizer.json lies beside vocab.txt.
+    """
     from safetensors.numpy import save_file
 
+    words = vocab.read_text(encoding="utf-8").splitlines()
+    tokenizer = BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("[DEC]", "[ENC]")])
     for name, family in families.items():
         repository = home / "hub" / f"models--{name.replace('__', '--').replace('_', '-')}"
         (repository / "refs").mkdir(parents=True)
@@ -85,7 +94,9 @@ def on_hub(home: pathlib.Path, vocab: pathlib.Path, **families: str) -> None:
         arrays = official.tensors(family, SIZES, img_size=PIXELS)
         file = home / f"{family}.safetensors"
         save_file({key: np.ascontiguousarray(x) if x.ndim else x for key, x in arrays.items()}, file)
-        write.convert(file, repository / "snapshots" / ("0" * 40), to="hf", vocab=str(vocab))
+        snapshot = repository / "snapshots" / ("0" * 40)
+        write.convert(file, snapshot, to="hf", vocab=str(vocab))
+        tokenizer.save(str(snapshot / "tokenizer.json"))
 
 
 def photos(folder: pathlib.Path, n: int) -> None:
