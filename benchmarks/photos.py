@@ -87,17 +87,22 @@ def retrieved(cfg, workdir: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 def captioned(cfg, workdir: pathlib.Path) -> dict[int, str]:
     """Picture -> its caption by beam search, as `blip-jax evaluate --config.objective=caption` makes and scores it in
-    the folder captions of the workdir."""
-    cfg, out = cfg.copy_and_resolve_references().unlock(), workdir / "captions"
+    the workdir's folder `told`."""
+    cfg, out = cfg.copy_and_resolve_references().unlock(), told(workdir)
     cfg.objective = "caption"
     if not (out / "predictions.json").exists():
         evaluation.evaluate(cfg.lock(), out, str(workdir))
     return files.caption_results(str(out / "predictions.json"))
 
 
+def told(workdir: pathlib.Path) -> pathlib.Path:
+    """Where the captions by the newest checkpoint lie."""
+    return workdir / f"captions-{checkpoint.newest(workdir).name}"
+
+
 def official(workdir: pathlib.Path) -> dict[str, float]:
     """What `captioned` scored by all captions of people, as far as it could."""
-    found = json.loads((workdir / "captions" / "evaluation.json").read_text(encoding="utf-8"))
+    found = json.loads((told(workdir) / "evaluation.json").read_text(encoding="utf-8"))
     return {name: found[name] for name in METRICS if name in found}
 
 
@@ -189,6 +194,7 @@ def run(data: str, runs: str, bert: str, steps: int, command: str, out: str = ""
         made[arm] = captioned(cfgs[arm], at[arm])
         log = [row for row in results.rows_of(at[arm]) if "train/loss" in row]
         found[arm] = {
+            "step": int(checkpoint.newest(at[arm]).name),
             "cost": cost[arm],
             "losses": {name: [row[f"train/{name}"] for row in (log[0], log[-1])] for name in results.LOSSES},
             "retrieval": numbers | {name: with_error(each) for name, each in pictures[arm].items()},

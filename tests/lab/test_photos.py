@@ -170,7 +170,7 @@ def test_both_arms_are_one_model_and_end_in_one_table(bert, data, tmp_path, monk
     assert far["bert"] < 0.02 < 1 < far["random"]  # two steps from it
     for own in result["arms"].values():
         assert own["retrieval"]["images"] == 4 and own["retrieval"]["texts"] == 12
-        assert len(own["losses"]["loss_lm"]) == 2
+        assert own["step"] == 2 and len(own["losses"]["loss_lm"]) == 2
     assert {*result["captions"]} == {*photos.ARMS, photos.SENTENCE, photos.PEOPLE}
     difference = result["bert_minus_random"]["CIDEr"]["mean"]
     both = [result["captions"][arm]["CIDEr"] for arm in photos.ARMS]
