@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
-from blip_jax.demo.report import blip2, sections, style
+from blip_jax.demo.report import blip2, sections, style, tasks
 from blip_jax.demo.report.markup import escape
 
 # what each part may hold, and what each of its rows must; a part that is not named here is plain text or pairs
@@ -39,8 +39,16 @@ ROWS = {
     "captioners": ({"name", *blip2.PARTS}, set()),
     "objectives": ({"itg", "metrics"}, set()),
     "captions": ({"image", "texts"}, set()),
+    "answered": ({"kind", "questions", "accuracy", "commonest"}, {"error"}),
+    "question_cards": ({"image", "asked"}, set()),
+    "compared": ({"kind", "examples", "accuracy"}, {"consistency", "error"}),
+    "pair_cards": ({"images", "sentence", "answer", "right"}, set()),
+    "described": ({"name", *tasks.TRUE}, {*tasks.METRICS}),
+    "continued": ({"name", "mean", "mrr"}, {*tasks.RANKED, "error"}),
+    "turns": ({"kind", "rounds", "mrr", "frequent"}, set()),
+    "dialog_cards": ({"image", "caption", "rounds"}, set()),
 }
-PARTS = {"title", "intro", "facts", "curves", "noise", "phases", *ROWS}
+PARTS = {"title", "intro", "facts", "curves", "noise", "phases", "described_note", *ROWS}
 
 
 def write(path, results: dict) -> None:
@@ -69,6 +77,19 @@ def write(path, results: dict) -> None:
       captioners, of BLIP-2: [{"name": str, "colours", "objects", "whole": shares of captions, as demo.truth.hits}]
       objectives, of its first stage: [{"itg": bool, "metrics": as above}]
       captions: [{"image": bytes, "texts": [{"by": name of a captioner, "text": str, "true": bool}]}]
+      answered, of the tasks, the first row of all: [{"kind": of question, "questions": int, "accuracy", "commonest":
+          that of the commonest answer, "error": of the first, all in percent}]
+      question_cards: [{"image": bytes, "asked": [{"question", "answer", "truth": str, "right": bool}]}]
+      compared, the first row of all: [{"kind": of sentence, "examples": int, "accuracy", "consistency", "error": in
+          percent}]
+      pair_cards: [{"images": [bytes, bytes], "sentence": str, "answer": bool, "right": bool}]
+      described, the first row the model's: [{"name": str, "CIDEr" and other scores: fractions, and the three of
+          captioners}]; described_note: str
+      continued, the first row the model's: [{"name": of an order, "mrr", "r@1", "r@5", "r@10", "ndcg", "error" of mrr:
+          fractions, "mean": rank}]
+      turns: [{"kind": of question, "rounds": int, "mrr", "frequent": of the order by frequency, fractions}]
+      dialog_cards: [{"image": bytes, "caption": str, "rounds": [{"question", "answer", "first": what the model has
+          first, all str, "true": whether that is true, "rank": int}]}]
       curves: {run: {"loss_itc" | "loss_itm" | "loss_lm" | any name: [(step, value)] in order of steps}}
     Shares and probabilities are 0 ... 1. Raises ValueError that names every part that is unknown or lacks something.
     """
@@ -88,9 +109,10 @@ def page(results: dict) -> str:
     check(results)
     title = escape(results.get("title") or "CapFilt, the paper in miniature")
     intro = f'<p class="lead">{escape(results["intro"])}</p>' if results.get("intro") else ""
-    body = [text for text in (part(results) for part in (*blip2.ALL, *sections.ALL)) if text]
+    body = [text for text in (part(results) for part in (*tasks.ALL, *blip2.ALL, *sections.ALL)) if text]
     links = [re.search(r'id="(\w+)"><h2>(.*?)</h2>', text).groups() for text in body]
     nav = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in links)
+    tiles = tasks.tiles(results) + blip2.tiles(results)
     nav = f'<nav aria-label="Contents">{nav}</nav>' if len(links) > 1 else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -103,7 +125,7 @@ def page(results: dict) -> str:
 <style>{style.sheet()}</style>
 </head>
 <body>
-<header><h1>{title}</h1>{intro}{sections.glance(results, blip2.tiles(results))}{sections.facts(results)}{nav}</header>
+<header><h1>{title}</h1>{intro}{sections.glance(results, tiles)}{sections.facts(results)}{nav}</header>
 <main>
 {chr(10).join(body)}
 </main>
