@@ -41,6 +41,7 @@ COMMANDS = [  # that do not take ADDRESS, even on Google's
     ["convert", "in.pth", "ADDRESS"],
     ["demo", "--workdir=ADDRESS"],
     ["demo", "blip2", "--workdir=ADDRESS"],
+    ["demo", "tasks", "--workdir=ADDRESS"],
     ["score", "caption", "--results=a", "--references=b", "--out=ADDRESS"],
     ["caption", "--model=in.pth", "ADDRESS"],
 ]

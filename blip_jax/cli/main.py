@@ -210,18 +210,20 @@ def push(argv: list[str]) -> int:
     return 0
 
 
+DEMOS = {"": "scenes.py", "blip2": "scenes_blip2.py", "tasks": "scenes_tasks.py"}  # which demo -> its config
+
+
 def demo(argv: list[str]) -> int:
-    """blip-jax demo, and blip-jax demo blip2."""
-    later = argv[1:2] == ["blip2"]
-    argv = [argv[0], *argv[1 + later :]]
+    """blip-jax demo, blip-jax demo blip2 and blip-jax demo tasks."""
+    which = argv[1] if argv[1:] and argv[1] in DEMOS else ""
+    argv = [argv[0], *argv[1 + bool(which) :]]
     if not configs.given(argv):
-        default = configs.CONFIGS / ("scenes_blip2.py" if later else "scenes.py")
-        argv = [argv[0], f"--config={default}", *argv[1:]]
+        argv = [argv[0], f"--config={configs.CONFIGS / DEMOS[which]}", *argv[1:]]
     cfg, values = config_of_run(argv)
-    from blip_jax.demo import blip2, stages
+    from blip_jax.demo import blip2, stages, tasks
 
     with Interrupt():
-        return AGAIN if (blip2 if later else stages).run(cfg, values.workdir)["stopped"] else 0
+        return AGAIN if {"blip2": blip2, "tasks": tasks}.get(which, stages).run(cfg, values.workdir)["stopped"] else 0
 
 
 def bench(argv: list[str]) -> int:

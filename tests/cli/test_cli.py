@@ -181,7 +181,7 @@ def test_a_config_that_raises_is_one_line_that_names_it(tmp_path, capsys, text, 
 def test_a_misspelled_config_is_one_line_with_what_is_near(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(PRETRAIN.parents[1])
     line = lambda path: fails(capsys, "train", f"--config={path}", "--workdir=x")
-    assert line("configs/scene.py").endswith("did you mean configs/scenes.py or configs/scenes_blip2.py?\n")
+    assert line("configs/scene.py").endswith("did you mean configs/scenes.py or configs/scenes_tasks.py?\n")
     assert "did you mean configs/scenes.py" in line("configs/scenes") and "configs/photos.py?" in line("photos.py")
     assert "configs is a folder: give a file of it, as configs/blip2_caption_coco.py" in line("configs")
     assert "which has no folder nowhere" in line("nowhere/x.py")

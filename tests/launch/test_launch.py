@@ -65,6 +65,9 @@ def test_installs_once_per_version_and_extra(project):
     assert installs(calls) == [] and "setup.py has not changed" in out and "venv" not in " ".join(calls)
     _, calls = launch(project, "launch/demo.sh", "blip2", "--config.seed=3")
     assert calls[-1] == f"{project}: -m blip_jax demo blip2 --workdir=runs/demo_blip2 --config.seed=3"
+    _, calls = launch(project, "launch/demo.sh", "tasks", "--config.seed=3")
+    assert installs(calls) == [".[eval]"]  # captions are scored there
+    assert calls[-1] == f"{project}: -m blip_jax demo tasks --workdir=runs/demo_tasks --config.seed=3"
 
     _, calls = launch(project, "launch/test.sh", "-k", "a and b")
     assert installs(calls) == [".[test]"] and calls[-1] == f"{project}: {PYTEST} -m not lab -k a and b"

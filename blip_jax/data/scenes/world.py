@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,10 +37,11 @@ OTHER_LANGUAGES = (
     "todos los derechos reservados",
 )  # fmt: skip
 
-_WORLD, _CAPTION, _NOISE = range(3)  # purposes of a record's random streams
+_WORLD, _CAPTION, _NOISE = range(3)  # purposes of a record's random streams; those of tasks are in crowd.py
 
 
-def _stream(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Generator:
+def stream(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Generator:
+    """What is drawn for one purpose, and one of its parts, of record `index` of world `seed`."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64), counter=[0, 0, part, purpose]))
 
 
@@ -57,20 +58,35 @@ def draw_scene(rng: np.random.Generator, size: int, easy: bool = False) -> dict:
     return _draw(rng, size, count, tuple(COLOURS), tuple(words.SHAPES), tuple(DIAMETERS), tuple(words.BACKGROUNDS))
 
 
+def draw_crowd(rng: np.random.Generator, size: int, kinds: Sequence[tuple[str, str]]) -> dict:
+    """An easy scene whose objects are of these (colour, shape), which may be alike; 9 at most."""
+    objects = [
+        {"colour": colour, "shape": shape, **_placed(rng, cell, size, "large")}
+        for cell, (colour, shape) in zip(rng.permutation(9).tolist(), kinds)
+    ]
+    return {"objects": objects, "background": _background(rng, ("plain",))}
+
+
 def _draw(rng, size: int, count: int, all_colours: tuple, shapes: tuple, kinds: tuple, backgrounds: tuple) -> dict:
     cells, colours = rng.permutation(9)[:count], rng.permutation(len(all_colours))[:count]
     objects = []
     for cell, colour in zip(cells.tolist(), colours.tolist()):
-        kind = pick(rng, kinds)
-        row, col = divmod(cell, 3)
-        diameter = round(size * rng.uniform(*DIAMETERS[kind]))
-        left, top = (_offset(rng, line, diameter, size) for line in (col, row))
-        objects.append({
-            "shape": pick(rng, shapes), "colour": all_colours[colour], "size": kind,
-            "row": row, "col": col, "left": left, "top": top, "diameter": diameter,
-        })  # fmt: skip
-    background = {"kind": pick(rng, backgrounds), "tone": pick(rng, tuple(words.TONES))}
-    return {"objects": objects, "background": {**background, "pattern_seed": int(rng.integers(2**32))}}
+        place = _placed(rng, cell, size, pick(rng, kinds))
+        objects.append({"shape": pick(rng, shapes), "colour": all_colours[colour], **place})
+    return {"objects": objects, "background": _background(rng, backgrounds)}
+
+
+def _placed(rng, cell: int, size: int, kind: str) -> dict:
+    """Size and place of an object in cell 0..8 of the grid."""
+    row, col = divmod(cell, 3)
+    diameter = round(size * rng.uniform(*DIAMETERS[kind]))
+    left, top = (_offset(rng, line, diameter, size) for line in (col, row))
+    return {"size": kind, "row": row, "col": col, "left": left, "top": top, "diameter": diameter}
+
+
+def _background(rng, kinds: tuple) -> dict:
+    background = {"kind": pick(rng, kinds), "tone": pick(rng, tuple(words.TONES))}
+    return {**background, "pattern_seed": int(rng.integers(2**32))}
 
 
 def _offset(rng, line: int, diameter: int, size: int) -> int:
@@ -203,13 +219,13 @@ class Scenes:
 
     def scene(self, index: int) -> dict:
         """What is in picture `index`."""
-        return draw_scene(_stream(self.seed, index, _WORLD), self.size, self.easy)
+        return draw_scene(stream(self.seed, index, _WORLD), self.size, self.easy)
 
     def clean_captions(self, index: int, n: int) -> list[str]:
         """n true captions of record `index`, not necessarily different; the first is its truth's "true_caption"."""
         scene = self.scene(index)
         return [
-            words.describe(_stream(self.seed, index, _CAPTION, part), scene, places=not self.easy) for part in range(n)
+            words.describe(stream(self.seed, index, _CAPTION, part), scene, places=not self.easy) for part in range(n)
         ]
 
     def web_captions(self, index: int) -> list[tuple[str | None, str]]:
@@ -220,7 +236,7 @@ class Scenes:
         ]
 
     def _web_caption(self, index: int, part: int, scene: dict, true_caption: str) -> tuple[str | None, str]:
-        rng = _stream(self.seed, index, _NOISE, part)
+        rng = stream(self.seed, index, _NOISE, part)
         if rng.random() >= self.noise:
             return None, true_caption
         kind = tuple(NOISE)[int(rng.choice(len(NOISE), p=tuple(NOISE.values())))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
-from blip_jax.demo.report import blip2, sections, style
+from blip_jax.demo.report import blip2, sections, style, tasks
 from blip_jax.demo.report.markup import escape
 
 # what each part may hold, and what each of its rows must; a part that is not named here is plain text or pairs
@@ -39,11 +39,19 @@ ROWS = {
     "captioners": ({"name", *blip2.PARTS}, set()),
     "objectives": ({"itg", "metrics"}, set()),
     "captions": ({"image", "texts"}, set()),
+    "answered": ({"kind", "questions", "accuracy", "commonest"}, {"error"}),
+    "question_cards": ({"image", "asked"}, set()),
+    "compared": ({"kind", "examples", "accuracy"}, {"consistency", "error"}),
+    "pair_cards": ({"images", "sentence", "answer", "right"}, set()),
+    "described": ({"name", *tasks.TRUE}, {*tasks.METRICS}),
+    "continued": ({"name", "mean", "mrr"}, {*tasks.RANKED, "error"}),
+    "turns": ({"kind", "rounds", "mrr", "frequent"}, set()),
+    "dialog_cards": ({"image", "caption", "rounds"}, set()),
 }
 PAPERS = """Made by blip_jax. The papers: Li, Li, Xiong, Hoi, BLIP: Bootstrapping Language-Image Pre-training for
 Unified Vision-Language Understanding and Generation, 2022; Li, Li, Savarese, Hoi, BLIP-2: Bootstrapping Language-Image
 Pre-training with Frozen Image Encoders and Large Language Models, 2023."""
-PARTS = {"title", "intro", "facts", "curves", "noise", "phases", *ROWS}
+PARTS = {"title", "intro", "facts", "curves", "noise", "phases", "described_note", *ROWS}
 
 
 def write(path, results: dict) -> None:
@@ -72,6 +80,19 @@ def write(path, results: dict) -> None:
       captioners, of BLIP-2: [{"name": str, "colours", "objects", "whole": shares of captions, as demo.truth.hits}]
       objectives, of its first stage: [{"itg": bool, "metrics": as above}]
       captions: [{"image": bytes, "texts": [{"by": name of a captioner, "text": str, "true": bool}]}]
+      answered, of the tasks, the first row of all: [{"kind": of question, "questions": int, "accuracy", "commonest":
+          that of the commonest answer, "error": of the first, all in percent}]
+      question_cards: [{"image": bytes, "asked": [{"question", "answer", "truth": str, "right": bool}]}]
+      compared, the first row of all: [{"kind": of sentence, "examples": int, "accuracy", "consistency", "error": in
+          percent}]
+      pair_cards: [{"images": [bytes, bytes], "sentence": str, "answer": bool, "right": bool}]
+      described, the first row the model's: [{"name": str, "CIDEr" and other scores: fractions, and the three of
+          captioners}]; described_note: str
+      continued, the first row the model's: [{"name": of an order, "mrr", "r@1", "r@5", "r@10", "ndcg", "error" of mrr:
+          fractions, "mean": rank}]
+      turns: [{"kind": of question, "rounds": int, "mrr", "frequent": of the order by frequency, fractions}]
+      dialog_cards: [{"image": bytes, "caption": str, "rounds": [{"question", "answer", "first": what the model has
+          first, all str, "true": whether that is true, "rank": int}]}]
       curves: {run: {"loss_itc" | "loss_itm" | "loss_lm" | any name: [(step, value)] in order of steps}}
     Shares and probabilities are 0 ... 1. Raises ValueError that names every part that is unknown or lacks something.
     """
@@ -95,8 +116,9 @@ def page(results: dict) -> str:
     check(results)
     title = escape(results.get("title") or "CapFilt, the paper in miniature")
     intro = f'<p class="lead">{escape(results["intro"])}</p>' if results.get("intro") else ""
-    head = f"{intro}{sections.glance(results, blip2.tiles(results))}{sections.facts(results)}"
-    return document(title, head, [part(results) for part in (*blip2.ALL, *sections.ALL)], PAPERS)
+    tiles = tasks.tiles(results) + blip2.tiles(results)
+    head = f"{intro}{sections.glance(results, tiles)}{sections.facts(results)}"
+    return document(title, head, [part(results) for part in (*tasks.ALL, *blip2.ALL, *sections.ALL)], PAPERS)
 
 
 def document(title: str, head: str, body: list[str], foot: str) -> str:

@@ -96,6 +96,9 @@ img{display:block;width:100%;aspect-ratio:1;object-fit:contain;image-rendering:p
 .photos img{image-rendering:auto} .photos img+img{margin-top:.5rem}
 .card p{margin:0;font-size:.92rem;line-height:1.4;overflow-wrap:anywhere}
 .card p+p{margin-top:.7rem}
+.pairs .card{grid-template-columns:10rem minmax(0,1fr)}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:.5rem;align-content:start}
+.cards.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr))}
 .who{color:var(--ink)}
 del{text-decoration-thickness:1px}
 .chip{display:inline-block;border:1px solid var(--soft);border-radius:.3rem;padding:0 .35rem;font-size:.82rem;
@@ -113,7 +116,7 @@ footer{padding-bottom:3rem}
 @media (max-width:40rem){
 body{font-size:16px} header{padding-top:2rem} section{margin:3.25rem 0}
 .bars>div{grid-template-columns:minmax(0,1fr) auto;gap:.15rem 1rem} .bars .bar{grid-row:2;grid-column:1/-1}
-.card{grid-template-columns:5rem minmax(0,1fr)}
+.card{grid-template-columns:5rem minmax(0,1fr)} .pairs .card{grid-template-columns:8rem minmax(0,1fr)}
 .scroll{margin-right:-1.25rem;padding-right:1.25rem}
 .across{margin-right:0;padding-right:0}
 .across table{font-size:.85rem}
@@ -131,6 +134,7 @@ section>p,.scroll,figure,.card,.query,.bars>div,.tiles,.facts div,.relations li{
 .plots{grid-template-columns:1fr 1fr;gap:1rem} .panels{grid-template-columns:1fr 1fr 1fr;gap:1rem}
 .cards{grid-template-columns:1fr 1fr;gap:.6rem}
 .card{padding:.6rem;grid-template-columns:4.2rem minmax(0,1fr);gap:.7rem}
+.pairs .card{grid-template-columns:8rem minmax(0,1fr)}
 .queries{grid-template-columns:1fr 1fr} .query ol{grid-template-columns:repeat(5,1fr);gap:.4rem}
 thead th:first-child,tbody th{position:static}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
