@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import zlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -59,10 +60,14 @@ def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
     """
     if record["label"] is None:
         raise BadRecord(record["key"], "sentence without a label")
-    if rng.random() < 0.5:
-        words = [OTHER.get(word, word) for word in record["sentence"].split(" ")]
-        record = record | {"sentence": " ".join(words), "images": record["images"][::-1]}
+    record = exchanged(record) if rng.random() < 0.5 else record
     return sentence(record, cfg, tokenizer) | {"label": np.bool_(record["label"])}
+
+
+def exchanged(record: dict) -> dict:
+    """The record with its pictures exchanged, and the words "left" and "right" of the sentence."""
+    words = [OTHER.get(word, word) for word in record["sentence"].split(" ")]
+    return record | {"sentence": " ".join(words), "images": record["images"][::-1]}
 
 
 def sentence(record: dict, cfg, tokenizer) -> dict:
@@ -132,7 +137,15 @@ def flops(cfg, T: int | None = None) -> dict[str, float]:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
     """The sentences of cfg.data.eval, with labels or without."""
-    return EvalRows(cfg, tokenizer, sentence, cfg.data.eval, skipped_path=skipped_path)
+    return EvalRows(cfg, tokenizer, shown, cfg.data.eval, skipped_path=skipped_path)
+
+
+def shown(record: dict, cfg, tokenizer) -> dict:
+    """`sentence`; with eval.exchange of half of the records, drawn by seed and key, exchanged, as the original's
+    evaluation shows them.
+    """
+    half = zlib.crc32(f"{cfg.seed} {record['key']}".encode()) % 2
+    return sentence(exchanged(record) if cfg.eval.exchange and half else record, cfg, tokenizer)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -47,8 +48,9 @@ def leaves() -> ConfigDict:
     # of the one answer of a question from Visual Genome; the ten people's answers of VQA weigh 1 together
     c.vg_weight = 0.2
     c.method = "rank"  # how evaluation answers: rank (the best of a list) | generate (beam search)
-    # rank: JSON list of the candidates; "": what the majority of people answered to 9 questions of data.train or more,
-    # in the common form of the official accuracy, by which VQA v2's train and val give some 3,100
+    # rank: JSON list of the candidates; "", or a file that is not there: what the majority of people answered to 9
+    # questions of data.train or more, in the common form of the official accuracy, by which VQA v2's train and val give
+    # some 3,100
     c.answer_list = ""
     c.k = 128  # rank: candidates with the likeliest first token, which are scored in full
     c.beams = 3  # generate
@@ -266,11 +268,15 @@ def jitted(make: Callable, *args, **how) -> Callable:
 
 
 def candidates(cfg) -> list[str]:
-    """The answers that are ranked: those of cfg.task.answer_list, or, where it is "", made from the questions of
-    cfg.data.train (`eval.vqa.common_answers`), and said. ValueError: the file is no list of texts, or none is frequent.
+    """The answers that are ranked: those of cfg.task.answer_list, or, where it is "" or a file that is not there, made
+    from the questions of cfg.data.train (`eval.vqa.common_answers`), and said. ValueError: the file is no list of
+    texts, or none is frequent.
     """
-    if not (path := cfg.task.answer_list):
-        return list(made_from(tuple((name, source.to_json()) for name, source in sorted(cfg.data.train.items()))))
+    path = cfg.task.answer_list
+    if not path or not os.path.exists(path) and len(cfg.data.train):
+        missing = f"{path} is not there" if path else "empty"
+        sources = tuple((name, source.to_json()) for name, source in sorted(cfg.data.train.items()))
+        return list(made_from(sources, missing))
     try:
         texts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -281,19 +287,21 @@ def candidates(cfg) -> list[str]:
 
 
 @functools.cache
-def made_from(sources: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """The frequent answers of sources, (name, config.source as JSON) each, Visual Genome's left out."""
+def made_from(sources: tuple[tuple[str, str], ...], missing: str) -> tuple[str, ...]:
+    """The frequent answers of sources, (name, config.source as JSON) each, Visual Genome's left out. missing: why there
+    is no list.
+    """
     opened = [open_source(name, ConfigDict(json.loads(source))) for name, source in sources]
     rows = [row for source in opened if isinstance(source, Questions) for row in source.rows()]
     asked = [row["answer"] for row in rows if row["dataset"] != "vg" and "answer" in row]
     texts = vqa.common_answers(asked, OFTEN)
     if not texts:
         raise ValueError(
-            f"task.answer_list is empty, and no answer is the majority's to {OFTEN} of the {len(asked)} questions of "
+            f"task.answer_list: {missing}, and no answer is the majority's to {OFTEN} of the {len(asked)} questions of "
             "data.train: give the JSON list of candidates, or set task.method=generate"
         )
     say(
-        f"task.answer_list is empty: {len(texts)} answers are ranked, the majority's to {OFTEN} or more of the "
+        f"task.answer_list: {missing}; {len(texts)} answers are ranked, the majority's to {OFTEN} or more of the "
         f"{len(asked)} questions of data.train in the common form; the published models ranked 3128"
     )
     return tuple(texts)

@@ -23,6 +23,12 @@ def test_texts_are_normalised_as_by_the_official_program():
         assert vqa.plain_words(row["punctuation"]) == row["final"], row
 
 
+def test_the_tables_are_the_official_programs():
+    tables = golden("tables")
+    assert vqa.CONTRACTIONS == tables["contractions"] and vqa.NUMBERS == tables["manualMap"]
+    assert list(vqa.ARTICLES) == tables["articles"] and set(vqa.PUNCTUATION) == set(tables["punct"])
+
+
 def test_every_golden_question_and_the_means():
     whole = golden("cases")
     for case in whole["cases"]:

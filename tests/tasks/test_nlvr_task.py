@@ -131,6 +131,15 @@ def test_half_of_the_time_the_pictures_change_sides_and_the_words_with_them(cfg)
     assert seen == {True, False}
     still = nlvr.sentence(told(), cfg, tokenizer)
     assert (still["img0"], still["img1"]) == (b"left", b"right") and "label" not in still
+    rows = [told() | {"key": str(n)} for n in range(20)]
+    shown = lambda: [nlvr.shown(row, cfg, tokenizer)["img0"] for row in rows]
+    assert shown() == [b"left"] * 20  # evaluation leaves them where they are
+    cfg.eval.exchange = True
+    assert set(shown()) == {b"left", b"right"} and shown() == shown()
+    for row in rows:
+        one = nlvr.shown(row, cfg, tokenizer)
+        text = "the right ring is red" if one["img0"] == b"right" else "the left ring is red"
+        np.testing.assert_array_equal(one["ids"], tokenizer.encode([text], 40)[0][0])
     cfg.text.max_len = 5
     assert nlvr.sentence(told(), cfg, tokenizer)["notes"] == ["long sentence, cut"]
     with pytest.raises(BadRecord, match="sentence without a label"):

@@ -261,6 +261,9 @@ def test_without_a_list_of_answers_one_is_made_and_said(tiny_cfg, files, tmp_pat
         tiny_cfg.data.train = tiny_cfg.data.eval = ConfigDict(train)
     assert not vqa.check(tiny_cfg) and vqa.candidates(tiny_cfg) == ["ring"]
     assert "1 answers are ranked, the majority's to 9 or more of the 17 questions" in capsys.readouterr().out
+    tiny_cfg.task.answer_list = str(tmp_path / "nowhere.json")
+    assert vqa.candidates(tiny_cfg) == ["ring"]
+    assert "nowhere.json is not there; 1 answers are ranked" in capsys.readouterr().out
     tiny_cfg.task.answer_list = str(files / "answer_list.json")
     assert vqa.candidates(tiny_cfg)[0] == "ring" and len(vqa.candidates(tiny_cfg)) == 6
     with tiny_cfg.data.unlocked():
