@@ -99,7 +99,7 @@ def give(page, img: np.ndarray, name: str = "photo.png"):
     out = io.BytesIO()
     Image.fromarray(img).save(out, "PNG")
     upload(page, name, out.getvalue())
-    page.locator("img[src*='/file=']").first.wait_for()
+    page.locator(f"img[src*='{name}']").first.wait_for()
 
 
 def upload(page, name: str, data: bytes):
@@ -156,7 +156,7 @@ def test_what_cannot_be_done_is_said(shown, visit):
     press(page, "Caption")
     page.get_by_text("Give a photograph first.").wait_for()
     upload(page, "notes.png", b"hello")
-    page.locator("img[src*='/file=']").first.wait_for(state="attached")
+    page.locator("img[src*='notes.png']").first.wait_for(state="attached")
     press(page, "Caption")
     page.get_by_text("not a picture: none of").wait_for()
     page.wrong.clear()  # the browser, too, says that this is no picture
@@ -232,7 +232,7 @@ def test_a_conversation_remembers_what_was_said(stand, visit, tmp_path):
     for n, question in enumerate(asked, 1):
         page.get_by_label("Say").fill(question)
         press(page, "Send")
-        page.locator(".message.bot, .bot .message").nth(n - 1).wait_for()
+        page.locator("[data-testid='bot']").nth(n - 1).wait_for()
         assert page.get_by_text(question, exact=True).count()
     first = generate(photos(1)[0], "Question: what is red? Answer:")[0]["text"]
     assert prompts == [
