@@ -233,6 +233,13 @@ def bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def report(argv: list[str]) -> int:
+    """blip-jax report."""
+    from blip_jax.cli.report import report
+
+    return report(argv)
+
+
 def score(argv: list[str]) -> int:
     """blip-jax score."""
     from blip_jax.cli.score import score
@@ -262,6 +269,7 @@ COMMANDS = {
     "features": infer.features,
     "app": app,
     "demo": demo,
+    "report": report,
     "score": score,
     "bench": bench,
     "plan": plan,
