@@ -179,6 +179,30 @@ def convert(argv: list[str]) -> int:
     return 0
 
 
+def push(argv: list[str]) -> int:
+    """blip-jax push."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("family", "", "the part to take, as in convert; default: all of it", flag_values=values)
+    flags.DEFINE_bool("private", False, "a repository that is made is seen by its owner alone", flag_values=values)
+    flags.DEFINE_string("license", "", "as the hub calls it, apache-2.0; default: none is stated", flag_values=values)
+    flags.DEFINE_string("card", "", "README.md to send; default: the folder's, or one that is made", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "say what would be sent, and send nothing", flag_values=values)
+    given = parse(values, argv, required=(), positional=2)
+    if len(given) < 2:
+        raise ValueError("blip-jax push needs MODEL and NAME: blip-jax push runs/captioner me/blip-birds --private")
+    from blip_jax.convert.push import push
+
+    push(
+        *given,
+        family=values.family,
+        private=values.private,
+        licence=values.license,
+        card=values.card,
+        dry_run=values.dry_run,
+    )
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """blip-jax demo, and blip-jax demo blip2."""
     later = argv[1:2] == ["blip2"]
@@ -221,6 +245,7 @@ COMMANDS = {
     "vocab": vocab,
     "pack": pack,
     "convert": convert,
+    "push": push,
     "caption": infer.caption,
     "match": infer.match,
     "answer": infer.answer,

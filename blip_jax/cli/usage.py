@@ -24,6 +24,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
   convert   IN OUT [--to=ours|official|hf]           checkpoints of PyTorch in and out, BLIP and BLIP-2: .pth, Hugging
             [--verify --vocab=FILE --family=         Face folders, initial weights; IN of BLIP-2 may be several files
              --img_size= --vit_heads= ...]           with commas
+  push      MODEL OWNER/NAME [--private --license=]  a model to the Hugging Face hub, with a card
 
   caption   PICTURES [--n= --method=nucleus --prompt= --seed=]   captions of pictures
   match     PICTURES --text=...                      texts against pictures
@@ -90,6 +91,12 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "Reads a checkpoint of BLIP or BLIP-2 of any known kind (.pth, Hugging Face folder or name, initial weights, a "
         "workdir of ours) and writes it as another. Of BLIP-2, whose .pth lack what was frozen, IN may be several "
         "names with commas: blip2_pretrained_opt2.7b.pth,eva_vit_g.pth,facebook/opt-2.7b. Families: " + FAMILIES + ".",
+    ),
+    "push": (
+        "MODEL OWNER/NAME [--private --license=apache-2.0 --card=README.md --dry_run]",
+        "Sends a model to the Hugging Face hub as a folder that transformers loads, with a model card: a Hugging Face "
+        "folder as it is, anything else that `convert` reads converted first. Needs the extra `hub`, and its login: "
+        "`hf auth login`, or HF_TOKEN.",
     ),
     "caption": ("PICTURE ... --model=MODEL", "Captions of pictures."),
     "match": ("PICTURE ... --model=MODEL --text=TEXT ...", "How well each text fits each picture."),

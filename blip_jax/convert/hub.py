@@ -28,17 +28,21 @@ def folder(name: str) -> pathlib.Path:
         raise ValueError(
             f"{name!r} is no file or folder here, and no name of the form owner/name on the Hugging Face hub"
         )
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(
-            f"{name!r} is no file or folder here; to look on the Hugging Face hub: pip install 'blip-jax[hub]'"
-        ) from None
+    huggingface_hub = library(f"{name!r} is no file or folder here; to look on the Hugging Face hub")
     print(f"{name}: no file or folder here, so it is looked up on the Hugging Face hub", file=sys.stderr)
     found = _snapshot(huggingface_hub, name, [*TEXTS, *WEIGHTS])
     if not any(next(found.glob(pattern), None) for pattern in WEIGHTS):
         found = _snapshot(huggingface_hub, name, [*TEXTS, *OLD_WEIGHTS])
     return found
+
+
+def library(purpose: str):
+    """huggingface_hub. ValueError: it is not installed; `purpose` begins the message."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"{purpose}: pip install 'blip-jax[hub]'") from None
+    return huggingface_hub
 
 
 def _local(name: str) -> str:
