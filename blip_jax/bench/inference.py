@@ -1,8 +1,9 @@
-"""Images per second of the vision tower, `blip-jax bench encode`, of CapFilt's filter, `blip-jax bench filter`, and of
-answering by rank, `blip-jax bench rank`.
+"""Images per second of the vision tower, `blip-jax bench encode`, of CapFilt's filter, `blip-jax bench filter`, of
+answering by rank, `blip-jax bench rank`, and of a round of Visual Dialog, `blip-jax bench dialog`.
 
 Random weights and pixels; the filter scores `texts` texts of each image by matching and cosine; of `candidates` answers
-to a question about each image `k` are scored in full. benchmarks/against.py sets the first two beside transformers.
+to a question about each image `k` are scored in full; a dialog has `texts` options, each read with its history.
+benchmarks/against.py sets the first two beside transformers.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from blip_jax.inference import programs
 from blip_jax.models import flops, initial
 from blip_jax.models.layers.dense import rounded
 from blip_jax.parallel import sharding
+from blip_jax.tasks import dialog
 
 
 class Settings(NamedTuple):
     """What is measured. Every combination of img_sizes (pixels) and dtypes; the rest holds for all."""
 
-    workload: str = "encode"  # or "filter" or "rank"
+    workload: str = "encode"  # or "filter", "rank" or "dialog"
     size: str = "base"  # a size of blip_jax.config
     img_sizes: tuple = (224, 384)
     dtypes: tuple = ("float32", "bfloat16")
     batch: int = 8  # images per device
-    texts: int = 2  # filter: per image, as CapFilt's, one of the web and one of the captioner
-    positions: int = 30  # filter: of each text; rank: of the question
+    texts: int = 2  # filter: per image, as CapFilt's, one of the web and one of the captioner; dialog: options
+    positions: int = 30  # filter, dialog: of each text; rank: of the question
+    caption: int = 40  # dialog: positions of the picture's caption
     candidates: int = 3128  # rank: answers, the published list's
     k: int = 128  # rank: of them scored in full
     answer: int = 8  # rank: positions of the longest answer, [DEC] and [SEP] among them
@@ -48,7 +51,7 @@ class Ours:
 
     def __init__(self, settings: Settings, img_size: int, dtype: str):
         cfg = config.base(settings.size)
-        cfg.objective = "vqa" if settings.workload == "rank" else "retrieval"
+        cfg.objective = {"rank": "vqa", "dialog": "dialog"}.get(settings.workload, "retrieval")
         cfg.model.update(img_size=img_size, dtype=dtype)
         self.settings, self.config, self.model = settings, cfg.model, tasks.build(cfg)
         params = jax.jit(lambda: initial.init_params(cfg, self.model, jax.random.key(0)))()
@@ -57,12 +60,18 @@ class Ours:
         self.weights = rounded(self.params, dtype)
 
     def job(self, weights, batch: dict) -> dict:
-        """{"states": [B,P,D]}, {"itm", "itc": f32[B,G]}, or {"candidate": i32[B,k], "score": f32[B,k]}"""
+        """{"states": [B,P,D]}, {"itm", "itc": f32[B,G]}, {"candidate": i32[B,k], "score": f32[B,k]}, or {"score":
+        f32[B,G]}
+        """
         if self.settings.workload == "encode":
             return {"states": programs.encode_pixels(self.model, weights, batch["img"])}
         if self.settings.workload == "rank":
             ranked = programs.ranking(self.model, self.settings.k)
             return ranked(weights, batch["img"], batch["ids"], batch["txt_mask"], *map(jnp.asarray, self.answers()))
+        if self.settings.workload == "dialog":
+            look, match = dialog.compiled(self.model, dialog.leaves().score)
+            seen = look(weights, batch["img"], batch["caption_ids"], batch["caption_mask"])
+            return {"score": match(weights, seen, batch["ids"], batch["txt_mask"])}
         seen = programs.view(self.model, "kv", "img_emb")(weights, batch["img"])
         return programs.score(self.model)(weights, seen, batch["ids"], batch["txt_mask"])
 
@@ -77,26 +86,32 @@ class Ours:
         settings = self.settings
         if settings.workload == "rank":
             return flops.rank_image(self.config, settings.positions, settings.answer, settings.k, settings.candidates)
-        if self.settings.workload == "encode":
+        if settings.workload == "dialog":
+            parts = flops.dialog(self.config, settings.caption, settings.positions, settings.texts)
+            return sum(parts.values())
+        if settings.workload == "encode":
             return flops.encode_image(self.config)
         return flops.filter_image(self.config, self.settings.positions, self.settings.texts)
 
     def batch(self, images: int) -> dict[str, np.ndarray]:
-        """Uniform pixels u8[B,S,S,3] and random texts of 5 positions at least: for the filter i32[B,G,T], for rank a
-        question i32[B,T].
+        """Uniform pixels u8[B,S,S,3] and random texts of 5 positions at least: for filter and dialog i32[B,G,T], for
+        rank a question i32[B,T]; captions i32[B,C] for dialog.
         """
         rng, size, med = np.random.default_rng(0), self.config.img_size, self.config.med
         img = rng.integers(0, 256, (images, size, size, 3), np.uint8)
         if self.settings.workload == "encode":
             return {"img": img}
-        texts = () if self.settings.workload == "rank" else (self.settings.texts,)
-        shape = (images, *texts, self.settings.positions)
-        txt_mask = np.arange(shape[-1]) < rng.integers(5, shape[-1] + 1, (*shape[:-1], 1))
-        return {
-            "img": img,
-            "ids": np.where(txt_mask, rng.integers(5, med.vocab_size - 2, shape), 0).astype(np.int32),
-            "txt_mask": txt_mask,
-        }
+
+        def texts(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+            mask = np.arange(shape[-1]) < rng.integers(5, shape[-1] + 1, (*shape[:-1], 1))
+            return np.where(mask, rng.integers(5, med.vocab_size - 2, shape), 0).astype(np.int32), mask
+
+        several = () if self.settings.workload == "rank" else (self.settings.texts,)
+        ids, txt_mask = texts(images, *several, self.settings.positions)
+        batch = {"img": img, "ids": ids, "txt_mask": txt_mask}
+        if self.settings.workload == "dialog":
+            batch["caption_ids"], batch["caption_mask"] = texts(images, self.settings.caption)
+        return batch
 
 
 def run(settings: Settings, command: str, out: str = "", say: Callable = print, peer: Callable | None = None) -> dict:
@@ -113,6 +128,11 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
         raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")
     if not 5 <= settings.positions <= most:
         raise ValueError(f"--positions={settings.positions}: texts have 5 to {most}, the positions of this model")
+    vit, med = config.VIT_SIZES[settings.size]["width"], config.MED_SIZES[settings.size]["width"]
+    if vit != med and settings.workload == "dialog":
+        raise ValueError(f"--size={settings.size}: dialogs need one width of image and text, not {vit} and {med}")
+    if not 5 <= settings.caption <= most and settings.workload == "dialog":
+        raise ValueError(f"--caption={settings.caption}: captions have 5 to {most} positions")
     if not 3 <= settings.answer <= most:
         raise ValueError(f"--answer={settings.answer}: answers have 3 to {most} positions")
     result = {

@@ -1,4 +1,4 @@
-"""blip-jax bench train | caption | filter | encode | rank | input.
+"""blip-jax bench train | caption | filter | encode | rank | dialog | input.
 
 Flags become settings, and settings go to one function of blip_jax/bench.
 
@@ -146,6 +146,9 @@ def _inference(workload: str, **usual) -> Callable:
         _numbers(values, default, batch="images per device", rounds="in which all take turns")
         if workload == "filter":
             _numbers(values, default, texts="per image", positions="of each text")
+        if workload == "dialog":
+            _numbers(values, default, texts="options of the round", positions="of each with its history")
+            _numbers(values, default, caption="positions of the picture's caption")
         if workload == "rank":
             _numbers(values, default, positions="of a question", candidates="answers", k="of them scored in full")
             _numbers(values, default, answer="positions of the longest answer")
@@ -216,5 +219,6 @@ WORKLOADS = {
     "filter": _inference("filter"),
     "encode": _inference("encode"),
     "rank": _inference("rank", img_sizes=(480,), positions=35),
+    "dialog": _inference("dialog", img_sizes=(384,), texts=100, positions=64),
     "input": _input,
 }

@@ -41,7 +41,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
             --results=FILE --references=FILE [--json --out=FILE]     docs/scores.md
 
   bench     train [--config=configs/x.py]            speed of the training step: images/s, MFU, memory
-  bench     caption | filter | encode | rank | input speed of the other work; benchmarks/README.md
+  bench     caption | filter | encode | rank | dialog | input     speed of the other work; benchmarks/README.md
             all: [--out=FILE.json --trace=DIR]
   plan      --config=configs/x.py --topology=v5e:4x8 memory, collectives and best speed on a TPU slice that is not here
             [--slices=N --search --workload=evaluate --exact --out=FILE.json]
@@ -158,7 +158,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "Accuracy of MSRVTT-QA's and MSVD-QA's answers in percent, of each way to answer that the results have.",
     ),
     "bench": (
-        "train | caption | filter | encode | rank | input [flags]",
+        "train | caption | filter | encode | rank | dialog | input [flags]",
         "Measures speed. `blip-jax bench train --help` lists the flags of one workload.",
     ),
     "bench train": ("[--config=FILE.py | --model=blip2_opt2.7b]", "The training step: images/s, MFU, memory."),
@@ -166,6 +166,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "bench filter": ("", "Scoring texts against pictures, as the filter of CapFilt does."),
     "bench encode": ("", "Encoding pictures."),
     "bench rank": ("", "Answering questions by ranking a list of answers."),
+    "bench dialog": ("", "Scoring the options of a round of Visual Dialog."),
     "bench input": ("", "Reading, decoding and augmenting pictures. Exit status 1: its memory grew."),
     "plan": (
         "--config=FILE.py --topology=v5e:4x8 [--config.LEAF=VALUE ...]",

@@ -9,9 +9,9 @@ from blip_jax.cli import main
 from blip_jax.models import flops
 
 
-def bench(tmp_path, workload, *flags):
+def bench(tmp_path, workload, *flags, size="tiny"):
     out = tmp_path / "x.json"
-    small = ["--size=tiny", "--img_size=16", "--dtype=float32", "--batch=2", "--rounds=2"]
+    small = [f"--size={size}", "--img_size=16", "--dtype=float32", "--batch=2", "--rounds=2"]
     assert main.main(["bench", workload, *small, *flags, f"--out={out}"]) == 0
     result = json.loads(out.read_text())
     assert result["workload"] == workload and result["settings"]["batch"] == 2
@@ -36,6 +36,15 @@ def test_answers_by_rank(tmp_path):
     model = inference.Ours(inference.Settings("rank", "tiny"), 16, "float32").config
     needed = flops.rank_image(model, 12, 6, 4, 9)
     assert case["sides"]["ours"]["gflop_per_image"] == pytest.approx(needed / 1e9)
+
+
+def test_a_round_of_a_dialog(tmp_path, capsys):
+    case = bench(tmp_path, "dialog", "--positions=12", "--texts=3", "--caption=6", size="small")
+    model = inference.Ours(inference.Settings("dialog", "small"), 16, "float32").config
+    needed = sum(flops.dialog(model, 6, 12, 3).values())
+    assert case["sides"]["ours"]["gflop_per_image"] == pytest.approx(needed / 1e9)
+    assert main.main(["bench", "dialog", "--size=large"]) == 2
+    assert "--size=large: dialogs need one width of image and text, not 1024 and 768" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -139,4 +139,7 @@ def test_wrong_flags_are_one_message_before_anything_is_measured(flags, message,
 
 def test_an_unknown_workload_names_the_known_ones(capsys):
     assert main.main(["bench", "sleep"]) == 2
-    assert "blip-jax bench measures train, caption, filter, encode, rank, input, not 'sleep'" in capsys.readouterr().err
+    assert (
+        "blip-jax bench measures train, caption, filter, encode, rank, dialog, input, not 'sleep'"
+        in capsys.readouterr().err
+    )
