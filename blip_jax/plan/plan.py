@@ -214,7 +214,7 @@ def _timed(c: dict, chip: chips.Chip | gpus.Gpu) -> dict:
 
     Also the bytes that a device receives a step, and the seconds that takes at the links' rate.
     """
-    what, why = reason(c["kind"], c["op"], c["axis"])
+    what, why = reason(c["kind"], c["op"], c["axis"], "gpu" if isinstance(chip, gpus.Gpu) else "tpu")
     inside = c["devices"] // c["slices"]
     ici = hlo.travels(c["kind"], c["bytes"], inside) * c["count"]
     dcn = hlo.travels(c["kind"], c["bytes"] / max(inside, 1), c["slices"]) * c["count"]

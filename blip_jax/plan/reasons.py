@@ -137,8 +137,13 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
 )
 
 
-def reason(kind: str, op: str, axis: str) -> tuple[str, str]:
-    """(what a collective moves, why it has to) by the table REASONS."""
+JOINED = "gradients", "sums that the GPU compiler joined to one, of which it left no name"
+
+
+def reason(kind: str, op: str, axis: str, platform: str = "tpu") -> tuple[str, str]:
+    """(what a collective moves, why it has to) by the table REASONS, whose rows without a name are of TPUs."""
+    if platform == "gpu" and kind in ("all-reduce", "reduce-scatter") and not op:
+        return JOINED
     for kinds, name, axes, what, why in REASONS:
         if re.fullmatch(kinds, kind) and re.search(name, op) and re.fullmatch(axes, axis):
             return what, why

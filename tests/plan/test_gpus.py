@@ -79,6 +79,14 @@ def test_seconds_of_a_collective_over_nvlink_and_the_network():
     assert seconds("all-gather", 1, 1, 0) == 0
 
 
+@pytest.mark.parametrize("axis", ["data", "fsdp", "data and fsdp"])
+def test_sums_without_a_name_are_gradients_that_were_joined(axis):
+    """So they stand in a program of the pre-training step for h100:8 on a mesh of data 4 and fsdp 2."""
+    c = {"kind": "all-reduce", "bytes": 4e4, "count": 1, "devices": 8, "slices": 1, "links": 1, "axis": axis, "op": ""}
+    timed = plan._timed(c, gpus.GPUS["h100"])
+    assert timed["moves"] == "gradients" and "slice" not in timed["why"] and "joined" in timed["why"]
+
+
 @pytest.mark.parametrize(
     "given, share, said",
     [
