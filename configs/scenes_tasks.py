@@ -9,7 +9,8 @@ Command: bash launch/demo.sh tasks, or blip-jax demo tasks --workdir=runs/demo_t
          captions, the four fine-tunings, evaluation of unseen pictures, report. blip_jax/demo/tasks.py has the steps of
          each as shares of train.steps, which are the pre-training's. The pre-training by hand, once that wrote the
          files: blip-jax train --config=configs/scenes_tasks.py --workdir=runs/scenes_tasks
-Hardware: 2 CPU cores, a quarter of an hour. What came out: docs/results.md.
+Hardware: 2 CPU cores, some 25 minutes of processor time, not timed on idle ones. What came out, which is less than
+was aimed at: docs/results.md.
 """
 
 from blip_jax.config import base, source
