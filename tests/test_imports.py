@@ -15,7 +15,7 @@ LEVELS = (
     "models convert.apply convert.layouts convert.rules inference.batching inference.programs inference.language",
     "tasks",
     "inference convert",
-    "train capfilt bench plan app",
+    "train capfilt bench plan",
     "cli demo",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

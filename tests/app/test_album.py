@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from world.verbs import close, folder, models, photos  # noqa: F401 (fixtures)
 
-from blip_jax.app.album import Album
+from blip_jax.cli.app.album import Album
 from blip_jax.cli import main
 
 

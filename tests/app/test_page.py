@@ -20,7 +20,7 @@ from world.runs import begun
 from world.verbs import QUESTIONS, photos, saved
 
 import blip_jax
-from blip_jax.app import serve
+from blip_jax.cli.app import serve
 
 ROOT = pathlib.Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -178,7 +178,7 @@ def test_uploads_lie_in_memory_and_are_gone_at_the_end(shown, visit):
 @pytest.fixture
 def stand(monkeypatch, tmp_path):
     """model -> the address of its page, in this process, which asks nobody else."""
-    from blip_jax.app import page
+    from blip_jax.cli.app import page
 
     asked, connect, built = [], socket.socket.connect, []
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from blip_jax.app.album import Album
+from blip_jax.cli.app.album import Album
 from blip_jax.data.scenes.world import draw_scene, render
 from blip_jax.inference import heat
 from blip_jax.parallel.interrupt import Interrupt, Stopped
@@ -35,7 +35,7 @@ def serve(model, files: Sequence[str], kept: str, host: str, port: int) -> None:
     album = Album(model, files, kept) if files else None
     with folder() as uploads:
         alone(uploads)
-        from blip_jax.app import page
+        from blip_jax.cli.app import page
 
         built = page.build(model, album, _examples(files, model.cfg.data.max_pixels, uploads))
         address = launched(built, host, port)
@@ -51,7 +51,7 @@ def serve(model, files: Sequence[str], kept: str, host: str, port: int) -> None:
 
 def launched(built, host: str, port: int) -> str:
     """Serves a page of page.py from a thread: its address. ValueError: the port is taken."""
-    from blip_jax.app import page
+    from blip_jax.cli.app import page
 
     built.queue(max_size=64)
     try:

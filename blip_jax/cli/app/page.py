@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import gradio as gr
 
-from blip_jax.app import talk
-from blip_jax.app.album import Album
+from blip_jax.cli.app import talk
+from blip_jax.cli.app.album import Album
 from blip_jax.inference import heat
 
 MOST_TEXTS, MOST_CHARACTERS = 32, 2000  # of a question, a prompt, or all texts that are matched at once

@@ -34,7 +34,7 @@ def app(argv: list[str]) -> int:
     files = pictures([values.photos]) if values.photos else []
     if missing := [file for file in files if not pathlib.Path(file).is_file()]:
         raise ValueError(f"--photos={values.photos}: no such file or folder as {missing[0]!r}")
-    from blip_jax.app.serve import serve
+    from blip_jax.cli.app.serve import serve
     from blip_jax.inference.pretrained import from_pretrained
 
     model = from_pretrained(values.model, dtype=values.dtype or None, vocab=values.vocab, batch=values.batch)
