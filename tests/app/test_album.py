@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from world.verbs import close, folder, models, photos  # noqa: F401 (fixtures)
 
-from blip_jax.cli.app.album import Album
 from blip_jax.cli import main
+from blip_jax.cli.app.album import Album
 
 
 @pytest.fixture
