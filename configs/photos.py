@@ -17,8 +17,8 @@ or both with their scores, python benchmarks/photos.py. Captions are scored by
           blip-jax evaluate --config=configs/photos.py:bert --config.objective=caption
           --checkpoint=runs/photos_bert --workdir=runs/photos_bert_captions
 Hardware: 2 CPU cores, 13 minutes. R@10 of 500 unseen photographs, re-ranked: image to text 12.4, text to image 13.0; by
-cosine alone 12.6 and 13.9 (chance 2.0). random: 9.4 and 10.4, by cosine 9.2 and 10.4, CIDEr 18 of people's 88, after
-613 steps on a busy machine; bert was not run to its end (docs/results.md).
+cosine alone 12.6 and 13.9 (chance 2.0). random: 10.4 and 11.1, by cosine 10.4 and 11.4, CIDEr 17
+of people's 88, 1256 processor seconds; bert: 8.4 and 9.6, by cosine 7.0 and 10.0, CIDEr 17, 1396 (docs/results.md).
 """
 
 from blip_jax.config import base, source
