@@ -25,7 +25,8 @@ def evaluate(cfg, workdir, path="") -> dict:
     """What the task measures on `cfg.data.eval` with the newest checkpoint of `workdir`, or with `path`.
 
     path: a workdir, a checkpoint folder, a .pth, a Hugging Face folder or a name on its hub, whose parameters are
-    fitted to cfg.model. The numbers go to `workdir`/evaluation.json with the checkpoint's name.
+    fitted to cfg.model. The numbers go to `workdir`/evaluation.json with the checkpoint's name; arrays of scores, which
+    are not returned, to scores.npz.
     ValueError: no checkpoint, another model's or vocabulary's, no evaluation source.
     """
     try:
@@ -53,7 +54,7 @@ def _evaluate(cfg, workdir, path) -> dict:
     params = placed(params, mesh, cfg.model.dtype)
     result = task.evaluate(Loaded(model, params, cfg, tokenizer, str(origin)), data, mesh)
     _write_result(workdir, task, cfg, result, str(origin))
-    return result
+    return {name: value for name, value in result.items() if name != "scores"}
 
 
 def _write_result(workdir: pathlib.Path, task, cfg, result: dict, checkpoint: str) -> None:
