@@ -55,7 +55,7 @@ def test_what_was_kept_is_not_computed_again(models, files, tmp_path):
     assert first.looked == 11 + 1  # and the picture that tells models apart
     again = Counted(models("retrieval"))
     album = Album(again, files, kept)
-    assert album.search("ring", 11) == pytest.approx(found) and again.looked == 1
+    assert dict(album.search("ring", 11)) == pytest.approx(dict(found)) and again.looked == 1
     assert album.search("a blue ring", 2) and again.looked == 1
 
     Image.fromarray(photos(12)[11]).save(files[3])  # one changes, one is new, one goes

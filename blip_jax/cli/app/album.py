@@ -60,6 +60,7 @@ class Album:
             return
         self._take_stored(left)
         left, saved = [file for file in left if file not in self._rows], time.monotonic()
+        before = len(self._rows)
         size = 4 * self.model.batch
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             for at in range(0, len(left), size):
@@ -68,7 +69,7 @@ class Album:
                 if self.kept and time.monotonic() - saved > SAVE_EVERY:
                     self._save()
                     saved = time.monotonic()
-        if self.kept and left:
+        if self.kept and len(self._rows) > before:
             self._save()
 
     def _pixels(self, file: str) -> tuple[str, np.ndarray] | None:
