@@ -129,7 +129,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "that is still going is only read. DIR/report.html unless --out is given.",
     ),
     "score": (
-        "caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa --results=FILE --references=FILE [--json]",
+        "caption | nocaps | vqa | nlvr2 | visdial | retrieval | video_qa --results=FILE --references=FILE",
         "Scores a result file as the task's official scorer does, without a model. `blip-jax score caption --help` "
         "lists the flags of one task.",
     ),

@@ -276,7 +276,7 @@ def test_a_config_file_with_several_runs(capsys):
     assert fails(capsys, "train", f"--config={PRETRAIN}:vith", "--workdir=x") == (
         "error: configs/pretrain.py has no run 'vith': give one of :vitb,14m, :vitb,129m, :vitl,129m, "
         ":vitb,14m,bootstrapped, "
-        ":vitb,129m,capfilt_l after it\n"
+        ":vitb,129m,bootstrapped, :vitb,129m,capfilt_l, :vitl,129m,capfilt_l after it\n"
     )
     for command in (["train", "--workdir=x"], ["plan", "--topology=v5e:2x2"], ["bench", "train"]):
         err = fails(capsys, *command, f"--config={PRETRAIN}:vitl,129m", "--config.model.vit.widht=8")
