@@ -11,7 +11,7 @@ import pytest
 from blip_jax import config
 from blip_jax.data.formats import open_source
 from blip_jax.data.source import BadRecord
-from blip_jax.eval import files, vqa
+from blip_jax.eval import files, retrieval_files, vqa
 
 MINI = pathlib.Path(__file__).resolve().parent.parent / "mini"
 
@@ -175,7 +175,7 @@ def test_flickr30k_and_coco_as_blip_has_them(tmp_path):
     put(tmp_path, *(row["image"] for row in rows))
     source = opened("json", "flickr30k/annotation/flickr30k_test.json", images=tmp_path)
     assert [len(source[i]["captions"]) for i in range(len(source))] == [len(row["caption"]) for row in rows]
-    pairs = files.retrieval_references(MINI / "flickr30k/annotation/flickr30k_test.json")
+    pairs = retrieval_files.references(MINI / "flickr30k/annotation/flickr30k_test.json")
     assert pairs.owners == len(source) == 12 and len(pairs.text_owner) == 59 and not pairs.videos
     truth = files.caption_references(MINI / "coco_caption/annotation/coco_gt/coco_karpathy_test_gt.json")
     assert truth.captions == files.caption_references(MINI / "coco_caption/annotation/coco_karpathy_test.json").captions
@@ -228,7 +228,7 @@ def test_videos_with_captions(below, tmp_path):
         pairs[2]
     with pytest.raises(ValueError, match="holds neither lines {clip_name, caption}"):
         opened("video_text", "msrvtt/qa_official/test_qa.json", images=tmp_path)
-    references = files.retrieval_references(MINI / "msrvtt/annotation/msrvtt_test.jsonl")
+    references = retrieval_files.references(MINI / "msrvtt/annotation/msrvtt_test.jsonl")
     assert references.owners == 3 and references.videos
 
 
