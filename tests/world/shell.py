@@ -61,6 +61,7 @@ class Shell:
 
 def serve(address: str) -> None:
     """Forks a process for each {"argv", "cwd"} that comes with three open files, and answers with its status."""
+    # imported for the processes that are forked, which then need not
     import blip_jax.capfilt.run  # noqa: F401
     import blip_jax.cli.main  # noqa: F401
     import blip_jax.convert.write  # noqa: F401
