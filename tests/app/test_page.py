@@ -119,7 +119,7 @@ def look(page, name: str):
         assert wide <= room == window["width"], (name, size, wide)
         for colours in ("light", "dark") if folder else ():
             page.evaluate("dark => document.body.classList.toggle('dark', dark)", colours == "dark")
-            page.screenshot(path=f"{folder}/{name}-{size}-{colours}.png", full_page=True)
+            page.screenshot(path=f"{folder}/{name}-{size}-{colours}.png", full_page=True, animations="disabled")
     page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
     page.set_viewport_size(own)
 
@@ -165,6 +165,9 @@ def test_captions_matching_and_search(shown, visit, size, colours):
     page.get_by_text("1 could not be used: bad.jpg").wait_for()
     assert page.locator("button.thumbnail-lg:visible").count() == 5
     look(page, "search")
+    page.locator("button.thumbnail-lg:visible").first.click()
+    page.get_by_role("button", name=re.compile("full ?screen", re.IGNORECASE)).last.wait_for()
+    assert not page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).count(), "it would leave the machine"
     assert (shown.folder / "kept.npz").exists()
 
 
@@ -177,9 +180,9 @@ def test_what_cannot_be_done_is_said(shown, visit):
     press(page, "Caption")
     page.get_by_text("not a picture: none of").wait_for()
     look(page, "mistakes")
-    page.get_by_role("button", name="Clear").first.click()
+    press(page, "Remove Image")
     upload(page, "big.png", bytes(serve.MOST_BYTES + 1))
-    page.get_by_text("exceeds").first.wait_for()
+    page.get_by_text("exceed the maximum allowed size").first.wait_for()
     page.wrong.clear()  # the browser, too, says that this is no picture
 
 
@@ -261,6 +264,7 @@ def test_a_conversation_remembers_what_was_said(stand, visit, tmp_path):
         "Question: what is red? Answer:",
         f"Question: what is red? Answer: {first}. Question: and <b>blue</b>? Answer:",
     ]
+    assert not page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).count(), "it would leave the machine"
     look(page, "conversation")
     give(page, photos(2)[1], "other.png")  # another photograph: another conversation
     page.get_by_text(asked[0], exact=True).wait_for(state="detached")

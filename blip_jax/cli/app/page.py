@@ -22,6 +22,7 @@ table.scores, table.scores tr {border: none}
 table.scores tr > * {text-align: left; padding: .4em .6em; overflow-wrap: anywhere; border: none;
   border-bottom: 1px solid var(--border-color-primary)}
 table.scores .number {text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap}
+.pictures .grid-wrap {min-height: 0; max-height: none}
 @media (max-width: 640px) {.pictures .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr))}}
 """
 
@@ -38,7 +39,13 @@ def build(model, album: Album | None = None, examples: Sequence[str] = ()) -> gr
         gr.Markdown(f"## blip_jax\n{_named(model)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo = gr.Image(label="Photograph", type="filepath", height=340, sources=["upload", "clipboard"])
+                photo = gr.Image(
+                    label="Photograph",
+                    type="filepath",
+                    height=340,
+                    sources=["upload", "clipboard"],
+                    buttons=["fullscreen"],
+                )
                 # the file as it was uploaded: what it is, and whether it can be afforded, blip_jax.data.image says
                 photo.preprocess = lambda payload: payload and payload.path
                 if examples:
@@ -205,7 +212,13 @@ def pictures(name: str, columns: int) -> gr.Gallery:
     """Pictures with a line below each, on a phone two beside each other. Its name, which would hide a part of the first
     one, is not shown."""
     return gr.Gallery(
-        label=name, show_label=False, columns=columns, object_fit="contain", height="auto", elem_classes="pictures"
+        label=name,
+        show_label=False,
+        columns=columns,
+        object_fit="contain",
+        height="auto",
+        buttons=["download", "fullscreen"],  # none that shares them
+        elem_classes="pictures",
     )
 
 
