@@ -266,5 +266,11 @@ def test_a_conversation_remembers_what_was_said(stand, visit, tmp_path):
     ]
     assert not page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).count(), "it would leave the machine"
     look(page, "conversation")
+    press(page, "Clear")  # the model forgets, too
+    page.get_by_text(asked[0], exact=True).wait_for(state="detached")
+    page.get_by_label("Say").fill(asked[0])
+    press(page, "Send")
+    page.locator("[data-testid='bot']").wait_for()
+    assert prompts[2:] == prompts[:1]
     give(page, photos(2)[1], "other.png")  # another photograph: another conversation
     page.get_by_text(asked[0], exact=True).wait_for(state="detached")
