@@ -7,6 +7,9 @@ In each of --count pictures with two objects of different colours the text names
 shape's words, the mean of both. A hit is a map whose hottest place lies in the object's box (the pointing game of Zhang
 et al., 2016). Beside it: a text that names the object alone, the other object's share, and what chance gives, the share
 of the map's cells whose middle lies in the box. The error is one standard deviation of a share of so many pictures.
+
+The first line says why a map may fail: a model that scores a text with its two colours exchanged as high as the true
+one has not learned which colour belongs to which shape, and no map of its words can show it.
 """
 
 from __future__ import annotations
@@ -44,6 +47,12 @@ def hit(heat: np.ndarray, size: int, o: dict) -> bool:
     return o["left"] <= x < o["left"] + o["diameter"] and o["top"] <= y < o["top"] + o["diameter"]
 
 
+def swapped(pair: list[dict]) -> str:
+    """A text of both objects, each with the other's colour."""
+    one, other = pair
+    return f"a {other['colour']} {one['shape']} and a {one['colour']} {other['shape']}"
+
+
 def said(share: float) -> str:
     error = (share * (1 - share) / COUNT.value) ** 0.5
     return f"{100 * share:5.1f} % +- {100 * error:.1f}"
@@ -58,6 +67,8 @@ def main(_) -> None:
     first = rng.random(len(pairs)) < 0.5  # which of the two the text names first
     both = [" and ".join(map(named, pair if f else pair[::-1])) for pair, f in zip(pairs, first)]
     told = model.localize(images, both, layer=LAYER.value)
+    apart = [k for k, (one, other) in enumerate(pairs) if one["shape"] != other["shape"]]
+    false = model.match([images[k] for k in apart], [swapped(pairs[k]) for k in apart])
     alone = model.localize(images, [named(pair[0]) for pair in pairs], layer=LAYER.value)
 
     maps = {  # what is asked for -> the map of it in each picture; a text is "a COLOUR SHAPE and a COLOUR SHAPE"
@@ -68,6 +79,7 @@ def main(_) -> None:
         "the whole text, of one object": [found["text_map"] for found in alone],
     }
     print(f"{model!r}: {len(scenes)} pictures; score {np.mean([found['score'] for found in told]):.2f} of both, "
+          f"{false['probability'].mean():.2f} with their colours exchanged, "
           f"{np.mean([found['score'] for found in alone]):.2f} of one")  # fmt: skip
     for name, heats in maps.items():
         on, off = (np.mean([hit(heat, size, pair[k]) for heat, pair in zip(heats, pairs, strict=True)]) for k in (0, 1))

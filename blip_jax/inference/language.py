@@ -37,22 +37,27 @@ def special(model, tokenizer) -> Ids:
     return Ids(tokenizer.pad, tokenizer.eos, tokenizer.pad)
 
 
+def room(model, most: int) -> int:
+    """Tokens that a prompt may have behind which up to `most` will stand."""
+    if model.llm_sizes["kind"] != "opt":
+        return MOST_PROMPT
+    return max(0, min(MOST_PROMPT, model.llm_sizes["positions"] - model.qformer_sizes["queries"] - most))
+
+
 def prompt_ids(model, tokenizer, prompts: list[str], most: int) -> tuple[np.ndarray, np.ndarray]:
     """ids i32[n,T], mask bool[n,T] of prompts behind which up to `most` tokens will stand.
 
     T is the bucket of the longest, before which (OPT) or behind which (T5) the others are padded.
     ValueError: one that leaves no room for them.
     """
-    opt, room = model.llm_sizes["kind"] == "opt", MOST_PROMPT
-    if opt:
-        room = min(room, model.llm_sizes["positions"] - model.qformer_sizes["queries"] - most)
+    opt, free = model.llm_sizes["kind"] == "opt", room(model, most)
     sizes = tokenizer.lengths(prompts, 1 << 20)
-    if (longest := int(sizes.max())) > room:
+    if (longest := int(sizes.max())) > free:
         raise ValueError(
-            f"prompt {int(sizes.argmax())} has {longest} tokens: at most {max(room, 0)} are read, so that {most} new "
+            f"prompt {int(sizes.argmax())} has {longest} tokens: at most {free} are read, so that {most} new "
             "ones have room; shorten it"
         )
-    T = min(at_least(longest, LEAST_PROMPT), room)
+    T = min(at_least(longest, LEAST_PROMPT), free)
     return tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
 
 

@@ -76,6 +76,10 @@ class Prompted(Pretrained):
         told = [[{"text": text, "log_prob": p} for text, p in row] for row in found]
         return told[0] if one_image and one_prompt else told
 
+    def fits(self, prompt: str, max_length: int = 30) -> bool:
+        """Whether `generate` has room for a prompt and as many new tokens behind it."""
+        return int(self.tokenizer.lengths([prompt], 1 << 20)[0]) <= language.room(self.model, max_length)
+
     def caption(self, images, n: int = 1, method: str = "beam", *, prompt: str | None = None, beams: int = 5, **how):
         """n captions of each image, as [{"caption": str, "log_prob": float}, ...], as `generate` makes them.
 

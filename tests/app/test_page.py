@@ -1,5 +1,8 @@
 """The page in a real Chromium: each tab used, on a desk and on a phone, light and dark, without an error in the console
-and without a request to anywhere else. Needs Gradio, Playwright for Python and a Chromium or Chrome of the system."""
+and without a request to anywhere else. Needs Gradio, Playwright for Python and a Chromium or Chrome of the system.
+
+SCREENSHOTS=DIR leaves pictures of each tab there, for people to look at.
+"""
 
 import io
 import os
@@ -24,7 +27,7 @@ from blip_jax.cli.app import serve
 
 ROOT = pathlib.Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WAIT = 600_000  # ms, for what compiles on a machine that has much else to do
+WAIT = 180_000  # ms, for what compiles on a machine that has much else to do
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 gradio = pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[app]'")
@@ -64,10 +67,6 @@ def visit(browser):
     for page, address in opened:
         assert not page.wrong, page.wrong
         assert page.hosts <= {address, "data:", "blob:"}, page.hosts
-        wide, room = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-        assert wide <= room, "the page is wider than the window"
-        if folder := os.environ.get("SCREENSHOTS"):
-            page.screenshot(path=f"{folder}/{len(os.listdir(folder)):02d}.png", full_page=True)
         page.context.close()
 
 
@@ -110,6 +109,21 @@ def press(page, name: str):
     page.get_by_role("button", name=name, exact=True).click()
 
 
+def look(page, name: str):
+    """What is seen is no wider than the window, on a desk and on a phone."""
+    own, folder = page.viewport_size, os.environ.get("SCREENSHOTS")
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    for size, window in SIZES.items():
+        page.set_viewport_size(window)
+        wide, room = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide <= room == window["width"], (name, size, wide)
+        for colours in ("light", "dark") if folder else ():
+            page.evaluate("dark => document.body.classList.toggle('dark', dark)", colours == "dark")
+            page.screenshot(path=f"{folder}/{name}-{size}-{colours}.png", full_page=True, animations="disabled")
+    page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
+    page.set_viewport_size(own)
+
+
 def scores(page) -> list[list[str]]:
     """The rows of the table that is seen."""
     table = page.locator("table.scores:visible")
@@ -130,6 +144,7 @@ def test_captions_matching_and_search(shown, visit, size, colours):
     press(page, "Caption")
     rows = scores(page)
     assert len(rows) == 2 and all(text and float(p) < 0 for text, p in rows), rows
+    look(page, "captions")
 
     page.get_by_role("tab", name="Matching").click()
     page.get_by_label("Texts, one a line").fill("a small red star\n<b>ring</b>\n\n")
@@ -142,12 +157,17 @@ def test_captions_matching_and_search(shown, visit, size, colours):
     maps = page.locator("button.thumbnail-lg:visible")
     maps.nth(1).wait_for()
     assert maps.count() > 1 and (best[0] == "<" or maps.count() == 1 + len(words))
+    look(page, "matching")
 
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("What to look for").fill("a red star")
     press(page, "Search")
     page.get_by_text("1 could not be used: bad.jpg").wait_for()
     assert page.locator("button.thumbnail-lg:visible").count() == 5
+    look(page, "search")
+    page.locator("button.thumbnail-lg:visible").first.click()
+    page.get_by_role("button", name=re.compile("full ?screen", re.IGNORECASE)).last.wait_for()
+    assert not page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).count(), "it would leave the machine"
     assert (shown.folder / "kept.npz").exists()
 
 
@@ -159,6 +179,10 @@ def test_what_cannot_be_done_is_said(shown, visit):
     page.locator("img[src*='notes.png']").first.wait_for(state="attached")
     press(page, "Caption")
     page.get_by_text("not a picture: none of").wait_for()
+    look(page, "mistakes")
+    press(page, "Remove Image")
+    upload(page, "big.png", bytes(serve.MOST_BYTES + 1))
+    page.get_by_text("exceed the maximum allowed size").first.wait_for()
     page.wrong.clear()  # the browser, too, says that this is no picture
 
 
@@ -216,10 +240,11 @@ def test_questions_are_answered(stand, visit, tiny_vocab, tmp_path):
     page.get_by_role("columnheader", name="score").wait_for()
     want = model.answer(photos(1)[0], QUESTIONS[1], method="rank", answers=["red", "blue"])
     assert scores(page) == [[want["answer"], f"{want['score']:.3f}"]]
+    look(page, "questions")
 
 
 def test_a_conversation_remembers_what_was_said(stand, visit, tmp_path):
-    cfg = on_scenes(tiny("opt", **{"train.steps": 1, "model.init_std": 0.2}))
+    cfg = on_scenes(tiny("opt", **{"train.steps": 1, "model.init_std": 0.2, "model.llm.positions": 256}))
     cfg.text.vocab = str(vocabularies(tmp_path)["opt"])
     model = blip_jax.from_pretrained(begun(cfg, tmp_path / "opt"))
     page = visit(stand(model), "desk", "dark")
@@ -239,5 +264,13 @@ def test_a_conversation_remembers_what_was_said(stand, visit, tmp_path):
         "Question: what is red? Answer:",
         f"Question: what is red? Answer: {first}. Question: and <b>blue</b>? Answer:",
     ]
+    assert not page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).count(), "it would leave the machine"
+    look(page, "conversation")
+    press(page, "Clear")  # the model forgets, too
+    page.get_by_text(asked[0], exact=True).wait_for(state="detached")
+    page.get_by_label("Say").fill(asked[0])
+    press(page, "Send")
+    page.locator("[data-testid='bot']").wait_for()
+    assert prompts[2:] == prompts[:1]
     give(page, photos(2)[1], "other.png")  # another photograph: another conversation
     page.get_by_text(asked[0], exact=True).wait_for(state="detached")

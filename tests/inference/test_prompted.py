@@ -184,6 +184,17 @@ def test_a_prompt_of_two_thousand_words(llm, models):
         models(llm).generate(photos(2), ["a star", "star " * 2000])
 
 
+@KINDS
+def test_what_fits_is_what_generate_takes(llm, models):
+    model = models(llm)
+    room = language.room(model.model, 4)
+    n = next(n for n in range(1, 2000) if not model.fits("star " * n, 4)) - 1
+    for prompt in ("star " * n, "star " * (n + 1)):
+        assert (int(model.tokenizer.lengths([prompt], 1 << 20)[0]) <= room) == model.fits(prompt, 4)
+    with pytest.raises(ValueError, match=f"at most {room} are read, so that 4 new ones"):
+        model.generate(photos(1)[0], "star " * (n + 1), max_length=4)
+
+
 def test_float16_is_no_dtype_of_the_computation(folders):
     """In which T5 overflows."""
     with pytest.raises(ValueError, match="dtype is 'float16': choose float32 or bfloat16"):

@@ -17,10 +17,13 @@ MOST_TEXTS, MOST_CHARACTERS = 32, 2000  # of a question, a prompt, or all texts 
 MOST_FOUND = 24  # photographs that a search shows
 SIDE = 480  # pixels of a photograph's longer side under a heat map, and of one that was found
 CSS = """
-table.scores {width: 100%; border-collapse: collapse; border: none; color: var(--body-text-color)}
+table.scores {width: 100%; border-collapse: collapse; color: var(--body-text-color)}
+table.scores, table.scores tr {border: none}
 table.scores tr > * {text-align: left; padding: .4em .6em; overflow-wrap: anywhere; border: none;
   border-bottom: 1px solid var(--border-color-primary)}
 table.scores .number {text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap}
+.pictures .grid-wrap {min-height: 0; max-height: none}
+@media (max-width: 640px) {.pictures .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr))}}
 """
 
 
@@ -36,7 +39,13 @@ def build(model, album: Album | None = None, examples: Sequence[str] = ()) -> gr
         gr.Markdown(f"## blip_jax\n{_named(model)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo = gr.Image(label="Photograph", type="filepath", height=340, sources=["upload", "clipboard"])
+                photo = gr.Image(
+                    label="Photograph",
+                    type="filepath",
+                    height=340,
+                    sources=["upload", "clipboard"],
+                    buttons=["fullscreen"],
+                )
                 # the file as it was uploaded: what it is, and whether it can be afforded, blip_jax.data.image says
                 photo.preprocess = lambda payload: payload and payload.path
                 if examples:
@@ -99,7 +108,7 @@ def matching(model, photo, maps: bool) -> None:
     seen = []
     if maps:
         told = gr.Markdown(visible=False)
-        seen = [told, gr.Gallery(label="Where each word is", columns=3, object_fit="contain", height="auto")]
+        seen = [told, pictures("Where each word is", 3)]
 
     def run(file, texts):
         lines, data = lines_of(texts), bytes_of(file)
@@ -140,7 +149,12 @@ def questions(model, photo) -> None:
 def conversation(model, photo) -> None:
     said = gr.State([])  # (question, answer) of the turns until now
     shown = gr.Chatbot(
-        label="Conversation about the photograph", height=360, render_markdown=False, feedback_options=None
+        label="Conversation about the photograph",
+        show_label=False,  # it would hide a part of what is said, as would the buttons, of which one shares it
+        buttons=[],
+        height=360,
+        render_markdown=False,
+        feedback_options=None,
     )
     with gr.Row():
         question = gr.Textbox(label="Say", scale=4, max_length=MOST_CHARACTERS)
@@ -148,23 +162,25 @@ def conversation(model, photo) -> None:
 
     def run(file, question, said):
         said = talk.turn(model, bytes_of(file), question, said)
-        messages = [{"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn)]
-        return said, messages, ""
+        spoken = [pair for turn in said for pair in zip(("user", "assistant"), turn)]
+        # a chatbot reads HTML even where it renders no Markdown
+        return said, [{"role": role, "content": html.escape(text, quote=False)} for role, text in spoken], ""
 
-    on(button, [question], run, [photo, question, said], [said, shown, question])
+    on(button, [question], run, [photo, question, said], [said, shown, question], working=shown)
     photo.change(lambda: ([], []), None, [said, shown], api_visibility="private")  # a new one begins a new one
+    shown.clear(lambda: [], None, said, api_visibility="private")
 
 
 def search(album: Album) -> None:
     words = gr.Textbox(label=f"What to look for in {len(album.files)} photographs", max_length=MOST_CHARACTERS)
-    button, out = gr.Button("Search", variant="primary"), gr.Gallery(label="Found", columns=4, object_fit="contain")
+    button, out = gr.Button("Search", variant="primary"), pictures("Found", 4)
     told = gr.Markdown(visible=False)
 
     def run(text, progress=gr.Progress()):  # noqa: B008 (how Gradio is told that there is progress)
         tell = lambda done, of: progress((done, of), desc="looking at the photographs", unit="photographs")
         found = album.search(text, MOST_FOUND, tell)
         limit = album.model.cfg.data.max_pixels
-        drawn = [(heat.photograph(file, limit, SIDE), f"{pathlib.Path(file).name}  {cos:.3f}") for file, cos in found]
+        drawn = [(heat.photograph(file, limit, SIDE), f"{cos:.3f}  {pathlib.Path(file).name}") for file, cos in found]
         bad = "; ".join(f"{pathlib.Path(file).name}: {reason}" for file, reason in list(album.bad.items())[:5])
         note = f"{len(album.bad)} could not be used: {html.escape(bad)}" if bad else ""
         return drawn, gr.Markdown(note, visible=bool(note))
@@ -173,19 +189,37 @@ def search(album: Album) -> None:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
-def on(button, boxes: list, run: Callable, inputs: list, outputs: list) -> None:
-    """`run` when the button is pressed or Enter in one of the boxes; what it raises as ValueError is shown."""
+def on(button, boxes: list, run: Callable, inputs: list, outputs: list, working=None) -> None:
+    """`run` when the button is pressed or Enter in one of the boxes; what it raises as ValueError is shown.
+
+    working: the part of the page that says so meanwhile; None: all outputs.
+    """
 
     @functools.wraps(run)  # Gradio looks at the arguments
     def told(*given):
         try:
             return run(*given)
         except ValueError as e:
-            raise gr.Error(str(e), duration=None, print_exception=False) from None
+            raise gr.Error(str(e).removeprefix("images: "), duration=None, print_exception=False) from None
 
     begins = [button.click, *(box.submit for box in boxes)]
     # one model, one piece of work at a time
-    gr.on(begins, told, inputs, outputs, concurrency_limit=1, concurrency_id="model", api_visibility="private")
+    alone = {"concurrency_limit": 1, "concurrency_id": "model"}
+    gr.on(begins, told, inputs, outputs, show_progress_on=working, api_visibility="private", **alone)
+
+
+def pictures(name: str, columns: int) -> gr.Gallery:
+    """Pictures with a line below each, on a phone two beside each other. Its name, which would hide a part of the first
+    one, is not shown."""
+    return gr.Gallery(
+        label=name,
+        show_label=False,
+        columns=columns,
+        object_fit="contain",
+        height="auto",
+        buttons=["download", "fullscreen"],  # none that shares them
+        elem_classes="pictures",
+    )
 
 
 def bytes_of(file: str | None) -> bytes:
