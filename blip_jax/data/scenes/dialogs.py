@@ -78,11 +78,10 @@ def dialog(seed: int, index: int, size: int) -> Dialog:
     rng, picture = world.stream(seed, index, crowd.DIALOG), crowd.scene(seed, index, size)
     caption, manner = crowd.hint(rng, picture), pick(rng, MANNERS)
     rounds: list[Round] = []
-    last = None
     while len(rounds) < ROUNDS:
-        last = _next(rng, picture, last)
-        if last and last.text not in [r.question.text for r in rounds]:
-            rounds.append(_round(rng, last, manner))
+        asked = _next(rng, picture, rounds[-1].question if rounds else None)
+        if asked and asked.text not in [r.question.text for r in rounds]:
+            rounds.append(_round(rng, asked, manner))
     return Dialog(caption, rounds)
 
 

@@ -67,10 +67,11 @@ def describe(rng: np.random.Generator, scene: dict, places: bool = True) -> str:
     while True:
         text = _sentence(rng, scene, places)
         if len(text.replace(",", " ,").split()) <= MAX_WORDS:
-            return _articles(text)
+            return articles(text)
 
 
-def _articles(text: str) -> str:
+def articles(text: str) -> str:
+    """The text with "a" and "an" as what follows asks for."""
     return re.sub(r"\ban? (?=(.))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
 
 
@@ -81,7 +82,7 @@ def _sentence(rng, scene: dict, places: bool) -> str:
     opening, ending = _frame(rng, scene, len(objects))
     style = rng.random()
     if not places:
-        body = _listed([_named(rng, o) for o in objects])
+        body = listed([_named(rng, o) for o in objects])
     elif len(objects) == 1:
         body = _placed(rng, objects[0], 1.0)
     elif style < 0.35 and (related := _relation(rng, *objects[:2])):
@@ -89,7 +90,7 @@ def _sentence(rng, scene: dict, places: bool) -> str:
     elif style < 0.5 and (ordered := _ordered(rng, objects)):
         body = ordered
     else:
-        body = _listed([_placed(rng, o, 0.8) for o in objects])
+        body = listed([_placed(rng, o, 0.8) for o in objects])
     return f"{opening} {body}{ending}".strip()
 
 
@@ -132,10 +133,11 @@ def _ordered(rng, objects: list[dict]) -> str | None:
     if not free:
         return None
     phrase = pick(rng, free)
-    return f"{_listed([_named(rng, o) for o in sorted(objects, key=lambda o: _line(o, ORDERS[phrase]))])} {phrase}"
+    return f"{listed([_named(rng, o) for o in sorted(objects, key=lambda o: _line(o, ORDERS[phrase]))])} {phrase}"
 
 
-def _listed(parts: list[str]) -> str:
+def listed(parts: list[str]) -> str:
+    """ "a, b and c" """
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
@@ -242,7 +244,7 @@ def falsify(rng: np.random.Generator, scene: dict, caption: str) -> str:
         spot = pick(rng, spots)
         table = next(t for t in _SWAPS if spot[0] in t)
         other = pick(rng, [phrase for phrase, meaning in table.items() if meaning != table[spot[0]]])
-        changed = _articles(caption[: spot.start()] + other + caption[spot.end() :])
+        changed = articles(caption[: spot.start()] + other + caption[spot.end() :])
         claims = read(changed)
         if claims is not None and not holds(claims, scene):
             return changed
