@@ -49,7 +49,7 @@ def cfg(tiny_cfg):
     tiny_cfg.train.steps, tiny_cfg.train.log_every, tiny_cfg.train.save_every = STEPS, 1, 4
     with tiny_cfg.data.unlocked():
         tiny_cfg.data.eval.world = source("scenes", count=20, size=32, seed=1)
-    tiny_cfg.eval.batch, tiny_cfg.eval.k = 16, 4
+    tiny_cfg.eval.batch, tiny_cfg.eval.k, tiny_cfg.eval.loss_examples = 16, 4, 20
     assert tiny_cfg.model.dropout > 0 and tiny_cfg.loss.momentum
     return tiny_cfg
 
