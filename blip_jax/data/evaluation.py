@@ -285,9 +285,9 @@ class EvalRows:
 class HeldOut(EvalRows):
     """Records of `sources` as examples that a task trains on, cfg.eval.loss_examples of them, each once.
 
-    task: a module of blip_jax/tasks, whose `example` makes a row of a record. Which records, in which order, and what is
-    random in the rows follow from the seed and the keys alone: every pass gives the same. Pictures come as evaluation
-    shows them, without augmentation.
+    task: a module of blip_jax/tasks, whose `example` makes a row of a record. Which records, in which order, and what
+    is random in the rows follow from the seed and the keys alone: every pass gives the same. Pictures come as
+    evaluation shows them, without augmentation.
 
     A record that no example can be made of, as it has no answer or label, is left out, counted, and named at
     `skipped_path`; however many these are, that is no error.

@@ -21,8 +21,8 @@ def check(cfg, tokenizer=None) -> list[str]:
     out = blip2_stage2.check(cfg, tokenizer)
     if len(cfg.data.eval) and not cfg.eval.loss_examples:
         out.append(
-            f"data.eval holds {', '.join(sorted(cfg.data.eval))}, but of objective language only the loss is evaluated, "
-            "and eval.loss_examples is 0: set that, or leave data.eval empty"
+            f"data.eval holds {', '.join(sorted(cfg.data.eval))}, but objective language is evaluated by its loss "
+            "alone, and eval.loss_examples is 0: raise it, or leave data.eval empty"
         )
     if cfg.text.prompt:
         out.append(f"text.prompt is {cfg.text.prompt!r} but objective is language: set text.prompt to the empty string")

@@ -14,7 +14,6 @@ from blip_jax.models.layers import dense
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import compiler
 
-
 RATES = ("dropout", "drop_path", "llm_dropout")  # leaves of cfg.model by which a model drops something
 
 

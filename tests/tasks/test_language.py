@@ -103,5 +103,8 @@ def test_its_settings_are_checked(tokenizer):
     cfg.text.prompt = "a photo of"
     with pytest.raises(ValueError, match="text.prompt is 'a photo of' but objective is language"):
         tasks.validate(cfg, tokenizer)
+    cfg.text.prompt, cfg.eval.loss_examples, cfg.data.eval.world = "", 0, source("scenes", count=8, size=32)
+    with pytest.raises(ValueError, match="is evaluated by its loss alone, and eval.loss_examples is 0: raise it"):
+        tasks.validate(cfg, tokenizer)
     counted = language.flops(small())
     assert counted["step"] == 3 * counted["forward"] == 3 * (counted["llm"] + counted["lm_head"])

@@ -157,8 +157,8 @@ def rows_by_hand(cfg) -> list[dict]:
     return out
 
 
-def batch_of(rows: list[dict]) -> dict:
-    return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
+def batch_of(given: list[dict]) -> dict:
+    return {name: jnp.stack([row[name] for row in given]) for name in given[0]}
 
 
 def log_p(logits, ids) -> np.ndarray:
@@ -169,8 +169,8 @@ def test_of_captions_it_is_the_mean_of_what_words_are_unlikely(settings, tmp_pat
     """Batches of 5 and 3: means over the words of a batch, weighted by its examples; without dropout."""
     cfg = settings("caption")
     cfg.train.batch, cfg.loss.label_smoothing = 5, 0.0
-    state, rows, total = state_of(cfg), rows_by_hand(cfg), 0.0
-    for part in (rows[:5], rows[5:]):
+    state, given, total = state_of(cfg), rows_by_hand(cfg), 0.0
+    for part in (given[:5], given[5:]):
         batch, apply = batch_of(part), jitted.program(tasks.build(cfg), whole_caption)
         logits = apply(state.params, batch["img"], batch["ids"], batch["txt_mask"])
         total += len(part) * -log_p(logits, batch["ids"][:, 1:])[batch["lm_mask"][:, 1:]].mean()
@@ -202,10 +202,10 @@ def test_momentum_encoder_queue_and_soft_targets_are_those_of_the_state(settings
     queue, temp, alpha = state.extra["queue"], state.params["temp"], 0.4 * STEP / (2 * EPOCH)
     same = batch["image_id"][:, None] == np.concatenate([batch["image_id"], queue["image_id"]])
     total = 0.0
-    for rows, rows_m, columns in ((img, img_m, [txt_m, queue["txt"]]), (txt, txt_m, [img_m, queue["img"]])):
+    for own, own_m, columns in ((img, img_m, [txt_m, queue["txt"]]), (txt, txt_m, [img_m, queue["img"]])):
         columns = jnp.concatenate(columns)
-        targets = alpha * jax.nn.softmax(rows_m @ columns.T / temp) + (1 - alpha) * same / same.sum(-1, keepdims=True)
-        total -= (targets * jax.nn.log_softmax(rows @ columns.T / temp)).sum(-1).mean() / 2
+        targets = alpha * jax.nn.softmax(own_m @ columns.T / temp) + (1 - alpha) * same / same.sum(-1, keepdims=True)
+        total -= (targets * jax.nn.log_softmax(own @ columns.T / temp)).sum(-1).mean() / 2
     assert measured(cfg, state, tmp_path)["loss_itc"] == pytest.approx(float(total), rel=1e-5)
 
 
