@@ -232,6 +232,7 @@ def numbers(cfg, tmp_path, count: int, task=Numbers) -> HeldOut:
 
 
 def test_each_example_comes_once_and_the_rest_is_a_smaller_batch(tiny_cfg, tmp_path):
+    tiny_cfg.eval.loss_examples = 5000
     data = numbers(tiny_cfg, tmp_path, 30)
     passes = [list(data.whole(8, 2)) for _ in range(2)]
     for batches in passes:
