@@ -18,7 +18,6 @@ one that is trained
   flops(cfg, T=None)                    {part: FLOPs of one example, ..., "step": of the training step}; T: text
                                         positions
 
-
 and one that is not
 
   INSTEAD                               what to do instead of training it
