@@ -11,7 +11,6 @@ import time
 import pytest
 from world.capfilt import save_models, settings, tree
 from world.capfilt_blip2 import save_blip2
-from world.processes import importing
 
 CONFIG = """
 import json
@@ -24,9 +23,10 @@ def get_config():
 # imports once, then obeys lines: "start <log file> <arguments of blip-jax>" forks such a process and answers with its
 # id; "wait <id>" answers with its exit status
 SERVER = """
-import os, sys
-import world.imported
+import gc, os, sys
 from blip_jax.cli import main
+from blip_jax.capfilt import run
+gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
 for line in sys.stdin:
     what, *rest = line.split()
     if what == "wait":
@@ -50,7 +50,7 @@ class Runs:
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
         one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        env = importing() | {"XLA_FLAGS": one_device, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = os.environ | {"XLA_FLAGS": one_device, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SERVER],
             env=env,

@@ -5,6 +5,7 @@ One server imports everything once and forks the processes of a run from itself.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -16,11 +17,6 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 from local_processes import environment, free_port  # noqa: E402
-
-
-def importing() -> dict[str, str]:
-    """The environment, in which `world` can be imported."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 class Pod:
@@ -76,11 +72,7 @@ class Server:
 
     def __init__(self):
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            env=importing(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, what: dict) -> int:
@@ -105,10 +97,13 @@ def serve() -> None:
     import jax
     from jax._src import cache_key
 
-    import world.imported  # noqa: F401
+    import blip_jax.capfilt.run  # noqa: F401
+    import blip_jax.parallel.processes  # noqa: F401
+    import blip_jax.train.loop  # noqa: F401
 
     cache_key._hash_accelerator_config = cache_key._hash_devices
     jax.config.update("jax_share_binary_between_hosts", True)
+    gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:

@@ -5,6 +5,7 @@ Each is a process of its own, forked from one that has everything imported and c
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -60,9 +61,16 @@ class Shell:
 
 def serve(address: str) -> None:
     """Forks a process for each {"argv", "cwd"} that comes with three open files, and answers with its status."""
-    import world.imported  # noqa: F401
+    # imported for the processes that are forked, which then need not
+    import blip_jax.capfilt.run  # noqa: F401
+    import blip_jax.cli.main  # noqa: F401
+    import blip_jax.convert.write  # noqa: F401
+    import blip_jax.inference.pretrained  # noqa: F401
+    import blip_jax.train.evaluation  # noqa: F401
+    import blip_jax.train.loop  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()

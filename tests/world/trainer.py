@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 
-from world.processes import importing
-
 # imports once, then forks one training process per line of standard input: "<workdir> <log file>"; answers with its id
 SERVER = """
-import os, sys
-import world.imported
+import gc, os, sys
 from blip_jax.cli import main
+from blip_jax.train import loop
+gc.freeze(), gc.set_threshold(50_000, 20, 50)  # as conftest.py
 for line in sys.stdin:
     workdir, log = line.split()
     pid = os.fork()
@@ -35,7 +34,7 @@ class Trainer:
     def __init__(self, config: pathlib.Path, folder: pathlib.Path):
         self.log = folder / "log.txt"
         one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        env = importing() | {"XLA_FLAGS": one_device, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = os.environ | {"XLA_FLAGS": one_device, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SERVER.format(config=config)],
             env=env,
