@@ -49,7 +49,7 @@ def cfg(tiny_cfg):
     tiny_cfg.train.steps, tiny_cfg.train.log_every, tiny_cfg.train.save_every = STEPS, 1, 4
     with tiny_cfg.data.unlocked():
         tiny_cfg.data.eval.world = source("scenes", count=20, size=32, seed=1)
-    tiny_cfg.eval.batch, tiny_cfg.eval.k = 16, 4
+    tiny_cfg.eval.batch, tiny_cfg.eval.k, tiny_cfg.eval.loss_examples = 16, 4, 20
     assert tiny_cfg.model.dropout > 0 and tiny_cfg.loss.momentum
     return tiny_cfg
 
@@ -167,8 +167,9 @@ def test_two_processes_stopped_killed_and_finished(whole, stopped, server, folde
     assert_same(rows(workdir), whole)
     evaluated = next(row for row in whole if "eval/r_mean" in row)
     again = json.loads((workdir / "evaluation.json").read_text())
+    assert evaluated["eval/loss_examples"] == 16  # of 20, whole rows of eight devices
     assert {f"eval/{name}": again[name] for name in again if name != "checkpoint"} == {
-        k: v for k, v in evaluated.items() if k != "step"
+        k: v for k, v in evaluated.items() if k != "step" and "loss" not in k
     }
     capfilt(capfilt_cfg, folder / "captions-1")
     assert shards(folder / "captions-2") == shards(folder / "captions-1")
