@@ -30,6 +30,7 @@ NEEDS = ("gcsfs", "google.cloud.storage")  # modules of the extra gcs
 EVERY = 30.0  # seconds at least between two copies of a file that grows, where nobody asks for one
 SHARE = 20  # ... and of as many seconds at most one goes into copying
 THREADS = 8  # that copy at once
+LAST = ("commit_success.txt", "config.json")  # without which a checkpoint, a Hugging Face folder counts for nothing
 COPY = "gcloud storage cp --recursive"
 
 
@@ -114,10 +115,19 @@ def create(path, content: bytes) -> None:
         _system().pipe_file(_text(path), content, mode="create")
 
 
-def send(file: pathlib.Path, to) -> None:
-    """Copies a local file, whatever its size, to a bucket. OSError: it cannot be written."""
+def send(file: pathlib.Path, to, over: bool = True) -> None:
+    """Copies a local file, whatever its size, to a bucket, or a folder: then the file whose name ends all of LAST
+    comes last. over: also where there is one already. OSError: it cannot be written; FileExistsError: there is one."""
+    if file.is_dir():
+        below = [path for path in file.rglob("*") if path.is_file()]
+        last = sorted((path for path in below if path.name in LAST), key=lambda path: -len(path.parts))
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda path: send(path, to / path.relative_to(file), over), set(below) - set(last)))
+        for path in last:
+            send(path, to / path.relative_to(file), over)
+        return
     with _answers(to):
-        _system().put_file(str(file), _text(to))
+        _system().put_file(str(file), _text(to), mode="overwrite" if over else "create")
 
 
 def size(path) -> int:
@@ -183,9 +193,25 @@ def remove(folder, first: str) -> None:
         folder.rmtree()
 
 
-def exists(path: str) -> bool:
+def exists(path) -> bool:
     """Whether there is a file of this name on a bucket, or one below it."""
-    return _system().exists(path)
+    with _answers(path):
+        return _system().exists(_text(path))
+
+
+def names(folder) -> list[str]:
+    """Of the files below a folder, each once and relative to it."""
+    if is_bucket(folder):
+        return list(stamps(folder))
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def stamps(path) -> dict[str, tuple[int, str]]:
+    """Size in bytes and generation of all that is below a folder of a bucket, by name; of a file itself, as ""."""
+    with _answers(path):
+        found = _system().find(_text(path), detail=True)
+    root = _text(path).removeprefix(SCHEME)
+    return {name.removeprefix(root).lstrip("/"): (int(x["size"]), str(x["generation"])) for name, x in found.items()}
 
 
 def glob(path: str, folders: dict[str, set[str]]) -> list[str]:
@@ -230,15 +256,22 @@ def fetched(path, beside: str = "") -> pathlib.Path:
     that goes with it, where there is one. ValueError: there is no such file."""
     if not is_bucket(path):
         return pathlib.Path(path)
-    path, folder = of(path), pathlib.Path(tempfile.mkdtemp(dir=own_folder()))
+    path = of(path)
+    folder = folder_for(path.parent)
     try:
         (folder / path.name).write_bytes(path.read_bytes())
         if beside and (more := path.with_name(beside)).exists():
             (folder / beside).write_bytes(more.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    _REMOTE[folder] = path.parent
     return folder / path.name
+
+
+def folder_for(place) -> pathlib.Path:
+    """A new local folder, for copies of what lies in a folder of a bucket."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=own_folder()))
+    _REMOTE[folder] = place
+    return folder
 
 
 # --- files that grow --------------------------------------------------------------------------------------------------
@@ -284,6 +317,8 @@ def rewritten(copy: pathlib.Path) -> None:
 
 def spelled(path):
     """What the user calls a path: of a local copy, the place on the bucket."""
+    if is_bucket(path):
+        return path
     return next((to / path.relative_to(copy) for copy, to in _REMOTE.items() if path.is_relative_to(copy)), path)
 
 

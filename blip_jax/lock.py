@@ -76,6 +76,11 @@ def held(path, share: Share | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def held_output(path) -> Iterator[None]:
     """As `held`, for an output that does not exist yet, a file or a folder: the lock lies beside it."""
+    if buckets.is_bucket(path):
+        path = buckets.of(path)
+        with _BucketLock(path.with_name(f".{path.name}.lock"), None):
+            yield
+        return
     path = buckets.local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _Lock(path.with_name(f".{path.name}.lock"), None):

