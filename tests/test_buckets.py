@@ -369,3 +369,5 @@ def test_the_best_is_kept_on_a_bucket(store, tiny_cfg):
     assert (at / "best" / "vocab.txt").read_bytes() == (at / "vocab.txt").read_bytes()
     (at / "best" / "checkpoints" / "1" / "commit_success.txt").unlink()  # as a process leaves it that is killed there
     assert best.found(at) is None
+    best.keep(run, 1, {"score": 0.7})  # as the run does when it goes on, from checkpoint 1
+    assert best.found(at) == (1, 0.7) and leaves(at / "best") == leaves(at)

@@ -106,9 +106,8 @@ def finished(out) -> int:
 
 
 def result(out) -> dict[str, bytes]:
-    """Everything a run leaves, except the list of unreadable records, which is one for each process, and the file of a
-    few bytes that one leaves who is killed in the instant in which it takes the lock."""
-    return {name: data for name, data in bucket.tree(out).items() if not name.startswith(("skipped", ".lock-"))}
+    """Everything a run leaves, except the list of unreadable records, which is one for each process."""
+    return {name: data for name, data in bucket.tree(out).items() if not name.startswith("skipped")}
 
 
 @pytest.fixture(scope="module")
