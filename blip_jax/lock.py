@@ -130,7 +130,9 @@ class _Lock:
 
     def _clear(self) -> None:
         """Removes what processes left that were killed while they made a lock; whose is in the name."""
-        pattern = re.compile(rf"\.{re.escape(self.path.name)}(-[0-9]+-of-[0-9]+)?\.(([0-9a-f]{{8}})-([0-9]+)-)?[0-9a-f]{{32}}")
+        pattern = re.compile(
+            rf"\.{re.escape(self.path.name)}(-[0-9]+-of-[0-9]+)?\.(([0-9a-f]{{8}})-([0-9]+)-)?[0-9a-f]{{32}}"
+        )
         now = self._mine.stat().st_mtime  # of the clock that the others' times are of, too
         for file in self.path.parent.iterdir():
             if not (found := pattern.fullmatch(file.name)):
