@@ -130,14 +130,13 @@ class _Lock:
 
     def _clear(self) -> None:
         """Removes what processes left that were killed while they made a lock; whose is in the name."""
-        pattern = re.compile(
-            rf"\.{re.escape(self.path.name)}(-[0-9]+-of-[0-9]+)?\.(([0-9a-f]{{8}})-([0-9]+)-)?[0-9a-f]{{32}}"
-        )
+        token = "(([0-9a-f]{8})-([0-9]{1,9})-)?[0-9a-f]{32}"
+        pattern = re.compile(rf"\.{re.escape(self.path.name)}(-[0-9]+-of-[0-9]+)?\.{token}")
         now = self._mine.stat().st_mtime  # of the clock that the others' times are of, too
         for file in self.path.parent.iterdir():
             if not (found := pattern.fullmatch(file.name)):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # it was made meanwhile, or another removed it
+            with contextlib.suppress(OSError):  # it is gone meanwhile, or another user's
                 here = found[3] == _site()
                 if here and _started(int(found[4])) == "" or not here and now - file.stat().st_mtime > STALE:
                     file.unlink()
