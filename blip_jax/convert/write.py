@@ -20,7 +20,7 @@ from blip_jax import buckets, checkpoint, lock, trees
 from blip_jax.convert import apply, blip2, hf, hf_blip2, origins, torch_io, vocabulary
 from blip_jax.convert.read import locate, read
 from blip_jax.convert.rules.families import WORDS
-from blip_jax.convert.source import Source, official, vocab_sizes
+from blip_jax.convert.source import PADDED, Source, official, vocab_sizes
 from blip_jax.parallel.interrupt import Interrupt
 
 FORMATS = ("ours", "official", "hf")
@@ -146,7 +146,7 @@ def describe(source: Source) -> str:
     count, entries = 0, vocab_sizes(source.cfg)
     for path, x in trees.paths(parts):
         shape = list(x.shape)
-        if re.search("word/embedding$|lm_head/bias$|^llm/lm_head/kernel$", path):  # without padding
+        if re.search(PADDED, path):  # without padding
             shape[path.endswith("kernel")] = entries[apply.part(path)]
         count += math.prod(shape)
 

@@ -102,7 +102,8 @@ class Runs:
 
 
 def finished(out) -> int:
-    return len(list((out / "shards").glob("*/decisions.parquet")))  # on a bucket the last of a shard's files
+    # on a bucket a shard is there with the last of its files
+    return len(list((out / "shards").glob("*/decisions.parquet" if buckets.is_bucket(out) else "*")))
 
 
 def result(out) -> dict[str, bytes]:
