@@ -52,10 +52,11 @@ def _evaluate(cfg, workdir, path) -> dict:
     data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
     processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
     params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
+    origin = str(buckets.spelled(origin))
     say(f"evaluating {origin} on {len(data)} examples")
     params = placed(params, mesh, cfg.model.dtype)
-    result = task.evaluate(Loaded(model, params, cfg, tokenizer, str(origin)), data, mesh)
-    _write_result(workdir, task, cfg, result, str(origin))
+    result = task.evaluate(Loaded(model, params, cfg, tokenizer, origin), data, mesh)
+    _write_result(workdir, task, cfg, result, origin)
     return {name: value for name, value in result.items() if name != "scores"}
 
 
