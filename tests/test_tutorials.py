@@ -28,7 +28,11 @@ REPLACED = {
     "captions": [("--config.train.steps=500", "--config.train.steps=2")],
     # the config that stands in the page itself
     "own_task": [
-        ("    return c\n", "    c.optim.lr = 3e-3\n    return __import__('world.small').small.smaller(c, 60)\n")
+        (
+            "    return c\n",
+            "    c = __import__('world.small').small.smaller(c, 60)\n"
+            "    c.optim.lr, c.eval.loss_examples = 3e-3, 32\n    return c\n",
+        )
     ],
     # where the TPU's compiler is not installed, a plan is not decided
     "pretraining": [] if aot.installed() else [("--out=plan.json\n", "--out=plan.json || test $? -eq 3\n")],
@@ -193,6 +197,7 @@ def test_your_own_task(told, tmp_path):
     result = json.loads((tmp_path / "runs" / "alt_text" / "evaluation.json").read_text())
     assert result["examples"] == 48 and result["accuracy"] > 90
     assert f"48 texts, accuracy {result['accuracy']:.1f} %" in parts[3]
+    assert "alt_text: examples 48.00" in parts[3] and "eval/loss is of 32 examples of data.eval" in parts[3]
     rows = json.loads((tmp_path / "runs" / "alt_text" / "predictions.json").read_text())
     right = [(row["good"] >= 0.5) == (row["verdict"] == "good") for row in rows]
     assert 100 * sum(right) / len(right) == pytest.approx(result["accuracy"])

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blip_jax import buckets
+
 SOURCES = ("web", "synthetic")
 MATCHED, BELOW, EMPTY, REPEATED, UNREADABLE = "matched", "below threshold", "empty caption", "repeated", "unreadable"
 REASONS = (MATCHED, BELOW, EMPTY, REPEATED)  # of a readable picture's texts; else "unreadable: category"
@@ -89,7 +91,8 @@ def write(path: pathlib.Path, rows: list[Row]) -> None:
 def read(path: pathlib.Path, columns: list[str] | None = None) -> pa.Table:
     """The table at `path`. ValueError: it is no decision table."""
     try:
-        return pq.read_table(path, columns=columns or SCHEMA.names)
+        file = pa.BufferReader(path.read_bytes()) if buckets.is_bucket(path) else path
+        return pq.read_table(file, columns=columns or SCHEMA.names)
     except (pa.ArrowInvalid, FileNotFoundError) as e:
         raise ValueError(
             f"{path} is no decision table ({e}): remove the folder it is in and run again, to make it anew"

@@ -34,7 +34,7 @@ def refilter(run_dir, threshold: float, out) -> dict:
 
 
 def _refilter(run_dir, threshold: float, out, stop: Interrupt) -> dict:
-    run_dir, out = buckets.local(run_dir, "run"), buckets.local(out, "out")
+    run_dir, out = buckets.of(run_dir, "run"), buckets.of(out, "out")
     record = settings.read(run_dir)
     if out == run_dir:
         raise ValueError(f"out is {out}, the run itself: give another folder")

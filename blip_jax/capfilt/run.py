@@ -55,7 +55,7 @@ def run(cfg, out, process: int | None = None, processes: int | None = None) -> d
     ValueError: settings, checkpoints or data do not fit, or `out` was begun with others. OSError: `out` cannot be
       written.
     """
-    out = buckets.local(out, "out")
+    out = buckets.of(out, "out")
     settings.validate(cfg)
     process = jax.process_index() if process is None else process
     processes = jax.process_count() if processes is None else processes
@@ -80,6 +80,7 @@ def _run(cfg, out: pathlib.Path, process: int, processes: int, stop: Interrupt, 
     with writing("the settings", out):
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(holding(lock.held(out, lock.Share(process, processes)), each=True))
+        stack.callback(buckets.settle)
         agree(cfg, out, captioner=record["captioner"], filter=record["filter"], records=lengths)
         settings.settle(out, record)
 
@@ -309,7 +310,8 @@ def _write(
 ) -> bool:
     """Writes the shards of the stream, each as it ends; whether a signal stopped it before the last."""
     with writing("the list of unreadable records", out):
-        ledger = Ledger(out / f"skipped{f'-p{process}' if process else ''}.jsonl", cfg.data.max_bad_share)
+        path = buckets.staged(out / f"skipped{f'-p{process}' if process else ''}.jsonl")
+        ledger = Ledger(path, cfg.data.max_bad_share)
     progress = Progress(sum(len(plan.span(k)) for k in todo))
     writer = None  # of the shard that is being made
     with stop.deferred("finishing this batch, then stopping"):
@@ -323,6 +325,8 @@ def _write(
 
                 if batch.last:
                     keys.add(batch.shard, ((row.key, row.dataset, row.record, row.reason) for row in writer.rows))
+                    with writing("the list of unreadable records", out):
+                        buckets.sync()  # first: records of a finished shard are not read again
                     writer.commit()
                     writer = None
                 progress.add(rows)

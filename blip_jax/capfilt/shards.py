@@ -3,7 +3,8 @@
 OUT/shards/00000/ holds decisions.parquet, web.array_record and synthetic.array_record. It is written as
 OUT/unfinished/00000/ and then renamed: the rename is the commit. Whatever a killed process leaves in unfinished/ counts
 for nothing; it goes when the shard is made anew, all of it at the end. OUT is on a file system where a rename is
-atomic.
+atomic, or on a bucket, where nothing is renamed: there a shard is written in a local folder and copied, its decision
+table last, and that is the commit. What a killed process has copied without the table is copied again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from blip_jax import buckets
 from blip_jax.capfilt import decisions
 from blip_jax.capfilt.decisions import SOURCES, UNREADABLE, Row
 from blip_jax.data.formats.array_record import pack
@@ -59,6 +61,10 @@ def folder(out: pathlib.Path, shard: int) -> pathlib.Path:
 
 def finished(out: pathlib.Path, count: int) -> list[int]:
     """Numbers of the finished shards among `count`."""
+    if buckets.is_bucket(out):
+        tables = buckets.glob(f"{folder(out, 0).parent}/*/{TABLE}", {})
+        there = {pathlib.PurePosixPath(path).parent.name for path in tables}
+        return [k for k in range(count) if folder(out, k).name in there]
     return [k for k in range(count) if folder(out, k).is_dir()]
 
 
@@ -89,6 +95,10 @@ def writing(what: str, out: pathlib.Path) -> Iterator[None]:
 
 def put(out: pathlib.Path, name: str, content: str, keep: bool = False) -> None:
     """Writes the file `name` of `out` whole or not at all. `keep`: one that is there already stays."""
+    if buckets.is_bucket(out):
+        with contextlib.suppress(FileExistsError):
+            (buckets.create if keep else buckets.write)(out / name, content.encode())
+        return
     beside = out / "unfinished" / f"{name}.{uuid.uuid4().hex}"
     beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(content, encoding="utf-8")
@@ -108,7 +118,8 @@ class ShardWriter:
 
     def __init__(self, out: pathlib.Path, shard: int):
         self._out, self.shard, self.rows = out, shard, []
-        self._part = out / "unfinished" / f"{shard:05d}"
+        here = pathlib.Path(buckets.own_folder()) if buckets.is_bucket(out) else out
+        self._part = here / "unfinished" / f"{shard:05d}"
         self._written = dict.fromkeys(SOURCES, 0)
         with self._writing():
             shutil.rmtree(self._part, ignore_errors=True)
@@ -141,12 +152,20 @@ class ShardWriter:
                 if (found := _count(self._path(source))) != self._written[source]:
                     raise OSError(f"{self._path(source)} holds {found} records, {self._written[source]} were written")
             decisions.write(self._part / TABLE, self.rows)
+            if buckets.is_bucket(self._out):
+                return self._send()
             for path in [*self._part.iterdir(), self._part]:
                 _sync(path)
             final = folder(self._out, self.shard)
             final.parent.mkdir(exist_ok=True)
             self._part.rename(final)  # an error if another process has finished the same shard
             _sync(final.parent)
+
+    def _send(self) -> None:
+        """As the end of `commit`, on a bucket."""
+        for name in (*(self._path(source).name for source in SOURCES), TABLE):
+            buckets.send(self._part / name, folder(self._out, self.shard) / name)
+        shutil.rmtree(self._part)
 
     def drop(self) -> None:
         """Removes what there is of the shard."""

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from blip_jax import buckets
 from blip_jax.capfilt import decisions, shards
 from blip_jax.capfilt.decisions import BELOW, EMPTY, MATCHED, REPEATED, SOURCES, UNREADABLE
 from blip_jax.console import say
@@ -122,7 +123,8 @@ def finish(out: pathlib.Path, count: int, threshold: float) -> dict:
     with shards.writing("the summary", out):
         if not (out / FILE).exists() or (out / FILE).read_text(encoding="utf-8") != content:
             shards.put(out, FILE, content)
-    shutil.rmtree(out / "unfinished", ignore_errors=True)
+    if not buckets.is_bucket(out):
+        shutil.rmtree(out / "unfinished", ignore_errors=True)
     say(table_of(summary, out))
     return summary
 

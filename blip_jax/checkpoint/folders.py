@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import math
@@ -145,11 +146,13 @@ def _lost_files(state: pathlib.Path) -> Iterator[str]:
     if is_database(state):
         yield from _lost_in_database(state)
         return
-    for array in state.rglob(".zarray"):  # one folder for each array, as `write` makes them
-        layout = json.loads(array.read_text(encoding="utf-8"))
+    files = [pathlib.PurePosixPath(name) for name in buckets.names(state)]
+    chunks = collections.Counter(path.parent for path in files if not path.name.startswith("."))
+    for array in (path for path in files if path.name == ".zarray"):  # one folder for each, as `write` makes them
+        layout = json.loads((state / array).read_text(encoding="utf-8"))
         want = math.prod(-(-n // chunk) for n, chunk in zip(layout["shape"], layout["chunks"]))
-        if sum(1 for p in array.parent.iterdir() if not p.name.startswith(".")) < want:
-            yield f"{array.parent.relative_to(state)}/*"
+        if chunks[array.parent] < want:
+            yield f"{array.parent}/*"
 
 
 def is_database(state: pathlib.Path) -> bool:

@@ -47,6 +47,7 @@ RANGES = {  # leaf -> (least, most), both allowed
             "train.eval_every",
             "train.keep_every",
             "eval.limit",
+            "eval.loss_examples",
             "data.epoch_examples",
             "loss.queue",
             "loss.group_size",

@@ -88,7 +88,7 @@ def base(size: str = "base") -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.train = ConfigDict()  # name -> source(...); the weights mix them
-    c.data.eval = ConfigDict()  # name -> source(...) for retrieval evaluation: every caption of every record counts
+    c.data.eval = ConfigDict()  # name -> source(...) for evaluation: every record counts, whatever the weights
     c.data.epoch_examples = 0  # examples in one epoch for schedules and printing; 0: the sum over the sources
     c.data.crop_scale = (0.2, 1.0)  # area range of the random-resized crop
     c.data.randaugment = True  # the original's RandAugment(2, 5)
@@ -160,6 +160,9 @@ def base(size: str = "base") -> ConfigDict:
     c.eval.batch = 64  # images or texts per encoder pass
     c.eval.rerank_texts = 16  # texts scored against one image per pass
     c.eval.limit = 0  # first n images only; 0: all
+    # of a run's evaluations: examples of data.eval, drawn by the seed, that the training loss is measured on as well;
+    # 0: none
+    c.eval.loss_examples = 5000
     # NLVR2: exchange the pictures, and "left" and "right", of half of the sentences, as the original's evaluation does
     c.eval.exchange = False
     # how captions are made that evaluation scores: by beams; lengths are tokens, the prompt's counted

@@ -90,7 +90,7 @@ def together(cfg, sources: Sequence[tuple[str, Source]]) -> Together:
 def origin(given: str, found: pathlib.Path, workdir: pathlib.Path) -> dict:
     """How a checkpoint in `workdir` names an origin, of which `read.locate` found that path."""
     if buckets.is_bucket(given) or buckets.is_bucket(workdir):  # one has no path from the other
-        return {"given": given, "at": str(found) if _exists(given) else given}
+        return {"given": given, "at": str(buckets.spelled(found)) if _exists(given) else given}
     if not pathlib.Path(given).exists():
         return {"given": given, "at": given}  # a name on the hub, whose cache may be emptied
     return {"given": given, "at": str(found), "beside": os.path.relpath(found, workdir)}

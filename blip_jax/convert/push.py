@@ -11,7 +11,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-from blip_jax import checkpoint
+from blip_jax import buckets, checkpoint
 from blip_jax.console import revision
 from blip_jax.convert import hf, hub, write
 
@@ -127,7 +127,7 @@ def _card(path, folder: pathlib.Path, files: list[str], name: str, library, lice
 
 def _trained(path) -> Iterator[str]:
     """How a run of ours came to it and what was measured: names of data, never where they lie."""
-    workdir = pathlib.Path(path)
+    workdir = buckets.of(path) if buckets.is_bucket(path) else pathlib.Path(path)
     if not (workdir / "config.json").is_file() or checkpoint.newest_complete(workdir) is None:
         return
     cfg = json.loads((workdir / "config.json").read_text(encoding="utf-8"))

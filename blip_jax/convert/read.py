@@ -18,6 +18,7 @@ from blip_jax.convert import (
     apply,
     bert,
     blip2,
+    bucket,
     foreign,
     hf,
     hf_blip2,
@@ -61,7 +62,7 @@ TASKS = {  # family -> objective, tokens of a text, what captions continue
 def locate(path) -> pathlib.Path:
     """What `read` reads: a file, a Hugging Face folder, or the newest checkpoint folder of our workdir.
 
-    A folder named on the hub is fetched where need be.
+    A folder named on the hub is fetched where need be, what is others' and on a bucket always.
 
     ValueError: no such file or folder, nor a name on the hub; no complete checkpoint in the workdir; no name at all.
     """
@@ -72,12 +73,7 @@ def locate(path) -> pathlib.Path:
         )
     if buckets.is_bucket(path):
         found = buckets.of(path, "the checkpoint")
-        if _is_ours(found):
-            return checkpoint.newest(found)
-        raise ValueError(
-            f"{found} holds no checkpoint of ours, and of others only local files are read: copy it here with "
-            f"{buckets.COPY}"
-        )
+        return checkpoint.newest(found) if _is_ours(found) else bucket.copy(found)
     found = pathlib.Path(path).absolute() if pathlib.Path(path).exists() else hub.folder(str(path))
     return checkpoint.newest(found) if _is_ours(found) else found
 

@@ -15,6 +15,7 @@ from blip_jax.convert import apply
 from blip_jax.convert.rules.blip2 import HALVES, WHOLE
 from blip_jax.convert.rules.families import INITIAL, WORDS
 
+PADDED = "word/embedding$|lm_head/bias$|llm/lm_head/kernel$"  # arrays with a row, or a column, for each word
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 
 

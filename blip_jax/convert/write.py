@@ -1,6 +1,7 @@
 """`blip-jax convert`: any checkpoint in; ours, the originals' .pth or a Hugging Face folder out.
 
-It is written whole or not at all.
+It is written whole or not at all; on a bucket a folder is copied file by file, and counts for nothing until
+the last one is there.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import time
 from collections.abc import Mapping
 
 from blip_jax import buckets, checkpoint, lock, trees
-from blip_jax.convert import apply, blip2, hf, hf_blip2, torch_io, vocabulary
-from blip_jax.convert.read import read
+from blip_jax.convert import apply, blip2, hf, hf_blip2, origins, torch_io, vocabulary
+from blip_jax.convert.read import locate, read
 from blip_jax.convert.rules.families import WORDS
-from blip_jax.convert.source import Source, official, vocab_sizes
+from blip_jax.convert.source import PADDED, Source, official, vocab_sizes
 from blip_jax.parallel.interrupt import Interrupt
 
 FORMATS = ("ours", "official", "hf")
@@ -46,11 +47,11 @@ def convert(
     Raises: ValueError: `path` cannot be read, `out` exists, another process writes it or it cannot hold this family, or
       the two differ; `out` then stays as it was.
     """
-    out = buckets.local(out, "OUT")
+    out = buckets.of(out, "OUT")
     to = to or ("official" if out.suffix == ".pth" else "ours")
     if to not in FORMATS:
         raise ValueError(f"--to={to}: choose one of {', '.join(FORMATS)}")
-    if os.path.lexists(out):
+    if buckets.exists(out) if buckets.is_bucket(out) else os.path.lexists(out):
         raise _exists(out)
     with lock.held_output(out), Interrupt():
         _convert(path, out, to, vocab, family, img_size, heads, drop_token_types, verify)
@@ -71,7 +72,8 @@ def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, d
         drop_token_types=drop_token_types,
     )
     print(f"{path}: {describe(source)}", flush=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    here = buckets.folder_for(out.parent) if buckets.is_bucket(out) else out.parent
+    beside = here / f".{out.name}.{os.getpid()}.tmp"
     try:
         if to == "ours":
             write_ours(beside, source, pathlib.Path(path).name)
@@ -84,11 +86,12 @@ def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, d
         if verify:
             from blip_jax.convert.verify import verify as check
 
-            check(source, beside, to, pathlib.Path(path))
+            one = buckets.is_bucket(path) and len(origins.names(str(path))) == 1
+            check(source, beside, to, pathlib.Path(locate(path) if one else path))
+        size = sum(f.stat().st_size for f in ([beside] if beside.is_file() else beside.rglob("*")) if f.is_file())
         _name(beside, out)
     finally:
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
-    size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file())
     print(
         f"{out}: {size / 1e9:.3f} GB written in {time.perf_counter() - began:.1f} s, peak memory "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
@@ -97,6 +100,8 @@ def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, d
 
 def _name(beside: pathlib.Path, out: pathlib.Path) -> None:
     """Gives what is `beside` its name. ValueError: something has it; nothing is ever written over."""
+    if buckets.is_bucket(out):
+        return _send(beside, out)
     if beside.is_dir():
         try:
             out.mkdir()  # which only one can; an empty folder may be replaced
@@ -105,6 +110,20 @@ def _name(beside: pathlib.Path, out: pathlib.Path) -> None:
         os.rename(beside, out)
     elif not lock.exclusively(beside, out):
         raise _exists(out)
+
+
+def _send(beside: pathlib.Path, out) -> None:
+    """As `_name`, on a bucket: files one after the other, last the one without which the others count for nothing."""
+    if buckets.exists(out):
+        raise _exists(out)
+    try:
+        buckets.send(beside, out, over=False)
+    except FileExistsError:
+        raise _exists(out) from None
+    except BaseException:  # a signal, too
+        if beside.is_dir():
+            out.rmtree(missing_ok=True)
+        raise
 
 
 def describe(source: Source) -> str:
@@ -127,7 +146,7 @@ def describe(source: Source) -> str:
     count, entries = 0, vocab_sizes(source.cfg)
     for path, x in trees.paths(parts):
         shape = list(x.shape)
-        if re.search("word/embedding$|lm_head/bias$|^llm/lm_head/kernel$", path):  # without padding
+        if re.search(PADDED, path):  # without padding
             shape[path.endswith("kernel")] = entries[apply.part(path)]
         count += math.prod(shape)
 

@@ -53,7 +53,7 @@ def open_all(sources, texts: bool = True) -> dict[str, Source]:
     for name, source in opened.items():
         if (why := getattr(source, "without_texts", "")) and texts:
             raise ValueError(f"data source {name!r}: {why}")
-        if why:
+        if why and isinstance(sources[name], ConfigDict):
             log.warning("data source %r: %s; its pictures are taken without texts", name, why)
     return opened
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import logging
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -236,28 +237,35 @@ class EvalRows:
 
     def batches(self, batch: int) -> Iterator[tuple[list[dict], dict]]:
         """(records, arrays [n, ...]) of n <= batch usable records, in order. ValueError: not one can be used."""
-        rows = threads(grain.MapDataset.range(len(self)).map(self._row), self.cfg, self.cfg.data.prefetch * batch)
         some = False
-        try:
-            for first in range(0, len(self), batch):
-                tried = [next(rows) for _ in range(min(batch, len(self) - first))]
-                self._ledger.add(len(tried), [event for _, _, events in tried for event in events])
-                used = [(record, row) for record, row, _ in tried if row is not None]
-                if used:
-                    some = True
-                    yield (
-                        [record for record, _ in used],
-                        {name: np.stack([row[name] for _, row in used]) for name in used[0][1]},
-                    )
-        finally:
-            rows.close()
+        for tried in self._tried(range(len(self)), batch):
+            for i, (_, row, events) in tried.items():
+                if row is None:
+                    [(name, key, reason, _)] = events
+                    log.warning("evaluation: record %d (%s) of %s: %s", i, key, name, reason)
+            used = [(record, row) for record, row, _ in tried.values() if row is not None]
+            if used:
+                some = True
+                yield [record for record, _ in used], _stacked([row for _, row in used])
         if not some:
             raise ValueError(
                 f"evaluation: no record of {sorted(self.sources)} can be used: {dict(self._ledger.skipped)}; they are "
                 f"named in {self._ledger.path}"
             )
 
+    def _tried(self, places: Sequence[int], batch: int) -> Iterator[dict[int, tuple[dict, dict | None, list]]]:
+        """`_row` of `places` in order, `batch` of them at a time, by place; what happened is in the ledger."""
+        rows = threads(grain.MapDataset.source(places).map(self._row), self.cfg, self.cfg.data.prefetch * batch)
+        try:
+            for first in range(0, len(places), batch):
+                tried = {i: next(rows) for i in places[first : first + batch]}
+                self._ledger.add(len(tried), [event for _, _, events in tried.values() for event in events])
+                yield tried
+        finally:
+            rows.close()
+
     def _row(self, i: int) -> tuple[dict, dict | None, list]:
+        """What is known of record `i`, its row, None where it cannot be used, and events for the ledger."""
         name, r = self._where[i]
         try:
             record = {**self.sources[name][r], "source": name}
@@ -269,7 +277,47 @@ class EvalRows:
                     row[field] = image.eval_transform(picture, self.cfg.model.img_size)
                     notes = found + notes
         except BadRecord as e:
-            log.warning("evaluation: record %d (%s) of %s: %s", i, e.key, name, e.reason)
             return {}, None, [(name, e.key, e.reason, False)]
         known = {field: value for field, value in record.items() if field not in ("image", "images")}
         return known, row, [(name, record["key"], note, True) for note in notes]
+
+
+class HeldOut(EvalRows):
+    """Records of `sources` as examples that a task trains on, cfg.eval.loss_examples of them, each once.
+
+    task: a module of blip_jax/tasks, whose `example` makes a row of a record. Which records, in which order, and what
+    is random in the rows follow from the seed and the keys alone: every pass gives the same. Pictures come as
+    evaluation shows them, without augmentation.
+
+    A record that no example can be made of, as it has no answer or label, is left out, counted, and named at
+    `skipped_path`; however many these are, that is no error.
+    """
+
+    def __init__(self, cfg, tokenizer, task, sources, *, skipped_path):
+        def example(record: dict, cfg, tokenizer) -> dict:
+            drawn = np.array([cfg.seed, zlib.crc32(record["key"].encode(errors="backslashreplace"))], np.uint64)
+            return task.example(record, np.random.Generator(np.random.Philox(key=drawn)), cfg, tokenizer)
+
+        super().__init__(cfg, tokenizer, example, sources, skipped_path=skipped_path, texts=False)
+        self._ledger = Ledger(skipped_path, max_bad_share=1.0)
+        order = np.random.Generator(np.random.Philox(cfg.seed)).permutation(len(self._where))
+        self._where = [self._where[i] for i in order[: cfg.eval.loss_examples]]
+        self._unusable: set[int] = set()  # places, as far as passes met them
+
+    def whole(self, batch: int, unit: int) -> Iterator[dict]:
+        """Arrays [batch, ...] of the examples in order, at last [n, ...] of what remains, n a multiple of `unit` and
+        not 1, as an example alone has no other to be told from; unless batch is 1. Fewer than `unit` are left out.
+        """
+        held: list[dict] = []
+        for tried in self._tried([i for i in range(len(self)) if i not in self._unusable], batch):
+            self._unusable |= {i for i, (_, row, _) in tried.items() if row is None}
+            held += [row for _, row, _ in tried.values() if row is not None]
+            if len(held) >= batch:
+                yield _stacked(held[:batch])
+                held = held[batch:]
+        if (n := len(held) // unit * unit) >= min(batch, 2):
+            yield _stacked(held[:n])
+
+
+def _stacked(rows: list[dict]) -> dict:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

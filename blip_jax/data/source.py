@@ -71,11 +71,8 @@ class Source(Protocol):
     def __getitem__(self, i: int) -> dict: ...
 
 
-def expand(name: str, cfg) -> list[str]:
-    """The sorted files that cfg.path names (data/paths.py); of lists on a bucket, local copies.
-
-    ValueError: there are none, or one is missing.
-    """
+def refuse_places(name: str, cfg) -> None:
+    """ValueError: a path of a source is on a bucket, or at another address, where its kind or its leaf takes none."""
     try:
         for leaf in ("path", "images", "roots", "cache"):
             for path in [cfg[leaf]] if isinstance(cfg[leaf], str) else cfg[leaf]:
@@ -83,6 +80,17 @@ def expand(name: str, cfg) -> list[str]:
                     buckets.local(path, leaf, REMEDY if leaf in ("path", "images") else "")
                 elif leaf == "images":
                     buckets.of(path, leaf)
+    except ValueError as e:
+        raise ValueError(f"data source {name!r}: {e}") from None
+
+
+def expand(name: str, cfg) -> list[str]:
+    """The sorted files that cfg.path names (data/paths.py); of lists on a bucket, local copies.
+
+    ValueError: there are none, or one is missing.
+    """
+    refuse_places(name, cfg)
+    try:
         found = paths.find(cfg.path, on_bucket=True)
         if buckets.is_bucket(cfg.path) and (cfg.cache or cfg.kind not in BY_RANGES):
             found = remote.copies(found, cfg.cache, name)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from blip_jax import trees
+from blip_jax import buckets, trees
 from blip_jax.convert import origins, read, vocabulary
 from blip_jax.convert.source import Source
 from blip_jax.data.text import tokenizers
@@ -110,7 +110,7 @@ def load(
 
 def place(path) -> str:
     """Where the model lies that `path` names: `Loaded.origin`. ValueError: `read.locate`."""
-    return ",".join(str(read.locate(name)) for name in origins.names(str(path)))
+    return ",".join(str(buckets.spelled(read.locate(name))) for name in origins.names(str(path)))
 
 
 def _missing(found: Source) -> list[str]:

@@ -229,8 +229,7 @@ def agree(cfg, folder, **more) -> None:
         names = ", ".join(f"{k} (host {_line.hosts[k]})" for k in unseen)
         raise ValueError(
             f"{folder} is not one folder for all: processes {names} do not see there what process 0 (host "
-            f"{_line.hosts[0]}) writes; give a folder that every host shares: a network file system, or a mounted "
-            "bucket"
+            f"{_line.hosts[0]}) writes; give a folder that every host shares: a network file system, or gs://"
         )
     if warning := skew(gather(_line.offset), _line.hosts):
         say(warning)

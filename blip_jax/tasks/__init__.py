@@ -13,7 +13,8 @@ one that is trained
   shapes(cfg)                           {name: (shape, dtype)} of a global batch
   loss(model, cfg, params, extra, batch, keys)
                                         of one micro-batch: f32[], (metrics, found); pictures arrive normalised; keys:
-                                        `step.Keys`
+                                        `step.Keys`; metrics named loss_... are its parts, and are measured on data.eval
+                                        as well
   flops(cfg, T=None)                    {part: FLOPs of one example, ..., "step": of the training step}; T: text
                                         positions
 
@@ -24,6 +25,10 @@ and one that is not
 One whose texts may be cut into buckets (text.buckets) also has
 
   text(record, rng, cfg)                (the text that decides the length, notes), with the draws that `example` makes
+
+one whose batches consist of more groups than those of loss.group_size
+
+  batch_unit(cfg)                       the number that the examples of every batch must be a multiple of
 
 one with settings of its own
 

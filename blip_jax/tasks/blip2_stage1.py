@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 
 import jax
@@ -102,6 +103,10 @@ def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
 def shapes(cfg) -> dict:
     ids = {"image_id": ((cfg.train.batch,), np.int32)} if cfg.task.image_ids else {}
     return pairs.shapes(cfg) | ids
+
+
+def batch_unit(cfg) -> int:
+    return math.lcm(max(cfg.loss.group_size, 1), max(cfg.task.lm_group, 1))
 
 
 def loss(model, cfg, params, extra, batch: dict, keys: step.Keys):

@@ -19,8 +19,11 @@ from blip_jax.tasks import blip2_stage2, step
 def check(cfg, tokenizer=None) -> list[str]:
     """As the second stage; the prompt, which no picture follows, is empty."""
     out = blip2_stage2.check(cfg, tokenizer)
-    if len(cfg.data.eval):
-        out.append(f"data.eval holds {', '.join(sorted(cfg.data.eval))} but objective is language: leave it empty")
+    if len(cfg.data.eval) and not cfg.eval.loss_examples:
+        out.append(
+            f"data.eval holds {', '.join(sorted(cfg.data.eval))}, but objective language is evaluated by its loss "
+            "alone, and eval.loss_examples is 0: raise it, or leave data.eval empty"
+        )
     if cfg.text.prompt:
         out.append(f"text.prompt is {cfg.text.prompt!r} but objective is language: set text.prompt to the empty string")
     return out

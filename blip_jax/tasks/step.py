@@ -14,6 +14,8 @@ from blip_jax.models.layers import dense
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import compiler
 
+RATES = ("dropout", "drop_path", "llm_dropout")  # leaves of cfg.model by which a model drops something
+
 
 class Keys(NamedTuple):
     """The randomness of one micro-batch."""
@@ -42,7 +44,7 @@ def make_step(cfg, model, tx, epoch_steps: int, draw: Callable = losses.draw_neg
         rows = cfg.train.batch // accumulate
 
         def micro(a, batch):
-            batch = {name: normalize_pixels(x) if x.dtype == jnp.uint8 else x for name, x in batch.items()}
+            batch = normalized(batch)
             keys = Keys(jax.random.fold_in(dropout_key, a), draw_key, a * rows, draw)
 
             def of_trained(trained):
@@ -63,6 +65,42 @@ def make_step(cfg, model, tx, epoch_steps: int, draw: Callable = losses.draw_neg
         ), metrics
 
     return step
+
+
+def normalized(batch: dict) -> dict:
+    """A batch whose pictures u8 are normalised, f32."""
+    return {name: normalize_pixels(x) if x.dtype == jnp.uint8 else x for name, x in batch.items()}
+
+
+def make_loss(cfg, epoch_steps: int, ahead: int = 0):
+    """The loss of `cfg.objective` without a step: (TrainState, batch, first) -> {"loss", "loss_itc", ...: f32[]}, its
+    parts those metrics of the task that are named so; to be jitted.
+
+    batch: as of `make_step`, of any number of rows, one batch; first i32[]: number of its first row, from which hard
+    negatives are drawn, with keys that depend on the seed alone. Nothing is dropped. Of a task with a momentum encoder
+    its parameters and queue are those of the state, `before` moves nothing. epoch_steps, ahead: as of `make_step`.
+    """
+    cfg = cfg.copy_and_resolve_references().unlock()
+    cfg.model.update({name: 0.0 for name in cfg.model if name in RATES})
+    cfg.loss.ema = 1.0
+    task = tasks.of(cfg.lock())
+    model = task.build(cfg)
+
+    def loss(state, batch, first):
+        state = state.replace(step=state.step + ahead)
+        params, extra = task.before(cfg, state, epoch_steps) if hasattr(task, "before") else (state.params, None)
+        used = dense.rounded_once(trees.merge(params, state.frozen), model.dtype)
+        key = jax.random.key(cfg.seed)
+        total, (metrics, _) = task.loss(model, cfg, used, extra, normalized(batch), Keys(key, key, first))
+        return {"loss": total} | {name: value for name, value in metrics.items() if name.startswith("loss_")}
+
+    return loss
+
+
+def batch_unit(cfg) -> int:
+    """The number of examples that every batch of `cfg.objective` must be a multiple of, its groups' being whole."""
+    task = tasks.of(cfg)
+    return task.batch_unit(cfg) if hasattr(task, "batch_unit") else max(cfg.loss.group_size, 1)
 
 
 def jit_arguments(shardings, mesh) -> dict:

@@ -5,7 +5,8 @@ so that it costs no writing, and stays when train.keep newer ones have removed t
 comes back with it when a run goes on. A folder appears under its number when it is complete, and only then is the one
 before removed: a process killed at any moment leaves one or the other. On a bucket, where nothing is linked or renamed,
 its objects are copied there, and last the mark that makes a checkpoint complete; there a process that is killed while
-it writes the number that is kept already, which only a run that went back does, leaves none.
+it writes the number that is kept already, which only a run that went back does, leaves none. It has written the
+checkpoint itself, and no row yet, so that the run, when it goes on, evaluates it again and keeps it.
 """
 
 from __future__ import annotations

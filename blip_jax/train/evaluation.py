@@ -38,6 +38,8 @@ def evaluate(cfg, workdir, path="") -> dict:
 def _evaluate(cfg, workdir, path) -> dict:
     if not len(cfg.data.eval):
         raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
+    if not hasattr(tasks.of(cfg), "evaluate"):
+        raise ValueError(f"objective {cfg.objective} has no scores: its eval/loss is in the log of its run")
     origin = read.locate(path) if path else checkpoint.newest(workdir)
     tokenizer = tokenizers.of_config(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())
@@ -50,10 +52,11 @@ def _evaluate(cfg, workdir, path) -> dict:
     data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
     processes.agree(cfg, workdir, vocabulary=tokenizer.crc, checkpoint=origin.name, examples=len(data))
     params = start.fit_params(read_for(cfg, origin).state["params"], shapes, str(origin))
+    origin = str(buckets.spelled(origin))
     say(f"evaluating {origin} on {len(data)} examples")
     params = placed(params, mesh, cfg.model.dtype)
-    result = task.evaluate(Loaded(model, params, cfg, tokenizer, str(origin)), data, mesh)
-    _write_result(workdir, task, cfg, result, str(origin))
+    result = task.evaluate(Loaded(model, params, cfg, tokenizer, origin), data, mesh)
+    _write_result(workdir, task, cfg, result, origin)
     return {name: value for name, value in result.items() if name != "scores"}
 
 

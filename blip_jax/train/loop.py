@@ -128,7 +128,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
         while True:
             stopping = stop.here()
             due = step > 0 and (step >= last or every.eval_every > 0 and step % every.eval_every == 0)
-            pending = due and bool(run.eval_data) and step not in at.evaluated
+            pending = due and run.evaluates and step not in at.evaluated
             if step > at.step and (step >= last or step % every.save_every == 0 or pending or stopping):
                 with clock.paused():
                     saving.save(run, manager, step, state, sums, crc, at)
@@ -136,7 +136,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
                 with clock.paused(), stop.deferred(f"ending this evaluation, of step {step}, which is saved"):
                     saving.written(run, manager)  # before memory is filled, and before hours go by
                     try:
-                        out["eval"] = _evaluate(run, step, state, sums)
+                        out["eval"] = _evaluate(run, at, step, state, sums)
                         if every.keep_best:  # before the row: who is killed here evaluates again
                             best.keep(run, step, out["eval"])
                         writer.row(step, "eval", out["eval"])
@@ -247,10 +247,17 @@ def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock
     return row
 
 
-def _evaluate(run: Run, step: int, state, sums: dict | None) -> dict:
+def _evaluate(run: Run, at: At, step: int, state, sums: dict | None) -> dict:
+    """The task's scores, and its loss on held-out examples; a score of such a name, of a task of one's own, stays."""
     saving.finite(run, step, sums)
-    loaded = Loaded(run.model, state.all_params, run.cfg, run.tokenizer, f"step {step}")
-    result = tasks.numbers(getattr(run.task, "curve", run.task.evaluate)(loaded, run.eval_data, run.mesh))
+    scores, losses = {}, {}
+    if run.eval_data:
+        loaded = Loaded(run.model, state.all_params, run.cfg, run.tokenizer, f"step {step}")
+        scores = tasks.numbers(getattr(run.task, "curve", run.task.evaluate)(loaded, run.eval_data, run.mesh))
+    if run.validation:
+        ahead = at.order.ahead(run.epoch_steps)
+        losses = run.validation.losses(run.cfg, run.mesh, run.epoch_steps, ahead, state)
+    result = scores | {name: value for name, value in losses.items() if name not in scores}
     say(f"{run.cfg.objective}: " + "  ".join(f"{name} {_number(value)}" for name, value in result.items()))
     return result
 

@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 from blip_jax import buckets, checkpoint, tasks
 from blip_jax.console import say
 from blip_jax.data.batches import TrainData
+from blip_jax.data.evaluation import HeldOut
 from blip_jax.data.order import Order
 from blip_jax.data.source import expand
 from blip_jax.data.text import tokenizers
 from blip_jax.parallel import processes, sharding
 from blip_jax.train import kept, metrics, optim
 from blip_jax.train import state as train_state
+from blip_jax.train.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,15 @@ class Run:
     shardings: train_state.TrainState  # with Sharding leaves
 
     data: TrainData
-    eval_data: Any | None  # what task.evaluate reads; None: nothing is evaluated
+    eval_data: Any | None  # what task.evaluate reads; None: nothing is scored
+    validation: Validation | None  # what the loss is measured on; None: nothing
     rows: np.ndarray  # positions in a micro-batch that this process makes, i64
     first: np.ndarray  # whether it is the first process that does, bool
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate."""
+        return bool(self.eval_data) or bool(self.validation)
 
     def counting(self, order: Order) -> Run:
         """The run with the epochs that have passed as `order` counts them."""
@@ -87,10 +95,15 @@ def prepare(cfg, workdir) -> Run:
         rows=rows,
         skipped_path=buckets.staged(workdir / f"skipped{suffix()}.jsonl"),
     )
-    eval_data = None
+    eval_data = validation = None
     if len(cfg.data.eval):
         warn_of_shared_files(cfg)
-        eval_data = task.eval_data(cfg, tokenizer, buckets.staged(workdir / f"skipped-eval{suffix()}.jsonl"))
+        skipped = lambda name: buckets.staged(workdir / f"skipped-{name}{suffix()}.jsonl")
+        if hasattr(task, "evaluate"):
+            eval_data = task.eval_data(cfg, tokenizer, skipped("eval"))
+        if cfg.eval.loss_examples:
+            sources = getattr(eval_data, "sources", cfg.data.eval)  # opened already, where it says so
+            validation = Validation(HeldOut(cfg, tokenizer, task, sources, skipped_path=skipped("eval-loss")))
     processes.agree(
         cfg, workdir, vocabulary=tokenizer.crc, records={name: len(source) for name, source in data.sources.items()}
     )
@@ -120,6 +133,7 @@ def prepare(cfg, workdir) -> Run:
         shardings=shardings,
         data=data,
         eval_data=eval_data,
+        validation=validation,
         rows=rows,
         first=first,
     )

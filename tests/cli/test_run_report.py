@@ -36,8 +36,8 @@ def test_a_log_becomes_curves_and_tables(tiny_cfg, tmp_path, capsys):
     rows = {
         2: {"train/loss": 4.25, "train/lr": 1e-7, "train/goodput": 0.5, "train/examples_crc": 7},
         4: {"train/loss": 3.125, "train/lr": 3e-7, "train/goodput": 0.75, "train/examples_crc": 8},
-        5: {"eval/r_mean": 31.256, "eval/images": 20, "eval/none": 1.0},
-        6: {"eval/r_mean": 33.5, "eval/images": 20, "eval/none": 1.0},
+        5: {"eval/r_mean": 31.256, "eval/images": 20, "eval/none": 1.0, "eval/loss": 4.5},
+        6: {"eval/r_mean": 33.5, "eval/images": 20, "eval/none": 1.0, "eval/loss": 4.25},
     }
     run = written(tiny_cfg, tmp_path / f"a {HOSTILE[1:7]}", rows)
     (run / "evaluation.json").write_text(json.dumps({"checkpoint": HOSTILE, "r_mean": 12.34, "pictures": 8}))
@@ -48,6 +48,8 @@ def test_a_log_becomes_curves_and_tables(tiny_cfg, tmp_path, capsys):
     assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == ["loss", "r_mean", "lr", page.SPEED["goodput"]]
     assert "<th scope=\"col\">step 5</th>" in text and "<td>31.26</td><td>33.50</td>" in text  # fmt: skip
     assert "<td>20</td><td>20</td>" in text and "<td>12.34</td>" in text and "<td>8</td>" in text
+    assert "in training: 4.250 at 2, 3.125 at 4; on data.eval: 4.500 at 5, 4.250 at 6" in text
+    assert text.count('class="line s1"') == 2 and "on data.eval, without dropout and augmentation" in text
     assert ">1.5e-07<" in text  # a tick of the learning rate
     assert '<th scope="row">train.batch</th><td>16</td><td>2880</td>' in text
     assert "data.train.world.count" in text and "data.train.world.noise" not in text  # 64 is none of a source's own

@@ -33,6 +33,7 @@ def small_cfg(monkeypatch):
     c.train.batch, c.train.steps = 8, 2
     c.train.log_every = c.train.save_every = 2
     c.eval.k = c.eval.batch = c.eval.rerank_texts = 8
+    c.eval.loss_examples = 0
     monkeypatch.setattr(blip2, "VOCAB_SCENES", 300)
     monkeypatch.setattr(blip2, "TEXTS", 16)
     monkeypatch.setattr(blip2_results, "UNSEEN", 8)

@@ -33,7 +33,7 @@ def small_cfg(monkeypatch):
     c.data.threads = c.data.prefetch = 2
     c.train.batch, c.train.steps = 16, 2  # of dialogs half of it, a multiple of the devices
     c.train.log_every = 1
-    c.eval.batch = 8
+    c.eval.batch, c.eval.loss_examples = 8, 0
     monkeypatch.setattr(java, "find", no_java)  # which takes longer than all else
     monkeypatch.setattr(tasks, "VOCAB", official.Sizes(100, 2, 4, 20, 0))
     few = official.Sizes(pictures=8, captions=2, questions=3, sentences=2, dialogs=4)

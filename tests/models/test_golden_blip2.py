@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from world import jitted
 from world.golden2 import Case, close
 
 from blip_jax import config, trees
@@ -72,10 +73,10 @@ def test_golden_features():
 def test_golden_captions():
     """Greedy and beam search by LAVIS's rule, whose lengths count [DEC]; three beams share the queries of an image."""
     case, model, params = loaded("itg_generate")
-    apply = functools.partial(model.apply, {"params": params})
-    kv = apply(apply(case.images(), method="encode_image"), method="image_kv")
+    apply = functools.partial(jitted.apply, model, params)
+    kv = apply("image_kv", apply("encode_image", case.images()))
     ids = jnp.asarray(case.io["beam3"], jnp.int32)
-    logits = apply(jnp.pad(ids, ((0, 0), (0, 1))), jnp.ones((len(ids), ids.shape[1] + 1), bool), kv, method="lm_logits")
+    logits = apply("lm_logits", jnp.pad(ids, ((0, 0), (0, 1))), jnp.ones((len(ids), ids.shape[1] + 1), bool), kv)
     close(logits[..., : case.sizes["vocab"]], case.io["logits_beam3"], 1e-4)
 
     assert model.dec_id == case.tokens["dec"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from world import jitted
 from world.opt import PAD, loaded, search, sizes_of
 
 from blip_jax.decode import limits
@@ -34,7 +35,7 @@ class Case:
         self.vocab = sizes["vocab_size"]
 
     def apply(self, method, *args, params=None):
-        return self.model.apply({"params": self.params if params is None else params}, *args, method=method)
+        return jitted.apply(self.model, self.params if params is None else params, method, *args)
 
     def text(self, name, mask=None):
         """ids i32[B,T] and mask of what `io` calls so."""
@@ -182,7 +183,7 @@ def test_stage2_ranks_of_candidates():
 
     @jax.jit
     def nll():
-        first, cache = case.apply("prefill", embeds, mask, case.apply("empty_cache", B, S))
+        first, cache = case.apply("prefill", embeds, mask, case.model.empty_cache(B, S))
         cache = tuple(jnp.repeat(x, C, axis=1) for x in cache)
         apply = functools.partial(case.apply, "extend_states")
         extend = after_prompts(apply, jnp.repeat(mask, C, axis=0), S)

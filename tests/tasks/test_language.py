@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from world import jitted
 
 from blip_jax import config, tasks
 from blip_jax.config import source
@@ -43,15 +44,25 @@ def batch_of(cfg, tokenizer):
     return found
 
 
+def created(cfg, model):
+    return jax.jit(lambda key: initial.init_params(cfg, model, key))(jax.random.key(0))
+
+
+def loss_of(cfg, model, params, batch):
+    """What the task's loss returns of a batch."""
+    keys = step.Keys(jax.random.key(1), None, 0)
+    return jax.jit(lambda params, batch: language.loss(model, cfg, params, None, batch, keys))(params, batch)
+
+
 def test_each_token_is_told_from_those_before_it_alone(tokenizer):
     """The loss is the mean of -log p of every token behind the first and before the padding; a later word changes no
     earlier one's."""
     cfg = small()
     batch, model = batch_of(cfg, tokenizer), language.build(cfg)
-    params = initial.init_params(cfg, model, jax.random.key(0))
+    params = created(cfg, model)
     assert params.keys() == {"llm"}
-    logits = np.asarray(model.apply({"params": params}, batch["ids"], batch["txt_mask"], method="target_logits"))
-    loss, (metrics, found) = language.loss(model, cfg, params, None, batch, step.Keys(jax.random.key(1), None, 0))
+    logits = np.asarray(jitted.apply(model, params, "target_logits", batch["ids"], batch["txt_mask"]))
+    loss, (metrics, found) = loss_of(cfg, model, params, batch)
     p = np.asarray(jax.nn.log_softmax(logits))
     targets, real = batch["ids"][:, 1:], batch["txt_mask"][:, 1:]
     told = np.take_along_axis(p, targets[..., None], -1)[..., 0]
@@ -59,7 +70,7 @@ def test_each_token_is_told_from_those_before_it_alone(tokenizer):
 
     other = batch["ids"].copy()
     other[:, 5] = (other[:, 5] + 1) % 256
-    changed = np.asarray(model.apply({"params": params}, other, batch["txt_mask"], method="target_logits"))
+    changed = np.asarray(jitted.apply(model, params, "target_logits", other, batch["txt_mask"]))
     np.testing.assert_allclose(changed[:, :5], logits[:, :5], atol=1e-5)
     assert np.abs(changed[:, 5] - logits[:, 5]).max() > 1e-2
 
@@ -83,9 +94,9 @@ def test_t5_writes_behind_what_it_reads():
     model, ids = language.build(cfg), rng.integers(3, 140, (2, 3, 6)).astype(np.int32)
     mask = np.arange(6) < np.array([6, 4, 2])[:, None]
     batch = {"ids": ids[0], "txt_mask": mask, "out_ids": ids[1], "out_mask": mask[::-1]}
-    params = initial.init_params(cfg, model, jax.random.key(0))
-    say = lambda b: np.asarray(model.apply({"params": params}, *b.values(), method="target_logits"))
-    loss, _ = language.loss(model, cfg, params, None, batch, step.Keys(jax.random.key(1), None, 0))
+    params = created(cfg, model)
+    say = lambda b: np.asarray(jitted.apply(model, params, "target_logits", *b.values()))
+    loss, _ = loss_of(cfg, model, params, batch)
     told = np.take_along_axis(np.asarray(jax.nn.log_softmax(say(batch))), ids[1][..., None], -1)[..., 0]
     assert loss == pytest.approx(-told[mask[::-1]].mean(), rel=1e-5)
 
@@ -102,6 +113,9 @@ def test_its_settings_are_checked(tokenizer):
     tasks.validate(cfg, tokenizer)
     cfg.text.prompt = "a photo of"
     with pytest.raises(ValueError, match="text.prompt is 'a photo of' but objective is language"):
+        tasks.validate(cfg, tokenizer)
+    cfg.text.prompt, cfg.eval.loss_examples, cfg.data.eval.world = "", 0, source("scenes", count=8, size=32)
+    with pytest.raises(ValueError, match="is evaluated by its loss alone, and eval.loss_examples is 0: raise it"):
         tasks.validate(cfg, tokenizer)
     counted = language.flops(small())
     assert counted["step"] == 3 * counted["forward"] == 3 * (counted["llm"] + counted["lm_head"])

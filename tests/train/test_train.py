@@ -37,6 +37,7 @@ def cfg(tiny_cfg):
         tiny_cfg.data.eval.world = source("scenes", count=20, size=32, seed=1)
     tiny_cfg.eval.batch = 16
     tiny_cfg.eval.k = 4
+    tiny_cfg.eval.loss_examples = 16
     return tiny_cfg
 
 
@@ -94,6 +95,9 @@ def test_a_run_writes_what_it_promises(full_run, cfg):
     assert got[6]["train/lr"] == pytest.approx(3e-4 * 0.9)  # second epoch
     evaluated = rows(full_run, "eval")
     assert list(evaluated) == [6] and 0 <= evaluated[6]["eval/r_mean"] <= 100 and evaluated[6]["eval/images"] == 20
+    assert evaluated[6]["eval/loss_examples"] == 16
+    total = sum(evaluated[6][f"eval/loss_{part}"] for part in ("itc", "itm", "lm"))
+    assert evaluated[6]["eval/loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_examples_crc_is_of_the_keys_and_their_places(full_run, cfg):

@@ -21,6 +21,7 @@ SPEED = {  # numbers of the log's rows that say how fast it went -> what they ar
     "tflops_per_device": "TFLOP/s of a device",
 }
 COUNTED = ("examples", "examples_crc", "epoch")  # these say where it stands
+TRAINED, HELD_OUT = "in training", "on data.eval"  # lines of a panel
 COLUMNS = 6  # evaluations in a table, the last ones
 SHORT = 60  # characters of a setting's value, in which half of it and an ellipsis stay
 
@@ -31,9 +32,12 @@ def of(run: Records, said: Said) -> str:
     losses = {name: points for name, points in trained.items() if "loss" in name}
     speed = {title: trained[name] for name, title in SPEED.items() if name in trained}
     rest = [name for name in trained if name not in losses and name not in SPEED and name not in COUNTED]
-    moving = {name: points for name, points in evaluated.items() if len({y for _, y in points}) > 1}
+    held_out = {name: points for name, points in evaluated.items() if name in losses}
+    moving = {
+        name: points for name, points in evaluated.items() if name not in held_out and len({y for _, y in points}) > 1
+    }
     body = [
-        panels("losses", "Training curves", losses),
+        panels("losses", "Training curves", losses, legend(held_out), beside=held_out),
         panels("evaluations", "Evaluations while it trained", moving, evaluations(run, evaluated)),
         measured(run),
         cards(said),
@@ -77,14 +81,25 @@ def facts(run: Records, said: Said) -> str:
 
 
 # --- curves and evaluations -------------------------------------------------------------------------------------------
-def panels(name: str, title: str, series: dict, *more: str) -> str:
-    """A panel for each of `series`, name -> [(step, value)], and `more` below; "" of neither."""
+def panels(name: str, title: str, series: dict, *more: str, beside: dict | None = None) -> str:
+    """A panel for each of `series`, name -> [(step, value)], with a second line where `beside` has the name, and `more`
+    below; "" of neither.
+    """
     drawn = []
     for i, (what, points) in enumerate(series.items()):
-        line = charts.lines(f"{name}{i}", what, [(0, what, points)])
+        second = [(1, HELD_OUT, beside[what])] if beside and what in beside else []
+        line = charts.lines(f"{name}{i}", what, [(0, TRAINED if second else what, points), *second])
         drawn.append(f"<figure>{line}<figcaption>{escape(what)}</figcaption></figure>")
     box = f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
     return section(name, title, box, *more) if drawn or any(more) else ""
+
+
+def legend(held_out: dict) -> str:
+    """What the two lines of a panel of losses are; "" where there is one."""
+    if not held_out:
+        return ""
+    names = "; ".join(f"{charts.swatch(i)}{what}" for i, what in enumerate((TRAINED, HELD_OUT)))
+    return f'<p class="note">{names}, without dropout and augmentation.</p>'
 
 
 def evaluations(run: Records, series: dict) -> str:

@@ -12,7 +12,7 @@ from blip_jax.data.formats.array_record import BLOCK, MAGIC, ArrayRecords
 from blip_jax.data.formats.tar import TarShards
 from blip_jax.data.formats.tfds import Tfds
 from blip_jax.data.scenes.world import Scenes
-from blip_jax.data.source import Source, expand, read_at
+from blip_jax.data.source import Source, expand, read_at, refuse_places
 from blip_jax.data.table import IMAGE, URL, pick, to_fetch
 
 
@@ -43,6 +43,8 @@ def open_source(name: str, cfg) -> Source:
         raise ValueError(
             f"data source {name!r}: kind {cfg.kind!r} is unknown; choose one of {sorted(KINDS.keys() | formats)}"
         )
+    if cfg.kind != "scenes":
+        refuse_places(name, cfg)
     opened = KINDS[cfg.kind] if cfg.kind in KINDS else importlib.import_module(f"{__name__}.{cfg.kind}").open
     try:
         src = opened(name, cfg)
