@@ -30,8 +30,8 @@ from blip_jax.train import evaluation, loop
 
 SIZES = {  # split -> how much of it
     "train": Sizes(pictures=6000, captions=5, questions=4, sentences=4000, dialogs=3000),
-    "val": Sizes(pictures=50, captions=5, questions=1, sentences=25, dialogs=10),  # says which checkpoint is the best
-    "test": Sizes(pictures=500, captions=5, questions=4, sentences=150, dialogs=100),
+    "val": Sizes(pictures=50, captions=5, questions=1, sentences=25, dialogs=4),  # says which checkpoint is the best
+    "test": Sizes(pictures=500, captions=5, questions=4, sentences=150, dialogs=40),
 }
 VOCAB = Sizes(pictures=1000, captions=5, questions=4, sentences=300, dialogs=0)  # that the vocabulary is trained on
 PROMPT = "a picture of "
@@ -56,7 +56,7 @@ RUNS = {  # folder, of a fine-tuning also the objective -> its training
     # pre-training teaches in these minutes does not tell a red square from a red circle beside another square.
     "nlvr": Run("pairs of pictures", 2.0, 1.0, 1.0, 15, 240.0, start="vqa"),
     "caption": Run("captions", 0.2, 1.0, 1.0, 21, 50.0),
-    "dialog": Run("dialogs", 0.75, 0.25, 1.0, 72, 120.0),
+    "dialog": Run("dialogs", 0.7, 0.25, 1.0, 72, 120.0),
 }
 EVALUATED = 15.0  # seconds of an evaluation
 
