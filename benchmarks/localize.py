@@ -1,6 +1,6 @@
 """How often a heat map of `localize` lies on the object that is named, in pictures of the built-in world.
 
-    python benchmarks/localize.py --model=runs/demo/filter [--count=100 --layer=N]
+    python benchmarks/localize.py --model=runs/demo_tasks/pretrain [--count=100 --layer=N]
 
 In each of --count pictures with two objects of different colours the text names both, "a red square and a blue circle"
 (the model is trained on such captions), and one of them, drawn at random, is asked for: the map of its colour's and its
@@ -8,8 +8,8 @@ shape's words, the mean of both. A hit is a map whose hottest place lies in the 
 et al., 2016). Beside it: a text that names the object alone, the other object's share, and what chance gives, the share
 of the map's cells whose middle lies in the box. The error is one standard deviation of a share of so many pictures.
 
-The first line says why a map may fail: a model that scores a text with its two colours exchanged as high as the true
-one has not learned which colour belongs to which shape, and no map of its words can show it.
+The first line says how a text with the two colours exchanged is scored, too: a model that scores it as high as the true
+one has not learned which colour belongs to which shape, and finds an object by its colour alone, if it does.
 """
 
 from __future__ import annotations
