@@ -60,8 +60,8 @@ def collect(cfg, workdir: pathlib.Path) -> dict:
         "intro": (
             "Small pictures of one to three coloured shapes, some of them alike, are written out as the files that "
             "COCO, VQA, NLVR2 and Visual Dialog publish. A BLIP is pre-trained on the captions and fine-tuned for each "
-            "task; what is shown are pictures that no stage has seen, scored by the official rules. Beside it stands "
-            "what one gets without looking at the picture."
+            "task, for pairs of pictures from the model of the questions; what is shown are pictures that no stage has "
+            "seen, scored by the official rules. Beside it stands what one gets without looking at the picture."
         ),
         "facts": facts_of(cfg, command, "pre-training"),
         **_described(cfg, workdir),
