@@ -31,7 +31,7 @@ def small_cfg(monkeypatch):
     c.model.med.update(layers=1, vocab_size=160, **small)
     c.model.img_size, c.model.embed_dim = 32, 8
     c.data.threads = c.data.prefetch = 2
-    c.train.batch, c.train.steps = 16, 2  # of dialogs half of it, a multiple of the devices
+    c.train.batch, c.train.steps = 32, 2  # of dialogs a quarter of it, a multiple of the devices
     c.train.log_every = 1
     c.eval.batch, c.eval.loss_examples = 8, 0
     monkeypatch.setattr(java, "find", no_java)  # which takes longer than all else
