@@ -153,8 +153,8 @@ def test_resume_on_another_mesh(full_run, cut_run, cfg):
         for name in ("loss", "loss_itc", "loss_itm", "loss_lm"):
             assert mine[step][f"train/{name}"] == pytest.approx(theirs[step][f"train/{name}"], rel=1e-6)
     (got, _), (want, _) = state_of(cfg, cut_run, 6), state_of(cfg, full_run, 6)
-    for path in want:
-        np.testing.assert_allclose(got[path], want[path], rtol=0, atol=1e-6, err_msg=path)
+    for path in want:  # of what is larger than 1, as the temperature's momentum, 1e-6 is within its last three bits
+        np.testing.assert_allclose(got[path], want[path], rtol=1e-6, atol=1e-6, err_msg=path)
 
 
 def test_a_finished_run_is_left_alone(full_run, cfg, tmp_path):
