@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
-from world.capfilt import save_model, save_models, settings, tree, web_records
+from world.bucket import tree
+from world.capfilt import save_model, save_models, settings, web_records
 from world.pictures import encode, noise
 
 from blip_jax import checkpoint, config, lock

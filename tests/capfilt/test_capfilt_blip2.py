@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from world.capfilt import settings, tree
+from world.bucket import tree
+from world.capfilt import settings
 from world.capfilt_blip2 import save_blip2
 
 import blip_jax

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers.implementations import BertWordPieceTokenizer
 from world import official
-from world.capfilt import tree
+from world.bucket import tree
 from world.convert import store
 from world.pictures import noise
 

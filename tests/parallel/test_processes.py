@@ -20,7 +20,8 @@ import time
 
 import pytest
 from world import bucket
-from world.capfilt import save_models, settings, tree
+from world.bucket import tree
+from world.capfilt import save_models, settings
 from world.processes import ROOT, Pod, Server
 from world.runs import leaves, rows, write_config
 

@@ -81,8 +81,3 @@ def settings(models: dict, folder: pathlib.Path, scenes: int = 9):
         c.data.sources.web = config.source("array_record", str(folder / "*.array_record"))
         c.data.sources.world = config.source("scenes", count=scenes, size=32, noise=0.6)
     return c
-
-
-def tree(out) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(pathlib.Path(out).rglob("*")) if p.is_file()}

@@ -7,7 +7,7 @@ that is asked and said about it (questions.py, dialogs.py).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +109,3 @@ def captions(seed: int, index: int, size: int, n: int) -> list[str]:
 def hint(rng: np.random.Generator, picture: dict) -> str:
     """A true caption that names one object alone."""
     return describe(rng, {**picture, "objects": [pick(rng, picture["objects"])]})
-
-
-def scenes(seed: int, size: int, indices: range) -> Iterator[tuple[int, dict]]:
-    return ((i, scene(seed, i, size)) for i in indices)
