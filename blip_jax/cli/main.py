@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import pathlib
 import sys
@@ -211,19 +212,23 @@ def push(argv: list[str]) -> int:
 
 
 DEMOS = {"": "scenes.py", "blip2": "scenes_blip2.py", "tasks": "scenes_tasks.py"}  # which demo -> its config
+QUICK = "--quick"  # of the first
 
 
 def demo(argv: list[str]) -> int:
     """blip-jax demo, blip-jax demo blip2 and blip-jax demo tasks."""
     which = argv[1] if argv[1:] and argv[1] in DEMOS else ""
     argv = [argv[0], *argv[1 + bool(which) :]]
+    quick = not which and QUICK in argv
+    argv = [arg for arg in argv if not quick or arg != QUICK]
     if not configs.given(argv):
-        argv = [argv[0], f"--config={configs.CONFIGS / DEMOS[which]}", *argv[1:]]
+        argv = [argv[0], f"--config={configs.CONFIGS / DEMOS[which]}{':quick' * quick}", *argv[1:]]
     cfg, values = config_of_run(argv)
     from blip_jax.demo import blip2, stages, tasks
 
+    run = {"blip2": blip2.run, "tasks": tasks.run}.get(which) or functools.partial(stages.run, quick=quick)
     with Interrupt():
-        return AGAIN if {"blip2": blip2, "tasks": tasks}.get(which, stages).run(cfg, values.workdir)["stopped"] else 0
+        return AGAIN if run(cfg, values.workdir)["stopped"] else 0
 
 
 def bench(argv: list[str]) -> int:

@@ -46,7 +46,7 @@ OVERVIEW = """usage: blip-jax <command> [flags]          blip-jax <command> --he
   plan      --config=configs/x.py --topology=v5e:4x8 memory, collectives and best speed on a TPU slice that is not here
             [--slices=N --search --workload=evaluate --exact --out=FILE.json]
             of CapFilt: [--captioner=CONFIG --filter=CONFIG]
-  demo      [blip2 | tasks] --workdir=DIR            the paper in miniature on the built-in world, with a report
+  demo      [--quick|blip2|tasks] --workdir=DIR      the paper in miniature on the built-in world, with a report
 
 train, evaluate and capfilt run on several hosts, too: started on each of them alike (docs/many_hosts.md).
 Exit status: 0 done, 75 stopped before the end and to be run again, 2 a mistake that the last line names, 1 not done as
@@ -174,10 +174,11 @@ COMMANDS = {  # command -> (what follows its name, what it does)
         "1: it does not, 2: a mistake, 3: not decided, as the TPU compiler is not installed.",
     ),
     "demo": (
-        "[blip2 | tasks] --workdir=DIR [--config.LEAF=VALUE ...]",
+        "[--quick | blip2 | tasks] --workdir=DIR [--config.LEAF=VALUE ...]",
         "The paper in miniature on the built-in world, with DIR/report.html at the end: BLIP's with CapFilt, BLIP-2's "
-        "two stages, or four tasks, captions, questions, pairs of pictures and dialogs. The same command again goes "
-        "on. The config is configs/scenes.py, configs/scenes_blip2.py or configs/scenes_tasks.py, unless --config is "
+        "two stages, or four tasks, captions, questions, pairs of pictures and dialogs. --quick: BLIP's in some three "
+        "minutes, without three of its five corpora. The same command again goes on. The config is "
+        "configs/scenes.py, configs/scenes_blip2.py or configs/scenes_tasks.py, unless --config is "
         "given.",
     ),
 }

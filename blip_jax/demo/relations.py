@@ -66,10 +66,12 @@ def table2(values: dict[str, np.ndarray], dropped: dict[str, tuple[int, int]]) -
     """The relations of its table 2.
 
     values: as of `table1`, of the corpora with captions by "nucleus" and "beam", and of "neither";
-    dropped: of either kind of captions (texts that the filter dropped, texts).
+    dropped: of either kind of captions (texts that the filter dropped, texts). Of what is not there nothing is said.
     """
     pairs = (("nucleus", "beam"), ("beam", "neither"))
     found = [_paired(a, b, values[a], values[b]) for a, b in pairs if a in values and b in values]
+    if not dropped.keys() >= {"nucleus", "beam"}:
+        return found
     shares = [(n / max(total, 1), max(total, 1)) for n, total in (dropped["nucleus"], dropped["beam"])]
     difference, error = shares[0][0] - shares[1][0], math.sqrt(sum(p * (1 - p) / n for p, n in shares))
     return [*found, Relation(DROPPED, "nucleus", "beam", 100 * difference, 100 * SIGMAS * error)]

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -26,19 +27,23 @@ VERDICTS = {"holds": "as there", "undecided": "within the error", "reversed": "t
 GALLERY = 24  # pictures shown with their texts
 QUERIES = 6  # retrieval examples
 SHOWN = 5  # pictures of each
-DECODED = {"nucleus": "capfilt", "beam": "capfilt-beam"}  # how captions are made -> the CapFilt run
+DECODED = {  # how captions are made -> (pre-training on them, their CapFilt run), in the order of table 2
+    "beam": ("both-beam", "capfilt-beam"),
+    "nucleus": ("both", "capfilt"),
+}
 LOSSES = ("loss_itc", "loss_itm", "loss_lm")
 
 
-def collect(cfg, workdir: pathlib.Path, corpora: list[str], fine_tuned: list[str]) -> dict:
+def collect(cfg, workdir: pathlib.Path, corpora: Sequence[str], fine_tuned: list[str]) -> dict:
     """The `results` of report.write but for its phases, from what the stages of stages.py left in `workdir`.
 
     corpora, fine_tuned: names of the pre-trainings and of the fine-tunings.
     """
     worlds = {"web": open_source("web", cfg.data.train.web)}
     threshold = json.loads((workdir / "capfilt" / "summary.json").read_text(encoding="utf-8"))["threshold"]
-    texts = {name: truth.judged(workdir / name, worlds) for name in ("capfilt", "capfilt-beam")}
-    nucleus, beam = (truth.noise_of(t, threshold) for t in texts.values())
+    decoded = {kind: run for kind, run in DECODED.items() if run[0] in corpora}
+    texts = {kind: truth.judged(workdir / folder, worlds) for kind, (_, folder) in decoded.items()}
+    noise = {kind: truth.noise_of(t, threshold) for kind, t in texts.items()}
     logs = {name: rows_of(workdir / f"pretrain-{name}") for name in corpora}
     metrics = {name: evaluation_of(rows) for name, rows in logs.items()}
     scores = {name: scores_of(cfg, workdir / f"pretrain-{name}") for name in corpora}
@@ -47,27 +52,13 @@ def collect(cfg, workdir: pathlib.Path, corpora: list[str], fine_tuned: list[str
         "title": "CapFilt on a world that knows the truth",
         "intro": _intro(cfg),
         "facts": facts_of(cfg, f"blip-jax demo --workdir={workdir.name}", "pre-training"),
-        "table1": [_corpus(name, texts["capfilt"], metrics[name]) for name in corpora[:4]],
-        "table2": [
-            {"method": "none", "metrics": metrics["neither"]},
-            *(
-                {
-                    "method": method,
-                    "noise_removed": _share(_dropped(texts[folder])),
-                    "true": 1 - found["synthetic_before"],
-                    "metrics": metrics[name],
-                }
-                for method, folder, found, name in (
-                    ("beam", "capfilt-beam", beam, "both-beam"),
-                    ("nucleus", "capfilt", nucleus, "both"),
-                )
-            ),
-        ],
-        "relations": _relations(pictures, {kind: _dropped(texts[folder]) for kind, folder in DECODED.items()}),
+        "table1": [_corpus(name, texts["nucleus"], metrics[name]) for name in corpora if name != DECODED["beam"][0]],
+        "table2": _decodings(texts, noise, metrics) if len(decoded) > 1 else [],
+        "relations": _relations(pictures, {kind: _dropped(of) for kind, of in texts.items()}),
         "curves": {f"pre-training: {name}": curves_of(rows) for name, rows in logs.items()}
         | {f"fine-tuning: {name}": curves_of(rows_of(workdir / name)) for name in fine_tuned},
-        "noise": nucleus,
-        "gallery": _gallery(texts["capfilt"], worlds),
+        "noise": noise["nucleus"],
+        "gallery": _gallery(texts["nucleus"], worlds),
         "retrieval": _retrieved(cfg, workdir / "pretrain-both", scores["both"]),
     }
 
@@ -202,6 +193,20 @@ def _corpus(name: str, texts: list[truth.Judged], metrics: dict) -> dict:
     }
 
 
+def _decodings(texts: dict[str, list[truth.Judged]], noise: dict[str, dict], metrics: dict[str, dict]) -> list[dict]:
+    """Table 2; texts, noise: of each of DECODED; metrics: of each pre-training."""
+    rows = [
+        {
+            "method": kind,
+            "noise_removed": _share(_dropped(texts[kind])),
+            "true": 1 - noise[kind]["synthetic_before"],
+            "metrics": metrics[corpus],
+        }
+        for kind, (corpus, _) in DECODED.items()
+    ]
+    return [{"method": "none", "metrics": metrics["neither"]}, *rows]
+
+
 def _dropped(texts: list[truth.Judged]) -> tuple[int, int]:
     """(synthetic texts that the filter dropped, those that it scored)"""
     scored = [j for j in texts if j.row.source == "synthetic" and j.row.reason in (decisions.MATCHED, decisions.BELOW)]
@@ -216,7 +221,8 @@ def _relations(pictures: dict[str, np.ndarray], dropped: dict[str, tuple[int, in
     """The `relations` of report.write; pictures: name of a pre-training -> `relations.of_pictures`."""
     corpora = {"filter": "filter only", "captioner": "captioner only"}
     first = {corpora.get(name, name): values for name, values in pictures.items()}
-    second = {"nucleus": pictures["both"], "beam": pictures["both-beam"], "neither": pictures["neither"]}
+    second = {kind: pictures[corpus] for kind, (corpus, _) in DECODED.items() if corpus in pictures}
+    second["neither"] = pictures["neither"]
     found = [(1, relations.table1(first)), (2, relations.table2(second, dropped))]
     return [{"table": table, **r._asdict(), "verdict": r.verdict} for table, rows in found for r in rows]
 

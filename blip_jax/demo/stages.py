@@ -38,12 +38,14 @@ CORPORA = {  # pre-training -> (texts of the web: all, kept or none, synthetic t
     "both": ("kept", ("capfilt", "kept")),
     "both-beam": ("kept", ("capfilt-beam", "kept")),
 }
+QUICK = ("neither", "both")  # the pre-trainings of `--quick`
 
 
-def run(cfg, workdir) -> dict:
+def run(cfg, workdir, quick: bool = False) -> dict:
     """Runs or goes on with all stages in `workdir`.
 
-    cfg: the pre-training (configs/scenes.py), on the sources human and web.
+    cfg: the pre-training (configs/scenes.py), on the sources human and web; quick: only the pre-trainings of QUICK, and
+    what they need.
 
     Returns {"stopped": bool, "results": what the report shows}. Writes results.json and report.html beside the stages.
     """
@@ -51,31 +53,39 @@ def run(cfg, workdir) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # the pre-trainings are one program
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    corpora = QUICK if quick else tuple(CORPORA)
     with lock.held(workdir):
+        if quick:
+            left_out = ", ".join(name for name in CORPORA if name not in corpora)
+            pictures = cfg.data.train.web.count
+            say(f"quick: {cfg.train.steps} steps, {pictures} pictures of the web; left out: {left_out}")
         _vocabulary(cfg, workdir)
-        return _run(cfg, workdir)
+        return _run(cfg, workdir, corpora)
 
 
-def _run(cfg, workdir: pathlib.Path) -> dict:
+def _run(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> dict:
     def collect() -> dict:
-        return findings.collect(cfg, workdir, list(CORPORA), list(FINE_TUNING))
+        return findings.collect(cfg, workdir, corpora, list(FINE_TUNING))
 
-    results = clock.through(stages(cfg, workdir), collect, workdir)
+    results = clock.through(stages(cfg, workdir, corpora), collect, workdir)
     if results is None:
         return {"stopped": True}
     findings.publish(results, findings.table(results), workdir)
     return {"stopped": False, "results": results}
 
 
-def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
-    """All of them but the report, in order. Each reads what those before it left in `workdir`."""
-    steps, pictures = cfg.train.steps / 3000, cfg.data.train.web.count / 8000
+def stages(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> list[Stage]:
+    """All that the pre-trainings on `corpora` need but the report, in order.
+
+    Each reads what those before it left in `workdir`.
+    """
+    steps, pictures = cfg.train.steps / 2000, cfg.data.train.web.count / 8000
 
     def pretrain(name: str, title: str) -> Stage:
-        return Stage(title, 120 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
+        return Stage(title, 75 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
 
     def tune(name: str) -> Stage:
-        cost = {"captioner": 30, "filter": 50}[name] * steps
+        cost = {"captioner": 20, "filter": 30}[name] * steps
         return Stage(f"fine-tune the {name}", cost, lambda: _fit(fine_tuning(cfg, workdir, name), workdir / name))
 
     def bootstrap(folder: str, kind: str) -> Stage:
@@ -84,13 +94,17 @@ def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
         return Stage(f"CapFilt, {kind}", cost, run)
 
     unfiltered = lambda: stop_if(refilter(workdir / "capfilt", 0.0, workdir / "capfilt-unfiltered"))
-    first, *others = CORPORA
+    first, *others = corpora
+    needed = {CORPORA[name][1][0] for name in others if CORPORA[name][1]}
+    extra = {
+        "capfilt-beam": bootstrap("capfilt-beam", "beam"),
+        "capfilt-unfiltered": Stage("CapFilt without the filter", 5 * pictures, unfiltered),
+    }
     return [
         pretrain(first, "pre-train on the web as it is"),
         *(tune(name) for name in FINE_TUNING),
         bootstrap("capfilt", "nucleus"),
-        bootstrap("capfilt-beam", "beam"),
-        Stage("CapFilt without the filter", 5 * pictures, unfiltered),
+        *(stage for folder, stage in extra.items() if folder in needed),
         *(pretrain(name, f"pre-train anew: {name}") for name in others),
     ]
 

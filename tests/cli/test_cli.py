@@ -185,7 +185,7 @@ def test_a_misspelled_config_is_one_line_with_what_is_near(tmp_path, capsys, mon
     assert "did you mean configs/scenes.py" in line("configs/scenes") and "configs/photos.py?" in line("photos.py")
     assert "configs is a folder: give a file of it, as configs/blip2_caption_coco.py" in line("configs")
     assert "which has no folder nowhere" in line("nowhere/x.py")
-    assert "no argument: give --config=configs/scenes.py" in line("configs/scenes.py:vitb")
+    assert "no argument: give --config=configs/scenes_tasks.py" in line("configs/scenes_tasks.py:vitb")
     for err in (line("configs/scene.py:vitb,14m"), line(""), line(tmp_path / "a:b.py")):
         assert err.count("\n") == 1 and "no such file" in err
     monkeypatch.chdir(tmp_path)

@@ -102,6 +102,16 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("; done before") == 11
     assert [r["metrics"] for r in again["results"]["table1"]] == [r["metrics"] for r in results["table1"]]
 
+    # without three of the corpora: nothing is asked of what they alone need, and it says what is left out
+    (tmp_path / "pretrain-captioner").rename(tmp_path / "elsewhere")
+    (tmp_path / "capfilt-beam").rename(tmp_path / "elsewhere-beam")
+    short = stages.run(demo_cfg, tmp_path, quick=True)["results"]
+    assert short["table1"] == [again["results"]["table1"][i] for i in (0, 3)] and not short["table2"]
+    assert [(r["larger"], r["smaller"]) for r in short["relations"]] == [("both", "neither")]
+    said = capsys.readouterr().out
+    assert "left out: filter, captioner, both-beam" in said and said.count("; done before") == 6
+    assert "Nucleus sampling" not in (tmp_path / "report.html").read_text()
+
 
 def keeping_most(probe, capfilt=stages.capfilt):
     """CapFilt in small shards, with a threshold that a fifth of the web texts do not reach.

@@ -63,6 +63,8 @@ def test_installs_once_per_version_and_extra(project):
     assert calls[-1] == f"{project}: -m blip_jax demo --workdir=runs/demo --config.train.steps=3"
     out, calls = launch(project, "launch/demo.sh")
     assert installs(calls) == [] and "setup.py has not changed" in out and "venv" not in " ".join(calls)
+    _, calls = launch(project, "launch/demo.sh", "--quick", "--config.seed=3")
+    assert calls[-1] == f"{project}: -m blip_jax demo --quick --workdir=runs/demo_quick --config.seed=3"
     _, calls = launch(project, "launch/demo.sh", "blip2", "--config.seed=3")
     assert calls[-1] == f"{project}: -m blip_jax demo blip2 --workdir=runs/demo_blip2 --config.seed=3"
     _, calls = launch(project, "launch/demo.sh", "tasks", "--config.seed=3")

@@ -201,17 +201,7 @@ class Scenes:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.count:
             raise IndexError(f"record {index} of {self.count} of source {self.name!r}")
-        scene, png = self.scene(index), io.BytesIO()
-        render(scene, self.size).save(png, "PNG", compress_level=1)
-        told = self.web_captions(index)
-        truth = {**scene, "noise": told[0][0], "true_caption": self.clean_captions(index, 1)[0]}
-        return {
-            "key": f"{self.name}:scene-{self.seed}-{index}",
-            "image": png.getvalue(),
-            "captions": [c for _, c in told],
-            "image_id": f"scene-{self.seed}-{index}-{self.size}px{'-easy' * self.easy}",  # all that the picture is of
-            "truth": truth,
-        }
+        return dict(_record(self, index))
 
     def captions_of(self, index: int) -> list[str]:
         """The captions of record `index` without its picture."""
@@ -255,6 +245,21 @@ class Scenes:
             case "language":
                 return kind, pick(rng, OTHER_LANGUAGES)
         return kind, ""  # empty
+
+
+@functools.lru_cache(maxsize=16_384)  # some KB each; training sees a picture of so small a world many times
+def _record(world: Scenes, index: int) -> dict:
+    scene, png = world.scene(index), io.BytesIO()
+    render(scene, world.size).save(png, "PNG", compress_level=1)
+    told = world.web_captions(index)
+    truth = {**scene, "noise": told[0][0], "true_caption": world.clean_captions(index, 1)[0]}
+    return {
+        "key": f"{world.name}:scene-{world.seed}-{index}",
+        "image": png.getvalue(),
+        "captions": [c for _, c in told],
+        "image_id": f"scene-{world.seed}-{index}-{world.size}px{'-easy' * world.easy}",  # all that the picture is of
+        "truth": truth,
+    }
 
 
 def vocab_captions(n: int, seed: int = 0) -> Iterator[str]:

@@ -90,17 +90,17 @@ def table1(results: dict) -> str:
         for i, (data, name) in enumerate(paper.COLUMNS)
     ]
     shown = across(
-        "Four corpora: recall here and in the paper",
+        "Corpora: recall here and in the paper",
         "CapFilt",
         [paper.NAMES[p] for p in pairs],
         [("corpus", corpus), *recalls(rows), ("the paper", published)],
     )
     return section(
         "corpora",
-        "Four corpora, equal steps",
-        "<p>The same model, pre-trained afresh for the same number of steps on the corpus as it came, on what the "
-        "filter kept of it, on web and synthetic texts unfiltered, and on both kinds filtered. False texts are counted "
-        "against the truth.</p>",
+        "What each corpus is worth",
+        "<p>The same model, pre-trained afresh for the same number of steps on each corpus: as it came, what the "
+        "filter kept of it, web and synthetic texts unfiltered, both kinds filtered. False texts are counted against "
+        "the truth.</p>",
         f'<div class="beside">{shown}{relations(results, 1)}</div>',
         f'<p class="note">{SCALE} Best of a row in bold.</p>',
     )
