@@ -8,9 +8,9 @@ import types
 
 import numpy as np
 import pytest
-from world import bucket
+from world import bucket, official
+from world.convert import store as store_arrays
 from world.pictures import encode, noise, records, write_json
-from world.runs import begun, leaves
 from world.trainer import Commands
 
 from blip_jax import buckets
@@ -19,6 +19,7 @@ from blip_jax.cli import main
 from blip_jax.cli.app.album import Album
 from blip_jax.cli.report import samples
 from blip_jax.config import source
+from blip_jax.convert import read, write
 from blip_jax.data.formats import open_source
 from blip_jax.data.pack import pack
 from blip_jax.plan import plan
@@ -209,16 +210,19 @@ def test_an_album_keeps_its_embeddings(both, tmp_path):
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
-def test_reports_of_runs_on_a_bucket(both, tiny_cfg, tmp_path, capsys, monkeypatch):
+def test_reports_of_runs_on_a_bucket(both, tmp_path, capsys, monkeypatch):
     """With samples by the checkpoint there; the page of the same run in a local folder."""
-    said = lambda loaded, *_: [samples.Card([], "", f"{len(leaves(run))} {sorted(loaded.params)}", [])]
+    said = lambda loaded, *_: [samples.Card([], "", f"parts {sorted(loaded.params)}", [])]
     monkeypatch.setattr(samples, "_cards", said)
     monkeypatch.setattr(samples, "_queries", lambda *_: [])
-    tiny_cfg.objective = "retrieval"
-    with tiny_cfg.data.unlocked():
-        tiny_cfg.data.eval.world = source("scenes", count=8, size=32, captions=2)
-    run = begun(tiny_cfg, both[0])
-    (run / "config.json").write_text(tiny_cfg.to_json())
+    run = both[0]
+    arrays = official.tensors("caption", official.TINY, img_size=32)
+    vocab = official.vocabulary(tmp_path / "words.txt")
+    write.convert(store_arrays(tmp_path, "caption", arrays), run, vocab=vocab, **official.TINY_HEADS)
+    cfg = read.read(run).cfg.unlock()
+    cfg.text.vocab = str(vocab)
+    cfg.data.eval.world = source("scenes", count=8, size=32, captions=2)
+    (run / "config.json").write_text(cfg.to_json())
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 4.5}\n{"step": 2, "train/loss": 4.25}\n')
     (run / "evaluation.json").write_text('{"checkpoint": "1", "r_mean": 12.5}')
     bucket.upload(run, both[1])
@@ -226,7 +230,7 @@ def test_reports_of_runs_on_a_bucket(both, tiny_cfg, tmp_path, capsys, monkeypat
         assert done(capsys, "report", f"--workdir={at}", "--samples=2").endswith(f"written to {at}/report.html\n")
     text = (both[1] / "report.html").read_text()
     assert text == (both[0] / "report.html").read_text() and "4.500 → 4.250" in text and "12.5" in text
-    assert f"<b>{len(leaves(run))} [&#x27;itm_head&#x27;, " in text and "samples by</dt><dd>checkpoints/1" in text
+    assert "<b>parts [&#x27;med&#x27;, &#x27;vit&#x27;]</b>" in text and "samples by</dt><dd>checkpoints/0" in text
     done(capsys, "report", f"--workdir={both[1]}", "--samples=0", f"--out={tmp_path}/local.html")
-    assert "<title>retrieval: here</title>" in (tmp_path / "local.html").read_text()
+    assert "<title>caption: here</title>" in (tmp_path / "local.html").read_text()
     assert f"{both[1]}/none has no config.json" in fails(capsys, "report", f"--workdir={both[1]}/none")
