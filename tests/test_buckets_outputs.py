@@ -91,13 +91,17 @@ def test_packing_that_is_killed_at_12_writes_ends_as_a_local_one(both, tmp_path,
     assert len(packed) == 58 and packed.captions_of(0) == ["picture number 0", "noise of seed 0"]
 
 
-def test_packing_that_is_stopped_or_begun_otherwise(both, capsys):
+def test_packing_that_is_stopped_or_begun_otherwise(both, monkeypatch):
     world, asked = source("scenes", count=10, size=32), []
     result = pack("w", world, both[1], shard_examples=2, threads=1, stop=lambda: len(asked) > 2 or asked.append(0))
     assert result == {"stopped": True, "finished": 3, "shards": 5}
     assert len(buckets.names(both[1])) == 7  # with pack.json
     with pytest.raises(ValueError, match="was begun with other settings: shard_examples 2 -> 3"):
         pack("w", world, both[1], shard_examples=3)
+    with monkeypatch.context() as quicker:  # of two that begin at once
+        quicker.setattr(buckets, "is_file", lambda path: False)
+        with pytest.raises(ValueError, match="was begun with other settings: shard_examples 2 -> 3"):
+            pack("w", world, both[1], shard_examples=3)
     (both[1] / "pack.json").unlink()
     with pytest.raises(ValueError, match="holds shards and no pack.json"):
         pack("w", world, both[1], shard_examples=2)
