@@ -5,7 +5,8 @@ other address before anything is made of it, since a path library would take s3:
 gives for a bucket is an epath.Path, which has pathlib's interface; a local path stays pathlib's.
 
 An object on a bucket is written whole and appears when it is complete. There is no appending, no renaming of a folder
-and no link: files that grow are written beside the run (`staged`) and copied there whole (`sync`).
+and no link: a file is written beforehand and given its name when it is complete (`write`, `whole`, `put`), one that
+grows is written beside the run (`staged`) and copied there whole (`sync`).
 """
 
 from __future__ import annotations
