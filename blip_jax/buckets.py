@@ -5,13 +5,15 @@ other address before anything is made of it, since a path library would take s3:
 gives for a bucket is an epath.Path, which has pathlib's interface; a local path stays pathlib's.
 
 An object on a bucket is written whole and appears when it is complete. There is no appending, no renaming of a folder
-and no link: files that grow are written beside the run (`staged`) and copied there whole (`sync`).
+and no link: a file is written beforehand and given its name when it is complete (`write`, `whole`, `put`), one that
+grows is written beside the run (`staged`) and copied there whole (`sync`).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import importlib.util
 import os
 import pathlib
@@ -99,14 +101,42 @@ def _fresh_listings() -> None:
 
 # --- objects ----------------------------------------------------------------------------------------------------------
 def write(path, content: str | bytes) -> None:
-    """A file of these bytes, or of this text in UTF-8, whole or not at all."""
+    """A small file of these bytes, or of this text in UTF-8, whole or not at all; a local one's folder is made."""
     content = content.encode("utf-8") if isinstance(content, str) else content
     if is_bucket(path):
-        path.write_bytes(content)
+        with _answers(path):
+            _system().pipe_file(_text(path), content)
         return
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+    with whole(path) as file:
+        file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole(path) -> Iterator[pathlib.Path]:
+    """A local file to be written, which gets the name `path` when the block ends, and is removed where that raises.
+
+    The folder of a local path is made.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_bucket(path):
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=own_folder())))
+        else:
+            folder = path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f"{path.name}.tmp"
+        stack.callback(beside.unlink, missing_ok=True)
+        yield beside
+        put(beside, path)
+
+
+def put(file: pathlib.Path, path) -> None:
+    """Gives a complete local file the name `path`, over what has it: a rename, or to a bucket a copy, whole or not at
+    all."""
+    if is_bucket(path):
+        send(file, path)
+        file.unlink()
+    else:
+        file.replace(path)
 
 
 def create(path, content: bytes) -> None:
@@ -132,12 +162,14 @@ def send(file: pathlib.Path, to, over: bool = True) -> None:
 
 def size(path) -> int:
     """Of a file, in bytes. OSError: there is none."""
-    return of(path).stat().length if is_bucket(path) else os.path.getsize(path)
+    with _answers(path):
+        return of(path).stat().length if is_bucket(path) else os.path.getsize(path)
 
 
 def opened(path) -> BinaryIO:
     """A file, to be read from its beginning to its end."""
-    return of(path).open("rb") if is_bucket(path) else open(path, "rb")
+    with _answers(path):
+        return of(path).open("rb") if is_bucket(path) else open(path, "rb")
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
@@ -169,13 +201,18 @@ def copy_here(path: str, to: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _answers(path) -> Iterator[None]:
-    """OSError: what the bucket answers where it does not do what it is asked, as gcsfs has it for the rarer errors."""
+    """OSError that names the path: what the bucket answers where it does not do what it is asked, which gcsfs has in
+    its own type, or without the name."""
     from gcsfs.retry import HttpError
 
     try:
         yield
     except HttpError as e:
         raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
+    except FileNotFoundError as e:
+        if not is_bucket(path):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "No such object, or no such bucket", _text(path)) from e
 
 
 def copy_within(folder, to, but: str) -> None:
@@ -219,11 +256,13 @@ def glob(path: str, folders: dict[str, set[str]]) -> list[str]:
     bucket, _, name = path.removeprefix(SCHEME).partition("/")
     of(f"{SCHEME}{bucket}")
     if re.search(r"[*?\[]", name):
-        return [SCHEME + match for match in _system().glob(path)]
+        with _answers(path):
+            return [SCHEME + match for match in _system().glob(path)]
     parent = path.rpartition("/")[0]
     if parent not in folders:
         try:
-            listed = _system().ls(parent, detail=True)
+            with _answers(parent):
+                listed = _system().ls(parent, detail=True)
         except FileNotFoundError:
             listed = []
         folders[parent] = {SCHEME + x["name"] for x in listed if x["type"] == "file"}
@@ -248,7 +287,8 @@ def kvstore(folder) -> dict:
 
 def is_file(path) -> bool:
     """Whether a file of this name is there."""
-    return of(path).is_file() if is_bucket(path) else os.path.isfile(path)
+    with _answers(path):
+        return of(path).is_file() if is_bucket(path) else os.path.isfile(path)
 
 
 def fetched(path, beside: str = "") -> pathlib.Path:
@@ -259,9 +299,10 @@ def fetched(path, beside: str = "") -> pathlib.Path:
     path = of(path)
     folder = folder_for(path.parent)
     try:
-        (folder / path.name).write_bytes(path.read_bytes())
-        if beside and (more := path.with_name(beside)).exists():
-            (folder / beside).write_bytes(more.read_bytes())
+        with _answers(path):
+            (folder / path.name).write_bytes(path.read_bytes())
+            if beside and (more := path.with_name(beside)).exists():
+                (folder / beside).write_bytes(more.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     return folder / path.name

@@ -35,14 +35,12 @@ STEPS, KILLED_AT = 24, range(2, 142, 7)
 LINE = str(pathlib.Path(__file__).with_name("world") / "line.py")
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.py"
 COMMANDS = [  # that do not take ADDRESS, even on Google's
-    ["pack", "--kind=scenes", "--out=ADDRESS"],
-    ["vocab", "--scenes=20", "--out=ADDRESS"],
-    ["vocab", "--captions=ADDRESS", "--out=out"],
     ["demo", "--workdir=ADDRESS"],
     ["demo", "blip2", "--workdir=ADDRESS"],
     ["demo", "tasks", "--workdir=ADDRESS"],
-    ["score", "caption", "--results=a", "--references=b", "--out=ADDRESS"],
     ["caption", "--model=in.pth", "ADDRESS"],
+    ["app", "--model=in.pth", "--photos=ADDRESS"],
+    ["bench", "caption", "--trace=ADDRESS"],
 ]
 NO_OTHER = [  # that take gs:// alone
     ["train", f"--config={CONFIG}", "--workdir=ADDRESS"],
@@ -53,6 +51,20 @@ NO_OTHER = [  # that take gs:// alone
     ["capfilt", "refilter", "--run=run", "--threshold=0.5", "--out=ADDRESS"],
     ["convert", "in.pth", "ADDRESS"],
     ["convert", "ADDRESS", "out"],
+    ["pack", "--kind=scenes", "--out=ADDRESS"],
+    ["vocab", "--scenes=20", "--out=ADDRESS"],
+    ["vocab", "--captions=ADDRESS", "--out=out"],
+    ["score", "vqa", "--results=a", "--references=b", "--out=ADDRESS"],
+    ["score", "vqa", "--results=ADDRESS", "--references=b"],
+    ["report", "--workdir=ADDRESS"],
+    ["report", "--workdir=run", "--out=ADDRESS"],
+    ["plan", f"--config={CONFIG}", "--topology=v5e:2x2", "--out=ADDRESS"],
+    ["bench", "caption", "--out=ADDRESS"],
+    ["localize", "a.png", "--model=in.pth", "--text=a", "--out=ADDRESS"],
+    ["features", "a.png", "--model=in.pth", "--out=ADDRESS"],
+    ["app", "--model=in.pth", "--photos=.", "--features=ADDRESS"],
+    ["answer", "a.png", "--model=in.pth", "--question=a", "--answers=ADDRESS"],
+    ["caption", "a.png", "--model=ADDRESS"],
 ]
 
 
@@ -203,10 +215,13 @@ def test_convert_reads_and_writes_a_bucket(store, tiny_cfg, tiny_vocab, tmp_path
     found = blip_jax.from_pretrained(f"{there}/hf")
     assert found.features(images=[encode(noise(0, 16, 16))])["image_embeds"].shape[0] == 1
     assert f"{there}/hf: copying " in capsys.readouterr().err
+    (there / "torn" / "model.safetensors").write_bytes(b"as of one that was killed before config.json")
+    assert main.main(["convert", f"{there}/run", f"{there}/torn", "--to=hf"]) == 2
+    assert f"{there}/torn exists already: without commit_success.txt and config.json, as" in capsys.readouterr().err
     before = bucket.tree(there)
     for _, out, to, _ in steps:  # never over what is there
         assert main.main(["convert", f"{there}/run", f"{there}/{out}", f"--to={to}"]) == 2
-        assert f"{there}/{out} exists already" in capsys.readouterr().err
+        assert f"{there}/{out} exists already: give another OUT" in capsys.readouterr().err
     assert main.main(["convert", f"{there}/nothing", f"{there}/new"]) == 2
     assert f"{there}/nothing holds nothing" in capsys.readouterr().err
 

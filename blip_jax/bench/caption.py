@@ -121,7 +121,7 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
     captions are not ours.
     """
     throughput.limit_threads(settings.threads)
-    throughput.check_out(out)
+    throughput.check_out(out, settings.trace)
     tower = config.TOWER_SIZES[config.BLIP2_MODELS[settings.model][0]] if settings.model else None
     patch = (tower or config.VIT_SIZES[settings.size])["patch"]
     if odd := [s for s in settings.img_sizes if s % patch]:

@@ -122,7 +122,7 @@ def run(settings: Settings, command: str, out: str = "", say: Callable = print, 
     positions, an output folder that does not exist, or a peer whose outputs differ.
     """
     throughput.limit_threads(settings.threads)
-    throughput.check_out(out)
+    throughput.check_out(out, settings.trace)
     patch, most = config.VIT_SIZES[settings.size]["patch"], config.MED_SIZES[settings.size]["positions"]
     if odd := [s for s in settings.img_sizes if s % patch]:
         raise ValueError(f"--img_size={odd[0]}: it must be a multiple of the patch of {patch} pixels")

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from blip_jax import buckets
 from blip_jax.console import revision
 from blip_jax.plan import chips
 
@@ -182,16 +183,18 @@ def limit_threads(threads: int) -> None:
     os.sched_setaffinity(0, cores[: threads or None])
 
 
-def check_out(out: str) -> None:
-    """ValueError: --out names no file in a folder that exists."""
-    if out and not pathlib.Path(out).resolve().parent.is_dir():
+def check_out(out: str, trace: str = "") -> None:
+    """ValueError: --out names no file in a folder that exists, or on a bucket; --trace no local folder."""
+    if trace:
+        buckets.local(trace, "--trace")
+    if out and not buckets.is_bucket(path := buckets.of(out, "--out")) and not path.parent.is_dir():
         raise ValueError(f"--out={out}: there is no such folder; make it first")
 
 
 def write(out: str, result: dict) -> None:
     """The result as JSON, from the first process; nothing for an empty name."""
     if out and jax.process_index() == 0:
-        pathlib.Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        buckets.write(buckets.of(out, "--out"), json.dumps(result, indent=1) + "\n")
 
 
 @contextlib.contextmanager

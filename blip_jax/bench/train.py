@@ -225,7 +225,7 @@ def run(
     cores than threads, an output folder that does not exist, or a peer that is not the same model.
     """
     throughput.limit_threads(settings.threads)
-    throughput.check_out(out)
+    throughput.check_out(out, settings.trace)
     cfgs = peer.configs(cfgs, settings) if peer else cfgs
     for cfg in cfgs:
         tasks.validate(cfg, None, jax.process_count(), 1 if peer else jax.device_count())

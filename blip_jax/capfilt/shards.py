@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from blip_jax import buckets
@@ -29,6 +30,7 @@ from blip_jax.data.formats.array_record import pack
 from blip_jax.data.text.clean import plain_text
 
 TABLE = "decisions.parquet"
+PLACE = ("key", "dataset", "record", "reason")  # columns that say where a row comes from
 FORMAT = "group_size:1,uncompressed"  # random access; pictures are compressed already
 
 
@@ -235,10 +237,13 @@ class Keys:
         return None
 
 
+def places(table: pa.Table) -> Iterator[tuple[str, str, int, str]]:
+    """(key, dataset, record, reason) of the rows of a shard's table."""
+    return zip(*(table.column(name).to_pylist() for name in PLACE))
+
+
 def _places(out: pathlib.Path, shard: int) -> Iterator[tuple[str, str, int, str]]:
-    names = ["key", "dataset", "record", "reason"]
-    table = decisions.read(folder(out, shard) / TABLE, names)
-    return zip(*(table.column(name).to_pylist() for name in names))
+    return places(decisions.read(folder(out, shard) / TABLE, list(PLACE)))
 
 
 def _hash(key: str) -> int:

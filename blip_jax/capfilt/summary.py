@@ -70,7 +70,7 @@ def _words(lengths: collections.Counter, words: set[str]) -> dict:
 
 
 def summarise(out: pathlib.Path, count: int, threshold: float) -> dict:
-    """The summary of the `count` finished shards in `out`.
+    """The summary of the `count` finished shards in `out`. ValueError: a key occurs twice.
 
     {"threshold", "images": readable ones, "unreadable": {category: records}, "web" and "synthetic": {"texts", "kept",
     "reasons": {reason: texts}, "noise_ratio": share below the threshold or empty of all texts that are no repetition,
@@ -79,9 +79,10 @@ def summarise(out: pathlib.Path, count: int, threshold: float) -> dict:
     "distinct_words", "mean_words", "lengths"}}
     """
     sources, kept = {source: _Texts() for source in SOURCES}, _Texts()
-    unreadable, images, kept_images = collections.Counter(), 0, 0
+    unreadable, images, kept_images, keys = collections.Counter(), 0, 0, shards.Keys(out)
     for shard in range(count):
         table = decisions.read(shards.folder(out, shard) / shards.TABLE)
+        keys.add(shard, shards.places(table))
         lost = pc.starts_with(table.column("reason"), UNREADABLE)
         unreadable.update(
             row["reason"].removeprefix(f"{UNREADABLE}: ")
@@ -111,13 +112,10 @@ def _records(table: pa.Table, columns: list[str] | None = None) -> pa.Table:
 
 
 def finish(out: pathlib.Path, count: int, threshold: float) -> dict:
-    """Checks the keys of all finished shards, writes `out`/summary.json, says and returns what is in it.
+    """Checks the keys of all shards, writes `out`/summary.json, says and returns what is in it.
 
     ValueError: a key occurs twice. OSError: `out` cannot be written.
     """
-    keys = shards.Keys(out)
-    for shard in range(count):
-        keys.add_finished(shard)
     summary = summarise(out, count, threshold)
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     with shards.writing("the summary", out):

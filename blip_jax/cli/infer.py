@@ -88,19 +88,18 @@ def localize(argv: list[str]) -> int:
     flags.DEFINE_integer("layer", None, "of the text encoder, from 0; default: 7 of 12", flag_values=values)
     flags.DEFINE_string("out", None, "PNG to write: the maps over the picture, of one picture", flag_values=values)
     files, asked = _parse(values, argv, "images", "text"), values.text
-    if values.out:
-        if len(files) != 1:
-            raise ValueError(f"--out={values.out} is of one picture, and {len(files)} are given: give one, or no --out")
-        if not values.out.endswith(".png") or not pathlib.Path(values.out).absolute().parent.is_dir():
-            raise ValueError(f"--out={values.out}: give a file ending in .png in a folder that exists")
+    if values.out and len(files) != 1:
+        raise ValueError(f"--out={values.out} is of one picture, and {len(files)} are given: give one, or no --out")
+    out = output("--out", values.out, ".png") if values.out else None
 
     def run(model, images):
         from blip_jax.inference import heat
         from blip_jax.inference.localize import peak
 
         found = model.localize([img for img in images for _ in asked], asked * len(images), layer=values.layer)
-        if values.out:
-            heat.sheet(heat.photograph(files[0], model.cfg.data.max_pixels), found).save(values.out)
+        if out:
+            with buckets.whole(out) as file:
+                heat.sheet(heat.photograph(files[0], model.cfg.data.max_pixels), found).save(file, "PNG")
         rows = [
             {"text": text, "probability": one["score"], "words": [_at(*row) for row in zip(one["words"], peaks)]}
             for text, one in zip(asked * len(images), found)
@@ -141,7 +140,7 @@ def answer(argv: list[str]) -> int:
     )
     files, how = _parse(values, argv, "images", "question"), own()
     if values.answers:
-        lines = pathlib.Path(values.answers).read_text(encoding="utf-8").splitlines()
+        lines = buckets.fetched(values.answers).read_text(encoding="utf-8").splitlines()
         how |= {"method": "rank", "answers": [line for line in lines if line.strip()]}
     asked = values.question
 
@@ -161,8 +160,7 @@ def features(argv: list[str]) -> int:
     files, how, texts = _parse(values, argv, "out"), own(), values.text
     if not files and not texts:
         raise ValueError("blip-jax features needs pictures, or texts with --text=..., or both")
-    if not values.out.endswith(".npz") or not pathlib.Path(values.out).absolute().parent.is_dir():
-        raise ValueError(f"--out={values.out}: give a file ending in .npz in a folder that exists")
+    out = output("--out", values.out, ".npz")
     import numpy as np
 
     work = Work(values, files)
@@ -173,7 +171,8 @@ def features(argv: list[str]) -> int:
         texts = [texts[i] for i, _ in read]
     found = work.model.features([img for _, img in read] or None, texts or None, **how)
     labels = {"images": [files[i] for i, _ in read], "texts": texts}
-    np.savez(values.out, **found, **{name: np.array(x) for name, x in labels.items() if x})
+    with buckets.whole(out) as path, path.open("wb") as file:
+        np.savez(file, **found, **{name: np.array(x) for name, x in labels.items() if x})
     shapes = {name: list(x.shape) for name, x in found.items()}
     work.row(
         {"out": values.out, "arrays": shapes},
@@ -317,6 +316,14 @@ def _parse(values: flags.FlagValues, argv: list[str], *required: str) -> list[st
         missing.append("pictures")
     require(argv[0], missing)
     return files
+
+
+def output(flag: str, given: str, ending: str):
+    """The file to write that a flag names. ValueError: another ending, or a local folder that is not there."""
+    path = buckets.of(given, flag)
+    if not given.endswith(ending) or not buckets.is_bucket(path) and not path.parent.is_dir():
+        raise ValueError(f"{flag}={given}: give a file ending in {ending} in a folder that exists")
+    return path
 
 
 def pictures(given: list[str]) -> list[str]:

@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import functools
 import os
-import pathlib
 import sys
 
 from absl import flags
@@ -108,7 +107,7 @@ def vocab(argv: list[str]) -> int:
     flags.DEFINE_integer("size", 30522, "entries of the vocabulary", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", None, "file to write", flag_values=values)
     parse(values, argv, required=("out",))
-    out = buckets.local(values.out, "--out")
+    out = buckets.of(values.out, "--out")
     from blip_jax.data import captions as texts
     from blip_jax.data.scenes.world import vocab_captions
     from blip_jax.data.text.wordpiece import Tokenizer, train_vocab
@@ -122,10 +121,9 @@ def vocab(argv: list[str]) -> int:
     if left_out:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in left_out.items())
         print(f"left out of what --captions names: {reasons}", file=sys.stderr)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    train_vocab(captions, values.size, values.out)
-    tokenizer = Tokenizer(values.out)
-    words = pathlib.Path(values.out).read_text(encoding="utf-8").splitlines()
+    with buckets.whole(out) as file:
+        train_vocab(captions, values.size, file)
+        tokenizer, words = Tokenizer(file), file.read_text(encoding="utf-8").splitlines()
     idle = sum(word.startswith("[unused") for word in words)
     spare = f", {idle} of them [unused] (--size={values.size - idle} holds as much)" if idle else ""
     print(

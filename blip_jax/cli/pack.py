@@ -54,7 +54,7 @@ def pack(argv: list[str], parse: Callable, again: int) -> int:
     leaves = {
         leaf: tuple(v) if isinstance(v := getattr(values, leaf), list) else v for leaf in leaves if leaf != "kind"
     }
-    cfg, out = source(kind, *given, **leaves), buckets.local(values.out, "--out")
+    cfg, out = source(kind, *given, **leaves), buckets.of(values.out, "--out")
     with Interrupt("dropping unfinished shards; the same command goes on") as interrupt:
         done = pack(
             values.name or out.name,

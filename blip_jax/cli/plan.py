@@ -6,6 +6,7 @@ import os
 
 from absl import flags
 
+from blip_jax import buckets
 from blip_jax.cli import configs
 from blip_jax.cli.parse import parse
 
@@ -37,6 +38,8 @@ def plan(argv: list[str]) -> int:
     flags.DEFINE_integer("timeout", 3600, "seconds that one compilation may take", lower_bound=1, flag_values=values)
     flags.DEFINE_string("out", "", "JSON file to write", flag_values=values)
     parse(values, argv, required=("config", "topology"))
+    if values.out:
+        buckets.of(values.out, "--out")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what runs here only counts
     from blip_jax.plan import chips, search
     from blip_jax.plan import plan as planning

@@ -46,12 +46,10 @@ def score(argv: list[str]) -> int:
     flags.DEFINE_bool("json", False, "one JSON object instead of a table", flag_values=values)
     flags.DEFINE_string("out", "", "file to write, JSON: the scores and those of each example", flag_values=values)
     parse(values, [f"score {what}", *argv[2:]], required=("results", "references"))
-    if values.out:
-        buckets.local(values.out, "--out")
+    out = buckets.of(values.out, "--out") if values.out else None
     found = run(values)
-    if values.out:
-        text = json.dumps({"scores": found.scores, "each": found.each}, indent=1)
-        pathlib.Path(values.out).write_text(text + "\n", encoding="utf-8")
+    if out:
+        buckets.write(out, json.dumps({"scores": found.scores, "each": found.each}, indent=1) + "\n")
     print(json.dumps(found.scores) if values.json else table(found.scores))
     if found.said:
         print(found.said, file=sys.stderr if values.json else sys.stdout)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from blip_jax import buckets, checkpoint
 from blip_jax.console import revision
-from blip_jax.convert import hf, hub, write
+from blip_jax.convert import bucket, hf, hub, write
 
 SENT = (*hub.TEXTS, "*.safetensors")  # of a folder; what is pickled stays here
 CARD = "README.md"
@@ -42,7 +42,8 @@ def push(
     """Uploads the model `path` to the repository `name`, which is made where there is none; returns its address.
 
     path: a Hugging Face folder, which goes up as it is, or anything that `write.convert` reads, which is converted
-    first, in a temporary folder. Of a folder only settings, vocabularies and safetensors are sent.
+    first, in a temporary folder. Of a folder only settings, vocabularies and safetensors are sent. It may lie on a
+    bucket, as `card` may.
     family: the part of it to take, as `write.convert` has it.
     name: owner/name. private: of a repository that is made. licence: the hub's word for one, "apache-2.0"; "": none is
     stated. card: a README.md to send; "": the folder's, or one made from the settings and evaluation of a workdir.
@@ -53,10 +54,14 @@ def push(
         raise ValueError(f"{name!r} is no name on the Hugging Face hub: give owner/name, as me/blip-birds")
     library = hub.library(f"to send a model to {name}")
     with tempfile.TemporaryDirectory() as beside:
-        folder = pathlib.Path(path)
+        folder = buckets.of(path, "MODEL") if buckets.is_bucket(path) else pathlib.Path(path)
         if not _is_folder_of_hf(folder):
             folder = pathlib.Path(beside, "hf")
             write.convert(path, folder, to="hf", family=family)
+        elif buckets.is_bucket(folder):
+            if (own := folder / CARD).exists():
+                card = card or own
+            folder = bucket.copy(folder)
         files = _files(folder)
         text = _card(path, folder, files, name, library, licence, card)
         sent = [(file, folder / file) for file in files if file != CARD] + [(CARD, text.encode())]
@@ -84,16 +89,18 @@ def push(
 
 
 def _is_folder_of_hf(folder: pathlib.Path) -> bool:
-    return (folder / "config.json").is_file() and any(os.path.lexists(folder / weights) for weights in hf.WEIGHTS)
+    there = buckets.is_file if buckets.is_bucket(folder) else os.path.lexists
+    return buckets.is_file(folder / "config.json") and any(there(folder / weights) for weights in hf.WEIGHTS)
 
 
 def _files(folder: pathlib.Path) -> list[str]:
     """What is sent of `folder`. ValueError: no weights that the hub's users can read without running them."""
     found = sorted({str(file.relative_to(folder)) for pattern in SENT for file in folder.glob(pattern)})
     if not any(file.endswith(".safetensors") for file in found):
+        named = buckets.spelled(folder)
         raise ValueError(
-            f"{folder} holds no safetensors, and pickled weights are not sent: write them anew, blip-jax convert "
-            f"{folder} OUT --to=hf"
+            f"{named} holds no safetensors, and pickled weights are not sent: write them anew, blip-jax convert "
+            f"{named} OUT --to=hf"
         )
     return found + [CARD] * (folder / CARD).is_file()
 
@@ -101,10 +108,10 @@ def _files(folder: pathlib.Path) -> list[str]:
 def _card(path, folder: pathlib.Path, files: list[str], name: str, library, licence: str, card) -> str:
     """The README.md that goes up, with the hub's table of facts at its head."""
     if card or CARD in files:
-        own = pathlib.Path(card) if card else folder / CARD
+        own = card or folder / CARD
         try:
-            return own.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
+            return buckets.fetched(own).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
             raise ValueError(f"--card={own} cannot be read as text ({e})") from e
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = [(kind, row) for kind in settings.get("architectures", ()) for row in SNIPPETS.values() if kind in row[0]]

@@ -58,7 +58,10 @@ def convert(
 
 
 def _exists(out: pathlib.Path) -> ValueError:
-    return ValueError(f"{out} exists already: give another OUT, or remove it first")
+    below = [pathlib.PurePosixPath(name).name for name in buckets.names(out)] if buckets.is_bucket(out) else []
+    cut = f"without {' and '.join(buckets.LAST)}, as a convert that was killed leaves it; "
+    cut = cut * bool(any(below) and not set(buckets.LAST) & set(below))
+    return ValueError(f"{out} exists already: {cut}give another OUT, or remove it first")
 
 
 def _convert(path, out: pathlib.Path, to: str, vocab, family, img_size, heads, drop_token_types, verify: bool) -> None:

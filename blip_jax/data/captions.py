@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blip_jax import buckets
 from blip_jax.config import source
-from blip_jax.data import coco, paths
+from blip_jax.data import coco, paths, remote
 from blip_jax.data.formats import csv, kind_of, open_source
-from blip_jax.data.source import BadRecord, as_captions, field_of
+from blip_jax.data.source import BY_RANGES, BadRecord, as_captions, field_of
 from blip_jax.data.table import CAPTION, pick
 
 MISSING = object()  # the value of a field that a row does not have
@@ -28,11 +29,14 @@ def read(patterns: list[str], caption_key: str = "caption") -> tuple[list[str], 
     text, a caption a line. ValueError: a file that cannot be read, or has no captions.
     """
     out, left_out = [], collections.Counter()
-    for path in [path for pattern in patterns for path in paths.find(pattern)]:
+    for path in [path for pattern in patterns for path in paths.find(pattern, on_bucket=True)]:
         if os.path.isdir(path):
             raise ValueError(f"{path!r} is a folder: name its files, as {path.rstrip('/')}/*")
         before, missing = len(out), collections.Counter()
-        for found in READERS.get(kind_of(path), _lines)(path, caption_key):
+        kind = kind_of(path)
+        copied = buckets.is_bucket(path) and kind not in BY_RANGES
+        here = remote.copies([path], "", path)[0] if copied else path
+        for found in READERS.get(kind, _lines)(here, caption_key):
             try:
                 out += as_captions(path, _raised(found))
             except BadRecord as e:

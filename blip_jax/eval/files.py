@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from blip_jax import buckets
 from blip_jax.data.pieces import parsed
 
 SHOWN = 3  # examples that an error names
@@ -19,7 +19,7 @@ SHOWN = 3  # examples that an error names
 
 def content(path: str) -> Any:
     """What a JSON file holds; of JSON lines the list of their values. ValueError: it is neither."""
-    data = pathlib.Path(path).read_bytes()
+    data = _bytes(path)
     if data.startswith((b"PK\3\4", b"\x1f\x8b")):
         raise ValueError(f"{path}: it is compressed: unpack it first")
     try:
@@ -32,6 +32,11 @@ def content(path: str) -> Any:
             return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: neither JSON nor JSON lines ({e})") from None
+
+
+def _bytes(path: str) -> bytes:
+    with buckets.opened(path) as file:
+        return file.read()
 
 
 def rows(path: str, fields: Mapping[str, Callable[[Any], bool]], form: str) -> list[dict]:
@@ -228,7 +233,7 @@ IDENTIFIER = re.compile(r"(\w+)-(\d+)-(\d+)-(\d+)")  # split-set-pair-sentence
 
 def nlvr_results(path: str) -> dict[str, bool]:
     """The official form, a line "dev-0-0-0,True" each, of any case; or a list of {"identifier", "label"}."""
-    text = pathlib.Path(path).read_bytes().decode("utf-8-sig", "replace").strip()
+    text = _bytes(path).decode("utf-8-sig", "replace").strip()
     if text.startswith(("[", "{")):
         fits = {"identifier": is_text, "label": lambda label: str(label).lower() in LABELS}
         found = rows(path, fits, '{"identifier": "dev-0-0-0", "label": true}')

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blip_jax import buckets
 from blip_jax.eval import recall
 from blip_jax.eval.files import content, is_text, is_texts
 
@@ -72,16 +73,17 @@ def scores(path: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """
     images, texts = pairs.owners, len(pairs.text_owner)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            found = {"the matrix": (loaded, (images, texts))}
-        elif set(SHORTLISTS) <= set(loaded):
-            found = _shortlists(loaded, pairs)
-        else:
-            names = [next((n for n in wanted if n in loaded), None) for wanted in (FORWARD, BACK)]
-            if None in names:
-                raise ValueError(f"it has {sorted(loaded)}, not `i2t` and `t2i`")
-            found = {name: (loaded[name], shape) for name, shape in zip(names, ((images, texts), (texts, images)))}
+        with buckets.opened(path) as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                found = {"the matrix": (loaded, (images, texts))}
+            elif set(SHORTLISTS) <= set(loaded):
+                found = _shortlists(loaded, pairs)
+            else:
+                names = [next((n for n in wanted if n in loaded), None) for wanted in (FORWARD, BACK)]
+                if None in names:
+                    raise ValueError(f"it has {sorted(loaded)}, not `i2t` and `t2i`")
+                found = {name: (loaded[name], shape) for name, shape in zip(names, ((images, texts), (texts, images)))}
     except (ValueError, EOFError, KeyError, IndexError) as e:
         raise ValueError(
             f"{path}: no scores of retrieval ({e}): scores.npz of `blip-jax evaluate` on the same list is expected, a "

@@ -8,6 +8,7 @@ import pathlib
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 
+from blip_jax import buckets
 from blip_jax.eval import java
 
 NEEDED = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -16,7 +17,8 @@ OPENED = ("lang", "util", "math", "text", "net")  # packages that SPICE's serial
 
 
 def check(folder: str) -> None:
-    """ValueError: CoreNLP is not in the folder."""
+    """ValueError: CoreNLP is not in the folder, or that is on a bucket."""
+    buckets.local(folder, "the folder of CoreNLP")
     if missing := [name for name in NEEDED if not (pathlib.Path(folder) / name).is_file()]:
         raise ValueError(f"SPICE needs {' and '.join(missing)}, not found in {folder!r}: unpack CoreNLP 3.6.0 there")
 

@@ -273,9 +273,7 @@ def finished(out: dict, request: Request) -> dict:
 
 def save(plan: dict, path) -> None:
     """Writes a plan as JSON."""
-    path = buckets.local(path, "--out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    buckets.write(buckets.of(path, "--out"), json.dumps(plan, indent=1) + "\n")
 
 
 def gib(n: float) -> str:

@@ -6,7 +6,7 @@ import pathlib
 
 from absl import flags
 
-from blip_jax.cli.infer import pictures
+from blip_jax.cli.infer import output, pictures
 from blip_jax.cli.parse import parse
 
 
@@ -28,9 +28,8 @@ def app(argv: list[str]) -> int:
     parse(values, argv, required=("model",))
     if values.features and not values.photos:
         raise ValueError(f"--features={values.features} without --photos: it keeps what a search looks through")
-    kept = values.features
-    if kept and (not kept.endswith(".npz") or not pathlib.Path(kept).absolute().parent.is_dir()):
-        raise ValueError(f"--features={kept}: give a file ending in .npz in a folder that exists")
+    if values.features:
+        output("--features", values.features, ".npz")
     files = pictures([values.photos]) if values.photos else []
     if missing := [file for file in files if not pathlib.Path(file).is_file()]:
         raise ValueError(f"--photos={values.photos}: no such file or folder as {missing[0]!r}")
@@ -38,5 +37,5 @@ def app(argv: list[str]) -> int:
     from blip_jax.inference.pretrained import from_pretrained
 
     model = from_pretrained(values.model, dtype=values.dtype or None, vocab=values.vocab, batch=values.batch)
-    serve(model, files, kept, values.host, values.port)
+    serve(model, files, values.features, values.host, values.port)
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from blip_jax import buckets
 from blip_jax.inference import inputs
 
 THREADS = 8  # that decode photographs
@@ -27,14 +28,14 @@ class Album:
     """
 
     def __init__(self, model, files: Sequence[str], kept: str = ""):
-        """files: in the order in which they are shown; kept: .npz that embeddings are read from and written to, ""
-        for none. Nothing is computed here. ValueError: `kept` is no such file."""
+        """files: in the order in which they are shown; kept: .npz, also on a bucket, that embeddings are read from and
+        written to, "" for none. Nothing is computed here. ValueError: `kept` is no such file."""
         self.model, self.files, self.kept = model, list(files), kept
         self.bad: dict[str, str] = {}
         self._rows: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
         self._stored: dict[str, np.ndarray] = {}
-        if kept and os.path.exists(kept):
+        if kept and buckets.is_file(kept):
             self._stored = _read(kept)
 
     def search(self, text: str, n: int, progress: Callable[[int, int], Any] = lambda *_: None) -> list[tuple]:
@@ -118,10 +119,8 @@ class Album:
             "embeddings": np.stack([self._rows[file] for file in files]),
             "probe": self._probe(),
         }
-        beside = f"{self.kept}.part"
-        with open(beside, "wb") as out:
+        with buckets.whole(buckets.of(self.kept)) as path, path.open("wb") as out:
             np.savez(out, **arrays)
-        os.replace(beside, self.kept)
 
 
 def _name(file: str) -> str:
@@ -139,7 +138,7 @@ def _state(file: str) -> tuple[int, int]:
 
 def _read(kept: str) -> dict[str, np.ndarray]:
     try:
-        with np.load(kept, allow_pickle=False) as stored:
+        with buckets.opened(kept) as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in ("names", "states", "embeddings", "probe")}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
         raise ValueError(f"{kept} is not what `blip-jax app --features` writes ({e}): name another file") from None

@@ -20,8 +20,8 @@ def report(argv: list[str]) -> int:
     text = "samples of data.eval with what the model says of them; 0: none, and no model is loaded"
     flags.DEFINE_integer("samples", 12, text, lower_bound=0, flag_values=values)
     parse(values, argv, required=("workdir",))
-    workdir = buckets.local(values.workdir, "--workdir")
-    out = buckets.local(values.out, "--out") if values.out else workdir / "report.html"
+    workdir = buckets.of(values.workdir, "--workdir")
+    out = buckets.of(values.out, "--out") if values.out else workdir / "report.html"
     against = configs.load(values.against) if values.against else None
     from blip_jax.cli.report import bootstrapped, page, records, samples
     from blip_jax.console import say

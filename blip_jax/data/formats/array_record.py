@@ -344,11 +344,11 @@ def write_array_record(path: str | os.PathLike, records: Iterable[dict]) -> int:
 class Writing:
     """An ArrayRecord file while it is made. `commit` makes it appear under its name; without, leaving drops it.
 
-    beside: folder for the unfinished file, by default that of `path`.
+    beside: local folder for the unfinished file, by default that of `path`, which may be on a bucket.
     """
 
     def __init__(self, path: str | os.PathLike, beside: str | os.PathLike | None = None):
-        self.path = pathlib.Path(path)
+        self.path = path if buckets.is_bucket(path) else pathlib.Path(path)
         self._part = pathlib.Path(beside or self.path.parent) / f"{self.path.name}.{uuid.uuid4().hex[:8]}.part"
         self._writer = ArrayRecordWriter(str(self._part), FORMAT)
         self._captions: list[list[str]] = []
@@ -373,10 +373,10 @@ class Writing:
                 with open(captions, "w", encoding="ascii") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
                 _sync(captions)
-                captions.replace(f"{self.path}{CAPTIONS}")
+                buckets.put(captions, self.path.with_name(f"{self.path.name}{CAPTIONS}"))
             finally:
                 captions.unlink(missing_ok=True)
-        self._part.replace(self.path)
+        buckets.put(self._part, self.path)
 
     def __enter__(self) -> Writing:
         return self

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 
+from blip_jax import buckets
 from blip_jax.demo.report import blip2, sections, style, tasks
 from blip_jax.demo.report.markup import escape
 
@@ -100,15 +100,8 @@ def write(path, results: dict) -> None:
 
 
 def put(path, text: str) -> None:
-    """Writes a page to the file `path`, whole or not at all; its folder is made."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes a page to the file `path`, local or on a bucket, whole or not at all; its folder is made."""
+    buckets.write(buckets.of(path), text.encode("utf-8", "xmlcharrefreplace"))
 
 
 def page(results: dict) -> str:
