@@ -202,7 +202,10 @@ def copy_here(path: str, to: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _answers(path) -> Iterator[None]:
     """OSError that names the path: what the bucket answers where it does not do what it is asked, which gcsfs has in
-    its own type, or without the name."""
+    its own type, or without the name. Nothing of a local path."""
+    if not is_bucket(path):
+        yield
+        return
     from gcsfs.retry import HttpError
 
     try:
@@ -210,8 +213,6 @@ def _answers(path) -> Iterator[None]:
     except HttpError as e:
         raise OSError(f"{path}: the bucket answers {e.code} {e}") from None
     except FileNotFoundError as e:
-        if not is_bucket(path):
-            raise
         raise FileNotFoundError(errno.ENOENT, "No such object, or no such bucket", _text(path)) from e
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import tarfile
 import time
 import types
@@ -96,6 +97,19 @@ def test_python_calls_refuse_too(tiny_cfg, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cache is 'gs://pictures/c'"):
         open_source("x", source("tar", "gs://pictures/a.tar", cache="gs://pictures/c"))
     assert not list(tmp_path.iterdir())
+
+
+def test_local_files_need_nothing_of_a_bucket(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gcsfs"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # the extra gcs is not installed
+    path = buckets.of(tmp_path / "folder" / "file")
+    buckets.write(path, "text")
+    assert buckets.is_file(path) and buckets.size(path) == 4
+    with buckets.opened(path) as file:
+        assert file.read() == b"text"
+    with pytest.raises(FileNotFoundError):
+        buckets.size(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["gs:", "s3:x", "a:b", "gs", "file:/x"])
