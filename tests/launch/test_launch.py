@@ -20,7 +20,12 @@ from world.launching import CLUSTER, CODE, POD, ROOT, RUN, dry_run, on_the_worke
 FAKE = """#!/usr/bin/env bash
 echo "$PWD: $*" >> "{log}"
 if [ "$2" = venv ]; then mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; fi
-if [ "$1" = --version ]; then echo "Python 3.11.0"; fi
+if [ "$1" = --version ]; then
+    case "$0" in *3.13*) echo "Python 3.13.0";; *) echo "Python 3.11.0";; esac
+fi
+if [ "$2" = pytest ]; then
+    case "$0" in *3.13*) exit "${{CORE:-0}}";; *) exit "${{ALL:-0}}";; esac
+fi
 """
 PYTEST = "-m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder"
 
@@ -38,7 +43,7 @@ def project(tmp_path):
     return clone
 
 
-def launch(project, script, *args):
+def launch(project, script, *args, status=0, **env):
     """(what the script printed, the calls of python it made)."""
     log = project.parent.parent / "log"
     log.unlink(missing_ok=True)
@@ -47,9 +52,9 @@ def launch(project, script, *args):
         cwd="/",
         capture_output=True,
         text=True,
-        env={"PATH": f"{project.parent.parent / 'bin'}:/usr/bin:/bin"},
+        env={"PATH": f"{project.parent.parent / 'bin'}:/usr/bin:/bin"} | env,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout, log.read_text().splitlines()
 
 
@@ -87,6 +92,27 @@ def test_the_whole_check_installs_torch_and_transformers_and_the_users_tests_do_
     script = project / ".ci" / "run"
     script.write_text(script.read_text().replace("torch==2.13.0", "torch==2.14.0"))  # another pin is another install
     assert installs(launch(project, ".ci/run")[1]) == [".[test,peers,tpu] torch==2.14.0 transformers==5.23.0"]
+
+
+def test_the_whole_check_repeats_its_core_on_the_newest_python_where_that_is_another(project):
+    out, calls = launch(project, ".ci/run")
+    assert "== no newer Python than 3.11 here" in out and sum("-m pytest" in call for call in calls) == 1
+
+    newest = project.parent.parent / "pyenv" / "versions" / "3.13.2" / "bin" / "python"
+    newest.parent.mkdir(parents=True)
+    shutil.copy(project.parent.parent / "bin" / "python3", newest)
+    pyenv = {"PYENV_ROOT": str(project.parent.parent / "pyenv")}
+    out, calls = launch(project, ".ci/run", "-vv", **pyenv)
+    assert (project / ".venv-3.13" / "bin" / "python").exists() and installs(calls) == [".[test-core]"]
+    everything, core = (call for call in calls if "-m pytest" in call)
+    assert everything == f"{project}: {PYTEST} -vv"
+    named = core.removeprefix(f"{project}: {PYTEST} ").removesuffix(" -vv").split()
+    assert len(named) > 3 and all(list(ROOT.glob(path)) for path in named)
+
+    assert installs(launch(project, ".ci/run", **pyenv)[1]) == []
+    for failed in ({"ALL": "1"}, {"CORE": "1"}):  # either is enough, and the core runs all the same
+        calls = launch(project, ".ci/run", status=1, **pyenv, **failed)[1]
+        assert sum("-m pytest" in call for call in calls) == 2
 
 
 def test_an_install_says_what_it_does_and_how_to_use_it(project):
