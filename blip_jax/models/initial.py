@@ -6,6 +6,7 @@ the keys of all parameters come from one kernel, and parameters of one shape and
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import zlib
@@ -70,11 +71,30 @@ def parameters(shapes: dict, key, *, std: float, pos_std: float) -> dict:
 
 def init_params(cfg, model, key) -> dict:
     """Random parameters of `model` as nested dict; pure (use under jax.jit with out_shardings, or jax.eval_shape)."""
-    size, T = cfg.model.img_size, min(8, cfg.text.max_len)
-    img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)  # only their shapes count
-    with stack.looped():
-        shapes = jax.eval_shape(lambda: model.init(key, img, ids, jnp.ones((1, T), bool))["params"])
+    shapes = _shapes(model, cfg.model.img_size, min(8, cfg.text.max_len))
     return parameters(shapes, key, std=cfg.model.init_std, pos_std=cfg.model.vit.pos_std)
+
+
+def _shapes(model, size: int, T: int) -> dict:
+    """The parameters of `model` as nested dict of ShapeDtypeStruct; traced once for equal models, which takes seconds,
+    as a run asks two or three times."""
+    try:
+        hash(model)
+    except TypeError:  # one's own, with a list among its fields, say
+        return _traced(model, size, T)
+    return _kept(model, size, T)
+
+
+def _traced(model, size: int, T: int) -> dict:
+    def init():
+        img, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, T), jnp.int32)
+        return model.init(jax.random.key(0), img, ids, jnp.ones((1, T), bool))["params"]
+
+    with stack.looped():
+        return jax.eval_shape(init)
+
+
+_kept = functools.lru_cache(maxsize=8)(_traced)
 
 
 def of_run(cfg, model, key) -> dict:

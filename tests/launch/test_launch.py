@@ -107,7 +107,7 @@ def test_the_whole_check_repeats_its_core_on_the_newest_python_where_that_is_ano
     everything, core = (call for call in calls if "-m pytest" in call)
     assert everything == f"{project}: {PYTEST} -vv"
     named = core.removeprefix(f"{project}: {PYTEST} ").removesuffix(" -vv").split()
-    assert len(named) > 3 and all(list(ROOT.glob(path)) for path in named)
+    assert len(named) > 3 and all(list(ROOT.glob(path.split("::")[0])) for path in named)
 
     assert installs(launch(project, ".ci/run", **pyenv)[1]) == []
     for failed in ({"ALL": "1"}, {"CORE": "1"}):  # either is enough, and the core runs all the same

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +88,25 @@ def test_a_path_without_a_row_is_an_error():
             std=1.0,
             pos_std=1.0,
         )
+
+
+def test_equal_models_are_traced_once_and_those_that_cannot_be_compared_each_time():
+    traced = []
+
+    class Own(nn.Module):
+        """A model of one's own, whose list of widths has no hash."""
+
+        widths: list | tuple
+
+        @nn.compact
+        def __call__(self, img, ids, mask):
+            traced.append(self.widths)
+            return nn.Dense(self.widths[0], name="itm_head")(img.mean((1, 2)))
+
+    cfg = config.base("tiny")
+    for widths, times in (((3,), 1), ([3], 2)):
+        traced.clear()
+        for _ in range(2):
+            shapes = jax.eval_shape(lambda: initial.init_params(cfg, Own(widths), jax.random.key(0)))
+            assert shapes["itm_head"]["kernel"].shape == (3, 3)
+        assert len(traced) == times
