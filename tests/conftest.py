@@ -73,11 +73,13 @@ def set_aside():
 def compilation_cache():
     """One cache of compiled programs for the tests, their workers and the processes they start; it outlives the run.
 
-    Programs of other versions are removed, so that the folder holds one set. TEST_CACHE names another folder.
+    Programs of another jax are removed, so that the folder holds one set for each Python. TEST_CACHE names another
+    folder.
     """
     root = pathlib.Path(os.environ.get("TEST_CACHE") or pathlib.Path(__file__).resolve().parents[1] / ".cache")
-    folder = root / f"compiled-jax{jax.__version__}-python{sys.version_info.major}.{sys.version_info.minor}"
-    for other in root.glob("compiled-*"):
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = root / f"compiled-jax{jax.__version__}-{python}"
+    for other in root.glob(f"compiled-jax*-{python}"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     settings = {
