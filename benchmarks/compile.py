@@ -298,7 +298,8 @@ def processor() -> str:
 
 def words(row: dict) -> str:
     """A row in one line."""
-    name = f"{row['program']} of {row['task']} on {row['platform']}, batch {row['batch']}, {row['text_layers'] or 'all'} text layers"
+    layers = f"{row['text_layers'] or 'all'} text layers"
+    name = f"{row['program']} of {row['task']} on {row['platform']}, batch {row['batch']}, {layers}"
     if "error" in row:
         return f"{name}: {row['error'][:300]}"
     return (
