@@ -1,10 +1,10 @@
-"""What a compiler makes of pre-training for a device that is not here: `python benchmarks/compile.py --platform=h100
+"""What a compiler makes of the models for a device that is not here: `python benchmarks/compile.py --platform=h100
 --batch=128`.
 
-The creation of the state and the training step are compiled, not run, for one GPU (pip install -e ".[cuda]" and
-nothing else; blip_jax/plan/targets describes them) or for a slice of TPUs (".[tpu]"; --platform=v5e:4x8). Each program
-gets a process of its own with a time limit, so that a refusal, a crash or a hang is a row of the table and the others
-go on.
+The creation of a task's state, its training step, captions and the filter are compiled, not run, for one GPU (pip
+install -e ".[cuda]" and nothing else; blip_jax/plan/targets describes them) or for a slice of TPUs (".[tpu]";
+--platform=v5e:4x8). Each program gets a process of its own with a limit, so that a refusal, a crash or a hang is a row
+of the table and the others go on.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ import itertools
 import json
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-PROGRAMS = ("state", "step")
+OF_TASK = ("state", "step")
+# those of CapFilt, of the captioner and the filter of a size -> the name that `plan.programs.capfilt` gives them
+OF_CAPFILT = {"caption": "caption", "view": "view", "match": "score"}
+PROGRAMS = (*OF_TASK, *OF_CAPFILT)
 
 # name in the JSON -> head of the table
 COLUMNS = {
     "program": "program",
+    "task": "task",
     "platform": "platform",
     "batch": "batch",
     "text_layers": "text layers",
@@ -42,13 +48,14 @@ def main(argv: list[str]) -> int:
     """The command line. Exit status 0 also where a compiler refused: that is a row."""
     args = parser().parse_args(argv)
     if args.worker:
+        resource.setrlimit(resource.RLIMIT_CPU, (args.limit, args.limit + 60))
         found = compile_case(json.loads(args.worker))
         pathlib.Path(args.out).write_text(json.dumps(found), encoding="utf-8")
         return 0
 
     rows = []
     for case in cases(args):
-        row = case | measured(case, args.timeout)
+        row = case | measured(case, args.limit)
         print(words(row), flush=True)
         rows.append(row)
 
@@ -56,6 +63,7 @@ def main(argv: list[str]) -> int:
             result = {
                 "command": " ".join(["python benchmarks/compile.py", *argv]),
                 "versions": versions(),
+                "processor": processor(),
                 "rows": rows,
             }
             pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -68,10 +76,11 @@ def parser() -> argparse.ArgumentParser:
     """Flags; those that list may have several values, with commas."""
     made = argparse.ArgumentParser(prog="python benchmarks/compile.py")
     made.add_argument("--platform", type=listed, default=["h100"], help="h100 or another GPU, or TPUs as v5e:4x8")
-    made.add_argument("--program", type=listed, default=list(PROGRAMS), help="state, step")
-    made.add_argument("--size", default="base", help="of the model")
+    made.add_argument("--program", type=listed, default=list(OF_TASK), help=", ".join(PROGRAMS))
+    made.add_argument("--task", type=listed, default=["pretrain"], help="objectives, or BLIP-2 as blip2_opt2.7b")
+    made.add_argument("--size", default="base", help="of the model, where it is no BLIP-2")
     made.add_argument("--text_layers", type=numbers, default=[0], help="of MED; 0: the size's own")
-    made.add_argument("--batch", type=numbers, default=[8], help="global; the state has none")
+    made.add_argument("--batch", type=numbers, default=[8], help="global, pictures; the state has none")
     made.add_argument("--img_size", type=int, default=224, help="pixels")
     made.add_argument("--dtype", default="bfloat16", help="of the computation")
     made.add_argument("--remat", default="none", help="none, dots, full")
@@ -79,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "--exact", action="store_true", help="TPU: the compiler's usual level, not -O0, as of blip-jax plan"
     )
     made.add_argument("--save", default="", help="folder for the compiled programs, as gpu.sh --ahead takes the step's")
-    made.add_argument("--timeout", type=float, default=1800, help="seconds that a program may take")
+    made.add_argument("--limit", type=int, default=1800, help="processor seconds that a program may take")
     made.add_argument("--out", default="", help="JSON file to write")
     made.add_argument("--worker", default="", help=argparse.SUPPRESS)  # a case: this is the process that compiles it
     return made
@@ -94,8 +103,8 @@ def numbers(text: str) -> list[int]:
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
-    """A case for each platform, program, number of text layers and, of steps, batch. ValueError: a program that
-    there is not."""
+    """A case for each platform, program, number of text layers and, but of states, batch; of states and steps for each
+    task. ValueError: a program that there is not."""
     if unknown := set(args.program) - set(PROGRAMS):
         raise ValueError(
             f"--program={','.join(args.program)}: {', '.join(sorted(unknown))} is none of {', '.join(PROGRAMS)}"
@@ -105,23 +114,27 @@ def cases(args: argparse.Namespace) -> list[dict]:
     same["save"] = args.save
     out = []
     for platform, program, layers in itertools.product(args.platform, args.program, args.text_layers):
-        for batch in args.batch[:1] if program == "state" else args.batch:
-            out.append({"program": program, "platform": platform, "batch": batch, "text_layers": layers, **same})
+        for task in args.task if program in OF_TASK else ["capfilt"]:
+            for batch in args.batch[:1] if program == "state" else args.batch:
+                case = {"program": program, "task": task, "platform": platform, "batch": batch, "text_layers": layers}
+                out.append(case | same)
     return out
 
 
-def measured(case: dict, timeout: float) -> dict:
+def measured(case: dict, limit: int) -> dict:
     """What `compile_case` finds in a process of its own, or {"error": why it found nothing}; with "wall_s"."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "found.json")
-        command = [sys.executable, __file__, f"--worker={json.dumps(case)}", f"--out={out}"]
+        command = [sys.executable, __file__, f"--worker={json.dumps(case)}", f"--out={out}", f"--limit={limit}"]
         start = time.perf_counter()
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment(case), timeout=timeout)
+        try:  # one that hangs takes no processor time
+            done = subprocess.run(command, capture_output=True, text=True, env=environment(case), timeout=10 * limit)
         except subprocess.TimeoutExpired:
-            return {"error": f"not done after {timeout:.0f} s", "wall_s": timeout}
+            return {"error": f"not done after {10 * limit} s", "wall_s": 10.0 * limit}
 
-        if done.returncode < 0:
+        if done.returncode == -signal.SIGXCPU:
+            found = {"error": f"not done after {limit} processor s"}
+        elif done.returncode < 0:
             found = {"error": f"the compiler crashed (signal {-done.returncode}): {last_line(done.stderr)}"}
         elif done.returncode or not out.exists():
             found = {"error": last_line(done.stderr)}
@@ -164,31 +177,31 @@ def compile_case(case: dict) -> dict:
 
     from blip_jax.parallel import sharding
 
-    started = time.process_time()
+    started = spent()
     devices = described(case["platform"])
     mesh = sharding.mesh_of((len(devices), 1, 1), devices)
-    made = program(case, configured(case), mesh)
+    made = program(case, mesh)
 
-    begun = time.process_time()
+    begun = spent()
     with jax.set_mesh(mesh):
         lowered = jax.jit(made.function, **made.jit).trace(*made.args).lower()
-        ready = time.process_time()
+        ready = spent()
         found = {
             "prepare_cpu_s": begun - started,
             "lower_cpu_s": ready - begun,
             "stablehlo_lines": lines_of(lowered.as_text()),
         }
-        ready = time.process_time()
+        ready = spent()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return found | {"error": " ".join(str(error).split())[:2000], "compile_cpu_s": time.process_time() - ready}
+            return found | {"error": " ".join(str(error).split())[:2000], "compile_cpu_s": spent() - ready}
 
-    found["compile_cpu_s"] = time.process_time() - ready
+    found["compile_cpu_s"] = spent() - ready
     if case["save"]:
         from jax.experimental import serialize_executable
 
-        path = pathlib.Path(case["save"], f"{case['program']}-{case['size']}-{case['batch']}.bin")
+        path = pathlib.Path(case["save"], f"{case['program']}-{case['task']}-{case['size']}-{case['batch']}.bin")
         path.write_bytes(serialize_executable.serialize(compiled)[0])
     return found | counted(compiled.as_text()) | memory_of(compiled, devices[0].platform)
 
@@ -204,24 +217,41 @@ def described(platform: str) -> list:
     return list(aot.mesh_of(topology, (topology.devices, 1, 1)).devices.flat)
 
 
-def configured(case: dict):
-    """The paper's pre-training of the case's size."""
+def spent() -> float:
+    """Processor seconds of this process, all its threads together, and of those that it started and that are done:
+    XLA has NVIDIA's ptxas in processes of their own."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def configured(case: dict, task: str):
+    """The paper's training of an objective on the case's size, or of a BLIP-2 by its stage."""
+    from blip_jax import config
     from blip_jax.bench import train
 
-    cfg = train.sized(case["size"], "pretrain", case["img_size"], case["dtype"], case["batch"])
+    model = task if task in config.BLIP2_MODELS else ""
+    cfg = train.sized(case["size"], task, case["img_size"], case["dtype"], case["batch"], (), model)
     with cfg.unlocked():
         cfg.model.remat = case["remat"]
-        cfg.model.med.layers = case["text_layers"] or cfg.model.med.layers
+        if not model:
+            cfg.model.med.layers = case["text_layers"] or cfg.model.med.layers
     return cfg
 
 
-def program(case: dict, cfg, mesh):
+def program(case: dict, mesh):
     """The `plan.programs.Program` of a case."""
+    from blip_jax import config
     from blip_jax.plan import programs
 
-    if case["program"] == "state":
-        return programs.create(cfg, mesh)
-    return programs.train(cfg, mesh)[0]
+    if case["program"] in OF_CAPFILT:
+        cfg = config.capfilt()
+        with cfg.unlocked():
+            cfg.device_batch, cfg.dtype = case["batch"] // mesh.size, case["dtype"]
+        made = programs.capfilt(cfg, mesh, configured(case, "caption"), configured(case, "retrieval"))
+        return next(p for p in made if p.name == OF_CAPFILT[case["program"]])
+
+    cfg = configured(case, case["task"])
+    return programs.create(cfg, mesh) if case["program"] == "state" else programs.train(cfg, mesh)[0]
 
 
 def counted(text: str) -> dict[str, int]:
@@ -259,9 +289,17 @@ def versions() -> dict[str, str]:
     return out
 
 
+def processor() -> str:
+    """Its name and the cores that are here."""
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def words(row: dict) -> str:
     """A row in one line."""
-    name = f"{row['program']} on {row['platform']}, batch {row['batch']}, {row['text_layers'] or 'all'} text layers"
+    layers = f"{row['text_layers'] or 'all'} text layers"
+    name = f"{row['program']} of {row['task']} on {row['platform']}, batch {row['batch']}, {layers}"
     if "error" in row:
         return f"{name}: {row['error'][:300]}"
     return (

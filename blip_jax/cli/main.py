@@ -32,12 +32,14 @@ def train(argv: list[str]) -> int:
     steps = "FIRST:LAST, steps of which a profile is left in the workdir's profile/"
     port = "port at which XProf and TensorBoard may ask this process for a profile while it runs"
     cfg, values = config_of_run(argv, profile=steps, profiler_port=port)
+    from blip_jax.console import say
     from blip_jax.parallel import processes
     from blip_jax.train import loop, profile, saving
 
     wanted = profile.parse(values.profile) if values.profile is not None else None
     server = profile.port(values.profiler_port) if values.profiler_port is not None else None
     with processes.start(), profile.served(server):
+        say(compiler.keep())
         try:
             out = loop.fit(cfg, values.workdir, wanted)
         except saving.NonFiniteLoss as e:
@@ -57,6 +59,7 @@ def evaluate(argv: list[str]) -> int:
     from blip_jax.train import evaluation
 
     with processes.start(), Interrupt():
+        say(compiler.keep())
         result = evaluation.evaluate(cfg, values.workdir, values.checkpoint or "")
         say(tasks.of(cfg).table(result))
         say(f"written to {buckets.of(values.workdir) / 'evaluation.json'}")
@@ -76,9 +79,11 @@ def capfilt(argv: list[str]) -> int:
     if (values.process is None) != (values.processes is None):
         raise ValueError("give both --process and --processes, or neither")
     from blip_jax.capfilt.run import run
+    from blip_jax.console import say
     from blip_jax.parallel import processes
 
     with processes.start() if values.process is None else contextlib.nullcontext():
+        say(compiler.keep())
         if stopped := run(values.config, values.out, values.process, values.processes).get("stopped", False):
             processes.stop()
     return AGAIN if stopped else 0

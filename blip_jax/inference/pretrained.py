@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +12,7 @@ from blip_jax.inference.load import load
 from blip_jax.inference.prompted import Prompted
 from blip_jax.inference.verbs import Pretrained
 from blip_jax.models.blip2_llm import Blip2Llm
-from blip_jax.parallel import sharding
+from blip_jax.parallel import compiler, sharding
 
 
 def from_pretrained(
@@ -46,7 +45,7 @@ def from_pretrained(
     batch = inputs.whole(batch, "batch")
     if batch < 0:
         raise ValueError(f"batch is {batch}: it must be positive, or 0 for 2 on CPUs and 64 elsewhere")
-    _keep_compiled()
+    compiler.keep()
     loaded = load(name_or_path, mesh, dtype, vocab)
     kind = Prompted if isinstance(loaded.model, Blip2Llm) else Pretrained
     return kind(loaded, mesh, batch or (2 if on_cpu else 64), str(name_or_path))
@@ -67,9 +66,3 @@ def _mesh(mesh: Mesh | None) -> Mesh:
             "blip_jax.parallel.sharding.make_mesh(config.base().mesh)"
         )
     return mesh
-
-
-def _keep_compiled() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(root / "blip_jax"))

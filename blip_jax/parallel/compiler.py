@@ -1,11 +1,12 @@
-"""What the TPU compiler is told.
+"""What XLA's compilers are told, and where what they make is kept.
 
-Its environment, which libtpu reads when jax starts, and its options for one program.
+The TPU compiler's environment, which libtpu reads when jax starts, and its options for one program.
 """
 
 from __future__ import annotations
 
 import os
+import pathlib
 
 FLAG = "--fibers_default_thread_stack_size"  # found in libtpu 0.0.38, 0.0.42.1 and 0.0.52
 STACK = 1 << 20  # bytes; with the default libtpu dies of SIGSEGV where a device gets some 10 to 32 rows of a batch
@@ -53,3 +54,25 @@ def options(mesh) -> dict[str, bool]:
         return {}
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     return {name: True for name in IN_PARTS if name not in given}
+
+
+def keep() -> str:
+    """Makes jax keep compiled programs from run to run, which has to be asked before the first one; where, in words.
+
+    In $XDG_CACHE_HOME/blip_jax (~/.cache/blip_jax), unless jax_compilation_cache_dir is set. jax's key of a program
+    has the versions of itself, of XLA and of the driver, the devices and the compiler's options. Several processes of
+    CPUs keep none: only the first would find its own, and wait for the others, which compile.
+    """
+    import jax
+
+    if not jax.config.jax_enable_compilation_cache:
+        return "compiled programs are not kept: jax_enable_compilation_cache is off"
+    if jax.config.jax_compilation_cache_dir is None:
+        if jax.process_count() > 1 and jax.default_backend() == "cpu":
+            return "compiled programs are not kept: of several processes of CPUs only the first would find them"
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(root / "blip_jax"))
+    return (
+        f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}; JAX_COMPILATION_CACHE_DIR names "
+        "another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none"
+    )

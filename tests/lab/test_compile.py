@@ -9,8 +9,10 @@ import pathlib
 import re
 import subprocess
 
+import jax
 import pytest
 
+from blip_jax.parallel import sharding
 from blip_jax.plan import aot, gpus
 
 path = pathlib.Path(__file__).parents[2] / "benchmarks" / "compile.py"
@@ -29,7 +31,17 @@ def test_the_creation_of_a_state_is_compiled_for_a_tpu(tmp_path, capsys):
     (row,) = json.loads(out.read_text())["rows"]
     assert "error" not in row, row
     assert row["compile_cpu_s"] > 0 and row["hlo_lines"] > 100 and row["fusions"] > 0 and row["arguments_gib"] < 1e-6
-    assert "| state | v5e:2x2 | 8 | 1 |" in capsys.readouterr().out
+    assert "| state | pretrain | v5e:2x2 | 8 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", ["caption", "view", "match"])
+def test_the_programs_of_capfilt_are_those_of_a_size(program):
+    args = compiling.parser().parse_args(["--task=vqa,nlvr", f"--program={program},state", *TINY])
+    case, *states = compiling.cases(args)
+    assert case["task"] == "capfilt" and [c["task"] for c in states] == ["vqa", "nlvr"]
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.MESH, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    made = compiling.program(case, mesh)
+    assert made.images == 8 and made.name == compiling.OF_CAPFILT[program]
 
 
 def test_cases_are_all_combinations_but_a_state_has_no_batch():
@@ -37,14 +49,15 @@ def test_cases_are_all_combinations_but_a_state_has_no_batch():
     found = [(c["platform"], c["program"], c["text_layers"], c["batch"]) for c in compiling.cases(args)]
     assert len(found) == len(set(found)) == 2 * 2 * (1 + 2)
     assert ("h100", "step", 24, 128) in found and ("h100", "state", 24, 128) not in found
-    with pytest.raises(ValueError, match="loss is none of state, step"):
+    with pytest.raises(ValueError, match="loss is none of state, step, caption"):
         compiling.cases(compiling.parser().parse_args(["--program=state,loss"]))
 
 
 @pytest.mark.parametrize(
     "outcome, message",
     [
-        (subprocess.TimeoutExpired("python", 7.0), "not done after 7 s"),
+        (subprocess.TimeoutExpired("python", 70.0), "not done after 70 s"),
+        (subprocess.CompletedProcess("python", -24, "", ""), "not done after 7 processor s"),
         (subprocess.CompletedProcess("python", -11, "", "noise\n"), r"the compiler crashed \(signal 11\): noise"),
         (
             subprocess.CompletedProcess("python", 1, "", "Traceback:\n  File x\nKeyError: 'tensor'\n"),
@@ -70,11 +83,11 @@ def test_what_does_not_compile_is_a_row_and_the_others_go_on(outcome, message, m
         return outcome if case["program"] == "step" and outcome else subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(compiling.subprocess, "run", run)
-    assert compiling.main([*TINY, "--program=step,state", "--timeout=7", f"--out={tmp_path / 'out.json'}"]) == 0
+    assert compiling.main([*TINY, "--program=step,state", "--limit=7", f"--out={tmp_path / 'out.json'}"]) == 0
     refused, compiled = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert re.search(message, refused["error"]) and compiled["hlo_lines"] == 69558 and "error" not in compiled
     text = capsys.readouterr().out
-    assert "| state | h100 | 8 | 0 | 3.00 | 12.3 | 69,558 | 76 | 0 | – | – |" in text
+    assert "| state | pretrain | h100 | 8 | 0 | 3.00 | 12.3 | 69,558 | 76 | 0 | – | – |" in text
     assert re.search(rf"^\[1\] .*{message}", text, re.M)
 
 

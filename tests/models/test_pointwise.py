@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import special
 
+from blip_jax.models.layers import gpu
 from blip_jax.models.layers.cpu import summed
-from blip_jax.models.layers.norm import LayerNorm, gelu, quick_gelu, softmax
+from blip_jax.models.layers.norm import LayerNorm, RMSNorm, gelu, quick_gelu, softmax
 
 X = np.random.default_rng(0).normal(0, 3, (4, 7, 32)).astype(np.float32)
 G = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
@@ -65,6 +66,25 @@ def test_layer_norms_parameters_have_gradients():
         "scale": (jnp.float32, (32,), 1.0),
         "bias": (jnp.float32, (32,), 0.0),
     }
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_gpus_are_given_norms_of_matrices_with_the_same_results(kind, monkeypatch):
+    module, x = kind(1e-6, jnp.float32), jnp.asarray(X)
+    params = {"params": {"scale": jnp.linspace(0.5, 2, 32), "bias": jnp.linspace(-1, 1, 32)}}
+    run = lambda params, x: jnp.sum(module.apply(params, x) * G)
+    plain = jax.value_and_grad(run, (0, 1))(params, x)
+    assert "f32[28,32]" not in str(jax.make_jaxpr(module.apply)(params, x))
+    monkeypatch.setattr(gpu, "platform", lambda: "cuda")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
+        jax.value_and_grad(run, (0, 1))(params, x),
+        plain,
+    )
+    shapes = str(jax.make_jaxpr(module.apply)(params, x))
+    assert "rsqrt" in shapes and "f32[28,32] = mul" in shapes and "f32[4,7,32] = mul" not in shapes
+    one = jax.random.normal(jax.random.key(0), (32,))
+    np.testing.assert_allclose(module.apply(params, one), module.apply(params, one[None])[0], rtol=1e-6)
 
 
 def test_results_and_gradients_are_in_the_dtypes_asked_for():

@@ -1,8 +1,10 @@
-"""Attention by cuDNN on NVIDIA's GPUs: scores and probabilities [B,N,T,S] are never written to memory."""
+"""What GPUs have otherwise. Attention by cuDNN on NVIDIA's: scores and probabilities [B,N,T,S] are never written to
+memory; and norms as their compiler is quick with."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,23 @@ def applies(q, k, v) -> bool:
 def available() -> bool:
     """Whether the program is traced for GPUs, and those of this process are NVIDIA's with such kernels (Ampere and
     later). For devices that are only described, as to a compiler, nothing can be said: False."""
-    return platform() in ("gpu", "cuda") and _nvidia()
+    return traced_for() and _nvidia()
+
+
+def traced_for() -> bool:
+    """Whether the program is traced for GPUs."""
+    return platform() in ("gpu", "cuda")
+
+
+def by_rows(norm: Callable, x):
+    """norm(x) of a function over the last axis; for GPUs [...,D] as a matrix [R,D] and back.
+
+    XLA tries tilings of every dimension in the kernel of a norm and what is around it: in [B,T,D] many times those of
+    [R,D], a third of the time that a transformer's layer takes to compile, for the same kernels.
+    """
+    if x.ndim < 3 or not traced_for():
+        return norm(x)
+    return norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 @functools.cache

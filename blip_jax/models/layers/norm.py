@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from blip_jax.models.layers import gpu
+
 KEPT = "kept"
 
 
@@ -109,7 +111,7 @@ class LayerNorm(nn.Module):
         """[...,D] -> [...,D]"""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return _layer_norm(x, scale, bias, self.epsilon, self.dtype)
+        return gpu.by_rows(lambda x: _layer_norm(x, scale, bias, self.epsilon, self.dtype), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -152,7 +154,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         """[...,D] -> [...,D]"""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        return _rms_norm(x, scale, self.epsilon, self.dtype)
+        return gpu.by_rows(lambda x: _rms_norm(x, scale, self.epsilon, self.dtype), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
