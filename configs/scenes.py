@@ -3,15 +3,15 @@
 The world is blip_jax/data/scenes/world.py.
 Data, drawn as needed, 48 px, four patches a cell of the world's grid: `human`, few pictures with five true captions
 each, and `web`, many with one, most of them noise. No crop, flip or RandAugment. Negatives come from the batch alone.
-What makes so small a model learn in a minute: wider initial weights, a position table as large as the patches, patches
+What makes so small a model learn in minutes: wider initial weights, a position table as large as the patches, patches
 small enough to tell a shape by, and the easy side of the world; on the whole world a captioner learns colours in this
 time, but not yet places.
 Commands: bash launch/demo.sh, or blip-jax demo --workdir=runs/demo: vocabulary, five pre-trainings, captioner and
-          filter, CapFilt, report; with --quick two pre-trainings, of :quick, half as many steps on fewer pictures; the
+          filter, CapFilt, report; with --quick two pre-trainings, of :quick, fewer steps on fewer pictures; the
           first pre-training by hand
           blip-jax vocab --scenes=20000 --size=318 --out=runs/scenes/vocab.txt
           blip-jax train --config=configs/scenes.py --workdir=runs/scenes --config.text.vocab=runs/scenes/vocab.txt
-Hardware: 2 CPU cores, 1 min; the whole demo TIME. What came out: docs/results.md.
+Hardware: 2 CPU cores, 3 min; the whole demo some 20 min. What came out: docs/results.md.
 """
 
 from blip_jax.config import base, source
@@ -55,7 +55,7 @@ def get_config(argument=""):
     # as in the paper a shortlist: of pairs far apart, which training never shows it, the matching head knows nothing
     c.eval.k = 32
     if argument == "quick":
-        c.data.train.web.count = 3000
-        c.data.train.web.weight = 3000.0
-        c.train.steps = 1000
+        c.data.train.web.count = 2000
+        c.data.train.web.weight = 2000.0
+        c.train.steps = 500
     return c

@@ -86,7 +86,8 @@ def table(results: dict) -> str:
             f"{'yes' if row['captioner'] else '-':10} {'yes' if row['filter'] else '-':8} {row['texts']:8} "
             f"{100 * row['noise']:6.1f} % {m['txt_r1']:18.1f} {m['img_r1']:18.1f} {m['r_mean']:12.1f}"
         )
-    lines.append("")
+    if results["table2"]:
+        lines.append("")
     for row in results["table2"][1:]:
         lines.append(
             f"{row['method']:10} true {100 * row['true']:5.1f} %, dropped by the filter "

@@ -82,14 +82,14 @@ def stages(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> list[Stage]:
     steps, pictures = cfg.train.steps / 2000, cfg.data.train.web.count / 8000
 
     def pretrain(name: str, title: str) -> Stage:
-        return Stage(title, 75 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
+        return Stage(title, 165 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
 
     def tune(name: str) -> Stage:
-        cost = {"captioner": 20, "filter": 30}[name] * steps
+        cost = {"captioner": 60, "filter": 90}[name] * steps
         return Stage(f"fine-tune the {name}", cost, lambda: _fit(fine_tuning(cfg, workdir, name), workdir / name))
 
     def bootstrap(folder: str, kind: str) -> Stage:
-        cost = {"nucleus": 40, "beam": 60}[kind] * pictures
+        cost = {"nucleus": 50, "beam": 80}[kind] * pictures
         run = lambda: stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
         return Stage(f"CapFilt, {kind}", cost, run)
 
