@@ -34,11 +34,14 @@ DECODED = {  # how captions are made -> (pre-training on them, their CapFilt run
 LOSSES = ("loss_itc", "loss_itm", "loss_lm")
 
 
-def collect(cfg, workdir: pathlib.Path, corpora: Sequence[str], fine_tuned: list[str]) -> dict:
+def collect(
+    cfg, workdir: pathlib.Path, corpora: Sequence[str], fine_tuned: list[str], left_out: Sequence[str] = ()
+) -> dict:
     """The `results` of report.write but for its phases, from what the stages of stages.py left in `workdir`.
 
-    corpora, fine_tuned: names of the pre-trainings and of the fine-tunings.
+    corpora, fine_tuned: names of the pre-trainings and of the fine-tunings; left_out: of what `--quick` does not have.
     """
+    command = "blip-jax demo --quick" if left_out else "blip-jax demo"
     worlds = {"web": open_source("web", cfg.data.train.web)}
     threshold = json.loads((workdir / "capfilt" / "summary.json").read_text(encoding="utf-8"))["threshold"]
     decoded = {kind: run for kind, run in DECODED.items() if run[0] in corpora}
@@ -50,8 +53,8 @@ def collect(cfg, workdir: pathlib.Path, corpora: Sequence[str], fine_tuned: list
     pictures = {name: relations.of_pictures(s.i2t, s.t2i, s.text_image) for name, s in scores.items()}
     return {
         "title": "CapFilt on a world that knows the truth",
-        "intro": _intro(cfg),
-        "facts": facts_of(cfg, f"blip-jax demo --workdir={workdir.name}", "pre-training"),
+        "intro": _intro(cfg) + (f" Left out here: {', '.join(left_out)}." if left_out else ""),
+        "facts": facts_of(cfg, f"{command} --workdir={workdir.name}", "pre-training"),
         "table1": [_corpus(name, texts["nucleus"], metrics[name]) for name in corpora if name != DECODED["beam"][0]],
         "table2": _decodings(texts, noise, metrics) if len(decoded) > 1 else [],
         "relations": _relations(pictures, {kind: _dropped(of) for kind, of in texts.items()}),

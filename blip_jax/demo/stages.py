@@ -56,8 +56,7 @@ def run(cfg, workdir, quick: bool = False) -> dict:
     corpora = QUICK if quick else tuple(CORPORA)
     with lock.held(workdir):
         if quick:
-            left_out = ", ".join(name for name in CORPORA if name not in corpora)
-            pictures = cfg.data.train.web.count
+            pictures, left_out = cfg.data.train.web.count, ", ".join(_left_out(corpora))
             say(f"quick: {cfg.train.steps} steps, {pictures} pictures of the web; left out: {left_out}")
         _vocabulary(cfg, workdir)
         return _run(cfg, workdir, corpora)
@@ -65,13 +64,17 @@ def run(cfg, workdir, quick: bool = False) -> dict:
 
 def _run(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> dict:
     def collect() -> dict:
-        return findings.collect(cfg, workdir, corpora, list(FINE_TUNING))
+        return findings.collect(cfg, workdir, corpora, list(FINE_TUNING), _left_out(corpora))
 
     results = clock.through(stages(cfg, workdir, corpora), collect, workdir)
     if results is None:
         return {"stopped": True}
     findings.publish(results, findings.table(results), workdir)
     return {"stopped": False, "results": results}
+
+
+def _left_out(corpora: tuple[str, ...]) -> list[str]:
+    return [name for name in CORPORA if name not in corpora]
 
 
 def stages(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> list[Stage]:

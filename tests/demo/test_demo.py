@@ -110,7 +110,9 @@ def test_demo_makes_its_corpora_and_reports(demo_cfg, tmp_path, monkeypatch, cap
     assert [(r["larger"], r["smaller"]) for r in short["relations"]] == [("both", "neither")]
     said = capsys.readouterr().out
     assert "left out: filter, captioner, both-beam" in said and said.count("; done before") == 6
-    assert "Nucleus sampling" not in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Nucleus sampling" not in page and "Left out here: filter, captioner, both-beam." in page
+    assert dict(short["facts"])["command"].startswith("blip-jax demo --quick --workdir=")
 
 
 def keeping_most(probe, capfilt=stages.capfilt):
