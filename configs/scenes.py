@@ -21,7 +21,7 @@ ARGUMENTS = ("", "quick")
 
 def get_config(argument=""):
     if argument not in ARGUMENTS:
-        raise ValueError(f"configs/scenes.py has no run {argument!r}: give :quick after it, or nothing")
+        raise ValueError(f"configs/scenes.py has no run {argument!r}: give one of :quick after it, or nothing")
     c = base("tiny")
     c.model.vit = dict(width=128, depth=2, heads=4, mlp=256, patch=8, pos_std=0.5)
     c.model.med = dict(width=96, layers=2, heads=4, mlp=192, positions=32, vocab_size=320)  # 318, [DEC] and [ENC]

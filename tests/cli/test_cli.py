@@ -342,11 +342,14 @@ def test_train_and_evaluate(config_file, tmp_path, capsys):
 
 def test_demo_is_given_its_own_config_or_another(config_file, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(stages, "run", lambda cfg, workdir: given.append((cfg, workdir)) or {"stopped": False})
+    run = lambda cfg, workdir, quick: given.append((cfg, workdir, quick)) or {"stopped": False}
+    monkeypatch.setattr(stages, "run", run)
     assert main.main(["demo", f"--config={config_file}", f"--workdir={tmp_path}", "--config.train.steps=5"]) == 0
     assert main.main(["demo", f"--workdir={tmp_path}", "--config.seed=3"]) == 0
-    (first, workdir), (own, _) = given
-    assert (first.train.steps, workdir) == (5, str(tmp_path)) and own.seed == 3
+    assert main.main(["demo", "--quick", f"--workdir={tmp_path}", "--config.seed=4"]) == 0
+    (first, workdir, whole), (own, *_), (short, _, quick) = given
+    assert (first.train.steps, workdir, whole) == (5, str(tmp_path), False) and own.seed == 3
+    assert quick and short.seed == 4 and short.train.steps < own.train.steps
     assert set(own.data.train) == {"human", "web"} and own.data.train.web.noise > 0.5 > own.data.train.human.noise
 
 
