@@ -20,6 +20,7 @@ from blip_jax.data.scenes.words import COLOURS, pick
 DIAMETERS = {"large": (0.29, 0.32), "small": (0.20, 0.23)}  # of the picture's side; a cell of the grid is 0.333
 EASY_SHAPES = ("circle", "square", "triangle", "cross")
 EASY_COLOURS = ("red", "yellow", "green", "blue", "white", "black")
+KEPT = 64  # records of pictures up to this size are drawn once and kept
 CONTRAST = 20  # a pattern's two shades are the tone -+ this
 
 # web noise: kind -> share of the noisy captions
@@ -201,7 +202,7 @@ class Scenes:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.count:
             raise IndexError(f"record {index} of {self.count} of source {self.name!r}")
-        return dict(_record(self, index))
+        return dict(_kept(self, index)) if self.size <= KEPT else _record(self, index)
 
     def captions_of(self, index: int) -> list[str]:
         """The captions of record `index` without its picture."""
@@ -247,7 +248,6 @@ class Scenes:
         return kind, ""  # empty
 
 
-@functools.lru_cache(maxsize=16_384)  # some KB each; training sees a picture of so small a world many times
 def _record(world: Scenes, index: int) -> dict:
     scene, png = world.scene(index), io.BytesIO()
     render(scene, world.size).save(png, "PNG", compress_level=1)
@@ -260,6 +260,10 @@ def _record(world: Scenes, index: int) -> dict:
         "image_id": f"scene-{world.seed}-{index}-{world.size}px{'-easy' * world.easy}",  # all that the picture is of
         "truth": truth,
     }
+
+
+# training sees a picture of so small a world many times; 13 KB each at most, as only small ones are asked for
+_kept = functools.lru_cache(maxsize=10_000)(_record)
 
 
 def vocab_captions(n: int, seed: int = 0) -> Iterator[str]:
