@@ -52,6 +52,7 @@ setup(
         "pyarrow>=17,<27",
         "absl-py>=2.1,<3",
         "ml-collections>=1.1,<2",
+        "clu>=0.0.12,<0.1",
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.6,<1",
         "pillow>=11,<14",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 
 import flax
 import jax
 import optax
 import orbax.checkpoint as ocp
+from clu import parameter_overview
 
 from blip_jax import __version__, config, trees
 from blip_jax.console import plain, revision, say
@@ -104,24 +104,22 @@ def bucket_report(run, step: int, order, shares: dict[int, float]) -> str:
 
 
 def parameter_table(trained: dict, frozen: dict, vocab_size: int) -> str:
-    """Counts by module, without the padding of the vocabulary; layers of one stack share a row.
+    """Name, shape, dtype and size of every parameter array, trained and frozen, and their sums; a vocabulary's as long
+    as it is, without the rows that pad it."""
 
-    Not clu's parameter_overview, which has a row for each array, counts the padding and knows nothing of what is
-    frozen; every array is in `sharding.report`.
-    """
-    groups: dict[str, list[int]] = {}
-    total = {"trained": 0, "frozen": 0}
-    for kind, tree in (("trained", trained), ("frozen", frozen)):
-        for path, leaf in trees.paths(tree):
-            dims = sharding.logical_dims(path, len(leaf.shape))
-            count = math.prod(vocab_size if dim == "vocab" else n for dim, n in zip(dims, leaf.shape))
-            name = f"{re.sub(r'[0-9]+', '*', '/'.join(path.split('/')[:2]))} ({kind})"
-            groups[name] = [a + b for a, b in zip(groups.get(name, [0, 0]), (1, count))]
-            total[kind] += count
-    rows = [f"{name:44} {arrays:6} {count:14,}" for name, (arrays, count) in groups.items()]
-    head = f"{'parameters':44} {'arrays':>6} {'count':>14}"
-    foot = f"total {sum(total.values()):,}: {total['trained']:,} trained, {total['frozen']:,} frozen"
-    return "\n".join([head, *rows, foot])
+    def real(path: str, leaf) -> jax.ShapeDtypeStruct:
+        dims = sharding.logical_dims(path, len(leaf.shape))
+        shape = tuple(vocab_size if dim == "vocab" else n for dim, n in zip(dims, leaf.shape))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    kinds = {
+        kind: {path: real(path, leaf) for path, leaf in trees.paths(tree)}
+        for kind, tree in (("trained", trained), ("frozen", frozen))
+    }
+    counts = {kind: int(parameter_overview.count_parameters(arrays)) for kind, arrays in kinds.items()}
+    table = parameter_overview.get_parameter_overview(kinds, include_stats=False).rpartition("\nTotal")[0]
+    total = f"total {sum(counts.values()):,}: {counts['trained']:,} trained, {counts['frozen']:,} frozen"
+    return f"{table}\n{total}"
 
 
 def memory_report(run) -> str:

@@ -25,8 +25,10 @@ def test_the_start_is_less_than_a_screen_and_the_tables_are_in_a_file(tiny_cfg, 
     assert "the first step compiles" not in capsys.readouterr().out  # nothing is left to do
 
     whole = (tmp_path / "run" / "start.txt").read_text()
-    for text in ("vit/blocks (trained)", "vit/patch_embed/kernel", '"log_every"', "kept whole on every device"):
+    for text in ("| trained/vit/patch_embed/kernel ", '"log_every"', "kept whole on every device"):
         assert text in whole and text not in said.replace("% of the bytes are kept whole on every device", "")
+    words = run.cfg.model.med.vocab_size
+    assert re.search(rf"\| trained/med/\S*word\S* +\| \({words}, {run.cfg.model.med.width}\) ", whole)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == plain(tiny_cfg)
 
 
