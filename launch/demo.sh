@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A paper in miniature on the built-in world, with an HTML report at the end; needs only Python >= 3.11 and git.
 #   bash launch/demo.sh          BLIP: pre-training, captioner and filter, CapFilt, pre-training anew; in runs/demo
-#   bash launch/demo.sh --quick  the same in some four minutes, without three of its five corpora; in runs/demo_quick
+#   bash launch/demo.sh --quick  the same in three minutes, without three of its five corpora; in runs/demo_quick
 #   bash launch/demo.sh blip2    BLIP-2: tower, language model, both stages, and without one; in runs/demo_blip2
 #   bash launch/demo.sh tasks    BLIP fine-tuned for captions, questions, pairs of pictures, dialogs; in runs/demo_tasks
 # Run again, it resumes. Arguments are passed on: bash launch/demo.sh --config.train.steps=100

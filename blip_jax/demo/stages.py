@@ -30,7 +30,7 @@ from blip_jax.train import loop
 
 VOCAB_SCENES = 20_000  # captions that the vocabulary is trained on
 PROMPT = "a picture of "
-FINE_TUNING = {"captioner": 0.5, "filter": 0.6}  # steps, as shares of the pre-training's
+FINE_TUNING = {"captioner": 0.8, "filter": 0.7}  # steps, as shares of the pre-training's
 CORPORA = {  # pre-training -> (texts of the web: all, kept or none, synthetic texts: of which run, all or kept)
     "neither": ("all", None),
     "filter": ("kept", None),
@@ -82,13 +82,13 @@ def stages(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> list[Stage]:
 
     Each reads what those before it left in `workdir`.
     """
-    steps, pictures = cfg.train.steps / 2000, cfg.data.train.web.count / 8000
+    steps, pictures = cfg.train.steps / 1050, cfg.data.train.web.count / 8000
 
     def pretrain(name: str, title: str) -> Stage:
-        return Stage(title, 165 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
+        return Stage(title, 95 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
 
     def tune(name: str) -> Stage:
-        cost = {"captioner": 60, "filter": 90}[name] * steps
+        cost = {"captioner": 45, "filter": 60}[name] * steps
         return Stage(f"fine-tune the {name}", cost, lambda: _fit(fine_tuning(cfg, workdir, name), workdir / name))
 
     def bootstrap(folder: str, kind: str) -> Stage:
