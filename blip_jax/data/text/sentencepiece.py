@@ -185,7 +185,7 @@ def _check(found: _Vocabulary, where: str) -> None:
 def _leads_outside(table: bytes) -> bool:
     """Whether any text could leave a table of characters. Its tree is a double array of Darts-clone: from place i a
     number leads to i ^ offset ^ the next byte; where it has a leaf, that is at i ^ offset and says where the text is.
-    """
+    `tokenizers` would find out at such a text alone, and panic."""
     size = int.from_bytes(table[:4], "little")
     try:
         tree, texts = np.frombuffer(table[4 : 4 + size], "<u4"), table[4 + size :]
