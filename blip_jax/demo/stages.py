@@ -85,14 +85,14 @@ def stages(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> list[Stage]:
     steps, pictures = cfg.train.steps / 1050, cfg.data.train.web.count / 8000
 
     def pretrain(name: str, title: str) -> Stage:
-        return Stage(title, 95 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
+        return Stage(title, 86 * steps, lambda: _fit(pretraining(cfg, workdir, name), workdir / f"pretrain-{name}"))
 
     def tune(name: str) -> Stage:
-        cost = {"captioner": 45, "filter": 60}[name] * steps
+        cost = {"captioner": 44, "filter": 50}[name] * steps
         return Stage(f"fine-tune the {name}", cost, lambda: _fit(fine_tuning(cfg, workdir, name), workdir / name))
 
     def bootstrap(folder: str, kind: str) -> Stage:
-        cost = {"nucleus": 50, "beam": 80}[kind] * pictures
+        cost = {"nucleus": 30, "beam": 75}[kind] * pictures
         run = lambda: stop_if(capfilt(capfilt_config(cfg, workdir, kind), workdir / folder))
         return Stage(f"CapFilt, {kind}", cost, run)
 
@@ -101,7 +101,7 @@ def stages(cfg, workdir: pathlib.Path, corpora: tuple[str, ...]) -> list[Stage]:
     needed = {CORPORA[name][1][0] for name in others if CORPORA[name][1]}
     extra = {
         "capfilt-beam": bootstrap("capfilt-beam", "beam"),
-        "capfilt-unfiltered": Stage("CapFilt without the filter", 5 * pictures, unfiltered),
+        "capfilt-unfiltered": Stage("CapFilt without the filter", 8 * pictures, unfiltered),
     }
     return [
         pretrain(first, "pre-train on the web as it is"),
