@@ -129,7 +129,7 @@ def test_resume_is_bitwise(full_run, cut_run, cfg, capsys):
         "8 devices",
         "jax 0.",
         '"objective": "pretrain"',
-        "vit/blocks (trained)",
+        "| trained/vit/blocks/",
         "total ",
         "FLOPs: ",
         "memory per device: state",
