@@ -176,7 +176,7 @@ COMMANDS = {  # command -> (what follows its name, what it does)
     "demo": (
         "[--quick | blip2 | tasks] --workdir=DIR [--config.LEAF=VALUE ...]",
         "The paper in miniature on the built-in world, with DIR/report.html at the end: BLIP's with CapFilt, BLIP-2's "
-        "two stages, or four tasks, captions, questions, pairs of pictures and dialogs. --quick: BLIP's in some four "
+        "two stages, or four tasks, captions, questions, pairs of pictures and dialogs. --quick: BLIP's in some three "
         "minutes, without three of its five corpora. The same command again goes on. The config is "
         "configs/scenes.py, configs/scenes_blip2.py or configs/scenes_tasks.py, unless --config is "
         "given.",

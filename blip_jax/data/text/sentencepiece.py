@@ -86,7 +86,8 @@ class Tokenizer:
             self._pieces += SENTINELS
         self.vocab_size = len(self._pieces)
         self.pad, self.eos, self.unk = range(3)
-        self._hidden = {i for i, piece in enumerate(self._pieces) if piece in {*SPECIAL, *SENTINELS}}
+        hidden = {*SPECIAL, *SENTINELS}
+        self._hidden = {i for i, piece in enumerate(self._pieces) if piece in hidden}
 
     @functools.cached_property
     def crc(self) -> int:
