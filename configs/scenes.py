@@ -59,5 +59,5 @@ def get_config(argument=""):
         c.data.train.web.count = 1500
         c.data.train.web.weight = 1500.0
         c.optim.warmup_steps = 100
-        c.train.steps = 440
+        c.train.steps = 400
     return c

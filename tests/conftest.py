@@ -27,6 +27,9 @@ from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
 
 gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects and hardly a circle
 
+# Linux gives a process 65,530 mappings of memory. A compiled program takes six or more, and one too many ends the process.
+MOST_MAPPINGS = 30_000
+
 # The files that take longest, the longest first: a file goes to whichever worker is free, in this order.
 LONGEST = ("test_processes", "test_kill", "test_steps", "test_train", "test_demo_blip2", "test_blip2_stage1")
 LONGEST += ("test_transformers", "test_demo", "test_pretrained", "test_capfilt_kill", "test_vqa", "test_vqa_task")
@@ -65,8 +68,19 @@ def pytest_collection_modifyitems(config, items):
 def set_aside():
     """What was imported, and what the tests of earlier files left in memory, is looked at by no further collection of
     garbage: each looks at all the rest, and reading what is damaged ends with several."""
+    if mappings() > MOST_MAPPINGS:
+        gc.unfreeze()
+        jax.clear_caches()
     gc.collect()  # this one alone looks at what the last file left
     gc.freeze()
+
+
+def mappings() -> int:
+    """Pieces of memory that the system has mapped for this process; 0 where it does not tell."""
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 @pytest.fixture(scope="session", autouse=True)
