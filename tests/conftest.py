@@ -27,7 +27,7 @@ from blip_jax.data.text.wordpiece import train_vocab  # noqa: E402
 
 gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects and hardly a circle
 
-# Linux gives a process 65,530 mappings of memory. A compiled program takes six or more, and one too many ends the process.
+# Linux gives a process 65,530 mappings of memory. A compiled program takes six or more; one too many ends the process.
 MOST_MAPPINGS = 30_000
 
 # The files that take longest, the longest first: a file goes to whichever worker is free, in this order.
