@@ -49,7 +49,7 @@ plan blip2_stage2_vitg-opt2.7b_v5e-4x8 $stage2,opt2.7b --topology=v5e:4x8 --conf
 plan blip2_stage2_vitg-flant5xl_v5e-4x8 $stage2,flant5xl --topology=v5e:4x8 --config.mesh.fsdp=8 --config.train.batch=1536
 plan blip2_stage2_vitg-flant5xxl_v5p-4x4x4 $stage2,flant5xxl --topology=v5p:4x4x4 --config.train.batch=1536
 
-# GPUs; vitb_129m is the program of vitb_14m, compiled once for both. The remat policies of those that are missing here are guesses
+# GPUs; vitb_14m is the program of vitb_129m, compiled once for both
 if python -c 'from blip_jax.plan import gpus; raise SystemExit(not gpus.installed())'; then
   train vitb_14m_h100-8 vitb,14m "" --topology=h100:8 --config.model.remat=full
   train vitb_129m_h100-8 vitb,129m "" --topology=h100:8 --config.model.remat=full
