@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import pathlib
 
-import jax
 from ml_collections import ConfigDict
 
 from blip_jax import buckets, config, lock
@@ -27,6 +26,7 @@ from blip_jax.demo import blip2_results as findings
 from blip_jax.demo import clock
 from blip_jax.demo.clock import Stage, stop_if
 from blip_jax.demo.results import publish
+from blip_jax.parallel import compiler
 from blip_jax.tasks import blip2_stage1
 from blip_jax.train import loop
 
@@ -52,8 +52,7 @@ def run(cfg, workdir) -> dict:
     """
     workdir = buckets.local(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    if not jax.config.jax_compilation_cache_dir:  # two runs of a stage are one program
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    compiler.keep_in(workdir / "compiled")  # two runs of a stage are one program
     with lock.held(workdir):
         _vocabularies(cfg, workdir)
         results = clock.through(stages(cfg, workdir), lambda: findings.collect(cfg, workdir), workdir)

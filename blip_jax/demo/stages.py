@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import pathlib
 
-import jax
 from ml_collections import ConfigDict
 
 from blip_jax import buckets, config, lock
@@ -26,6 +25,7 @@ from blip_jax.data.text.wordpiece import EXTRA, train_vocab
 from blip_jax.demo import clock
 from blip_jax.demo import results as findings
 from blip_jax.demo.clock import Stage, stop_if
+from blip_jax.parallel import compiler
 from blip_jax.train import loop
 
 VOCAB_SCENES = 20_000  # captions that the vocabulary is trained on
@@ -51,8 +51,7 @@ def run(cfg, workdir, quick: bool = False) -> dict:
     """
     workdir = buckets.local(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    if not jax.config.jax_compilation_cache_dir:  # the pre-trainings are one program
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    compiler.keep_in(workdir / "compiled")  # the pre-trainings are one program
     corpora = QUICK if quick else tuple(CORPORA)
     with lock.held(workdir):
         if quick:

@@ -13,7 +13,6 @@ import pathlib
 import shutil
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from blip_jax import buckets, lock
@@ -25,6 +24,7 @@ from blip_jax.demo import clock
 from blip_jax.demo import tasks_results as findings
 from blip_jax.demo.clock import Stage, stop_if
 from blip_jax.demo.results import publish
+from blip_jax.parallel import compiler
 from blip_jax.tasks import dialog, vqa
 from blip_jax.train import evaluation, loop
 
@@ -69,8 +69,7 @@ def run(cfg, workdir) -> dict:
     """
     workdir = buckets.local(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    if not jax.config.jax_compilation_cache_dir:  # a run that goes on compiles nothing anew
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    compiler.keep_in(workdir / "compiled")  # a run that goes on compiles nothing anew
     with lock.held(workdir):
         results = clock.through(stages(cfg, workdir), lambda: findings.collect(cfg, workdir), workdir)
         if results is None:
