@@ -100,13 +100,12 @@ def several(job: Callable, n: int = 10) -> float:
 def golden(case: dict, tell: Callable, alone: Callable) -> None:
     """The original's losses and gradients of a small model, against ours on this device; its sequences are too short
     for cuDNN's attention, except where `least` says otherwise: there the texts' looks at pictures are cuDNN's."""
-    sys.path.insert(0, str(HERE.parents[1] / "tests" / "models"))
     import jax
-    import test_golden_blip as goldens
 
     from blip_jax.models.layers import gpu
     from blip_jax.tasks import build
 
+    goldens = tests_of_goldens()
     ways = [("float32", "highest", None), ("float32", "default", None), ("bfloat16", "default", None)]
     for dtype, precision, least in [*ways, ("bfloat16", "default", 2)]:
         if least:
@@ -132,6 +131,15 @@ def golden(case: dict, tell: Callable, alone: Callable) -> None:
             gradient_difference={"of": worst, "share_of_largest": float(far[worst])},
             seconds=time.perf_counter() - start,
         )
+
+
+def tests_of_goldens():
+    """The module of the tests of BLIP's goldens."""
+    tests = HERE.parents[1] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "models")]  # as pytest has them
+    import test_golden_blip
+
+    return test_golden_blip
 
 
 def attention(case: dict, tell: Callable, alone: Callable) -> None:

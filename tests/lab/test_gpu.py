@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -60,6 +62,14 @@ def test_compiled_programs_come_back_from_their_pieces(tmp_path, monkeypatch):
     assert [path.name for path in out.iterdir()] == ["compiled.tar.0"]
     found = run.unpack(out)
     assert (found / "sub" / "small").read_bytes() == bytes(range(256)) and not (found / "large").exists()
+
+
+def test_goldens_are_found_by_a_process_that_is_no_test(tmp_path):
+    code = "import work; print(work.tests_of_goldens().Case('pretrain', 'pretrain').cfg.objective)"
+    root = pathlib.Path(work.__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "benchmarks" / "gpu")])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "pretrain\n", done.stderr
 
 
 def test_kernels_are_summed_by_name_and_class_and_overlaps_count_once():
