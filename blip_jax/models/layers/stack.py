@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +18,21 @@ from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import apart, is_apart, joined
 from blip_jax.models.layers.norm import KEPT
 
+
+def _of_cudnn(primitive, *_, **__) -> bool:
+    """Whether it is cuDNN's attention, among whose results is one for its gradient that only jax's own rule sees."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 # What a loop's backward pass finds, [L,...] of each: results of dense layers and what is marked. The rest, as LayerNorm
 # and GELU, is made of these again, as the compiler itself does where layers are not in a loop.
-KEEP = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(KEPT),
+KEEP = functools.reduce(
+    jax.checkpoint_policies.save_from_both_policies,
+    (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+        _of_cudnn,
+    ),
 )
 
 

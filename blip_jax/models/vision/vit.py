@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip_jax.models.layers import gpu, stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
 from blip_jax.models.layers.dense import DenseGeneral
 from blip_jax.models.layers.norm import LayerNorm, gelu
@@ -155,7 +156,10 @@ class Vit(nn.Module):
         if traits.ln_pre:
             x = LayerNorm(traits.eps, self.dtype, name="ln_pre")(x)
 
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        # without one a loop keeps all that its gradient's parts ask for, as GELU's result beside its input, and the
+        # compiler for GPUs leaves it at that
+        policy = (stack.KEEP if gpu.traced_for() else None) if self.remat == "none" else REMAT[self.remat]
+        block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth
         )
