@@ -4,7 +4,6 @@ the kernel)."""
 import os
 
 import pytest
-
 import towers
 
 

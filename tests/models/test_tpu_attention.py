@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip_jax.models import flops
 from blip_jax.models.layers import tpu
 from blip_jax.models.layers.attention import attention
 from blip_jax.parallel import sharding
@@ -93,3 +92,19 @@ def test_each_device_computes_its_own_rows_and_heads(given, monkeypatch):
         assert given and out.sharding.shard_shape(out.shape) == (2, 5, 2, 8)
         np.testing.assert_allclose(out.astype(jnp.float32), plain, rtol=0, atol=0.02)
         assert not calls(given, q[:7], k[:7], v[:7]) and not calls(given, *(x[:, :, :3] for x in (q, k, v)))
+
+
+def test_where_the_compiler_splits_arrays_attention_is_plain(given, monkeypatch):
+    """As in CapFilt where a place on the data axis is several devices: the TPU's compiler refuses to split a kernel."""
+    monkeypatch.setattr(tpu, "LEAST", 4)
+    q, *_ = arrays(5, 7, B=8, N=4, dtype=jnp.bfloat16)
+    for shape, kernels in (((2, 1, 2), 0), ((4, 1, 1), 1)):
+        mesh = sharding.mesh_of(shape, jax.devices()[:4])
+        place = jax.sharding.PartitionSpec("data")
+        with jax.set_mesh(mesh):
+            run = jax.shard_map(
+                lambda q: attention(q, q, q), in_specs=place, out_specs=place, axis_names={"data"}, check_vma=False
+            )
+            given.clear()
+            jax.eval_shape(jax.jit(run), q)
+        assert len(given) == kernels, shape

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from blip_jax.models.layers.cpu import platform
 
 NAME = "jax's splash kernel"
-LEAST = 512  # queries and keys: of fewer, padding and what the kernel writes beside its result move as much as scores
+LEAST = 320  # queries and keys; of fewer, what is padded and copied for the kernel is about as much as scores are
 LANES = 128  # a kernel's lengths are multiples of it
 BLOCK = 1024, 512  # most keys that lie in a core's fast memory as one piece; of longer sequences the pieces
 SCORES = 2**19  # of one piece of queries and one of keys, which are in fast memory several times over
@@ -18,7 +18,15 @@ SCORES = 2**19  # of one piece of queries and one of keys, which are in fast mem
 def applies(q, k, v) -> bool:
     """Whether `attention` takes these, q [B,T,N,H] and k, v [B,S,N,H], and is worth it: a program for TPUs, bfloat16,
     long sequences."""
-    return q.dtype == k.dtype == v.dtype and pays(q.shape[1], k.shape[1], q.dtype) and platform() == "tpu"
+    alike = q.dtype == k.dtype == v.dtype
+    return alike and pays(q.shape[1], k.shape[1], q.dtype) and platform() == "tpu" and not _left_to_the_compiler()
+
+
+def _left_to_the_compiler() -> bool:
+    """Whether this is within a `jax.shard_map` of some of the mesh's axes: over the others the compiler splits arrays,
+    which it cannot do with such a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.manual_axes) and any(n > 1 and a not in mesh.manual_axes for a, n in mesh.shape.items())
 
 
 def pays(T: int, S: int, dtype) -> bool:
