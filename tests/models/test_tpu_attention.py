@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip_jax.models.layers import tpu
-from blip_jax.models.layers.attention import attention
+from blip_jax.models.layers.attention import attention, implementation
 from blip_jax.parallel import sharding
 
 
@@ -78,8 +78,9 @@ def test_the_kernel_takes_what_it_can_and_what_pays(given, monkeypatch):
     assert calls(given, *of()) and calls(given, *of(901, 901)) and calls(given, *of(H=88)) and calls(given, *of(1601))
     assert not calls(given, *of(dtype=jnp.float32)) and not calls(given, *of(197, 197)) and not calls(given, *of(60))
     assert not calls(given, *of(), mask=jnp.ones((1, 1, 1, 577), bool)) and not calls(given, *of(), drop=lambda p: p)
+    assert implementation(*of()) == "by jax's splash kernel, which writes no scores"
     monkeypatch.undo()
-    assert not tpu.applies(*of()), "this is no TPU"
+    assert not tpu.applies(*of()) and implementation(*of()) == "plain", "this is no TPU"
 
 
 def test_each_device_computes_its_own_rows_and_heads(given, monkeypatch):
