@@ -365,8 +365,8 @@ def rerank_unit(model, T: int, texts: int, frames: int = 1) -> float:
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr, trips: int | None = None) -> float:
     """FLOPs of the matrix products and convolutions of a jaxpr, its inner jaxprs included.
 
-    A scan counts its body times its length, a conditional its most expensive branch, a `while` with a product inside
-    its body times `trips`; without `trips` that has no count: ValueError.
+    A scan counts its body times its length, a Pallas kernel its own times its grid, a conditional its most expensive
+    branch, a `while` with a product inside its body times `trips`; without `trips` that has no count: ValueError.
     """
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
@@ -385,6 +385,8 @@ def _count_equation(eqn, trips: int | None) -> float:
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] * sum(inner)
+        case "pallas_call":
+            return math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
         case "cond":
             return max(inner)
         case "shard_map":

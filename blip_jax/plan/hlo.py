@@ -351,7 +351,7 @@ def traffic(text: str, trips: int = 1) -> float:
 
 def _bytes(op: Op, known: dict[str, Op], found: dict[str, list[Op]]) -> int:
     """Bytes of HBM that one instruction reads and writes; known: its computation's by name."""
-    if op.kind in FREE or op.kind.endswith("-done"):
+    if op.kind in FREE or op.kind.endswith("-done") or _room(op):
         return 0
 
     def hbm(o: Op) -> int:
@@ -408,6 +408,12 @@ def _written(op: Op, inner: list[Op]) -> int:
             slice_ = size(types.get(o.operands[1], ""))
             total -= max(size(o.type) - slice_, 0)
     return max(total, 0)
+
+
+def _room(op: Op) -> bool:
+    """Whether it only makes room for what a loop will write, as for each layer's results; the TPU's compiler calls
+    that a custom call."""
+    return op.kind == "custom-call" and 'custom_call_target="AllocateBuffer"' in op.rest
 
 
 def _workspace(op: Op) -> int:

@@ -15,7 +15,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from blip_jax import buckets, tasks
 from blip_jax.capfilt import settings
@@ -107,7 +107,10 @@ def mesh_shape(cfg, topology: chips.Topology | gpus.Hosts) -> tuple:
 
 def made(request: Request, mesh=None) -> list[programs.Program]:
     """The programs of a request on `mesh`, by default an abstract one of the request's shape."""
-    mesh = mesh or AbstractMesh(request.mesh, sharding.MESH, axis_types=(AxisType.Auto,) * 3)
+    platform, kind = request.topology.platform, request.topology.chip.kind
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    types = (AxisType.Auto,) * 3
+    mesh = mesh or AbstractMesh(request.mesh, sharding.MESH, axis_types=types, abstract_device=device)
     models = [c for c in (request.captioner, request.judge) if c is not None]
     return getattr(programs, request.workload)(request.cfg, mesh, *models)
 
@@ -338,7 +341,7 @@ def _memory_lines(row: dict) -> list[str]:
 
 
 def _time_lines(row: dict) -> list[str]:
-    again = f" and {row['recomputed_flops'] / 1e12:.3f} recomputed" if row["recomputed_flops"] else ""
+    again = f" and {row['recomputed_flops'] / 1e12:.3f} recomputed or padding" if row["recomputed_flops"] else ""
     lines = [
         f"  {row['flops'] / 1e12:.3f} TFLOP a device by formula{again}"
         + (

@@ -20,6 +20,7 @@ from blip_jax.capfilt import settings
 from blip_jax.inference import programs
 from blip_jax.inference.batching import alone
 from blip_jax.models import flops, initial
+from blip_jax.models.layers import tpu
 from blip_jax.models.layers.dense import rounds
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.parallel import sharding
@@ -39,7 +40,9 @@ class Program(NamedTuple):
     jit: dict  # what jax.jit is told beside: donate_argnums, out_shardings, compiler_options
     images: int  # of all devices together that one call handles
     flops: float  # of one call by the formulas of models.flops, all devices together
-    recomputed: float  # what model.remat makes the backward pass do again, likewise
+    # likewise what is done beyond them: again in the backward pass, by model.remat or attention's kernel for TPUs, and
+    # by that kernel for positions that pad its lengths
+    recomputed: float
     trips: int  # iterations of its token loop, 0: it has none
     parts: dict  # what its arguments are -> tree of ShapeDtypeStructs
 
@@ -108,26 +111,55 @@ def train(cfg, mesh) -> list[Program]:
             jit=jit_arguments(shardings, mesh),
             images=cfg.train.batch,
             flops=task.flops(cfg)["step"] * cfg.train.batch,
-            recomputed=recomputed(cfg) * cfg.train.batch,
+            recomputed=recomputed(cfg, platform_of(mesh)) * cfg.train.batch,
             trips=0,
             parts=parts,
         )
     ]
 
 
-def recomputed(cfg) -> float:
-    """FLOPs of an image that the backward pass repeats by model.remat.
+def platform_of(mesh) -> str:
+    """Of the devices of a mesh, which may be only described; "" where it has none."""
+    device = mesh.abstract_mesh.abstract_device
+    return device.platform if device else ""
 
-    The blocks of a ViT that is trained but for what no gradient needs, or scores; of BLIP-2, with "full", its text
+
+def recomputed(cfg, platform: str = "") -> float:
+    """FLOPs of an example beyond those that the formulas count: what the backward pass repeats by model.remat, and what
+    the tower's attention does more where it is a kernel of the platform's.
+
+    Of a ViT that is trained the blocks but for what no gradient needs, or scores; of BLIP-2, with "full", its text
     layers.
     """
     if "med" in cfg.model:
-        return _repeated_tower(cfg)
+        momentum = bool(tasks.of(cfg).flops(cfg).get("momentum_vision"))
+        return _repeated_tower(cfg, platform) + (1 + momentum) * _pictures(cfg) * beyond(cfg.model, platform)
     model = tasks.build(cfg)
     if not hasattr(model, "frozen"):  # a language model alone
         return 0.0
     texts = _repeated_texts(cfg) if cfg.model.remat == "full" else 0.0
-    return texts if model.frozen else texts + _repeated_tower(cfg)
+    tower = 0.0 if model.frozen else _repeated_tower(cfg, platform)
+    return texts + tower + _pictures(cfg) * beyond(cfg.model, platform)
+
+
+def _plain_and_kernel(model, platform: str, dtype: str = "") -> tuple:
+    """(forward, backward) FLOPs of attention in a block of the tower for one picture, of the plain products and as it
+    is computed in `dtype`, "": the model's own; model: a `cfg.model`."""
+    D, P = model.vit.width, flops.positions(model)
+    plain = 4.0 * P**2 * D, 8.0 * P**2 * D
+    return plain, tpu.flops(P, P, D) if platform == "tpu" and tpu.pays(P, P, dtype or model.dtype) else plain
+
+
+def beyond(model, platform: str, dtype: str = "") -> float:
+    """FLOPs of a picture's forward pass through the tower beyond the plain products; as `_plain_and_kernel`."""
+    plain, ours = _plain_and_kernel(model, platform, dtype)
+    return model.vit.depth * (ours[0] - plain[0])
+
+
+def _pictures(cfg) -> int:
+    """How many pictures an example has: sides, frames."""
+    arrays = tasks.of(cfg).shapes(cfg).values()
+    return sum(math.prod(shape[1:-3]) for shape, dtype in arrays if dtype == jnp.uint8)
 
 
 def _repeated_texts(cfg) -> float:
@@ -146,11 +178,13 @@ def _repeated_texts(cfg) -> float:
     return repeated - (llm.layers * read + decoders * T) * closing - decoders * encoded_kv
 
 
-def _repeated_tower(cfg) -> float:
-    v, positions = cfg.model.vit, (cfg.model.img_size // cfg.model.vit.patch) ** 2 + 1
-    scores, mixing = 2 * positions**2 * v.width, 4 * positions**2 * v.width
-    blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + mixing  # without fc2, whose result is only added
-    return v.depth * {"none": 0.0, "dots": scores, "full": blocks}[cfg.model.remat]
+def _repeated_tower(cfg, platform: str) -> float:
+    v, positions = cfg.model.vit, flops.positions(cfg.model)
+    plain, ours = _plain_and_kernel(cfg.model, platform)
+    scores = plain[0] / 2 if ours == plain else ours[0]  # of which a kernel's result is a part
+    blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + ours[0]  # without fc2, whose result is only added
+    again = {"none": 0.0, "dots": scores, "full": blocks}[cfg.model.remat]
+    return _pictures(cfg) * v.depth * (again + ours[1] - plain[1])
 
 
 def _batch(cfg, mesh) -> dict:
@@ -187,7 +221,7 @@ def evaluate(cfg, mesh) -> list[Program]:
     one_text = array(jnp.int32, T), array(jnp.bool_, T)
     texts = array(jnp.int32, G, T), array(jnp.bool_, G, T)
 
-    def program(name, function, batch, image_flops):
+    def program(name, function, batch, image_flops, more=0.0):
         return Program(
             name=name,
             function=function,
@@ -195,7 +229,7 @@ def evaluate(cfg, mesh) -> list[Program]:
             jit={"out_shardings": NamedSharding(mesh, P())},  # of several hosts each gets all results
             images=B,
             flops=image_flops * B,
-            recomputed=0.0,
+            recomputed=more * B,
             trips=0,
             parts={"parameters": params, "batch": batch},
         )
@@ -209,6 +243,7 @@ def evaluate(cfg, mesh) -> list[Program]:
             programs.view(model, "img_tok", "img_emb"),
             (img,),
             frames * (flops.encode_image(cfg.model) + project),
+            frames * beyond(cfg.model, platform_of(mesh)),
         ),
         program("encode texts", programs.embed(model), one_text, itc - project - 2 * cfg.model.embed_dim),
         program("re-rank", programs.rerank(model), (img_tok, *texts), flops.rerank_unit(cfg.model, T, G, frames)),
@@ -254,7 +289,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
         for name, part in jax.eval_shape(view, params["filter"], pixels(judge)).items()
     }
 
-    def program(name, function, who, batch, image_flops, trips=0):
+    def program(name, function, who, batch, image_flops, trips=0, more=0.0):
         other = "filter" if who == "captioner" else "captioner"
         return Program(
             name=name,
@@ -263,7 +298,7 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
             jit={},
             images=size,
             flops=size * image_flops,
-            recomputed=0.0,
+            recomputed=size * more,
             trips=trips,
             parts={"parameters": params[who], "other model's parameters": params[other], "batch": batch},
         )
@@ -280,8 +315,16 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
             (pixels(captioner), rows(jnp.uint32, 2)),
             flops.caption_image(captioner.model, PROMPT, tokens, width),
             trips=tokens - 1,
+            more=beyond(captioner.model, platform_of(mesh), cfg.dtype),
         ),
-        program("view", view, "filter", (pixels(judge),), look),
+        program(
+            "view",
+            view,
+            "filter",
+            (pixels(judge),),
+            look,
+            more=beyond(judge.model, platform_of(mesh), cfg.dtype),
+        ),
         program(
             "score",
             alone(programs.score(model["filter"]), mesh, (places, 0, 0), 0),

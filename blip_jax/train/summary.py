@@ -8,12 +8,15 @@ import sys
 
 import flax
 import jax
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from clu import parameter_overview
 
 from blip_jax import __version__, config, trees
 from blip_jax.console import plain, revision, say
+from blip_jax.models import flops
+from blip_jax.models.layers.attention import implementation
 from blip_jax.parallel import compiler, sharding
 
 
@@ -36,6 +39,7 @@ def describe(run, newest: int | None) -> None:
         f"parameters: {_last(parameters)}",
         f"arrays: {_last(arrays)}",
         memory_report(run),
+        _attention(run),
         f"FLOPs: {'at most ' if cfg.text.buckets else ''}{pair / 1e9:.2f} G per pair, "
         f"{pair * cfg.train.batch / 1e12:.3f} T per step of {cfg.train.batch}",
         f"one epoch is {run.data.epoch_examples} examples = {run.epoch_steps} steps; {cfg.train.steps} steps are "
@@ -69,6 +73,15 @@ def _settings(cfg) -> str:
         f"{text.layers} x {text.width}, {cfg.text.max_len} tokens; {m.dtype}; batch {cfg.train.batch}, "
         f"{cfg.train.steps} steps, learning rate {cfg.optim.lr:g}, {cfg.optim.schedule}, seed {cfg.seed}"
     )
+
+
+def _attention(run) -> str:
+    """How the vision tower's attention is computed on the devices of the run."""
+    cfg, vit = run.cfg, run.cfg.model.vit
+    rows, positions = cfg.train.batch // cfg.optim.accumulate, flops.positions(cfg.model)
+    x = jax.ShapeDtypeStruct((rows, positions, vit.heads, vit.width // vit.heads), jnp.dtype(cfg.model.dtype))
+    with jax.set_mesh(run.mesh):
+        return f"attention of a picture's {positions} positions: {implementation(x, x, x)}"
 
 
 def _last(table: str) -> str:

@@ -94,4 +94,4 @@ def test_each_device_computes_its_own_rows_and_heads(given, monkeypatch):
         rows, heads = (sharding.axis_size(mesh, sharding.AXES[name]) for name in ("act_batch", "act_heads"))
         assert given == [((8 // rows, 6, 4 // heads, 8), (8 // rows, 8, 4 // heads, 8))] and heads == 2
         np.testing.assert_allclose(out.astype(jnp.float32), plain, rtol=0, atol=0.02)
-        assert not gpu.applies(q[:7], k[:7], v[:7]) and not gpu.applies(*(x[:, :, :3] for x in (q, k, v)))
+        assert not calls(given, q[:7], k[:7], v[:7]) and not calls(given, *(x[:, :, :3] for x in (q, k, v)))

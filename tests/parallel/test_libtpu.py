@@ -23,6 +23,7 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from blip_jax import config
+from blip_jax.models.layers.attention import attention
 from blip_jax.parallel import compiler, sharding
 from blip_jax.plan import aot, chips, hlo
 
@@ -59,6 +60,15 @@ for name in ("v6e:8x8", "v6e:16x16", "v7x:4x4x4"):
         jitted = jax.jit(step, out_shardings=w.sharding, compiler_options=compiler.options(mesh))
         text = jitted.lower(w, x).compile().as_text()
     found["sums"][name] = sorted([c.kind, c.bytes, len(c.group)] for c in hlo.collectives(text, mesh.size))
+
+mesh = aot.tpu_mesh(chips.topology("v5e:2x2"), (2, 1, 2))
+x = jax.ShapeDtypeStruct((2, 577, 2, 88), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", None, "tensor")))
+loss = lambda q, k, v: jnp.sum(jnp.square(attention(q, k, v).astype(jnp.float32)))
+with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()
+found["kernels"] = text.count('custom_call_target="tpu_custom_call"')
+found["with scores"] = sum(f"{n},{n}]" in text for n in (577, 640))
+found["moved"] = len(hlo.collectives(text, mesh.size))
 json.dump(found, sys.stdout)
 """
 
@@ -145,8 +155,10 @@ def test_training_and_its_plan_hand_them_to_the_compiler(tiny_cfg, tmp_path, mon
 
 
 @pytest.mark.skipif(not aot.installed(), reason="libtpu is not installed: pip install 'blip-jax[tpu]'")
-def test_every_tpu_has_meshes_as_runs_make_them_and_sums_over_slices_are_sent_in_parts():
-    """Compiled for slices that are not here, at the level of plans."""
+def test_meshes_as_runs_make_them_sums_over_slices_and_attention():
+    """Every TPU has such meshes, sums over slices are sent in parts, and attention of long sequences, forward and
+    backward, is two kernels of each device's own rows and heads, without an array of scores. Compiled for slices that
+    are not here, at the level of plans."""
     environment = os.environ | aot.environment_of_compiler() | {"JAX_OPTIMIZATION_LEVEL": "O0"}
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run(
@@ -162,3 +174,4 @@ def test_every_tpu_has_meshes_as_runs_make_them_and_sums_over_slices_are_sent_in
         assert found["sums"][name] == sorted(
             [["all-reduce", whole // n, 0], ["reduce-scatter", whole, n], ["all-gather", whole, n]]
         ), name
+    assert (found["kernels"], found["with scores"], found["moved"]) == (2, 0, 0)

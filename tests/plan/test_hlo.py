@@ -56,6 +56,7 @@ ENTRY %main (p0: f32[3,4,128], p1: bf16[8,256]) -> f32[3,4,128] {
   %p0 = f32[3,4,128]{2,1,0:T(8,128)} parameter(0)
   %p1 = bf16[8,256]{1,0:T(8,128)(2,1)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
+  %room = f32[3,4,128]{2,1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
   %start = (s32[]{:T(128)}, f32[3,4,128]{2,1,0:T(8,128)}) tuple(%zero, %p0)
   %while.1 = (s32[]{:T(128)}, f32[3,4,128]{2,1,0:T(8,128)}) while(%start), condition=%condition, body=%body
   %while.2 = (s32[]{:T(128)}, f32[3,4,128]{2,1,0:T(8,128)}) while(%while.1), condition=%condition_of_data, body=%words
@@ -224,7 +225,7 @@ def test_what_a_device_receives():
     assert hlo.travels("collective-permute", 80, 4) == 80 and hlo.travels("all-reduce", 80, 1) == 0
 
 
-def test_traffic_counts_loops_slices_and_no_fast_memory():
+def test_traffic_counts_loops_slices_and_neither_fast_memory_nor_room():
     loop = 3 * (2 * 2048 + 4 + 2 * 2048)  # the slice read and written, the index, the all-reduce
     # copy into fast memory: its read alone; all-gather: its write alone
     once = 4096 + 32768 + (4096 + 1024) + 2 * 4096 + 2 * 4096

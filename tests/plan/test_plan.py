@@ -12,6 +12,7 @@ import pytest
 
 from blip_jax import config
 from blip_jax.cli import main
+from blip_jax.models.layers import tpu
 from blip_jax.plan import aot, chips, plan, programs, reasons, search
 
 CONFIG = """
@@ -363,6 +364,17 @@ def test_what_remat_repeats_is_counted(remat):
     assert counted == pytest.approx(program.flops + program.recomputed, rel=0.02) and (program.recomputed > 0) == (
         remat != "none"
     )
+
+
+@pytest.mark.parametrize("remat", search.REMAT)
+def test_what_attentions_kernel_for_tpus_does_more_is_counted(remat, monkeypatch):
+    """5 positions, padded to 128; in the momentum pass, too."""
+    monkeypatch.setattr(tpu, "LEAST", 5)
+    cfg = config_of(CONFIG.format(more=f"c.model.remat, c.model.dtype, c.loss.queue = '{remat}', 'bfloat16', 0"))
+    program = plan.made(plan.request(cfg, chips.topology("v5e:2x2")))[0]
+    with jax.sharding.use_abstract_mesh(program.args[1]["img"].sharding.mesh):
+        counted = plan.programs.flops.count_function(program.function, *program.args)
+    assert counted == pytest.approx(program.flops + program.recomputed, rel=0.005) and counted > 3 * program.flops
 
 
 @pytest.mark.parametrize("platform, dtype", [("tpu", "bfloat16"), ("cpu", "bfloat16")])

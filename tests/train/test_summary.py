@@ -20,6 +20,7 @@ def test_the_start_is_less_than_a_screen_and_the_tables_are_in_a_file(tiny_cfg, 
         said = capsys.readouterr().out
         summary.describe(run, tiny_cfg.train.steps)
     assert said.count("\n") <= SCREEN // 2 and "start.txt" in said and "new run; outputs in" in said
+    assert re.search(r"^attention of a picture's \d+ positions: plain$", said, re.M)
     assert re.search(r"^parameters: total ([\d,]+): \1 trained, 0 frozen$", said, re.M)
     assert f"the first step compiles, which takes a while; then a line every {tiny_cfg.train.log_every} steps" in said
     assert "the first step compiles" not in capsys.readouterr().out  # nothing is left to do

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.layers import gpu
+from blip_jax.models.layers import gpu, tpu
 from blip_jax.models.layers.cpu import einsum, summed
 from blip_jax.models.layers.dense import Dense, DenseGeneral
 from blip_jax.models.layers.norm import gelu, kept, softmax
 from blip_jax.parallel.collectives import within_cells
-from blip_jax.parallel.sharding import constrain
+from blip_jax.parallel.sharding import AXES, axis_size, constrain, partition_spec
 
 
 def attention(q, k, v, mask=None, drop: Callable | None = None, *, scale: float | None = None, bias=None):
@@ -28,10 +29,11 @@ def attention(q, k, v, mask=None, drop: Callable | None = None, *, scale: float 
       bias: f32, broadcastable to [B,N,T,S], added to the products; None = nothing.
     Returns: [B,T,N,H] in the dtype of v. A row whose mask is all False attends uniformly.
 
-    Without mask and drop, on NVIDIA's GPUs, long sequences are cuDNN's: the same to rounding.
+    Without mask, drop, scale and bias long sequences are cuDNN's on NVIDIA's GPUs, and on TPUs jax's splash kernel's:
+    the same to rounding.
     """
-    if mask is None and drop is None and bias is None and scale is None and gpu.applies(q, k, v):
-        return kept(gpu.attention(q, k, v))
+    if mask is None and drop is None and bias is None and scale is None and (kernel := _kernel(q, k, v)):
+        return kept(_on_each_device(kernel.attention, q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = einsum("B T N H, B S N H -> B N T S", q if scale == 1.0 else q * scale, k, summed)
     if bias is not None:
@@ -41,6 +43,35 @@ def attention(q, k, v, mask=None, drop: Callable | None = None, *, scale: float 
     p = softmax(s, v.dtype)
     p = p if drop is None else drop(p)
     return kept(einsum("B N T S, B S N H -> B T N H", p, v))
+
+
+def implementation(q, k, v) -> str:
+    """What `attention` of these arrays, or of their shapes and dtypes, is computed by where nothing is said beside."""
+    kernel = _kernel(q, k, v)
+    return f"by {kernel.NAME}, which writes no scores" if kernel else "plain"
+
+
+def _kernel(q, k, v) -> ModuleType | None:
+    """The module with attention that writes no scores to memory for these arrays, if any: where whole rows and heads
+    lie on each device of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = (q.shape[0], "act_batch"), (q.shape[2], "act_heads")
+    if _split(mesh) and any(size % axis_size(mesh, AXES[dim]) for size, dim in sizes):
+        return None
+    return next((module for module in (gpu, tpu) if module.applies(q, k, v)), None)
+
+
+def _on_each_device(attend: Callable, q, k, v):
+    """attend(q, k, v), on a mesh of each device's own rows and heads."""
+    if not _split(jax.sharding.get_abstract_mesh()):
+        return attend(q, k, v)
+    spec = partition_spec(("act_batch", None, "act_heads", None))
+    return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _split(mesh) -> bool:
+    """Whether arrays are split over devices here: not without a mesh, on one device, or inside `jax.shard_map`."""
+    return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
 
 
 def prefixed_attention(q, prefix, k, v, mask=None, drop: Callable | None = None):

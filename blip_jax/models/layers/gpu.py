@@ -10,19 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from blip_jax.models.layers.cpu import platform
-from blip_jax.parallel.sharding import AXES, axis_size, partition_spec
 
+NAME = "cuDNN"
 LEAST = {"queries": 48, "keys": 128}  # of shorter ones the scores are small, and a kernel's tile is mostly empty
-DIMS = ("act_batch", None, "act_heads", None)
 cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
 def applies(q, k, v) -> bool:
     """Whether `attention` takes these, q [B,T,N,H] and k, v [B,S,N,H], and is worth it: in bfloat16 or float16, heads
-    as cuDNN has them, sequences long enough, whole rows and heads on each device of the mesh."""
-    (B, T, N, H), S = q.shape, k.shape[1]
-    mesh = jax.sharding.get_abstract_mesh()
-    even = not _split(mesh) or not (B % axis_size(mesh, AXES["act_batch"]) or N % axis_size(mesh, AXES["act_heads"]))
+    as cuDNN has them, sequences long enough."""
+    (_, T, _, H), S = q.shape, k.shape[1]
     return (
         q.dtype == k.dtype == v.dtype
         and q.dtype in (jnp.bfloat16, jnp.float16)
@@ -30,7 +27,6 @@ def applies(q, k, v) -> bool:
         and H <= 128
         and T >= LEAST["queries"]
         and S >= LEAST["keys"]
-        and even
         and available()
     )
 
@@ -65,25 +61,12 @@ def _nvidia() -> bool:
 
 
 def attention(q, k, v):
-    """Scaled dot-product attention, all keys seen: q [B,T,N,H]; k, v [B,S,N,H] -> [B,T,N,H].
+    """Scaled dot-product attention, all keys seen, of one device: q [B,T,N,H]; k, v [B,S,N,H] -> [B,T,N,H].
 
-    On a mesh each device computes its own rows and heads.
+    Odd lengths, as 197 and 577, get a position of zeros: jax takes no odd ones where there is a gradient. A key that
+    was added is not looked at; what a query that was added gives is cut off.
     """
-    if not _split(jax.sharding.get_abstract_mesh()):
-        return _padded(q, k, v)
-    spec = partition_spec(DIMS)
-    return jax.shard_map(_padded, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
-
-
-def _padded(q, k, v):
-    """Odd lengths, as 197 and 577, get a position of zeros: jax takes no odd ones where there is a gradient. A key that
-    was added is not looked at; what a query that was added gives is cut off."""
     B, T, S = len(q), q.shape[1], k.shape[1]
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) if x.shape[1] % 2 else x
     lengths = {"key_value_seq_lengths": jnp.full(B, S, jnp.int32)} if S % 2 else {}
     return cudnn(even(q), even(k), even(v), **lengths)[:, :T]
-
-
-def _split(mesh) -> bool:
-    """Whether arrays are split over devices here: not without a mesh, on one device, or inside `jax.shard_map`."""
-    return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
