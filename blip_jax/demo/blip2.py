@@ -33,11 +33,13 @@ from blip_jax.train import loop
 VOCAB_SCENES = 20_000  # captions that both vocabularies are trained on
 # the language model learns from so many texts of captions of one scene each, of a world with a seed so much larger
 TEXTS, CAPTIONS, APART = 20_000, 4, 1000
+# of all that comes before the second stage, whose own is cfg.optim.lr: as fast as this it learns as much from nothing
+FIRST_LR = 1e-3
 RUNS = {  # folder -> (what its run is called, steps as a share of cfg.train.steps, about its seconds on 2 idle cores)
     "blip": ("BLIP, for its image tower", 5.0, 250.0),  # after 2.0 its tower shows colours, but no shapes yet
     "language": ("language model, on captions alone", 3.0, 60.0),
-    "stage1": ("first stage", 2.0, 120.0),
-    "stage1-without-itg": ("first stage without ITG", 2.0, 100.0),
+    "stage1": ("first stage", 1.0, 75.0),
+    "stage1-without-itg": ("first stage without ITG", 1.0, 60.0),
     "stage2": ("second stage", 1.0, 27.0),
     "stage2-alone": ("second stage without the first", 1.0, 20.0),
 }
@@ -81,6 +83,8 @@ def config_of(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
     c = ConfigDict(cfg).copy_and_resolve_references().unlock()
     c.train.steps = max(1, round(RUNS[name][1] * cfg.train.steps))
     at = {part: str(workdir / part) for part in ("tower", "language", "stage1")}
+    if not name.startswith("stage2"):
+        c.optim.lr = FIRST_LR
     if name == "blip":
         return _blip(c, workdir)
     if name == "language":

@@ -41,7 +41,8 @@ def caption(cfg, workdir: pathlib.Path) -> None:
             continue
         say(f"{name}: captions of {len(pictures)} unseen pictures, by checkpoint {newest.name}")
         model = from_pretrained(newest, dtype=cfg.model.dtype, batch=PICTURES)
-        found = model.caption([pictures[i]["image"] for i in range(len(pictures))])
+        whole = [pictures[i]["image"] for i in range(len(pictures))]
+        found = model.caption(whole, max_length=cfg.text.max_len)
         beside = file.with_suffix(".tmp")
         beside.write_text(json.dumps([rows[0]["caption"] for rows in found], indent=1) + "\n", encoding="utf-8")
         os.replace(beside, file)
