@@ -36,7 +36,7 @@ TEXTS, CAPTIONS, APART = 20_000, 4, 1000
 # of all that comes before the second stage, whose own is cfg.optim.lr: as fast as this it learns as much from nothing
 FIRST_LR = 1e-3
 RUNS = {  # folder -> (what its run is called, steps as a share of cfg.train.steps, about its seconds on 2 idle cores)
-    "blip": ("BLIP, for its image tower", 5.0, 250.0),  # after 2.0 its tower shows colours, but no shapes yet
+    "blip": ("BLIP, for its image tower", 5.0, 310.0),  # after 2.0 its tower shows colours, but no shapes yet
     "language": ("language model, on captions alone", 3.0, 60.0),
     "stage1": ("first stage", 1.0, 75.0),
     "stage1-without-itg": ("first stage without ITG", 1.0, 60.0),
