@@ -181,9 +181,8 @@ def _repeated_texts(cfg) -> float:
 def _repeated_tower(cfg, platform: str) -> float:
     v, positions = cfg.model.vit, flops.positions(cfg.model)
     plain, ours = _plain_and_kernel(cfg.model, platform)
-    scores = plain[0] / 2 if ours == plain else ours[0]  # of which a kernel's result is a part
     blocks = 2 * positions * (4 * v.width**2 + v.width * v.mlp) + ours[0]  # without fc2, whose result is only added
-    again = {"none": 0.0, "dots": scores, "full": blocks}[cfg.model.remat]
+    again = {"none": 0.0, "dots": ours[0], "full": blocks}[cfg.model.remat]
     return _pictures(cfg) * v.depth * (again + ours[1] - plain[1])
 
 

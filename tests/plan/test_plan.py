@@ -355,15 +355,17 @@ def test_programs_keep_no_arrays():
     assert config.base().mesh.data == -1 and plan.mesh_shape(cfg, chips.topology("v5e:2x2")) == (4, 1, 1)
 
 
-@pytest.mark.parametrize("remat", search.REMAT)
-def test_what_remat_repeats_is_counted(remat):
+def test_what_remat_repeats_is_counted():
     """In float32, whose products on a CPU are those of a TPU in bfloat16."""
-    cfg = config_of(CONFIG.format(more=f"c.model.remat, c.model.dtype, c.loss.queue = '{remat}', 'float32', 0"))
-    program = plan.made(plan.request(cfg, chips.topology("v5e:2x2")))[0]
-    counted = plan.programs.flops.count_function(program.function, *program.args)
-    assert counted == pytest.approx(program.flops + program.recomputed, rel=0.02) and (program.recomputed > 0) == (
-        remat != "none"
-    )
+    traced, repeated = {}, {}
+    for remat in search.REMAT:
+        cfg = config_of(CONFIG.format(more=f"c.model.remat, c.model.dtype, c.loss.queue = '{remat}', 'float32', 0"))
+        program = plan.made(plan.request(cfg, chips.topology("v5e:2x2")))[0]
+        traced[remat] = plan.programs.flops.count_function(program.function, *program.args)
+        repeated[remat] = program.recomputed
+        assert traced[remat] == pytest.approx(program.flops + program.recomputed, rel=0.02)
+    assert {remat: counted - traced["none"] for remat, counted in traced.items()} == repeated
+    assert repeated["none"] == 0 < repeated["dots"] < repeated["full"]
 
 
 @pytest.mark.parametrize("remat", search.REMAT)
