@@ -51,6 +51,11 @@ class Gpu(NamedTuple):
     on_chip: float = math.inf
 
     @property
+    def kind(self) -> str:
+        """As jax's device_kind begins, for one that is not there."""
+        return f"NVIDIA {self.name.upper()}"
+
+    @property
     def hbm(self) -> int:
         """Bytes, as CUDA reports them."""
         return _figure(self.name, "device_memory_size")
