@@ -1,4 +1,4 @@
-"""The code is as ruff, with the settings of pyproject.toml, has it: no finding, and formatted; and every test is found."""
+"""The code is as ruff, with the settings of pyproject.toml, has it: no finding, formatted; and every test is found."""
 
 import collections
 import pathlib
