@@ -13,6 +13,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -80,7 +81,7 @@ def cases(full: bool, ahead: str = "") -> list[dict]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line. Exit status 0 also where a measurement failed: that is a row."""
+    """The command line. Exit status 0 also where a measurement failed: that is a row. Of a rehearsal 1."""
     args = parser().parse_args(argv)
     started = time.monotonic()
     out = pathlib.Path(args.out).resolve()
@@ -93,14 +94,19 @@ def main(argv: list[str]) -> int:
     if unknown := set(args.parts) - {case[key] for case in chosen for key in ("part", "name")}:
         raise SystemExit(f"{', '.join(sorted(unknown))}: neither a part nor a measurement")
     cache = unpack(pathlib.Path(args.cache or out / "compiled"))
-    env = environment(cache, args.rehearse)
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
+    # what a process that was ended left half written there, torch.compile takes for whole the next time
+    with (out / "log.txt").open("a", encoding="utf-8") as log, tempfile.TemporaryDirectory() as inductor:
+        env = environment(cache, args.rehearse) | {"TORCHINDUCTOR_CACHE_DIR": inductor}
         chosen = [case | {"lock": str(cache / "lock")} for case in chosen]
-        group = Group(out, env, log, started, args.at_once, started + LATE * args.seconds)
+        # a rehearsal's programs are the same but for a few, and compiled once only where they come after each other
+        at_once = args.at_once or (os.cpu_count() or 2 if args.rehearse else 8)
+        group = Group(out, env, log, started, at_once, started + LATE * args.seconds)
         group.run(chosen, started + args.seconds)
     pack(cache, out, args.pieces)
     print(summary(out / "results.jsonl"), flush=True)
-    return 0
+    if group.failed:
+        print(f"without a result: {', '.join(group.failed)}", flush=True)
+    return int(args.rehearse and bool(group.failed))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", default="gpu-out", help="folder of results.jsonl, log.txt, kernels-*.md, compiled.tar.*")
     made.add_argument("--seconds", type=float, default=440, help="for everything; what then still runs is ended")
-    made.add_argument("--at_once", type=int, default=8, help="processes side by side")
+    made.add_argument("--at_once", type=int, default=0, help="processes side by side; 0: 8, of a rehearsal one a core")
     made.add_argument("--cache", default="", help="folder with compiled programs of an earlier run, or their pieces")
     made.add_argument(
         "--ahead", default="", help="file of `compile.py --batch=128 --save`: our step, compiled elsewhere"
@@ -142,6 +148,7 @@ class Group:
     def __init__(self, out: pathlib.Path, env: dict[str, str], log, started: float, at_once: int, late=float("inf")):
         self.out, self.env, self.log, self.started, self.at_once, self.late = out, env, log, started, at_once, late
         self.writing, self.without_memory = threading.Lock(), set()
+        self.failed: list[str] = []  # measurements that did not end, or were not begun
 
     def run(self, chosen: list[dict], end: float) -> None:
         """Starts all, in order; returns when all have ended, by themselves or at their limit, at `end` at the
@@ -151,6 +158,7 @@ class Group:
             if time.monotonic() > end - 5:
                 for case in waiting:
                     self.say(case["name"], "not started: no time is left")
+                    self.failed.append(case["name"])
                 waiting = []
             while waiting and len(running) < self.at_once and self.due(waiting[0], running):
                 running.append(self.start(waiting.pop(0), end))
@@ -167,6 +175,8 @@ class Group:
                 running.remove(item)
                 if process.returncode and case["name"] in self.without_memory and not case.get("again"):
                     waiting.append(case | {"late": True, "again": True})
+                elif process.returncode:
+                    self.failed.append(case["name"])
             time.sleep(0.1)
 
     def due(self, case: dict, running: list) -> bool:

@@ -22,13 +22,16 @@ def test_a_process_that_hangs_is_ended_at_its_limit_and_the_others_go_on(tmp_pat
     monkeypatch.setattr(run, "HERE", tmp_path)
     log, start = io.StringIO(), time.monotonic()
     cases = [{"name": name, "env": {}, "limit": 2 if name == "hangs" else 40} for name in ("hangs", "ends", "last")]
-    run.Group(tmp_path, {}, log, start, at_once=2).run(cases, start + 100)
+    first = run.Group(tmp_path, {}, log, start, at_once=2)
+    first.run(cases, start + 100)
     said = log.getvalue()
     assert "hangs: ended at its limit" in said and "ends: exit status 0" in said and "last: exit status 0" in said
     late = {"name": "late", "env": {}, "limit": 2, "late": True}
     group = run.Group(tmp_path, {}, log, start, at_once=2)
     assert group.due(cases[0], [(late,)]) and group.due(late, [(late,)]) and not group.due(late, [(cases[0],)])
-    run.Group(tmp_path, {}, log, start, at_once=1).run(cases[1:], time.monotonic())
+    no_time = run.Group(tmp_path, {}, log, start, at_once=1)
+    no_time.run(cases[1:], time.monotonic())
+    assert (first.failed, no_time.failed) == (["hangs"], ["ends", "last"])
     assert "last: not started: no time is left" in log.getvalue()
 
 
@@ -38,8 +41,19 @@ def test_a_process_without_memory_is_started_once_more_when_the_others_are_done(
     monkeypatch.setattr(run, "HERE", tmp_path)
     log, start = io.StringIO(), time.monotonic()
     cases = [{"name": name, "env": {}, "limit": 20} for name in ("large", "broken")]
-    run.Group(tmp_path, {}, log, start, at_once=2).run(cases, start + 50)
+    group = run.Group(tmp_path, {}, log, start, at_once=2)
+    group.run(cases, start + 50)
+    assert sorted(group.failed) == ["broken", "large"]
     assert log.getvalue().count("large: exit status 1") == 2 and log.getvalue().count("broken: exit status 1") == 1
+
+
+def test_a_rehearsal_fails_where_a_measurement_did(tmp_path, monkeypatch, capsys):
+    (tmp_path / "work.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(run, "HERE", tmp_path / "gpu")
+    (tmp_path / "gpu").mkdir(), (tmp_path / "work.py").rename(tmp_path / "gpu" / "work.py")
+    out = ["card", f"--out={tmp_path / 'out'}", "--seconds=60"]
+    assert (run.main([*out, "--rehearse"]), run.main(out)) == (1, 0)
+    assert capsys.readouterr().out.count("without a result: card") == 2
 
 
 def test_every_measurement_has_a_kind_and_a_name_of_its_own():
