@@ -5,8 +5,9 @@ BLIP-2 paper, sections 3 and 4: figure 5 and table 6.
 A BLIP is pre-trained and its image tower kept; a language model is trained on captions that have no pictures. Both are
 frozen from then on. The Q-Former starts from the BLIP's text model, as the paper's from BERT. It learns from the tower
 in a first stage, with image-grounded text generation and without; in a second stage the language model captions from
-what the Q-Former finds, once from the first stage and once, for as many steps, from a Q-Former that had none. Every stage has a folder of its own in the workdir and is the
-call that the commands `train` and `convert` make; a demo run again goes on where it was.
+what the Q-Former finds, once from the first stage and once, for as many steps, from a Q-Former that had none. Every
+stage has a folder of its own in the workdir and is the call that the commands `train` and `convert` make; a demo run
+again goes on where it was.
 """
 
 from __future__ import annotations
