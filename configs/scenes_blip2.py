@@ -4,10 +4,10 @@ The world is blip_jax/data/scenes/world.py, its easy side, as of configs/scenes.
 2301.12597, figure 5 and table 6, whose order the demo checks.
 Data, drawn as needed, 48 px, four patches a cell of the world's grid: `world`, pictures with two true captions each.
 The demo's language model learns from captions of other pictures, which it never sees. No crop, no flip.
-Command: bash launch/demo.sh blip2, or blip-jax demo blip2 --workdir=runs/demo_blip2: two vocabularies, a BLIP and its
-          tower, the language model, first stage with ITG and without, second stage with the first and without,
-          captions, report. blip_jax/demo/blip2.py has the steps of each as shares of train.steps, which are the second
-          stage's.
+Command: bash launch/demo.sh blip2, or blip-jax demo blip2 --workdir=runs/demo_blip2: two vocabularies, a BLIP, its
+          tower and its words, from which the Q-Former starts, the language model, first stage with ITG and without,
+          second stage with the first and without, captions, report. blip_jax/demo/blip2.py has the steps of each as
+          shares of train.steps, which are the second stage's.
 Learning rate: that of the second stage was chosen so that it does not undo the first one; all before it has 1e-3.
 Hardware: 2 CPU cores. What came out, in what time, and with which settings the paper's order is not there:
           docs/results.md.

@@ -3,10 +3,11 @@
 BLIP-2 paper, sections 3 and 4: figure 5 and table 6.
 
 A BLIP is pre-trained and its image tower kept; a language model is trained on captions that have no pictures. Both are
-frozen from then on. The Q-Former learns from the tower in a first stage, with image-grounded text generation and
-without; in a second stage the language model captions from what the Q-Former finds, once from the first stage and
-once, for as many steps, from a Q-Former that had none. Every stage has a folder of its own in the workdir and is the
-call that the commands `train` and `convert` make; a demo run again goes on where it was.
+frozen from then on. The Q-Former starts from the BLIP's text model, as the paper's from BERT. It learns from the tower
+in a first stage, with image-grounded text generation and without; in a second stage the language model captions from
+what the Q-Former finds, once from the first stage and once, for as many steps, from a Q-Former that had none. Every
+stage has a folder of its own in the workdir and is the call that the commands `train` and `convert` make; a demo run
+again goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ VOCAB_SCENES = 20_000  # captions that both vocabularies are trained on
 TEXTS, CAPTIONS, APART = 20_000, 4, 1000
 # of all that comes before the second stage, whose own is cfg.optim.lr: as fast as this it learns as much from nothing
 FIRST_LR = 1e-3
+CUT = {"tower": "deit", "words": "bert"}  # folder -> the part of the BLIP, as a family of checkpoints
 RUNS = {  # folder -> (what its run is called, steps as a share of cfg.train.steps, about its seconds on 2 idle cores)
     "blip": ("BLIP, for its image tower", 5.0, 310.0),  # after 2.0 its tower shows colours, but no shapes yet
     "language": ("language model, on captions alone", 3.0, 60.0),
@@ -72,17 +74,18 @@ def stages(cfg, workdir: pathlib.Path) -> list[Stage]:
         fit = lambda: stop_if(loop.fit(config_of(cfg, workdir, name), workdir / name))
         return Stage(title, cost * cfg.train.steps / 300, fit)
 
-    tower = Stage("image tower of it", 1.0, lambda: _cut_tower(workdir))
+    parts = Stage("image tower and words of it", 2.0, lambda: _cut(workdir))
     captions = Stage("captions of unseen pictures", 20.0, lambda: findings.caption(cfg, workdir))
     first, *others = (train(name) for name in RUNS)
-    return [first, tower, *others, captions]
+    return [first, parts, *others, captions]
 
 
 def config_of(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
     """The config of the run in folder `name` of RUNS."""
     c = ConfigDict(cfg).copy_and_resolve_references().unlock()
     c.train.steps = max(1, round(RUNS[name][1] * cfg.train.steps))
-    at = {part: str(workdir / part) for part in ("tower", "language", "stage1")}
+    at = {part: str(workdir / part) for part in (*CUT, "language", "stage1")}
+    begun = f"{at['tower']},{at['words']}"
     if not name.startswith("stage2"):
         c.optim.lr = FIRST_LR
     if name == "blip":
@@ -101,9 +104,9 @@ def config_of(cfg, workdir: pathlib.Path, name: str) -> ConfigDict:
         c.task.eval_len = _text_of_qformer(c, workdir)
         c.optim.freeze, c.model.llm = ("vit/.*",), ConfigDict()
         c.data.eval = findings.unseen(cfg)
-        c.train.init_from = at["tower"]
+        c.train.init_from = begun
     else:
-        c.train.init_from = f"{at['stage1' if name == 'stage2' else 'tower']},{at['language']}"
+        c.train.init_from = f"{at['stage1'] if name == 'stage2' else begun},{at['language']}"
     return c.lock()
 
 
@@ -125,9 +128,10 @@ def _text_of_qformer(c: ConfigDict, workdir: pathlib.Path) -> int:
     return c.text.max_len
 
 
-def _cut_tower(workdir: pathlib.Path) -> None:
-    if not (workdir / "tower").exists():
-        write.convert(workdir / "blip", workdir / "tower", family="deit")
+def _cut(workdir: pathlib.Path) -> None:
+    for name, family in CUT.items():
+        if not (workdir / name).exists():
+            write.convert(workdir / "blip", workdir / name, family=family)
 
 
 def _vocabularies(cfg, workdir: pathlib.Path) -> None:

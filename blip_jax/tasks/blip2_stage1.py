@@ -29,12 +29,13 @@ NEGATIVES = ("masked", "floored")
 FROZEN = "vit/.*"  # what optim.freeze holds where the tower is frozen
 
 
-def _origin(path: str) -> str:
-    """Of BERT, read as a MED: the queries' feed-forwards start as copies of the text's (reference: LAVIS)."""
+def of_bert(path: str) -> str:
+    """Path of what a parameter of the Q-Former starts from in BERT, which is read as a MED: the queries' feed-forwards
+    from copies of the text's (reference: LAVIS)."""
     return re.sub("^qformer/", "med/", path).replace("/query_mlp", "/mlp")
 
 
-START = Start(_origin, new=NEW)
+START = Start(of_bert, new=NEW)
 
 
 def leaves() -> ConfigDict:

@@ -19,7 +19,7 @@ from blip_jax.models.blip2_llm import Blip2Llm
 from blip_jax.models.build import Start
 from blip_jax.tasks import blip2_stage1, captioned, step
 
-START = Start(new=r"llm_proj/.*")  # of a first stage
+START = Start(blip2_stage1.of_bert, new=r"llm_proj/.*")  # of a first stage or, without it, of BERT
 BEST, eval_data, evaluate, curve = captioned.BEST, captioned.eval_data, captioned.evaluate, captioned.curve
 table, submission, samples = captioned.table, captioned.submission, captioned.samples
 

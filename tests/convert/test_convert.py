@@ -337,6 +337,15 @@ def test_a_family_that_is_not_there_is_refused_and_a_part_can_be_taken(tmp_path,
     with pytest.raises(ValueError, match="this is no|holds a captioner"):
         reading.read(store(tmp_path, "caption", tiny("caption")), family="pretrain", vocab=vocab, **HEADS)
 
+    parts = {name: reading.read(path, family=name, vocab=vocab, **HEADS) for name in ("deit", "bert")}
+    own = dict(trees.paths(whole.state["params"]))
+    for name, part in parts.items():
+        taken = dict(trees.paths(part.state["params"]))
+        tower = {p for p in own if p.startswith("vit/")}
+        words = {p for p in own if p.startswith("med/") and "cross_attn" not in p}
+        assert taken.keys() == {"deit": tower, "bert": words}[name]
+        assert all((x == own[p]).all() for p, x in taken.items())
+
 
 def test_files_of_other_models_are_named(tmp_path):
     for name, expected in (

@@ -46,7 +46,7 @@ def test_the_two_ablations_are_run_and_reported(small_cfg, tmp_path, monkeypatch
     assert not out["stopped"]
     said = capsys.readouterr().out
     names = re.findall(r"^== stage \d+ of 9: (.*?); ", said, re.M)
-    assert names == [title for title, *_ in blip2.RUNS.values()][:1] + ["image tower of it"] + [
+    assert names == [title for title, *_ in blip2.RUNS.values()][:1] + ["image tower and words of it"] + [
         title for title, *_ in blip2.RUNS.values()
     ][1:] + ["captions of unseen pictures", "report"]
     results = json.loads((tmp_path / "results.json").read_text())
@@ -87,7 +87,7 @@ def test_the_two_ablations_are_run_and_reported(small_cfg, tmp_path, monkeypatch
 
 def whose_parts_are_whose(workdir, cfg):
     """Tower and language model are the same, bit by bit, in all runs that have them, and in none of their checkpoints;
-    the second stage begins with the first's Q-Former, and alone as the first began."""
+    the second stage begins with the first's Q-Former, and alone, as the first, with the BLIP's words."""
     kept = {name: json.loads((workdir / name / "config.json").read_text()) for name in RUNS}
     assert [kept[name]["train"]["steps"] for name in RUNS] == [10, 6, 2, 2, 2, 2]
     assert kept["stage2"] | {"train": 0} == kept["stage2-alone"] | {"train": 0}
@@ -109,7 +109,14 @@ def whose_parts_are_whose(workdir, cfg):
     begun = {name: dict(trees.paths(start_of(blip2.config_of(cfg, workdir, name), workdir))) for name in RUNS[2:]}
     shared = [path for path in begun["stage2"] if path.startswith(("qformer/", "query_tokens", "ln_vision/"))]
     assert shared and all((begun["stage2"][path] == whole["stage1"][path]).all() for path in shared)
-    assert not any(path in begun["stage2-alone"] for path in shared)  # they are drawn
+    text, drawn = {}, re.compile("qformer/cross/.*|query_tokens|ln_vision/.*")
+    for name in ("stage1", "stage2-alone"):
+        assert not any(map(drawn.fullmatch, begun[name]))
+        text[name] = [path for path in begun[name] if path.startswith("qformer/")]
+        for path in text[name]:
+            theirs = whole["blip"][path.replace("qformer/", "med/").replace("/query_mlp", "/mlp")]
+            assert (begun[name][path] == theirs).all(), path
+    assert {path for path in shared if not drawn.fullmatch(path)} == set(text["stage2-alone"]) < set(text["stage1"])
 
 
 def start_of(cfg: ConfigDict, workdir) -> dict:

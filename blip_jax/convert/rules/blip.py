@@ -214,7 +214,7 @@ FAMILIES = {  # family -> rows; paths start at the train state's `params` or `mo
     ),
 }
 WORDS = {  # family -> what it is, and which models it is complete for besides itself
-    "pretrain": ("a pre-training model", ("retrieval", "itm", "features", "caption", "deit")),
+    "pretrain": ("a pre-training model", ("retrieval", "itm", "features", "caption", "deit", "bert")),
     "retrieval": ("a retrieval model", ("itm", "features")),
     "itm": ("a matching model", ("features",)),
     "features": ("a feature extractor", ()),
