@@ -8,7 +8,8 @@ Command: bash launch/demo.sh blip2, or blip-jax demo blip2 --workdir=runs/demo_b
           tower and its words, from which the Q-Former starts, the language model, first stage with ITG and without,
           second stage with the first and without, captions, report. blip_jax/demo/blip2.py has the steps of each as
           shares of train.steps, which are the second stage's.
-Learning rate: that of the second stage was chosen so that it does not undo the first one; all before it has 1e-3.
+Learning rate and steps: those of the second stage were chosen so that it does not undo the first one, nor learns all
+          by itself; the rate is the paper's, all before it has 1e-3.
 Hardware: 2 CPU cores. What came out, in what time, and with which settings the paper's order is not there:
           docs/results.md.
 """
@@ -39,7 +40,7 @@ def get_config():
     c.optim.decay_mask = "kernels"
     c.optim.clip = 1.0
     c.train.batch = 16
-    c.train.steps = 600
+    c.train.steps = 300
     c.train.log_every = 100
     c.train.save_every = 300
     c.train.keep = 1

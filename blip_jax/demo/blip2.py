@@ -38,12 +38,12 @@ TEXTS, CAPTIONS, APART = 20_000, 4, 1000
 FIRST_LR = 1e-3
 CUT = {"tower": "deit", "words": "bert"}  # folder -> the part of the BLIP, as a family of checkpoints
 RUNS = {  # folder -> (what its run is called, steps as a share of cfg.train.steps, about its seconds on 2 idle cores)
-    "blip": ("BLIP, for its image tower", 5.0, 130.0),  # after 2.0 its tower shows colours, but no shapes yet
-    "language": ("language model, on captions alone", 3.0, 50.0),
-    "stage1": ("first stage", 1.0, 46.0),
-    "stage1-without-itg": ("first stage without ITG", 1.0, 36.0),
-    "stage2": ("second stage", 1.0, 20.0),
-    "stage2-alone": ("second stage without the first", 1.0, 16.0),
+    "blip": ("BLIP, for its image tower", 10.0, 260.0),  # after 4.0 its tower shows colours, but no shapes yet
+    "language": ("language model, on captions alone", 6.0, 95.0),
+    "stage1": ("first stage", 2.0, 90.0),
+    "stage1-without-itg": ("first stage without ITG", 2.0, 70.0),
+    "stage2": ("second stage", 1.0, 22.0),
+    "stage2-alone": ("second stage without the first", 1.0, 18.0),
 }
 
 

@@ -89,7 +89,7 @@ def whose_parts_are_whose(workdir, cfg):
     """Tower and language model are the same, bit by bit, in all runs that have them, and in none of their checkpoints;
     the second stage begins with the first's Q-Former, and alone, as the first, with the BLIP's words."""
     kept = {name: json.loads((workdir / name / "config.json").read_text()) for name in RUNS}
-    assert [kept[name]["train"]["steps"] for name in RUNS] == [10, 6, 2, 2, 2, 2]
+    assert [kept[name]["train"]["steps"] for name in RUNS] == [20, 12, 4, 4, 2, 2]
     assert kept["stage2"] | {"train": 0} == kept["stage2-alone"] | {"train": 0}
     assert [kept[name]["optim"]["lr"] for name in RUNS] == [blip2.FIRST_LR] * 4 + [cfg.optim.lr] * 2
     assert (kept["stage1"]["task"].pop("itg"), kept["stage1-without-itg"]["task"].pop("itg")) == (True, False)
