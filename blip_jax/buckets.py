@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import fcntl
 import importlib.util
@@ -179,6 +180,14 @@ def opened(path) -> BinaryIO:
         return of(path).open("rb") if is_bucket(path) else open(path, "rb")
 
 
+@contextlib.contextmanager
+def by_ranges(path) -> Iterator[BinaryIO]:
+    """A file on a bucket, of which each read fetches what it asks for and no more. OSError: there is none, or it cannot
+    be read."""
+    with _answers(path), _system().open(_text(path), "rb", cache_type="none") as file:
+        yield file
+
+
 def read_at(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a file on a bucket, fewer at its end. OSError: there is none, or it cannot be read."""
     if size <= 0:
@@ -257,6 +266,14 @@ def stamps(path) -> dict[str, tuple[int, str]]:
         found = _system().find(_text(path), detail=True)
     root = _text(path).removeprefix(SCHEME)
     return {name.removeprefix(root).lstrip("/"): (int(x["size"]), str(x["generation"])) for name, x in found.items()}
+
+
+def written(folder) -> dict[str, datetime.datetime]:
+    """When each file below a folder of a bucket was written, by the bucket's clock, by name relative to the folder."""
+    with _answers(folder):
+        found = _system().find(_text(folder), detail=True)
+    root = f"{_text(folder).removeprefix(SCHEME)}/"
+    return {name.removeprefix(root): x["ctime"] for name, x in found.items()}
 
 
 def glob(path: str, folders: dict[str, set[str]]) -> list[str]:
