@@ -44,6 +44,7 @@ def working():
         here, there = fork.Pipe(duplex=False)
         made.append(fork.Process(target=work, args=(there,), daemon=True))
         made[-1].start()
+        assert here.poll(60)
         return made[-1], pathlib.Path(here.recv())
 
     yield start
@@ -78,12 +79,15 @@ def test_a_process_that_stands_still_keeps_its_folder(place, working):
 def test_one_that_was_forked_from_a_killed_process_keeps_its_folder(place):
     here, there = multiprocessing.Pipe(duplex=False)
     if (pid := os.fork()) == 0:
-        buckets.own_folder()
-        if (child := os.fork()) == 0:
-            time.sleep(600)
-        there.send((child, buckets.own_folder()))
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            buckets.own_folder()
+            if (child := os.fork()) == 0:
+                time.sleep(600)
+            there.send((child, buckets.own_folder()))
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
+    assert here.poll(60)
     child, files = here.recv()
     try:
         buckets.own_folder()
