@@ -89,8 +89,14 @@ def write(path: pathlib.Path, rows: list[Row]) -> None:
 
 
 def read(path: pathlib.Path, columns: list[str] | None = None) -> pa.Table:
-    """The table at `path`. ValueError: it is no decision table."""
+    """The table at `path`, or some columns of it, of which on a bucket no more is fetched than they take.
+
+    ValueError: it is no decision table.
+    """
     try:
+        if buckets.is_bucket(path) and columns:
+            with buckets.by_ranges(path) as file:
+                return pq.read_table(file, columns=columns)
         file = pa.BufferReader(path.read_bytes()) if buckets.is_bucket(path) else path
         return pq.read_table(file, columns=columns or SCHEMA.names)
     except (pa.ArrowInvalid, FileNotFoundError) as e:

@@ -88,8 +88,8 @@ def _run(cfg, out: pathlib.Path, process: int, processes: int, stop: Interrupt, 
     plan = Plan(lengths, cfg.shard_examples)
     done, keys = set(finished(out, len(plan))), Keys(out)
     todo = [k for k in range(process, len(plan), processes) if k not in done]
-    for shard in sorted(done) if todo else ():  # else the summary looks at them
-        keys.add_finished(shard)
+    if todo:  # else the summary looks at them
+        keys.add_finished(sorted(done))
     say(
         f"capfilt: {sum(lengths.values())} records of {len(lengths)} sources in {len(plan)} shards, {len(done)} "
         f"finished; process {process} of {processes} makes {len(todo)} on {mesh.size} devices of kind "

@@ -10,6 +10,7 @@ table last, and that is the commit. What a killed process has copied without the
 from __future__ import annotations
 
 import bisect
+import concurrent.futures
 import contextlib
 import hashlib
 import itertools
@@ -17,7 +18,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -201,9 +202,13 @@ class Keys:
         self._sorted: list[np.ndarray] = []  # u64 hashes, arrays of falling size
         self._shards: list[int] = []
 
-    def add_finished(self, shard: int) -> None:
-        """Takes in a shard from its table; errors as `add`."""
-        self.add(shard, _places(self._out, shard))
+    def add_finished(self, finished: Sequence[int]) -> None:
+        """Takes in shards from their tables, several of which are read at once; errors as `add`."""
+        with concurrent.futures.ThreadPoolExecutor(buckets.THREADS) as pool:
+            for i in range(0, len(finished), buckets.THREADS):
+                some = finished[i : i + buckets.THREADS]
+                for shard, found in zip(some, pool.map(lambda shard: _places(self._out, shard), some)):
+                    self.add(shard, found)
 
     def add(self, shard: int, places: Iterable[tuple[str, str, int, str]]) -> None:
         """Takes in the (key, dataset, record, reason) of a shard's rows. ValueError: a key that is there already."""

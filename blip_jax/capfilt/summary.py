@@ -116,7 +116,7 @@ def finish(out: pathlib.Path, count: int, threshold: float) -> dict:
 
     ValueError: a key occurs twice. OSError: `out` cannot be written.
     """
-    summary = summarise(out, count, threshold)
+    summary = _there(out) or summarise(out, count, threshold)
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     with shards.writing("the summary", out):
         if not (out / FILE).exists() or (out / FILE).read_text(encoding="utf-8") != content:
@@ -125,6 +125,17 @@ def finish(out: pathlib.Path, count: int, threshold: float) -> dict:
         shutil.rmtree(out / "unfinished", ignore_errors=True)
     say(table_of(summary, out))
     return summary
+
+
+def _there(out: pathlib.Path) -> dict | None:
+    """The summary on a bucket that was written after every table there, so that none has to be fetched again."""
+    if not buckets.is_bucket(out):
+        return None
+    written = buckets.written(out)
+    tables = [time for name, time in written.items() if name.endswith(f"/{shards.TABLE}")]
+    if FILE not in written or written[FILE] <= max(tables):
+        return None
+    return json.loads((out / FILE).read_text(encoding="utf-8"))
 
 
 def table_of(summary: dict, out: pathlib.Path) -> str:

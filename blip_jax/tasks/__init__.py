@@ -123,9 +123,11 @@ def names() -> list[str]:
 
 def unknown(objective: str) -> str:
     """What is wrong with an objective that no task has the name of."""
+    file = f"{objective}.py" if objective.isidentifier() else "FILE.py"
     return (
-        f"objective is {objective!r}: choose one of {', '.join(names())}; of a task of your own give the --config that "
-        "brings it (blip_jax.tasks.bring)"
+        f"objective is {objective!r}: choose one of {', '.join(names())}; of a task of your own, whose file no workdir "
+        f"runs by itself, give --config={file}, and the flags that the run had, or in Python "
+        f"blip_jax.tasks.bring({file!r})"
     )
 
 

@@ -36,10 +36,10 @@ def evaluate(cfg, workdir, path="") -> dict:
 
 
 def _evaluate(cfg, workdir, path) -> dict:
-    if not len(cfg.data.eval):
-        raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
     if not hasattr(tasks.of(cfg), "evaluate"):
         raise ValueError(f"objective {cfg.objective} has no scores: its eval/loss is in the log of its run")
+    if not len(cfg.data.eval):
+        raise ValueError("data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)")
     origin = read.locate(path) if path else checkpoint.newest(workdir)
     tokenizer = tokenizers.of_config(cfg)
     tasks.validate(cfg, tokenizer, jax.process_count(), jax.device_count())

@@ -464,15 +464,13 @@ def test_keys_of_many_shards(tmp_path, monkeypatch):
     for shard in range(9):
         put(shard, [f"{shard}-{i}" for i in range(1 + 3 * shard % 5)])
     keys = shards.Keys(tmp_path)
-    for shard in range(9):
-        keys.add_finished(shard)
+    keys.add_finished(range(9))
     with pytest.raises(ValueError, match=r"'4-1' occurs twice: record 1 of source 'd' \(shard 00004\) and record 5"):
         keys.add(9, [("4-1", "d", 5, "matched")])
     keys.add(9, [("4-1", "d", 5, "unreadable: broken picture")])
     monkeypatch.setattr(shards, "_hash", lambda key: 1)
     keys = shards.Keys(tmp_path)
-    for shard in range(9):
-        keys.add_finished(shard)
+    keys.add_finished(range(9))
     with pytest.raises(ValueError, match="'8-0' occurs twice"):
         keys.add(9, [("8-0", "d", 0, "matched")])
 

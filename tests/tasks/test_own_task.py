@@ -1,13 +1,14 @@
 """A task that lies in a file of its own, and not in blip_jax/tasks/."""
 
 import pathlib
+import subprocess
 import sys
 
 import pytest
 from ml_collections import ConfigDict
 
 from blip_jax import tasks
-from blip_jax.cli import configs
+from blip_jax.cli import configs, main
 from blip_jax.config import base
 
 OWN = """
@@ -45,13 +46,38 @@ def test_a_name_alone_loads_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("own_never", "own_never.py", str(tmp_path / "own_never"), "json", "step", "..config"):
-        with pytest.raises(ValueError, match=r"choose one of .*; of a task of your own give the --config that brings"):
+        file = {"own_never": "own_never.py", "json": "json.py", "step": "step.py"}.get(name, "FILE.py")
+        with pytest.raises(ValueError, match=rf"choose one of .*; of a task of your own, .* give --config={file}, "):
             tasks.of(objective(name))
         with pytest.raises(ValueError, match="choose one of"):
             cfg = base("tiny").unlock()
             cfg.objective = name
             tasks.validate(cfg)
     assert "own_never" not in sys.modules
+
+
+def test_a_workdir_alone_does_not_run_the_file_it_names_and_says_how_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    file, workdir = tmp_path / "mine" / "own_named.py", tmp_path / "run"
+    file.write_text(OWN.format(word="first") + "\nevaluate = None\n")
+    code = "import json, sys; from blip_jax.cli import configs; print(configs.load(sys.argv[1]).to_json())"
+    saved = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True).stdout
+    workdir.mkdir()
+    (workdir / "config.json").write_text(saved)
+    for folder in (tmp_path, workdir):
+        (folder / "own_named.py").write_text("raise SystemExit('it was run')")
+    assert main.main(["evaluate", "--workdir=run"]) == 2
+    said = capsys.readouterr().err
+    assert "error: objective is 'own_named': choose one of" in said and "give --config=own_named.py, and the" in said
+    assert "own_named" not in tasks.names()
+
+    # as it says
+    assert main.main(["evaluate", "--workdir=run", f"--config={file}"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "error: data.eval is empty: add a source to the config, c.data.eval.name = source(kind, path)\n"
+    )
 
 
 def test_a_name_belongs_to_one_file(tmp_path):
