@@ -385,7 +385,7 @@ def test_capfilts_parameters_are_planned_as_its_devices_keep_them(platform, dtyp
     mesh = jax.sharding.AbstractMesh(
         (4, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, abstract_device=device
     )
-    params = programs._rounded(cfg, mesh, "bfloat16")
+    params = programs._rounded(cfg, programs._model(cfg, "bfloat16"), mesh)
     assert params["vit"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == dtype
 
 
