@@ -28,6 +28,7 @@ from blip_jax.tasks.step import jit_arguments, make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
+TRAINING = "train step"  # name of the one program that has gradients
 PROMPT = 4  # positions of the paper's prompt "a picture of " with [DEC]
 
 
@@ -105,7 +106,7 @@ def train(cfg, mesh) -> list[Program]:
     }
     return [
         Program(
-            name="train step",
+            name=TRAINING,
             function=make_step(cfg, model, tx, epoch),
             args=(state, batch),
             jit=jit_arguments(shardings, mesh),

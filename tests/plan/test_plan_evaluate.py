@@ -21,8 +21,8 @@ TRIPS = 6  # of a token loop
 
 
 def sized(task: str, llm: str = ""):
-    """A tiny config of a task, of BLIP-2 but for "retrieval" and "caption"; vocabularies have no padding."""
-    blip = task in ("retrieval", "caption")
+    """A tiny config of a task, of BLIP-2 but for "caption"; vocabularies have no padding."""
+    blip = task == "caption"
     c = (config.base("tiny") if blip else config.blip2("eva_tiny", "tiny", llm)).unlock()
     c.objective = task
     if hasattr(tasks.of(c), "leaves"):
@@ -111,7 +111,6 @@ def bare(args):
 @pytest.mark.parametrize(
     "task, llm, names",
     [
-        ("retrieval", "", ["encode images", "encode texts", "re-rank"]),
         ("caption", "", ["captions"]),
         ("blip2_stage1", "", ["encode images", "encode texts", "re-rank"]),
         ("blip2_stage2", "opt_tiny", ["captions"]),
