@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python benchmarks/compile.py")
     made.add_argument("--platform", type=listed, default=["h100"], help="h100 or another GPU, or TPUs as v5e:4x8")
     made.add_argument("--program", type=listed, default=list(OF_TASK), help=", ".join(PROGRAMS))
-    made.add_argument("--task", type=listed, default=["pretrain"], help="objectives of BLIP, or BLIP-2 as blip2_stage1, blip2_opt2.7b")
+    made.add_argument(
+        "--task", type=listed, default=["pretrain"], help="objectives of BLIP, or BLIP-2 as blip2_stage1, blip2_opt2.7b"
+    )
     made.add_argument("--size", default="base", help="of the model, where it is no BLIP-2")
     made.add_argument("--text_layers", type=numbers, default=[0], help="of MED; 0: the size's own")
     made.add_argument("--batch", type=numbers, default=[8], help="global, pictures; the state has none")

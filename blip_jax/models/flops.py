@@ -295,7 +295,8 @@ def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
 
 def blip2_look(model, question: int = 0) -> float:
     """FLOPs of tower and queries for one image; question: positions that the Q-Former reads beside it."""
-    return vision(model)[0] + qformer_kv(model) + qformer_layers(model, model.qformer.queries + question) + looking(model)
+    queries = qformer_layers(model, model.qformer.queries + question) + looking(model)
+    return vision(model)[0] + qformer_kv(model) + queries
 
 
 def blip2_caption_image(model, prompt: int, tokens: int, n: int = 1, question: int = 0) -> float:

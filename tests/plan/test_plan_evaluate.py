@@ -32,7 +32,9 @@ def sized(task: str, llm: str = ""):
     c.loss.queue = 0
     if llm:
         c.model.llm.vocab_size = 384
-        c.text.prompt = "Question: {} Answer:" if task == "blip2_vqa" else "nine words that make more than eight tokens here"
+        c.text.prompt = (
+            "Question: {} Answer:" if task == "blip2_vqa" else "nine words that make more than eight tokens here"
+        )
     c.text.max_len, c.train.batch, c.train.steps, c.train.save_every = T, 16, 10, 10
     c.eval.update(k=3, batch=12, rerank_texts=2, beams=2, min_length=2, max_length=TRIPS + 1)
     if task == "caption":
