@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python benchmarks/compile.py")
     made.add_argument("--platform", type=listed, default=["h100"], help="h100 or another GPU, or TPUs as v5e:4x8")
     made.add_argument("--program", type=listed, default=list(OF_TASK), help=", ".join(PROGRAMS))
-    made.add_argument("--task", type=listed, default=["pretrain"], help="objectives, or BLIP-2 as blip2_opt2.7b")
+    made.add_argument(
+        "--task", type=listed, default=["pretrain"], help="objectives of BLIP, or BLIP-2 as blip2_stage1, blip2_opt2.7b"
+    )
     made.add_argument("--size", default="base", help="of the model, where it is no BLIP-2")
     made.add_argument("--text_layers", type=numbers, default=[0], help="of MED; 0: the size's own")
     made.add_argument("--batch", type=numbers, default=[8], help="global, pictures; the state has none")
@@ -225,8 +227,9 @@ def spent() -> float:
 
 
 def configured(case: dict, task: str):
-    """The paper's training of an objective on the case's size, or of a BLIP-2 by its stage."""
-    from blip_jax import config
+    """The paper's training of an objective on the case's size, or of a BLIP-2 by its stage. ValueError: an objective of
+    BLIP-2, which says no model."""
+    from blip_jax import config, tasks
     from blip_jax.bench import train
 
     model = task if task in config.BLIP2_MODELS else ""
@@ -235,6 +238,11 @@ def configured(case: dict, task: str):
         cfg.model.remat = case["remat"]
         if not model:
             cfg.model.med.layers = case["text_layers"] or cfg.model.med.layers
+    try:
+        tasks.validate(cfg)
+    except ValueError as error:
+        names = ", ".join(config.BLIP2_MODELS)
+        raise ValueError(f"--task={task}: {' '.join(str(error).split())}; of BLIP-2 give one of {names}") from None
     return cfg
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -112,6 +112,17 @@ def alone(function: Callable, mesh: Mesh, args: tuple, out: Any) -> Callable:
         check_vma=False,
         axis_names=set(mesh.axis_names) if single else {"data"},
     )
+
+
+class Pass(NamedTuple):
+    """One program of an evaluation and what it is called with, for plans of it (`tasks`)."""
+
+    name: str
+    function: Callable  # (params, rows...) -> rows, which the evaluation jits
+    rows: tuple  # of jax.ShapeDtypeStruct, those of all devices together
+    flops: float  # of a row, by the formulas of models.flops
+    pictures: int = 0  # of a row, that the image tower sees
+    trips: int = 0  # most iterations of its token loop, 0: it has none
 
 
 class Runner:

@@ -57,8 +57,12 @@ def prompt_ids(model, tokenizer, prompts: list[str], most: int) -> tuple[np.ndar
             f"prompt {int(sizes.argmax())} has {longest} tokens: at most {free} are read, so that {most} new "
             "ones have room; shorten it"
         )
-    T = min(at_least(longest, LEAST_PROMPT), free)
-    return tokenizer.encode(prompts, T, **({"pad_left": True} if opt else {}))
+    return tokenizer.encode(prompts, prompt_positions(model, longest, most), **({"pad_left": True} if opt else {}))
+
+
+def prompt_positions(model, tokens: int, most: int) -> int:
+    """The bucket of a prompt of so many tokens that up to `most` will stand behind."""
+    return min(at_least(tokens, LEAST_PROMPT), room(model, most))
 
 
 def question_ids(model, tokenizer, asked: list[str], most: int = MOST_QUESTION) -> tuple[np.ndarray, ...]:
@@ -92,11 +96,16 @@ def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
 
     ValueError: a prompt that leaves no room for method.max_length tokens.
     """
-    generate = generating(model, method, special(model, tokenizer))
     given = *prompt_ids(model, tokenizer, [prompt], method.max_length - 1), *question_ids(model, tokenizer, [prompt])
+    return continuing(model, given, method, special(model, tokenizer))
+
+
+def continuing(model, prompt: tuple, method: Method, special: Ids) -> Callable:
+    """`captioner` of a prompt in ids: those arrays that `generating` takes, [1,T] each."""
+    generate = generating(model, method, special)
 
     def caption(params, img, keys):
-        rows = (jnp.broadcast_to(x, (len(img), x.shape[1])) for x in given)
+        rows = (jnp.broadcast_to(x, (len(img), x.shape[1])) for x in prompt)
         return generate(params, img, keys, *rows)
 
     return caption

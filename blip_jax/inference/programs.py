@@ -114,7 +114,7 @@ def rerank(model) -> Callable:
     """
 
     def rerank(params, img_tok, ids, txt_mask):
-        kv = model.apply({"params": params}, img_tok, method="image_kv")
+        kv = model.apply({"params": params}, img_tok, method="match_kv" if isinstance(model, Blip2) else "image_kv")
         return {"logit": match(model)(params, {"kv": kv}, ids, txt_mask)["logit"]}
 
     return rerank
@@ -183,18 +183,27 @@ def captioning(model, tokenizer, method: Method) -> Callable:
     prompt, caption, [SEP] if it ended before L = method.max_length tokens, [PAD]. log_prob: the model's own, summed
     over caption and [SEP].
     """
-    decode = _decoding(model, method, eos=tokenizer.sep, pad=tokenizer.pad)
+    return _captioning(model, method, eos=tokenizer.sep, pad=tokenizer.pad)
+
+
+def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
+    """`captioning` of one prompt: (params, img u8[B,S,S,3], keys u32[B,2]) -> the same result."""
+    return continuing(model, prompt_ids(tokenizer, prompt), method, eos=tokenizer.sep, pad=tokenizer.pad)
+
+
+def continuing(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> Callable:
+    """`captioner` of a prompt in ids, of `prompt_ids`."""
+    caption, start = _captioning(model, method, eos=eos, pad=pad), np.array(prompt, np.int32)
+    return lambda params, img, keys: caption(params, img, keys, start)
+
+
+def _captioning(model, method: Method, *, eos: int, pad: int) -> Callable:
+    decode = _decoding(model, method, eos=eos, pad=pad)
 
     def caption(params, img, keys, prompt):
         return decode(params, view(model, "kv")(params, img)["kv"], keys, prompt)
 
     return caption
-
-
-def captioner(model, tokenizer, prompt: str, method: Method) -> Callable:
-    """`captioning` of one prompt: (params, img u8[B,S,S,3], keys u32[B,2]) -> the same result."""
-    caption, start = captioning(model, tokenizer, method), np.array(prompt_ids(tokenizer, prompt), np.int32)
-    return lambda params, img, keys: caption(params, img, keys, start)
 
 
 def decoder(model, prompt: list[int], method: Method, *, eos: int, pad: int) -> Callable:

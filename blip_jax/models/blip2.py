@@ -128,6 +128,10 @@ class Blip2(nn.Module):
         """`look`'s keys and values."""
         return self.look(img_tok)[1]
 
+    def match_kv(self, img_tok) -> Seen:
+        """Keys and values that `match` takes, without the pass of the queries alone that texts are written behind."""
+        return Seen(self.qformer.image_kv(img_tok), None)
+
     def project_queries(self, qry):
         """qry [B,Q,W] -> img_emb f32[B,Q,E], each of unit norm"""
         return unit(self.vision_proj(qry.astype(jnp.float32)))

@@ -150,10 +150,22 @@ def qformer_layers(model, T: int, written: int = 0) -> float:
     return q.layers * (text_layer(q, T, T) + 4 * T * written * q.width)
 
 
+def qformer_kv(model) -> float:
+    """Cross-attention keys and values of one image in all Q-Former layers that look at it."""
+    q = model.qformer
+    return q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width
+
+
 def looking(model) -> float:
     """Cross-attention of the queries to one image in all Q-Former layers that have one, keys and values apart."""
     q = model.qformer
     return q.layers // 2 * (2 * q.queries * 2 * q.width**2 + 4 * q.queries * positions(model) * q.width)
+
+
+def _blip2_match(model, T: int) -> float:
+    """Matching one text of T positions with an image whose keys and values are there, by the first stage."""
+    q = model.qformer
+    return qformer_layers(model, q.queries + T) + looking(model) + 2 * q.queries * q.width * 2
 
 
 def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True, itg: bool = True) -> dict[str, float]:
@@ -168,10 +180,10 @@ def blip2_stage1_step(cfg, T: int | None = None, frozen: bool = True, itg: bool 
     project, similarity = 2 * E * q.width * (q.queries + 1), 2 * 2 * E * q.queries * rows
     parts = {
         "vision": vision(model)[0],
-        "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
+        "image_kv": qformer_kv(model),
         "queries": qformer_layers(model, q.queries) + looking(model),
         "text": qformer_layers(model, T),
-        "match": 3 * (qformer_layers(model, q.queries + T) + looking(model) + 2 * q.queries * q.width * 2),
+        "match": 3 * _blip2_match(model, T),
         "decoder": qformer_layers(model, T - 1, q.queries) if itg else 0.0,
         "lm_head": (T - 1) * lm_head(q) if itg else 0.0,
         "itc": project + similarity,
@@ -210,7 +222,7 @@ def blip2_stage2_step(
     width, (matrices, mixing) = llm.get("embed_width", llm.width), language_model(llm, q.queries + T, U)
     parts = {
         "vision": vision(model)[0],
-        "image_kv": q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width,
+        "image_kv": qformer_kv(model),
         "queries": qformer_layers(model, q.queries + question) + looking(model),
         "llm_proj": 2 * q.queries * q.width * width,
         "llm": matrices + mixing,
@@ -281,13 +293,18 @@ def caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
     return encode_image(model) + image_kv(model) + extend(prompt) + n * (tokens - 1) * extend(1)
 
 
-def blip2_caption_image(model, prompt: int, tokens: int, n: int = 1) -> float:
+def blip2_look(model, question: int = 0) -> float:
+    """FLOPs of tower and queries for one image; question: positions that the Q-Former reads beside it."""
+    queries = qformer_layers(model, model.qformer.queries + question) + looking(model)
+    return vision(model)[0] + qformer_kv(model) + queries
+
+
+def blip2_caption_image(model, prompt: int, tokens: int, n: int = 1, question: int = 0) -> float:
     """FLOPs of n texts of one image, each of `tokens` tokens after `prompt` positions, by BLIP-2: as `caption_image`
-    the Q-Former's, whose prompt is [DEC] at least, or with a language model as `inference.language.generating`.
+    the Q-Former's, whose prompt is [DEC] at least, or with a language model as `inference.language.generating`, whose
+    Q-Former may read a `question`.
     """
-    q = model.qformer
-    found = vision(model)[0] + q.layers // 2 * 2 * positions(model) * model.vit.width * 2 * q.width
-    found += qformer_layers(model, q.queries) + looking(model)
+    q, found = model.qformer, blip2_look(model, question)
     if not len(model.llm):
         cache = prompt + tokens - 1
         extend = lambda t: qformer_layers(model, t, q.queries + cache - t) + lm_head(q)
@@ -346,14 +363,25 @@ def retrieval_eval(cfg, images: int, texts: int, frames: int = 1) -> dict[str, f
     Each image re-ranks its eval.k texts and each text its eval.k images; counted as if no pair were in both shortlists
     (at most), in passes of eval.rerank_texts texts an image, all full, each with its own keys and values.
     """
-    model, T, group, k = cfg.model, cfg.text.max_len, cfg.eval.rerank_texts, cfg.eval.k
-    project = 2 * model.embed_dim
-    encode = images * frames * (encode_image(model) + project * model.vit.width) + texts * (
-        text(model, T, False) + project * model.med.width
-    )
+    group, k = cfg.eval.rerank_texts, cfg.eval.k
+    picture, words, unit = retrieval_passes(cfg.model, cfg.text.max_len, group, frames)
+    encode = images * picture + texts * words
     pairs = min(images * min(k, texts) + texts * min(k, images), images * texts)
-    rerank = pairs / group * rerank_unit(model, T, group, frames)
+    rerank = pairs / group * unit
     return {"encode": encode, "rerank": rerank, "total": encode + rerank}
+
+
+def retrieval_passes(model, T: int, texts: int, frames: int = 1) -> tuple[float, float, float]:
+    """FLOPs of what a retrieval evaluation passes over, by BLIP or by BLIP-2's first stage: a picture, or a video of so
+    many frames; a text of T positions; a picture's keys and values with `texts` texts matched with it."""
+    project = 2 * model.embed_dim
+    if "qformer" not in model:
+        picture = frames * (encode_image(model) + project * model.vit.width)
+        words = text(model, T, False) + project * model.med.width
+        return picture, words, rerank_unit(model, T, texts, frames)
+    q = model.qformer
+    picture = blip2_look(model) + project * q.queries * q.width
+    return picture, qformer_layers(model, T) + project * q.width, qformer_kv(model) + texts * _blip2_match(model, T)
 
 
 def rerank_unit(model, T: int, texts: int, frames: int = 1) -> float:

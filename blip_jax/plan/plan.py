@@ -168,7 +168,7 @@ def analytic(program: programs.Program, request: Request) -> dict:
     topology, chip, parts = request.topology, request.topology.chip, programs.arguments(program)
     flops, again = program.flops / topology.devices, program.recomputed / topology.devices
     gradients = 0
-    if program.name == "train step":  # summed over devices in the dtype of the computation
+    if program.name == programs.TRAINING:  # summed over devices in the dtype of the computation
         width = jax.numpy.dtype(request.cfg.model.dtype).itemsize
         gradients = sum(x.size * width for x in jax.tree.leaves(program.parts["parameters"]))
     reduced = hlo.travels("all-reduce", gradients, topology.devices)
@@ -205,19 +205,19 @@ def merge(row: dict, found: dict, topology: chips.Topology | gpus.Hosts) -> None
     row["needed"] = sum(row["memory"].values())
     row["fits"] = row["needed"] <= chip.usable
     row["bytes"] = found["bytes"]
-    row["collectives"] = _grouped([_timed(c, chip) for c in found["collectives"]])
+    row["collectives"] = _grouped([_timed(c, chip, row["name"] == programs.TRAINING) for c in found["collectives"]])
     row["seconds"] |= {
         "memory": found["bytes"] / (chip.hbm_rate / chip.devices),
         "interconnect": sum(c["seconds"] for c in row["collectives"]),
     }
 
 
-def _timed(c: dict, chip: chips.Chip | gpus.Gpu) -> dict:
-    """A collective with what moves, and why.
+def _timed(c: dict, chip: chips.Chip | gpus.Gpu, trains: bool = True) -> dict:
+    """A collective, of a program that trains or does not, with what moves, and why.
 
     Also the bytes that a device receives a step, and the seconds that takes at the links' rate.
     """
-    what, why = reason(c["kind"], c["op"], c["axis"], "gpu" if isinstance(chip, gpus.Gpu) else "tpu")
+    what, why = reason(c["kind"], c["op"], c["axis"], "gpu" if isinstance(chip, gpus.Gpu) else "tpu", trains)
     inside = c["devices"] // c["slices"]
     ici = hlo.travels(c["kind"], c["bytes"], inside) * c["count"]
     dcn = hlo.travels(c["kind"], c["bytes"] / max(inside, 1), c["slices"]) * c["count"]
@@ -260,7 +260,7 @@ def finished(out: dict, request: Request) -> dict:
         row.setdefault("fits", None if row["known"] <= row["usable"] else False)
     verdicts = [r["fits"] for r in rows]
     out |= {"fits": False if False in verdicts else None if None in verdicts else True}
-    if request.workload == "evaluate":  # three passes over different things: no single rate
+    if request.workload == "evaluate" and len(rows) > 1:  # passes over different things: no single rate
         return out
     seconds, images = sum(r["best_seconds"] for r in rows), rows[0]["images"]
     out |= {

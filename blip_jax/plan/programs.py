@@ -28,6 +28,7 @@ from blip_jax.tasks.step import jit_arguments, make_step
 from blip_jax.train import optim
 from blip_jax.train import state as train_state
 
+TRAINING = "train step"  # name of the one program that has gradients
 PROMPT = 4  # positions of the paper's prompt "a picture of " with [DEC]
 
 
@@ -105,7 +106,7 @@ def train(cfg, mesh) -> list[Program]:
     }
     return [
         Program(
-            name="train step",
+            name=TRAINING,
             function=make_step(cfg, model, tx, epoch),
             args=(state, batch),
             jit=jit_arguments(shardings, mesh),
@@ -199,54 +200,36 @@ def _batch(cfg, mesh) -> dict:
 
 
 def evaluate(cfg, mesh) -> list[Program]:
-    """Retrieval of `cfg` on `mesh`: the pass over images, the one over texts, and the one that re-ranks."""
-    model, rows = tasks.build(cfg), mesh.shape["data"] * mesh.shape["fsdp"]
-    if not getattr(model, "encoder", False):
+    """What `blip-jax evaluate` runs of `cfg` on `mesh`. A token loop is counted to its end, the most tokens of a text.
+
+    ValueError: the objective does not say what that is.
+    """
+    task, unit = tasks.of(cfg), mesh.shape["data"] * mesh.shape["fsdp"]
+    if not hasattr(task, "passes"):
         raise ValueError(
-            f"workload evaluate: retrieval needs a model with BLIP's text encoder, and objective is {cfg.objective}; "
-            "plan its training, or give a config of objective pretrain or retrieval"
+            f"workload evaluate: objective {cfg.objective} does not say what its evaluation runs (passes, "
+            "blip_jax/tasks); plan its training, or the evaluation of another objective"
         )
-    B = -(-cfg.eval.batch // rows) * rows
-    G, T = cfg.eval.rerank_texts, cfg.text.max_len
-    shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
-    params, place = _placed(shapes, sharding.shardings_for(shapes, mesh)), sharding.batch_sharding(mesh)
+    model = task.build(cfg)
+    params, place = _rounded(cfg, model, mesh), sharding.batch_sharding(mesh)
 
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
-
-    img_size, frames = cfg.model.img_size, cfg.task.frames if "frames" in cfg.task else 1
-    img = array(jnp.uint8, *(frames,) * ("frames" in cfg.task), img_size, img_size, 3)
-    img_tok = array(jnp.dtype(cfg.model.dtype), flops.positions(cfg.model, frames), cfg.model.vit.width)
-    one_text = array(jnp.int32, T), array(jnp.bool_, T)
-    texts = array(jnp.int32, G, T), array(jnp.bool_, G, T)
-
-    def program(name, function, batch, image_flops, more=0.0):
+    def program(found) -> Program:
+        batch = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in found.rows)
+        images = len(batch[0])
+        more = found.pictures * beyond(cfg.model, platform_of(mesh)) if found.pictures else 0.0
         return Program(
-            name=name,
-            function=function,
+            name=found.name,
+            function=found.function,
             args=(params, *batch),
             jit={"out_shardings": NamedSharding(mesh, P())},  # of several hosts each gets all results
-            images=B,
-            flops=image_flops * B,
-            recomputed=more * B,
-            trips=0,
+            images=images,
+            flops=images * found.flops,
+            recomputed=images * more,
+            trips=found.trips,
             parts={"parameters": params, "batch": batch},
         )
 
-    # what a cosine adds to matching in the filter: the text's pass and projection, the image's projection, a product
-    project = 2 * cfg.model.embed_dim * cfg.model.vit.width
-    itc = flops.filter_image(cfg.model, T, 1) - flops.filter_image(cfg.model, T, 1, itc=False)
-    return [
-        program(
-            "encode images",
-            programs.view(model, "img_tok", "img_emb"),
-            (img,),
-            frames * (flops.encode_image(cfg.model) + project),
-            frames * beyond(cfg.model, platform_of(mesh)),
-        ),
-        program("encode texts", programs.embed(model), one_text, itc - project - 2 * cfg.model.embed_dim),
-        program("re-rank", programs.rerank(model), (img_tok, *texts), flops.rerank_unit(cfg.model, T, G, frames)),
-    ]
+    return [program(found) for found in task.passes(cfg, model, unit)]
 
 
 def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
@@ -258,8 +241,8 @@ def capfilt(cfg, mesh, captioner, judge) -> list[Program]:
     size = cfg.device_batch * mesh.shape["data"] * mesh.shape["fsdp"]
     T, texts = judge.text.max_len, 1 + method.n
     models = {"captioner": captioner, "filter": judge}
-    params = {name: _rounded(c, mesh, cfg.dtype) for name, c in models.items()}
     model = {name: _model(c, cfg.dtype) for name, c in models.items()}
+    params = {name: _rounded(c, model[name], mesh) for name, c in models.items()}
 
     def rows(dtype, *shape):
         return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
@@ -341,12 +324,11 @@ def _model(cfg, dtype: str):
     return tasks.build(sizes)
 
 
-def _rounded(cfg, mesh, dtype: str):
-    """Shapes of a model's parameters as CapFilt keeps them on the devices of `mesh`.
+def _rounded(cfg, model, mesh):
+    """Shapes of a model's parameters as inference keeps them on the devices of `mesh` (`batching.placed`).
 
     Matrices are in the dtype of the computation.
     """
-    model = _model(cfg, dtype)
     shapes = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
     places = dict(trees.paths(sharding.shardings_for(shapes, mesh)))
     return trees.nest(

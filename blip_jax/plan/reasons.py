@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+KEPT = "features and scores", "every process of an evaluation keeps those of all images and texts"
+
 REASONS = (  # kind, part of the name in our code, axis -> what moves, why; first match wins
     (
         r"all-gather|collective-permute",
@@ -108,9 +110,9 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
         r"all-gather",
         r"jit\((view|embed|rerank)\)",
         "data.*",
-        "features and scores",
-        "every process of an evaluation keeps those of all images and texts",
+        *KEPT,
     ),
+    (r"all-reduce", r"while/cond", ".*", "whether every text has ended", "a loop over tokens is one for all rows"),
     (
         r"all-gather",
         r"",
@@ -140,8 +142,11 @@ REASONS = (  # kind, part of the name in our code, axis -> what moves, why; firs
 JOINED = "gradients", "sums that the GPU compiler joined to one, of which it left no name"
 
 
-def reason(kind: str, op: str, axis: str, platform: str = "tpu") -> tuple[str, str]:
-    """(what a collective moves, why it has to) by the table REASONS, whose rows without a name are of TPUs."""
+def reason(kind: str, op: str, axis: str, platform: str = "tpu", trains: bool = True) -> tuple[str, str]:
+    """(what a collective moves, why it has to) by the table REASONS, whose rows without a name are of training on TPUs;
+    a program that does not train has results alone to exchange over the data axis."""
+    if not (trains or op) and axis.startswith("data"):
+        return KEPT
     if platform == "gpu" and kind in ("all-reduce", "reduce-scatter") and not op:
         return JOINED
     for kinds, name, axes, what, why in REASONS:

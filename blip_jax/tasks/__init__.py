@@ -47,6 +47,8 @@ one that can be evaluated
   evaluate(loaded, data, mesh)          {metric: number}, and maybe "predictions", JSON rows, and "scores", arrays by
                                         name; loaded: model, params, cfg, tokenizer, origin
   curve(loaded, data, mesh)             as `evaluate`, while a run trains, where that takes too long then
+  passes(cfg, model, unit)              `inference.batching.Pass`es: the programs that `evaluate` runs, for plans of it;
+                                        unit: devices that rows are shared out over
   BEST                                  names of numbers of `curve`, or of `evaluate`, whose sum says which
                                         checkpoint of a run is the best (train.keep_best)
   samples(loaded, data, mesh)           (record, what the model says of it) of what `eval_data` gives, in order, for

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from blip_jax import losses
 from blip_jax.data import pairs
 from blip_jax.data.evaluation import EvalData
+from blip_jax.inference.batching import Pass
 from blip_jax.models import flops as counts
 from blip_jax.models.blip2 import Blip2
 from blip_jax.models.build import Start
@@ -186,6 +187,17 @@ def evaluate(loaded, data: EvalData, mesh) -> dict:
     """Recalls as `retrieval.evaluate`: ITC's shortlist, re-ranked by the matching logit plus the cosine, texts of
     task.eval_len positions.
     """
-    cfg = loaded.cfg.copy_and_resolve_references().unlock()
-    cfg.text.max_len = cfg.task.eval_len
-    return two_stage.evaluate(cfg.lock(), loaded.model, loaded.params, data, loaded.tokenizer, mesh)
+    cfg = _evaluated(loaded.cfg)
+    return two_stage.evaluate(cfg, loaded.model, loaded.params, data, loaded.tokenizer, mesh)
+
+
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, as `two_stage.passes`."""
+    return two_stage.passes(_evaluated(cfg), model, unit)
+
+
+def _evaluated(cfg):
+    """The config with texts of task.eval_len positions."""
+    own = cfg.copy_and_resolve_references().unlock()
+    own.text.max_len = own.task.eval_len
+    return own.lock()

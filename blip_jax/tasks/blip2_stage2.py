@@ -22,6 +22,7 @@ from blip_jax.tasks import blip2_stage1, captioned, step
 START = Start(blip2_stage1.of_bert, new=r"llm_proj/.*")  # of a first stage or, without it, of BERT
 BEST, eval_data, evaluate, curve = captioned.BEST, captioned.eval_data, captioned.evaluate, captioned.curve
 table, submission, samples = captioned.table, captioned.submission, captioned.samples
+passes = captioned.passes
 
 
 def check(cfg, tokenizer=None) -> list[str]:

@@ -21,7 +21,7 @@ from blip_jax.data.text.clean import clean_question, too_long
 from blip_jax.data.text.tokenizers import WithQuestions
 from blip_jax.decode import limits
 from blip_jax.inference import language
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner, at_most
 from blip_jax.inference.programs import Method
 from blip_jax.models import flops as counts
 from blip_jax.models.blip2_llm import Blip2Llm
@@ -175,6 +175,25 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
     return vqa.scored(answered(loaded, data, mesh))
 
 
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans: which ids begin or end an answer does not change what is computed. unit: as of
+    `Runner`."""
+    B, S, T, task = at_most(cfg.eval.batch, unit), cfg.model.img_size, cfg.text.max_len, cfg.task
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)
+    read = rows(np.int32, T), rows(bool, T)
+    program = language.generating(model, method(cfg), language.Ids(0, 1, 2))
+    flops = counts.blip2_caption_image(cfg.model, T, task.max_length, task.beams, question=T)
+    given = rows(np.uint8, S, S, 3), rows(np.uint32, 2), *read, *read
+    return [Pass("answers", program, given, flops, pictures=1, trips=task.max_length - 1)]
+
+
+def method(cfg) -> Method:
+    """How cfg.task has answers made, by beams, lengths being new tokens."""
+    task = cfg.task
+    how = Method("beam", beams=task.beams, length_penalty=task.length_penalty, repetition_penalty=1.0, rule="lavis")
+    return how._replace(**limits.lengths(1, 0, task.max_length))
+
+
 def submission(result: dict, cfg) -> tuple[str, str]:
     """(file name, content) for the challenge's server, as `vqa.submission`."""
     return vqa.for_server(result, cfg, name="blip2")
@@ -183,11 +202,8 @@ def submission(result: dict, cfg) -> tuple[str, str]:
 def answered(loaded, data: EvalRows, mesh):
     """(record, answer) of each question in order; each question once, whatever fills the last batch."""
     cfg, tokenizer, runner = loaded.cfg, loaded.tokenizer, Runner(mesh)
-    size, task = runner.size(len(data), cfg.eval.batch), cfg.task
-    how = Method("beam", beams=task.beams, length_penalty=task.length_penalty, repetition_penalty=1.0, rule="lavis")
-    how = how._replace(**limits.lengths(1, 0, task.max_length))
-    ids = language.special(loaded.model, tokenizer)
-    program = vqa.jitted(language.generating, loaded.model, how, ids)
+    size = runner.size(len(data), cfg.eval.batch)
+    program = vqa.jitted(language.generating, loaded.model, method(cfg), language.special(loaded.model, tokenizer))
     names = ("img", "keys", "ids", "txt_mask", "question", "question_mask")
 
     def passes():

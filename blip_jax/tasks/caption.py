@@ -17,6 +17,7 @@ from blip_jax.tasks import captioned, step
 text, BEST = pairs.text, captioned.BEST
 eval_data, evaluate, curve = captioned.eval_data, captioned.evaluate, captioned.curve
 table, submission, samples = captioned.table, captioned.submission, captioned.samples
+passes = captioned.passes
 BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base_capfilt_large.pth"
 
 

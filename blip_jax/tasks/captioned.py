@@ -23,8 +23,9 @@ from blip_jax.decode import limits
 from blip_jax.eval import captions, files, java, spice
 from blip_jax.eval import submission as servers
 from blip_jax.inference import language, programs
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner, at_most
 from blip_jax.inference.programs import Method
+from blip_jax.models import flops as counts
 from blip_jax.parallel import processes
 
 # of `curve`: fractions, of which CIDEr decides nearly alone, as in the original
@@ -103,6 +104,25 @@ class Writer(NamedTuple):
 
     program: Callable  # jitted: (params, img u8[B,S,S,3], keys u32[B,2]) -> {"ids": i32[B,1,L]}
     text: Callable  # i32[L] -> the caption
+
+
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans, which know no vocabulary: which ids a prompt has, begin or end a text does not
+    change what is computed, and a word counts as a token. unit: as of `Runner`."""
+    how, B, words = method(cfg), at_most(cfg.eval.batch, unit), 1 + len(cfg.text.prompt.split())
+    if hasattr(model, "llm_sizes"):
+        new = how.max_length - 1  # behind a start id
+        T = language.prompt_positions(model, words, new)
+        given = np.ones((1, T), np.int32), np.ones((1, T), bool)
+        function = language.continuing(model, given, how, language.Ids(0, 1, 2))
+        flops = counts.blip2_caption_image(cfg.model, T, new, how.beams)
+    else:
+        new = how.max_length - words
+        function = programs.continuing(model, [1] * words, how, eos=2, pad=0)
+        flops = counts.caption_image(cfg.model, words, new, how.beams)
+    size = cfg.model.img_size
+    rows = jax.ShapeDtypeStruct((B, size, size, 3), np.uint8), jax.ShapeDtypeStruct((B, 2), np.uint32)
+    return [Pass("captions", function, rows, flops, pictures=1, trips=new - 1)]
 
 
 @functools.cache

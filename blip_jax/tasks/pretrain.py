@@ -16,6 +16,7 @@ from blip_jax.tasks import contrast, retrieval, step
 text = pairs.text
 before, after = contrast.before, contrast.after
 eval_data, evaluate, table = retrieval.eval_data, retrieval.evaluate, retrieval.table
+passes = retrieval.passes
 
 
 def check(cfg, tokenizer=None) -> list[str]:

@@ -16,7 +16,7 @@ from blip_jax.models import flops as counts
 from blip_jax.models.blip import Blip
 from blip_jax.tasks import contrast, step, two_stage
 
-text, table = pairs.text, recall.table
+text, table, passes = pairs.text, recall.table, two_stage.passes
 BEST = ("r_mean",)  # of the validation split, as the original
 BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base.pth"
 before, after = contrast.before, contrast.after

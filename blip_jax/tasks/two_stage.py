@@ -23,28 +23,51 @@ from tqdm import tqdm
 
 from blip_jax.eval import recall
 from blip_jax.inference import programs
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner
+from blip_jax.models import flops as counts
 from blip_jax.parallel import sharding
 
 log = logging.getLogger(__name__)
 
 
-class Compiled(NamedTuple):
-    """The programs of a model, kept from one evaluation of a training run to the next."""
+class Programs(NamedTuple):
+    """What an evaluation passes over images, over texts, and over images with the texts that are closest."""
 
     view: Callable
     embed: Callable
     rerank: Callable
 
 
+def programs_of(model) -> Programs:
+    """The programs of `model`, not jitted."""
+    return Programs(programs.view(model, "img_tok", "img_emb"), programs.embed(model), programs.rerank(model))
+
+
 @functools.cache
-def compiled(model) -> Compiled:
-    """The programs of `model`, which compile when they first meet a shape."""
-    return Compiled(
-        jax.jit(programs.view(model, "img_tok", "img_emb")),
-        jax.jit(programs.embed(model)),
-        jax.jit(programs.rerank(model)),
-    )
+def compiled(model) -> Programs:
+    """Those of `programs_of`, which compile when they first meet a shape; kept from one evaluation of a training run to
+    the next."""
+    return Programs(*map(jax.jit, programs_of(model)))
+
+
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans; of videos where the task has frames. unit: as of `Runner`."""
+    B, G, T, frames = batch_of(cfg, unit), cfg.eval.rerank_texts, cfg.text.max_len, cfg.task.get("frames", 0)
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)
+    size, R = cfg.model.img_size, max(frames, 1)
+    img = rows(np.uint8, *(frames,) * bool(frames), size, size, 3)
+    img_tok = rows(np.dtype(cfg.model.dtype), counts.positions(cfg.model, R), cfg.model.vit.width)
+    own, (picture, words, unit_flops) = programs_of(model), counts.retrieval_passes(cfg.model, T, G, R)
+    return [
+        Pass("encode images", own.view, (img,), picture, pictures=R),
+        Pass("encode texts", own.embed, (rows(np.int32, T), rows(bool, T)), words),
+        Pass("re-rank", own.rerank, (img_tok, rows(np.int32, G, T), rows(bool, G, T)), unit_flops),
+    ]
+
+
+def batch_of(cfg, unit: int) -> int:
+    """Images, texts or images with their texts of a pass: eval.batch, rounded up to the devices that split it."""
+    return -(-cfg.eval.batch // unit) * unit
 
 
 class Scores(NamedTuple):
@@ -98,7 +121,7 @@ def two_stage_scores(cfg, model, params, data, tokenizer, mesh) -> Scores:
     """Scores of both stages; arguments and errors as `evaluate`."""
     _check(cfg, data)
     run, own = Runner(mesh), compiled(model)
-    batch = -(-cfg.eval.batch // run.unit) * run.unit
+    batch = batch_of(cfg, run.unit)
     params = jax.device_put(params, sharding.shardings_for(params, mesh))
     img_tok, img_emb, readable = _image_features(run, own.view, params, data, batch)
     kept, text_image = _drop_unreadable(readable, np.asarray(data.text_image))

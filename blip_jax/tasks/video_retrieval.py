@@ -16,7 +16,7 @@ from blip_jax.eval import recall
 from blip_jax.tasks import retrieval, two_stage
 
 INSTEAD = "train objective retrieval, and evaluate this one with --checkpoint"
-build = retrieval.build
+build, passes = retrieval.build, two_stage.passes
 WAYS = (("text to video", "vid"), ("video to text", "txt"))
 
 

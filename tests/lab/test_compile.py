@@ -44,6 +44,20 @@ def test_the_programs_of_capfilt_are_those_of_a_size(program):
     assert made.images == 8 and made.name == compiling.OF_CAPFILT[program]
 
 
+@pytest.mark.parametrize("task", ["retrieval", "caption", "vqa", "nlvr", "blip2_stage1_tiny", "blip2_opt_tiny"])
+def test_a_task_has_a_state_and_a_step(task):
+    args = compiling.parser().parse_args([f"--task={task}", *TINY])
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.MESH, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    state, step = (compiling.program(case, mesh) for case in compiling.cases(args))
+    assert step.images == 8 and jax.eval_shape(state.function, *state.args) == jax.eval_shape(lambda x: x, step.args[0])
+
+
+def test_an_objective_of_blip2_alone_says_no_model():
+    (case,) = compiling.cases(compiling.parser().parse_args(["--task=blip2_stage2", "--program=step", *TINY]))
+    with pytest.raises(ValueError, match="--task=blip2_stage2: .*model has no llm.* give one of .*blip2_opt2.7b"):
+        compiling.program(case, None)
+
+
 def test_cases_are_all_combinations_but_a_state_has_no_batch():
     args = compiling.parser().parse_args(["--platform=h100,v5e:2x2", "--text_layers=12,24", "--batch=8,128"])
     found = [(c["platform"], c["program"], c["text_layers"], c["batch"]) for c in compiling.cases(args)]

@@ -293,6 +293,16 @@ def test_every_big_collective_has_a_reason(kind, op, axis, moves):
     assert reasons.reason(kind, op, axis)[0] == moves
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_an_evaluation_moves_no_gradients(platform):
+    for kind in ("all-gather", "all-reduce"):
+        found = [reasons.reason(kind, "", "data and fsdp", platform, trains)[0] for trains in (True, False)]
+        assert "gradients" in found[0] and found[1] == "features and scores"
+    assert reasons.reason("all-gather", "", "fsdp", platform, False)[0] == "parameters"
+    end = reasons.reason("all-reduce", "jit(caption)/while/cond/reduce_and", "data", platform, False)
+    assert end[0] == "whether every text has ended"
+
+
 def test_search_tries_the_promising_first_and_drops_what_needs_more(files, monkeypatch):
     tried, gib = [], 2**30
     per_row = {"none": 0.3 * gib, "dots": 0.2 * gib, "full": 0.1 * gib}
@@ -385,7 +395,7 @@ def test_capfilts_parameters_are_planned_as_its_devices_keep_them(platform, dtyp
     mesh = jax.sharding.AbstractMesh(
         (4, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, abstract_device=device
     )
-    params = programs._rounded(cfg, mesh, "bfloat16")
+    params = programs._rounded(cfg, programs._model(cfg, "bfloat16"), mesh)
     assert params["vit"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == dtype
 
 

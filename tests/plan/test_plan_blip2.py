@@ -87,10 +87,3 @@ def test_a_small_second_stage_compiled_for_a_tpu_that_is_not_here(tmp_path, caps
         name: sum(c["ici"] for c in row["collectives"] if c["moves"] == name) for name in ("gradients", "parameters")
     }
     assert 0 < moved["gradients"] <= 1.5 * row["memory"]["parameters"] and moved["parameters"] > 0
-
-
-def test_a_second_stage_has_no_evaluation_to_plan(tmp_path, capsys):
-    (tmp_path / "c.py").write_text(CONFIG)
-    assert main.main(["plan", f"--config={tmp_path / 'c.py'}", "--topology=v5e:2x2", "--workload=evaluate"]) == 2
-    err = capsys.readouterr().err
-    assert "objective is blip2_stage2; plan its training" in err and err.count("\n") == 1
