@@ -133,7 +133,7 @@ def _there(out: pathlib.Path) -> dict | None:
         return None
     written = buckets.written(out)
     tables = [time for name, time in written.items() if name.endswith(f"/{shards.TABLE}")]
-    if FILE not in written or written[FILE] <= max(tables):
+    if FILE not in written or not tables or written[FILE] <= max(tables):
         return None
     return json.loads((out / FILE).read_text(encoding="utf-8"))
 
