@@ -2,6 +2,8 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dry_run=""
 problems=()
+environment=()  # of --env
+what=()         # that follows --
 
 fail() {
     echo "error: $*" >&2
@@ -37,6 +39,32 @@ execute() {
 # What a dry run says between the commands.
 remark() {
     if [ -n "$dry_run" ]; then echo "# $*"; fi
+}
+
+# parse "NAME ..." ARGUMENTS: --NAME=VALUE sets the variable NAME, if it is one of these; --env, --dry-run and -- are everybody's.
+parse() {
+    local known=" $1 " flag
+    shift
+    while [ $# -gt 0 ]; do
+        flag="${1#--}" flag="${flag%%=*}"
+        case "$1" in
+            --env=*) environment+=("${1#*=}") ;;
+            --dry-run) dry_run=yes ;;
+            --)
+                shift
+                # shellcheck disable=SC2034  # read by the script that sources this
+                what=("$@")
+                return
+                ;;
+            --*=*) if [[ "$flag" != *" "* && "$known" = *" $flag "* ]]; then printf -v "$flag" '%s' "${1#*=}"; else unknown "$1"; fi ;;
+            *) unknown "$1" ;;
+        esac
+        shift
+    done
+}
+
+unknown() {
+    problems+=("unknown flag '$1': bash launch/${0##*/} help lists them; what the workers run follows after --")
 }
 
 # check WHAT VALUE PATTERN EXPECTED: notes a problem unless the value matches the extended regular expression.

@@ -35,36 +35,6 @@ END
 cluster="${GKE_CLUSTER:-}" workload="${GKE_WORKLOAD:-}" project="${GKE_PROJECT:-}" zone="${GKE_ZONE:-}" type="${GKE_TYPE:-}"
 slices="${GKE_SLICES:-1}" capacity="${GKE_CAPACITY:-on-demand}" disk="${GKE_DISK:-}" mount=/shared size=1024 restarts=50
 image="${GKE_IMAGE:-}" repo="" revision="" worker=0
-environment=()
-what=()
-
-parse() {
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            --cluster=*) cluster="${1#*=}" ;;
-            --workload=*) workload="${1#*=}" ;;
-            --project=*) project="${1#*=}" ;;
-            --zone=*) zone="${1#*=}" ;;
-            --type=*) type="${1#*=}" ;;
-            --slices=*) slices="${1#*=}" ;;
-            --capacity=*) capacity="${1#*=}" ;;
-            --disk=*) disk="${1#*=}" ;;
-            --mount=*) mount="${1#*=}" ;;
-            --size=*) size="${1#*=}" ;;
-            --restarts=*) restarts="${1#*=}" ;;
-            --image=*) image="${1#*=}" ;;
-            --repo=*) repo="${1#*=}" ;;
-            --revision=*) revision="${1#*=}" ;;
-            --worker=*) worker="${1#*=}" ;;
-            --env=*) environment+=("${1#*=}") ;;
-            --dry-run) dry_run=yes ;;
-            --) shift; what=("$@"); return ;;
-            *) problems+=("unknown flag '$1': bash launch/gke_xpk.sh help lists them; what the workers run follows after --") ;;
-        esac
-        shift
-    done
-}
-
 check_settings() {
     local variable kubernetes='[a-z]([a-z0-9-]{0,38}[a-z0-9])?' its="a name of small letters, digits and dashes, 40 at most"
     if [ "$command" = image ]; then
@@ -149,7 +119,7 @@ case "$command" in
     help | --help | -h) usage; exit ;;
     *) fail "unknown command '$command': image, cluster, disk, run, status, logs, stop or delete" ;;
 esac
-parse "$@"
+parse "cluster workload project zone type slices capacity disk mount size restarts image repo revision worker" "$@"
 check_settings
 case "$command" in
     image) need_program docker "or build launch/Dockerfile with another program" ;;

@@ -31,33 +31,6 @@ END
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-}" topology="${TPU_TOPOLOGY:-}"
 capacity="${TPU_CAPACITY:-on-demand}" hours="${TPU_HOURS:-}" disk=200 repo="" revision="" setup="" worker=0
 chips_of_a_host=4
-environment=()
-what=()
-
-parse() {
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            --name=*) name="${1#*=}" ;;
-            --project=*) project="${1#*=}" ;;
-            --zone=*) zone="${1#*=}" ;;
-            --type=*) type="${1#*=}" ;;
-            --topology=*) topology="${1#*=}" ;;
-            --capacity=*) capacity="${1#*=}" ;;
-            --hours=*) hours="${1#*=}" ;;
-            --disk=*) disk="${1#*=}" ;;
-            --repo=*) repo="${1#*=}" ;;
-            --revision=*) revision="${1#*=}" ;;
-            --setup=*) setup="${1#*=}" ;;
-            --worker=*) worker="${1#*=}" ;;
-            --env=*) environment+=("${1#*=}") ;;
-            --dry-run) dry_run=yes ;;
-            --) shift; what=("$@"); return ;;
-            *) problems+=("unknown flag '$1': bash launch/tpu_mig.sh help lists them; what the workers run follows after --") ;;
-        esac
-        shift
-    done
-}
-
 check_settings() {
     local variable
     check "--name (TPU_NAME)" "$name" '[a-z]([a-z0-9-]{0,48}[a-z0-9])?' "a name of small letters, digits and dashes, 50 at most"
@@ -204,7 +177,7 @@ case "$command" in
     help | --help | -h) usage; exit ;;
     *) fail "unknown command '$command': create, install, run, logs, status, stop or delete" ;;
 esac
-parse "$@"
+parse "name project zone type topology capacity hours disk repo revision setup worker" "$@"
 check_settings
 need_program gcloud "install the Google Cloud CLI, then \`gcloud auth login\`"
 case "$command" in install | run | logs | status | stop) find_workers ;; esac

@@ -32,33 +32,6 @@ END
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-}" slices="${TPU_SLICES:-1}"
 runtime="${TPU_RUNTIME:-}" capacity="${TPU_CAPACITY:-on-demand}" hours="${TPU_HOURS:-}" repo="" revision="" setup="" worker=0
 poll="${TPU_POLL:-30}"  # seconds between two looks at a request that waits
-environment=()
-what=()
-
-parse() {
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            --name=*) name="${1#*=}" ;;
-            --project=*) project="${1#*=}" ;;
-            --zone=*) zone="${1#*=}" ;;
-            --type=*) type="${1#*=}" ;;
-            --slices=*) slices="${1#*=}" ;;
-            --runtime=*) runtime="${1#*=}" ;;
-            --capacity=*) capacity="${1#*=}" ;;
-            --hours=*) hours="${1#*=}" ;;
-            --repo=*) repo="${1#*=}" ;;
-            --revision=*) revision="${1#*=}" ;;
-            --setup=*) setup="${1#*=}" ;;
-            --worker=*) worker="${1#*=}" ;;
-            --env=*) environment+=("${1#*=}") ;;
-            --dry-run) dry_run=yes ;;
-            --) shift; what=("$@"); return ;;
-            *) problems+=("unknown flag '$1': bash launch/tpu_vm.sh help lists them; what the workers run follows after --") ;;
-        esac
-        shift
-    done
-}
-
 check_settings() {
     local variable
     check "--name (TPU_NAME)" "$name" '[a-z]([a-z0-9-]{0,61}[a-z0-9])?' "a name of small letters, digits and dashes"
@@ -220,7 +193,7 @@ case "$command" in
     help | --help | -h) usage; exit ;;
     *) fail "unknown command '$command': create, install, run, logs, status, resume, stop or delete" ;;
 esac
-parse "$@"
+parse "name project zone type slices runtime capacity hours repo revision setup worker" "$@"
 check_settings
 need_program gcloud "install the Google Cloud CLI, then \`gcloud auth login\`"
 case "$command" in
