@@ -3,6 +3,7 @@
 import re
 import subprocess
 
+import pytest
 from world.launching import CODE, POD, ROOT, RUN, dry_run, program, shell
 
 PLACE = ["pod", "--project=my-project"]
@@ -86,6 +87,10 @@ def test_both_ways_to_a_tpu_install_alike():
     assert commands[0] == commands[1] and commands[0].endswith("install_project tpu")
     done = subprocess.run(["bash", "-n", "-c", commands[0].removeprefix("--command=")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    usage = (ROOT / "launch" / "tpu_mig.sh").read_text()
-    known = set(re.findall(r"^ +(--[a-z-]+=)\*\)", usage, re.M))
-    assert known == set(re.findall(r"--[a-z]+=(?=[ A])", usage.split("END")[1]))  # help names every flag
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "tpu_mig.sh", "gke_xpk.sh"])
+def test_help_names_every_flag(name):
+    script = (ROOT / "launch" / name).read_text()
+    known = {f"--{flag}=" for flag in [*re.search(r'^parse "(.*?)" ', script, re.M)[1].split(), "env"]}
+    assert known == set(re.findall(r"--[a-z]+=(?=[ A])", script.split("END")[1]))
