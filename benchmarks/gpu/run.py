@@ -39,14 +39,11 @@ def cases(full: bool, ahead: str = "") -> list[dict]:
     rows = lambda n: n if full else 4
 
     def train(part, name, kind, model="base", batch=128, **more):
-        env = {} if more.get("flags") == "default" else QUICK
+        env = {} if full and more.get("flags") == "default" else QUICK
         same = {"img_size": pixels(224), "dtype": "bfloat16", "steps": 20 if full else 5, "limit": 400}
-        same |= {} if full else {"text_layers": 1}
-        return (
-            {"part": part, "name": name, "kind": kind, "size": size(model), "batch": rows(batch), "env": env}
-            | same
-            | more
-        )
+        case = {"part": part, "name": name, "kind": kind, "size": size(model), "batch": rows(batch), "env": env} | same
+        # rehearsed, most are one program, which is compiled once
+        return case | more | ({} if full else {"text_layers": 1, "late": False})
 
     def infer(kind, batch, **more):
         same = {"img_size": pixels(384), "dtype": "bfloat16", "rounds": 5 if full else 2, "env": QUICK, "limit": 330}
