@@ -27,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from blip_jax import buckets
 from blip_jax.capfilt import decisions
 from blip_jax.capfilt.decisions import SOURCES, UNREADABLE, Row
+from blip_jax.data import temporary
 from blip_jax.data.formats.array_record import pack
 from blip_jax.data.text.clean import plain_text
 
@@ -121,7 +122,7 @@ class ShardWriter:
 
     def __init__(self, out: pathlib.Path, shard: int):
         self._out, self.shard, self.rows = out, shard, []
-        here = pathlib.Path(buckets.own_folder()) if buckets.is_bucket(out) else out
+        here = pathlib.Path(temporary.own_folder()) if buckets.is_bucket(out) else out
         self._part = here / "unfinished" / f"{shard:05d}"
         self._written = dict.fromkeys(SOURCES, 0)
         with self._writing():

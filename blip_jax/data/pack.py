@@ -23,7 +23,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from blip_jax import buckets
-from blip_jax.data import paths
+from blip_jax.data import paths, temporary
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.array_record import CAPTIONS, Writing
 from blip_jax.data.ledger import Ledger
@@ -67,7 +67,7 @@ def pack(
         try:
             if buckets.is_bucket(out):
                 stack.callback(buckets.settle)
-                beside = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=buckets.own_folder())))
+                beside = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=temporary.own_folder())))
             else:
                 beside = out / UNFINISHED
                 beside.mkdir(parents=True, exist_ok=True)

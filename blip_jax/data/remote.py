@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from blip_jax import buckets
+from blip_jax.data import temporary
 
 THREADS = 8  # files that are copied at once
 WINDOW = 1 << 22  # bytes asked for at a time, where a file is read from its beginning to its end
@@ -29,7 +30,7 @@ def copies(files: Sequence[str], cache: str, what: str) -> list[str]:
     cache: the folder they go to; "": one that is removed when the process ends. what: whose they are, for the progress
     bar. OSError: one cannot be read, or the folder not be written.
     """
-    root = pathlib.Path(cache or buckets.own_folder())
+    root = pathlib.Path(cache or temporary.own_folder())
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return list(tqdm(pool.map(lambda file: _copy(file, root), files), f"copy {what}", len(files), delay=5))
 
