@@ -2,71 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 
-from blip_jax.models.text.med import Med, empty_cache, images_of
-from blip_jax.models.vision.vit import Vit, each_frame, torch_uniform
+from blip_jax.models.base import Base
+from blip_jax.models.text.med import empty_cache, images_of
+from blip_jax.models.vision.vit import torch_uniform
 
 
-class Blip(nn.Module):
+class Blip(Base):
     """All parts of BLIP as methods on arrays; parameters vit, med, vision_proj, text_proj, itm_head, temp.
 
     Without `encoder` (a captioner) only vit and med exist, without `decoder` (retrieval, matching) no lm_logits.
-    [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
     """
 
-    vit_sizes: Any
-    med_sizes: Any
-    img_size: int
-    embed_dim: int
+    embed_dim: int = 256
     encoder: bool = True
     decoder: bool = True
-    init_std: float = 0.02
-    drop_path: float = 0.0
-    dropout: float = 0.1
-    remat: str = "none"
-    dtype: Any = jnp.float32
 
     @classmethod
     def from_config(cls, model, *, encoder: bool = True, decoder: bool = True) -> Blip:
         """Builds from `cfg.model` of blip_jax.config; which parts there are follows from the task."""
-        return cls(
-            FrozenDict(model.vit),
-            FrozenDict(model.med),
-            model.img_size,
-            model.embed_dim,
-            encoder,
-            decoder,
-            model.init_std,
-            model.drop_path,
-            model.dropout,
-            model.remat,
-            jnp.dtype(model.dtype),
-        )
+        return super().from_config(model, embed_dim=model.embed_dim, encoder=encoder, decoder=decoder)
 
     def setup(self):
-        self.vit = Vit(
-            **self.vit_sizes,
-            img_size=self.img_size,
-            init_std=self.init_std,
-            drop_path=self.drop_path,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
-        self.med = Med(
-            **self.med_sizes,
-            kv_width=self.vit_sizes["width"],
-            encoder=self.encoder,
-            decoder=self.decoder,
-            init_std=self.init_std,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
+        self.vit = self.tower()
+        self.med = self.text(kv_width=self.vit_sizes["width"], encoder=self.encoder, decoder=self.decoder)
         if not self.encoder:
             return
         dense = lambda n, fan_in: nn.Dense(
@@ -77,14 +39,6 @@ class Blip(nn.Module):
         self.itm_head = dense(2, self.med_sizes["width"])
         self.temp = self.param("temp", nn.initializers.constant(0.07), ())
 
-    @property
-    def dec_id(self) -> int:
-        return self.med_sizes["vocab_size"] - 2
-
-    @property
-    def enc_id(self) -> int:
-        return self.med_sizes["vocab_size"] - 1
-
     def __call__(self, img, ids, txt_mask):
         """Runs every branch once, so that `init` creates every parameter."""
         img_tok = self.encode_image(img)
@@ -93,10 +47,6 @@ class Blip(nn.Module):
         if self.encoder:
             out = self.project_image(img_tok), self.encode_text(ids, txt_mask), self.match(ids, txt_mask, kv)
         return (*out, self.lm_logits(ids, txt_mask, kv)) if self.decoder else out
-
-    def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], of videos f32[B,R,S,S,3] [B,R*P,D] (`vit.each_frame`)"""
-        return each_frame(self.vit, img, deterministic)
 
     def project_image(self, img_tok, frames: int = 1):
         """img_tok [B,P,D] -> img_emb f32[B,E], unit norm, from [CLS]; of videos of so many frames [B,frames*P,D]: the

@@ -6,43 +6,28 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from blip_jax.models.fine_tuned import FineTuned
-from blip_jax.models.text.med import Med, images_of
+from blip_jax.models.base import Base
+from blip_jax.models.text.med import images_of
 from blip_jax.models.vision.vit import torch_uniform
 
 
-class BlipDialog(FineTuned):
+class BlipDialog(Base):
     """BLIP's model of Visual Dialog as methods on arrays; parameters vit, med, itm_head.
 
     Cross-attention reads image tokens and, behind them, the caption's states of the same text encoder: both have its
-    width. [ENC] is the last id of the vocabulary.
+    width.
     """
 
     def setup(self):
         self.vit = self.tower()
-        self.med = Med(
-            **self.med_sizes,
-            kv_width=self.vit_sizes["width"],
-            decoder=False,
-            init_std=self.init_std,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
+        self.med = self.text(kv_width=self.vit_sizes["width"], decoder=False)
         uniform = torch_uniform(self.med_sizes["width"])
         self.itm_head = nn.Dense(2, precision="highest", kernel_init=uniform, bias_init=uniform)
-
-    @property
-    def enc_id(self) -> int:
-        return self.med_sizes["vocab_size"] - 1
 
     def __call__(self, img, ids, txt_mask):
         """Runs every branch once, the text as caption and as dialog, so that `init` creates every parameter."""
         states = self.encode_caption(ids, txt_mask)
         return self.match(ids, txt_mask, *self.seen(self.encode_image(img), states, txt_mask))
-
-    def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D]"""
-        return self.vit(img, deterministic=deterministic)
 
     def encode_caption(self, ids, txt_mask, *, deterministic: bool = True):
         """States [B,C,D] of captions ids i32[B,C] with [CLS] first, bool[B,C]; the picture is not looked at."""

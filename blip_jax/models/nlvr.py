@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip_jax.models.fine_tuned import FineTuned
+from blip_jax.models.base import Base
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention
 from blip_jax.models.layers.dense import Dense
@@ -138,35 +138,18 @@ class Head(nn.Module):
         return dense(2, "out")(jax.nn.relu(dense(x.shape[-1], "dense")(x.astype(jnp.float32))))
 
 
-class BlipNlvr(FineTuned):
-    """BLIP's NLVR2 model as methods on arrays; parameters vit, med (twin cross-attention), cls_head.
-
-    [ENC] is the last id of the vocabulary.
-    """
+class BlipNlvr(Base):
+    """BLIP's NLVR2 model as methods on arrays; parameters vit, med (twin cross-attention), cls_head."""
 
     def setup(self):
         self.vit = self.tower()
-        self.med = TwinMed(
-            **self.med_sizes,
-            kv_width=self.vit_sizes["width"],
-            init_std=self.init_std,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
+        self.med = self.text(TwinMed, kv_width=self.vit_sizes["width"])
         self.cls_head = Head()
-
-    @property
-    def enc_id(self) -> int:
-        return self.med_sizes["vocab_size"] - 1
 
     def __call__(self, img, ids, txt_mask):
         """Classifies each text with its image as both images, so that `init` creates every parameter."""
         img_tok = self.encode_image(img)
         return self.classify(ids, txt_mask, img_tok, img_tok)
-
-    def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D]"""
-        return self.vit(img, deterministic=deterministic)
 
     def classify(self, ids, txt_mask, img_tok0, img_tok1, *, first_id: int | None = None, deterministic: bool = True):
         """Logits f32[B,2] (column 1: the text is true) of ids i32[B,T] given the left and the right image, img_tok

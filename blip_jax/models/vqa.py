@@ -5,44 +5,28 @@ from __future__ import annotations
 
 import jax
 
-from blip_jax.models.fine_tuned import FineTuned
-from blip_jax.models.text.med import Med, empty_cache, images_of
-from blip_jax.models.vision.vit import each_frame
+from blip_jax.models.base import Base
+from blip_jax.models.text.med import empty_cache, images_of
 
 
-class BlipVqa(FineTuned):
+class BlipVqa(Base):
     """BLIP's VQA model as methods on arrays; parameters vit, med (question encoder), med_dec (answer decoder), nothing
     shared.
 
     Cross-attention of med reads image tokens, that of med_dec question states, [B,S,D] of med's width. Masks of
     questions are the caller's choice: None lets padding be attended to, as the original does when it generates; it
-    masks it in training and ranking. [DEC] and [ENC] are the last two ids of the vocabulary, in this order.
+    masks it in training and ranking.
     """
 
     def setup(self):
         self.vit = self.tower()
-        text = lambda **parts: Med(
-            **self.med_sizes, **parts, init_std=self.init_std, dropout=self.dropout, dtype=self.dtype
-        )
-        self.med = text(kv_width=self.vit_sizes["width"], encoder=True, decoder=False)
-        self.med_dec = text(kv_width=self.med_sizes["width"], encoder=False, decoder=True)
-
-    @property
-    def dec_id(self) -> int:
-        return self.med_sizes["vocab_size"] - 2
-
-    @property
-    def enc_id(self) -> int:
-        return self.med_sizes["vocab_size"] - 1
+        self.med = self.text(kv_width=self.vit_sizes["width"], decoder=False)
+        self.med_dec = self.text(kv_width=self.med_sizes["width"], encoder=False)
 
     def __call__(self, img, ids, txt_mask):
         """Runs every branch once, with the text as question and as answer, so that `init` creates every parameter."""
         states = self.encode_question(ids, txt_mask, self.image_kv(self.encode_image(img)))
         return self.lm_logits(ids, txt_mask, self.question_kv(states), txt_mask)
-
-    def encode_image(self, img, *, deterministic: bool = True):
-        """Normalised pixels f32[B,S,S,3] -> img_tok [B,P,D], of videos f32[B,R,S,S,3] [B,R*P,D] (`vit.each_frame`)"""
-        return each_frame(self.vit, img, deterministic)
 
     def image_kv(self, img_tok):
         """img_tok [B,P,D] -> keys and values of all layers of the question encoder, each [L,B,P,N,H]"""
