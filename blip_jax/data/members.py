@@ -61,6 +61,17 @@ class Member(NamedTuple):
     fault: int = 0
 
 
+class _Said(NamedTuple):
+    """What extended headers say of the next member."""
+
+    name: str = ""
+    fault: int = 0
+    size: int | None = None
+
+
+_NOTHING = _Said()
+
+
 class Local:
     """A file on this machine, as `remote.Ranges` is one on a bucket. size: bytes."""
 
@@ -102,43 +113,20 @@ class Walk:
         return self._window[begin : begin + size]
 
     def __iter__(self) -> Iterator[Member]:
-        at, last = 0, None  # last: a member that is given once it is known that a header follows it
-        name, fault, size_of = "", 0, None  # what extended headers say of the next member
+        at, last, said = 0, None, _NOTHING  # last: a member that is given once it is known that a header follows it
         while at + BLOCK <= self.size:
             block = self._read(at, BLOCK)
             header = _header(block)
-            if header is None and not block.strip(b"\0"):  # an end mark
-                if last:
-                    yield last
-                begin, last = at, None
-                at = self._data_from(at)
-                if at >= self.size:
-                    self.found = True  # zeros alone are an empty tar
+            if header is None:
+                if block.strip(b"\0"):
+                    given, at = self._behind_damage(at, last)
+                    said = _NOTHING
+                else:
+                    given, at = self._behind_mark(at, last)
+                yield from given
+                if at is None:
                     return
-                following = at if _header(self._read(at, BLOCK)) else self._header_from(at, self.size)
-                if following is None:
-                    self.rest = self.size - at
-                    return
-                self.behind.append(begin)
-                if following > at:
-                    yield Member("", at, 0, True, DAMAGED)
-                at = following
-                continue
-
-            if header is None:  # it is damaged, or the size of the last member is wrong and hides headers
-                inside = self._header_from(last.start, at) if last else None
-                following = inside or self._header_from(at + BLOCK, self.size if self.found else MAX_START)
-                if following is None and not self.found:
-                    return
-                if last:
-                    yield last._replace(fault=SIZE) if inside else last
-                if not inside:
-                    yield Member("", at, 0, True, DAMAGED)
-                last, name, fault, size_of = None, "", 0, None
-                if following is None:
-                    self.cut = True
-                    return
-                at = following
+                last = None
                 continue
 
             self.found = True
@@ -146,61 +134,88 @@ class Walk:
                 yield last
             last = None
             own, size, kind = header
-            start = at + BLOCK
-            extended = kind in b"LKxXg"
-            if size_of is not None and not extended:
-                size = size_of
+            start, extended = at + BLOCK, kind in b"LKxXg"
+            if said.size is not None and not extended:
+                size = said.size
             if kind in b"123456":  # links, devices, folders, pipes: nothing follows, whatever the size says
                 size = 0
-            end = start - (-size // BLOCK) * BLOCK if size >= 0 else -1
-
-            if not 0 <= size <= self.size - start:  # it cannot be right, unless the file is cut
-                following = self._header_from(start, self.size)
-                cut = following is None and size >= 0
-                wrong = fault or (CUT if cut else EXTENDED if extended else SIZE)
-                if extended and not cut:
-                    fault = EXTENDED
-                else:
-                    yield Member("" if extended else name or own, start, 0, True, wrong)
-                    name, fault, size_of = "", 0, None
-                if following is None:
-                    self.cut = cut
+            if not 0 <= size <= self.size - start:
+                given, at, said = self._behind_wrong_size(start, size, extended, own, said)
+                yield from given
+                if at is None:
                     return
-                at = following
                 continue
 
+            at = start - (-size // BLOCK) * BLOCK
             if extended:
-                if kind in b"LxX" and size > MAX_EXTENDED:
-                    fault = EXTENDED
-                elif kind in b"L":
-                    name = name or _text(self._read(start, size).split(b"\0")[0])
-                elif kind in b"xX":
-                    said = _records(self._read(start, size))
-                    if said is None:
-                        fault = EXTENDED
-                    else:
-                        name = said.get("GNU.sparse.name") or said.get("path") or name
-                        size_of = _number(said["size"].encode()) if "size" in said else size_of
-                        fault = SPARSE if any(key.startswith("GNU.sparse") for key in said) else fault
-                at = end
+                said = self._told(said, kind, start, size)
                 continue
-
-            if kind == b"5" or (name or own).endswith("/"):  # a folder
-                name, fault, size_of, at = "", 0, None, end
-                continue
-            regular = kind in b"0\0 7S"
-            last = Member(name or own, start, size, regular, SPARSE if kind == b"S" else fault)
-            if kind == b"S":  # the map of its holes may go on for any number of blocks
+            if kind != b"5" and not (said.name or own).endswith("/"):  # no folder
+                fault = SPARSE if kind == b"S" else said.fault
+                last = Member(said.name or own, start, size, kind in b"0\0 7S", fault)
+            said = _NOTHING
+            if last and kind == b"S":  # the map of its holes may go on for any number of blocks
                 yield last
-                following = self._header_from(start, self.size)
-                last = None
-                if following is None:
+                last, at = None, self._header_from(start, self.size)
+                if at is None:
                     return
-                end = following
-            name, fault, size_of, at = "", 0, None, end
         if last:
             yield last
         self.cut = True
+
+    def _behind_mark(self, at: int, last: Member | None) -> tuple[list[Member], int | None]:
+        """What an end mark at `at` ends, and where the file goes on; None: nowhere."""
+        given, data = [last] if last else [], self._data_from(at)
+        if data >= self.size:
+            self.found = True  # zeros alone are an empty tar
+            return given, None
+        following = data if _header(self._read(data, BLOCK)) else self._header_from(data, self.size)
+        if following is None:
+            self.rest = self.size - data
+            return given, None
+        self.behind.append(at)
+        return given + [Member("", data, 0, True, DAMAGED)] * (following > data), following
+
+    def _behind_damage(self, at: int, last: Member | None) -> tuple[list[Member], int | None]:
+        """The same of a header that is damaged, or where the size of the last member is wrong and hides headers."""
+        inside = self._header_from(last.start, at) if last else None
+        following = inside or self._header_from(at + BLOCK, self.size if self.found else MAX_START)
+        if following is None and not self.found:
+            return [], None
+        given = [last._replace(fault=SIZE) if inside else last] if last else []
+        if not inside:
+            given.append(Member("", at, 0, True, DAMAGED))
+        self.cut |= following is None
+        return given, following
+
+    def _behind_wrong_size(
+        self, start: int, size: int, extended: bool, name: str, said: _Said
+    ) -> tuple[list[Member], int | None, _Said]:
+        """The same of a header whose size cannot be right, unless the file is cut, and what is said from there on."""
+        following = self._header_from(start, self.size)
+        cut = following is None and size >= 0
+        self.cut |= cut
+        if extended and not cut:
+            return [], following, said._replace(fault=EXTENDED)
+        wrong = said.fault or (CUT if cut else SIZE)
+        return [Member("" if extended else said.name or name, start, 0, True, wrong)], following, _NOTHING
+
+    def _told(self, said: _Said, kind: bytes, start: int, size: int) -> _Said:
+        """`said` and what an extended header says besides."""
+        if kind not in b"LxX":
+            return said
+        if size > MAX_EXTENDED:
+            return said._replace(fault=EXTENDED)
+        data = self._read(start, size)
+        if kind == b"L":
+            return said._replace(name=said.name or _text(data.split(b"\0")[0]))
+        records = _records(data)
+        if records is None:
+            return said._replace(fault=EXTENDED)
+        name = records.get("GNU.sparse.name") or records.get("path") or said.name
+        sparse = any(key.startswith("GNU.sparse") for key in records)
+        size_of = _number(records["size"].encode()) if "size" in records else said.size
+        return _Said(name, SPARSE if sparse else said.fault, size_of)
 
     def _data_from(self, at: int) -> int:
         """The first block from `at` on that is not all zeros; the size of the file or more: there is none."""
