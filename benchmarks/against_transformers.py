@@ -18,7 +18,7 @@ import transformers_peer
 from blip_jax.bench import caption, inference
 from blip_jax.inference import programs
 from blip_jax.inference.programs import encode_pixels
-from blip_jax.models.text.med import KeysAndValues
+from blip_jax.models.text.cache import KeysAndValues
 
 LOGITS = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of the captioners' logits, whose deviation is about 1
 OUTPUTS = {"float32": 1e-3, "bfloat16": 0.2}  # root mean square difference of outputs, of their standard deviation

@@ -25,7 +25,7 @@ from blip_jax.models.blip import unit
 from blip_jax.models.blip2 import Blip2
 from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import stacked_as_bits, text_layers_apart
-from blip_jax.models.text.med import images_of, stored
+from blip_jax.models.text.cache import images_of, stored
 from blip_jax.models.vision.vit import normalize_pixels
 
 CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from blip_jax.models.base import Base
-from blip_jax.models.text.med import empty_cache, images_of
+from blip_jax.models.text import cache as caches
+from blip_jax.models.text.cache import images_of
 from blip_jax.models.vision.vit import torch_uniform
 
 
@@ -109,9 +110,8 @@ class Blip(Base):
         return self.med.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` texts of at most `length` tokens, (k, v), each [L,rows,length,N,H] of
-        zeros."""
-        return empty_cache(self.med_sizes, rows, length, self.dtype)
+        """Self-attention cache of `rows` texts of at most `length` tokens, for `extend`."""
+        return caches.empty(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv):
         """Cached decoding: (next-token logits f32[R,Vp] after the last of ids i32[R,t], cache).

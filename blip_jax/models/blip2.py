@@ -13,7 +13,8 @@ from flax.core import FrozenDict
 
 from blip_jax.models.blip import unit
 from blip_jax.models.layers.norm import LayerNorm
-from blip_jax.models.text.med import empty_cache, images_of
+from blip_jax.models.text import cache as caches
+from blip_jax.models.text.cache import images_of
 from blip_jax.models.text.qformer import QFormer
 from blip_jax.models.vision.towers import tower
 from blip_jax.models.vision.vit import torch_uniform
@@ -192,9 +193,8 @@ class Blip2(nn.Module):
         return self.qformer.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` texts of at most `length` tokens, (k, v), each [L,rows,length,N,H] of
-        zeros."""
-        return empty_cache(self.qformer_sizes, rows, length, self.dtype)
+        """Self-attention cache of `rows` texts of at most `length` tokens, for `extend`."""
+        return caches.empty(self.qformer_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv):
         """Cached decoding: (next-token logits f32[R,Vp] after the last of ids i32[R,t], cache).

@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 from blip_jax.decode.rank import text_nll
 from blip_jax.models import blip2
 from blip_jax.models.layers.dense import Dense
-from blip_jax.models.text.med import stored
+from blip_jax.models.text import cache as caches
 from blip_jax.models.text.opt import Opt, after_prompts
 from blip_jax.models.text.t5 import T5
 from blip_jax.models.vision.vit import torch_uniform
@@ -136,7 +136,7 @@ class Blip2Llm(nn.Module):
             slots = mask.shape[1] + length - 1
             logits, cache = self.llm.prefill(embeds, mask, self.llm.empty_cache(len(ids), slots))
             return logits, cache, mask
-        seen = stored(self.llm.cross_kv(self.llm.encode(embeds, mask))), mask
+        seen = caches.stored(self.llm.cross_kv(self.llm.encode(embeds, mask))), mask
         start = jnp.zeros((len(ids), 1), jnp.int32)
         return *self.llm.extend(start, jnp.int32(0), self.llm.empty_cache(len(ids), length), *seen), seen
 
@@ -148,7 +148,7 @@ class Blip2Llm(nn.Module):
         if self.writes_answers_apart:
             return self.llm.extend(ids, start, cache, *seen)
         mask = jnp.repeat(seen, len(ids) // len(seen), axis=0)
-        return after_prompts(self.llm.extend, mask, cache[0].shape[2])(ids, start, cache)
+        return after_prompts(self.llm.extend, mask, caches.length(cache))(ids, start, cache)
 
     def nll(self, soft, ids, txt_mask, out_ids, out_mask):
         """Summed negative log-likelihoods f32[B,C] of C texts behind each of B prompts, which are read once.
@@ -165,7 +165,7 @@ class Blip2Llm(nn.Module):
             return text_nll(logits[:, 0, 0], logits[:, :, 1:], out_ids, out_mask)
         first, cache, mask = self.begin(soft, ids, txt_mask, U)
         cache = jax.tree.map(lambda x: jnp.repeat(x, C, axis=1), cache)
-        extend = after_prompts(self.llm.extend_states, jnp.repeat(mask, C, axis=0), cache[0].shape[2])
+        extend = after_prompts(self.llm.extend_states, jnp.repeat(mask, C, axis=0), caches.length(cache))
         states, _ = extend(rows[:, :-1], 1, cache)
         return text_nll(first, self.llm.logits(states).reshape(B, C, U - 1, -1), out_ids, out_mask)
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from blip_jax.models.base import Base
-from blip_jax.models.text.med import images_of
+from blip_jax.models.text.cache import images_of
 from blip_jax.models.vision.vit import torch_uniform
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import jax
 
 from blip_jax.models.base import Base
-from blip_jax.models.text.med import empty_cache, images_of
+from blip_jax.models.text import cache as caches
+from blip_jax.models.text.cache import images_of
 
 
 class BlipVqa(Base):
@@ -63,9 +64,8 @@ class BlipVqa(Base):
         return self.med_dec.lm_logits(txt_tok)
 
     def empty_cache(self, rows: int, length: int):
-        """Self-attention cache of `rows` answers of at most `length` tokens, (k, v), each [L,rows,length,N,H] of
-        zeros."""
-        return empty_cache(self.med_sizes, rows, length, self.dtype)
+        """Self-attention cache of `rows` answers of at most `length` tokens, for `extend`."""
+        return caches.empty(self.med_sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv, kv_mask=None):
         """Cached decoding, as `Blip.extend`, with `question_kv` of B questions and kv_mask as in `lm_logits`."""

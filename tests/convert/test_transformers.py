@@ -22,7 +22,7 @@ from blip_jax.convert.apply import from_torch
 from blip_jax.data import image
 from blip_jax.data.text.wordpiece import Tokenizer
 from blip_jax.inference import programs
-from blip_jax.models.text.med import images_of
+from blip_jax.models.text.cache import images_of
 from blip_jax.models.vision.vit import normalize_pixels
 from blip_jax.tasks import build
 

@@ -12,7 +12,7 @@ import pytest
 
 from blip_jax.bench import caption
 from blip_jax.inference import programs
-from blip_jax.models.text.med import KeysAndValues
+from blip_jax.models.text.cache import KeysAndValues
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[peers]'")
 pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[peers]'")

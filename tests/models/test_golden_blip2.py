@@ -16,7 +16,7 @@ from blip_jax.eval import recall
 from blip_jax.inference import programs
 from blip_jax.models import initial
 from blip_jax.models.blip import unit
-from blip_jax.models.text.med import images_of
+from blip_jax.models.text.cache import images_of
 from blip_jax.models.text.qformer import QFormer
 from blip_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 from blip_jax.parallel import sharding

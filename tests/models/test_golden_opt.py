@@ -184,7 +184,7 @@ def test_stage2_ranks_of_candidates():
     @jax.jit
     def nll():
         first, cache = case.apply("prefill", embeds, mask, case.model.empty_cache(B, S))
-        cache = tuple(jnp.repeat(x, C, axis=1) for x in cache)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, C, axis=1), cache)
         apply = functools.partial(case.apply, "extend_states")
         extend = after_prompts(apply, jnp.repeat(mask, C, axis=0), S)
         states, _ = extend(jnp.tile(ids[:, :-1], (B, 1)), 1, cache)

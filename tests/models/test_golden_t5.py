@@ -17,7 +17,7 @@ from blip_jax import losses
 from blip_jax.convert import apply
 from blip_jax.convert.tied import words_and_head
 from blip_jax.decode import beam, generate, limits
-from blip_jax.models.text.med import stored
+from blip_jax.models.text.cache import stored
 from blip_jax.models.text.t5 import T5
 
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
@@ -110,7 +110,7 @@ def search(model, params, soft, ids, mask, how, beams, length, repetition, rule)
         keys = jax.random.split(jax.random.key(0), B)
         return *generate.sample(extend, logits, cache, prompt, keys, greedy, eos=END, pad=PAD), states
     settings = beam.Beam(beams, penalty, repetition, least, length, rule)
-    cache = tuple(jnp.repeat(x, beams, axis=1) for x in cache)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), cache)
     ids, _, score = beam.search(extend, logits, cache, prompt, settings, 1, eos=END, pad=PAD)
     return ids[:, 0], score[:, 0], states
 

@@ -10,7 +10,7 @@ import pytest
 from world.golden2 import Case, close
 
 from blip_jax import config, trees
-from blip_jax.models.text.med import empty_cache, stored
+from blip_jax.models.text.cache import empty, stored
 from blip_jax.models.text.qformer import QFormer
 
 FULL = {name: size for name, size in config.QFORMER_SIZES["base"].items() if name != "queries"}
@@ -63,7 +63,7 @@ def test_a_text_is_decoded_with_a_cache_as_in_one_pass():
     want = apply(ids, jnp.ones(ids.shape, bool), seen, method="write")
     alone = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), seen)
     close(apply(ids, jnp.ones(ids.shape, bool), alone, method="write"), want, 1e-6)
-    cache, found = empty_cache(case.qformer, len(ids), 8, jnp.float32), []
+    cache, found = empty(case.qformer, len(ids), 8, jnp.float32), []
     for start, stop, kv in ((0, 3, seen), (3, 4, stored(seen)), (4, 6, seen)):
         x, cache = apply(ids[:, start:stop], jnp.int32(start), cache, kv, method="extend")
         found.append(x)

@@ -14,7 +14,7 @@ from blip_jax.convert.rules import t5 as rules
 from blip_jax.convert.tied import words_and_head
 from blip_jax.models import initial
 from blip_jax.models.layers import dense, stack
-from blip_jax.models.text.med import stored
+from blip_jax.models.text.cache import stored
 from blip_jax.models.text.t5 import T5, near_buckets
 from blip_jax.parallel import sharding
 

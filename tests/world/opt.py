@@ -51,6 +51,6 @@ def search(model, params, embeds, mask, how, beams, length, repetition, rule):
         )
         return ids, log_prob, logits
     settings = beam.Beam(beams, penalty, repetition, least, length, rule)
-    cache = tuple(times(x, 1) for x in cache)
+    cache = jax.tree.map(lambda x: times(x, 1), cache)
     ids, _, score = beam.search(extend, logits, cache, prompt, settings, 1, eos=eos, pad=PAD)
     return ids[:, 0], score[:, 0], logits

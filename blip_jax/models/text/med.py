@@ -7,7 +7,7 @@ Everything is shared between encoder and decoder but the self-attention block: `
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, Mlp, attention, grouped_cross_attention
-from blip_jax.models.layers.cpu import platform, rows, single_cpu, summed
+from blip_jax.models.layers.cpu import platform, rows, summed
 from blip_jax.models.layers.dense import Dense
 from blip_jax.models.layers.norm import Dropout, LayerNorm, gelu
+from blip_jax.models.text import cache as caches
+from blip_jax.models.text.cache import KeysAndValues, opened
 from blip_jax.parallel.collectives import gathered
 from blip_jax.parallel.sharding import constrain
 
@@ -27,63 +29,6 @@ EPS = 1e-12
 def padded_vocab(vocab_size: int) -> int:
     """Rows of the stored embedding: the vocabulary rounded up to a multiple of 128."""
     return -(-vocab_size // 128) * 128
-
-
-class KeysAndValues(NamedTuple):
-    """Cross-attention's keys and values of B images in all layers, each [L,B,P,N,H]."""
-
-    k: Any
-    v: Any
-
-
-class StoredKeysAndValues(NamedTuple):
-    """The same as a token loop's products read them: k [L,B,N,H,P], v [L,B,N,P,H], on a single CPU in float32.
-
-    Else every token would transpose and raise all of it again.
-    """
-
-    k: Any
-    v: Any
-
-
-def images_of(kv) -> int:
-    """How many images (or questions) keys and values belong to, stored or not: of any tree of arrays [L,B,...]."""
-    return jax.tree.leaves(kv)[0].shape[1]
-
-
-def stored(kv):
-    """Keys and values, `KeysAndValues` or a tree of them, for many calls of a text model's `extend`."""
-    return jax.tree.map(_stored, kv, is_leaf=lambda x: isinstance(x, KeysAndValues))
-
-
-def _stored(kv: KeysAndValues) -> StoredKeysAndValues:
-    wide = loop_dtype(kv.k.dtype)
-    found = StoredKeysAndValues(jnp.moveaxis(kv.k, 2, -1).astype(wide), jnp.moveaxis(kv.v, 2, 3).astype(wide))
-    return jax.lax.optimization_barrier(found)
-
-
-def opened(kv, dtype):
-    """(k, v), each [B,P,N,H], of one layer's part of keys and values, stored or not."""
-    k, v = (jnp.moveaxis(kv.k, -1, 1), jnp.moveaxis(kv.v, 2, 1)) if isinstance(kv, StoredKeysAndValues) else kv
-    return k.astype(dtype), v.astype(dtype)
-
-
-def loop_dtype(dtype):
-    """What a token loop keeps keys and values in: a CPU's small products are in float32, and it would raise
-    bfloat16 for every token."""
-    return jnp.float32 if single_cpu() else dtype
-
-
-def empty_cache(sizes, rows: int, length: int, dtype):
-    """The decoder's self-attention cache of `rows` texts of at most `length` tokens: (k, v), each [L,rows,length,N,H]
-    of zeros.
-
-    sizes: `cfg.model.med`; dtype: of the computation.
-    """
-    zeros = jnp.zeros(
-        (sizes["layers"], rows, length, sizes["heads"], sizes["width"] // sizes["heads"]), loop_dtype(dtype)
-    )
-    return zeros, zeros
 
 
 class PostNormAttention(HeadedAttention):
@@ -103,17 +48,14 @@ class PostNormAttention(HeadedAttention):
         return self.closed(queries, y, deterministic)
 
     def cached_attention(self, x, cache, layer, start):
-        """Causal, at positions start..start+t-1: x [R,t,D], cache (k, v) [L,R,S,N,H] -> ([R,t,D], cache with these
-        t in layer i32[])."""
+        """Causal, at positions start..start+t-1 of a layer: x [R,t,D] -> ([R,t,D], cache with these t)."""
         k, v, seen, cache = self.cached(x, cache, layer, start)
         return self.closed(x, attention(self.project_q(x), k, v, mask=seen), True), cache
 
     def cached(self, x, cache, layer, start):
-        """What x [R,t,D] at positions start..start+t-1 attends to in layer i32[]: k, v [R,S,N,H], mask bool[t,S], and
-        the cache with these t."""
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, start, 0, 0))
-        cache = tuple(write(old, new) for old, new in zip(cache, self.project_kv(x)))
-        k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(self.dtype) for x in cache)
+        """What x [R,t,D] at positions start..start+t-1 attends to in a layer: k, v [R,S,N,H], mask bool[t,S], and the
+        cache with these t."""
+        k, v, cache = caches.extended(cache, layer, start, self.project_kv(x), self.dtype)
         seen = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
         return k, v, seen, cache
 
@@ -344,19 +286,17 @@ class Med(nn.Module):
     def extend(self, ids, start, cache, kv, img_idx: tuple, kv_mask=None):
         """The decoder on t more tokens, without dropout: (token states [R,t,D], cache), R = B * len(img_idx).
 
-        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: (k, v), each [L,R,S,N,H], holds
-        the self-attention of the positions before; kv: of `image_kv` or `stored`. The same states as a causal pass over
-        the whole text.
+        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: `text.cache`'s, holds the
+        self-attention of the positions before; kv: of `image_kv` or `stored`. The same states as a causal pass over the
+        whole text.
         """
         layer = self._layer()
 
-        def extend(carry, params, kv, i):
-            return layer.apply({"params": params}, *carry, i, start, kv, kv_mask, img_idx, method="extend"), None
+        def extend(x, cache, i, params, kv):
+            return layer.apply({"params": params}, x, cache, i, start, kv, kv_mask, img_idx, method="extend")
 
         with jax.named_scope("blocks"):
-            return stack.through(
-                extend, (self.embed(ids, True, start), cache), self.blocks, kv, jnp.arange(self.layers)
-            )[0]
+            return caches.through(extend, self.embed(ids, True, start), cache, self.blocks, kv)
 
     def image_kv(self, img_tok, ended: bool = False):
         """img_tok [B,P,D'] -> `KeysAndValues` [L,B,P,N,H]: computed once, used by every text pass over these images.

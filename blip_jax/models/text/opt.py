@@ -17,9 +17,11 @@ import jax.numpy as jnp
 
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import HeadedAttention, attention
-from blip_jax.models.layers.cpu import rows, single_cpu, summed
+from blip_jax.models.layers.cpu import rows, summed
 from blip_jax.models.layers.dense import Dense
 from blip_jax.models.layers.norm import Dropout, LayerNorm
+from blip_jax.models.text import cache as caches
+from blip_jax.models.text.cache import KeysAndValues
 from blip_jax.models.text.med import padded_vocab
 from blip_jax.parallel.collectives import gathered
 from blip_jax.parallel.sharding import constrain
@@ -98,18 +100,14 @@ class OptLayer(nn.Module):
         return self._through(x, attend, deterministic), made[0]
 
     def extend(self, x, cache, layer, start, mask):
-        """Slots start..start+t-1: x [R,t,D], cache (k, v) [L,R,S,N,H], mask bool[R,1,t,S] -> ([R,t,D], cache with these
-        t in layer i32[])."""
-        written = []
+        """Slots start..start+t-1 of a layer: x [R,t,D], mask bool[R,1,t,S] -> ([R,t,D], cache with these t)."""
 
         def attend(h):
-            at = (layer, 0, start, 0, 0)
-            for old, new in zip(cache, self.attn.project_kv(h)):
-                written.append(jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at))
-            k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(self.dtype) for c in written)
+            nonlocal cache
+            k, v, cache = caches.extended(cache, layer, start, self.attn.project_kv(h), self.dtype)
             return self.attn.project_out(attention(self.attn.project_q(h), k, v, mask=mask))
 
-        return self._through(x, attend, True), tuple(written)
+        return self._through(x, attend, True), cache
 
     def _through(self, x, attend, deterministic):
         for ln, part in ((self.ln1, attend), (self.ln2, self.mlp)):
@@ -221,13 +219,10 @@ class Opt(nn.Module):
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab_size, logits, jnp.finfo(jnp.float32).min)
 
     def empty_cache(self, rows: int, length: int):
-        """Keys and values of `rows` texts of at most `length` slots, prompts included: (k, v), each [L,rows,length,N,H]
-        of zeros."""
-        # a CPU's small products are in float32, and it would raise bfloat16 for every token
-        dtype = jnp.float32 if single_cpu() else self.dtype
-        zeros = jnp.zeros((self.layers, rows, length, self.heads, self.width // self.heads), dtype)
-        zeros = constrain(zeros, "layers", "act_batch", None, "act_heads", None)
-        return zeros, zeros
+        """The cache of `rows` texts of at most `length` slots, prompts included."""
+        sizes = {"layers": self.layers, "heads": self.heads, "width": self.width}
+        zeros = caches.empty(sizes, rows, length, self.dtype)
+        return jax.tree.map(lambda x: constrain(x, "layers", "act_batch", None, "act_heads", None), zeros)
 
     def prefill(self, embeds, mask, cache):
         """Prompts, padded on the left or in between: every row's last position is real.
@@ -236,8 +231,7 @@ class Opt(nn.Module):
         position, and the cache with slots 0..T-1 written).
         """
         states, made = self._whole(embeds, mask, True, None, keep=True)
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0,) * 5)
-        return self.logits(states[:, -1]), tuple(map(write, cache, made))
+        return self.logits(states[:, -1]), caches.filled(cache, KeysAndValues(*made))
 
     def extend(self, ids, start, cache, positions, key_mask):
         """(f32[R,Vp], what follows the last of t more tokens, and the cache): see `extend_states`."""
@@ -255,12 +249,12 @@ class Opt(nn.Module):
         seen = jnp.arange(key_mask.shape[1]) <= start + jnp.arange(t)[:, None]  # t S
         mask = (key_mask[:, None] & seen)[:, None]
 
-        def extend(carry, params, i):
-            return layer.apply({"params": params}, *carry, i, start, mask, method="extend"), None
+        def extend(x, cache, i, params):
+            return layer.apply({"params": params}, x, cache, i, start, mask, method="extend")
 
         x = self._enter(self.embed(ids), positions)
         with jax.named_scope("blocks"):
-            (x, cache), _ = stack.through(extend, (x, cache), self.blocks, jnp.arange(self.layers))
+            x, cache = caches.through(extend, x, cache, self.blocks)
         return self._leave(x), cache
 
     def _whole(self, embeds, mask, deterministic, keys, keep):

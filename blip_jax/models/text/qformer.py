@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from blip_jax.models.layers import stack
 from blip_jax.models.layers.attention import Mlp, attention, prefixed_attention
 from blip_jax.models.layers.norm import Dropout, LayerNorm
+from blip_jax.models.text import cache as caches
 from blip_jax.models.text import med
-from blip_jax.models.text.med import EPS, KeysAndValues, LmHead, PostNormAttention, opened
+from blip_jax.models.text.cache import KeysAndValues, opened
+from blip_jax.models.text.med import EPS, LmHead, PostNormAttention
 from blip_jax.parallel.sharding import constrain
 
 CROSS_EVERY = 2  # layers from one cross-attention to the next
@@ -271,22 +273,21 @@ class QFormer(nn.Module):
     def extend(self, ids, start, cache, seen):
         """`write` on t more tokens, without dropout: (token states [R,t,D], cache).
 
-        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: (k, v), each [L,R,S,N,H], holds
-        those of the positions before (`med.empty_cache`); seen: the queries' keys and values of B images, as `look`
-        leaves them or `med.stored`, R = B * texts of each.
+        ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: `text.cache`'s, holds the
+        self-attention of the positions before; seen: the queries' keys and values of B images, as `look`
+        leaves them or `cache.stored`, R = B * texts of each.
         """
         layer = self._layer()
 
-        def extend(carry, blocks, prefixes, i):
+        def extend(x, cache, i, blocks, prefixes):
             for j, (params, prefix) in enumerate(zip(stack.both(blocks), stack.both(prefixes))):
-                args = *carry, CROSS_EVERY * i + j, start, prefix
-                carry = layer.apply({"params": params}, *args, method="extend")
-            return carry, None
+                args = x, cache, CROSS_EVERY * i + j, start, prefix
+                x, cache = layer.apply({"params": params}, *args, method="extend")
+            return x, cache
 
         with jax.named_scope("blocks"):
-            numbers = jnp.arange(self.layers // CROSS_EVERY)
-            carry = self.embed(ids, True, start), cache
-            return stack.through(extend, carry, stack.pairs(self.blocks), stack.pairs(seen), numbers)[0]
+            given = self.embed(ids, True, start), cache
+            return caches.through(extend, *given, stack.pairs(self.blocks), stack.pairs(seen))
 
     def lm_logits(self, txt_tok):
         """txt_tok [B,T,D] -> f32[B,T,Vp]; columns from vocab_size on (padding of the stored vocabulary) are

@@ -20,7 +20,9 @@ from blip_jax.models.layers.attention import HeadedAttention, attention, grouped
 from blip_jax.models.layers.cpu import rows, summed
 from blip_jax.models.layers.dense import Dense, DenseGeneral
 from blip_jax.models.layers.norm import Dropout, RMSNorm, gelu
-from blip_jax.models.text.med import KeysAndValues, images_of, loop_dtype, opened, padded_vocab
+from blip_jax.models.text import cache as caches
+from blip_jax.models.text.cache import KeysAndValues, images_of, opened
+from blip_jax.models.text.med import padded_vocab
 from blip_jax.parallel.collectives import gathered
 from blip_jax.parallel.sharding import constrain
 
@@ -84,11 +86,9 @@ class T5Attention(HeadedAttention):
         return self.project_out(y)
 
     def cached_attention(self, x, cache, layer, start, bias):
-        """Causal, at positions start..start+t-1: x [R,t,D], cache (k, v) [L,R,S,N,H], bias f32[N,t,S] -> ([R,t,D],
-        cache with these t in layer i32[])."""
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, start, 0, 0))
-        cache = tuple(write(old, new) for old, new in zip(cache, self.project_kv(x)))
-        k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(self.dtype) for x in cache)
+        """Causal, at positions start..start+t-1 of a layer: x [R,t,D], bias f32[N,t,S] -> ([R,t,D], cache with these
+        t)."""
+        k, v, cache = caches.extended(cache, layer, start, self.project_kv(x), self.dtype)
         seen = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]  # t S
         return self.project_out(attention(self.project_q(x), k, v, mask=seen, scale=1.0, bias=bias)), cache
 
@@ -227,14 +227,13 @@ class T5Stack(nn.Module):
     def extend(self, x, start, cache, kv, kv_mask):
         """x [R,t,D] at positions start..start+t-1 -> ([R,t,D], cache)"""
         layer = self._layer()
-        bias = self.rel_bias(start + jnp.arange(x.shape[1]), jnp.arange(cache[0].shape[2]))
+        bias = self.rel_bias(start + jnp.arange(x.shape[1]), jnp.arange(caches.length(cache)))
 
-        def extend(carry, params, kv, i):
-            return layer.apply({"params": params}, *carry, i, start, bias, kv, kv_mask, method="extend"), None
+        def extend(x, cache, i, params, kv):
+            return layer.apply({"params": params}, x, cache, i, start, bias, kv, kv_mask, method="extend")
 
         with jax.named_scope("blocks"):
-            carry = x.astype(jnp.float32), cache
-            (x, cache), _ = stack.through(extend, carry, self.blocks, kv, jnp.arange(self.layers))
+            x, cache = caches.through(extend, x.astype(jnp.float32), cache, self.blocks, kv)
         return self.ln_post(x), cache
 
     def cross_kv(self, states):
@@ -377,17 +376,15 @@ class T5(nn.Module):
 
     @nn.nowrap
     def empty_cache(self, rows: int, length: int):
-        """The decoder's self-attention cache of `rows` texts of at most `length` tokens: (k, v), each
-        [L,rows,length,N,H] of zeros."""
-        shape = self._decoder_layers, rows, length, self.heads, self.head_dim
-        zeros = jnp.zeros(shape, loop_dtype(self.dtype))
-        return zeros, zeros
+        """The decoder's self-attention cache of `rows` texts of at most `length` tokens."""
+        sizes = {"layers": self._decoder_layers, "heads": self.heads, "head_dim": self.head_dim}
+        return caches.empty(sizes, rows, length, self.dtype)
 
     def extend(self, ids, start, cache, kv, kv_mask):
         """The decoder on t more tokens, without dropout: (f32[R,Vp], scores of what follows the last one, cache).
 
         ids i32[R,t] are positions start..start+t-1 (start i32[], may be traced); cache: of `empty_cache` or the last
-        call; kv: of `cross_kv` or `med.stored` of it, of B encoded texts; kv_mask bool[B,S]. ValueError: R is no
+        call; kv: of `cross_kv` or `cache.stored` of it, of B encoded texts; kv_mask bool[B,S]. ValueError: R is no
         multiple of B.
         """
         _grouped(ids, kv)
