@@ -22,9 +22,9 @@ class KeysAndValues(NamedTuple):
 
 class StoredKeysAndValues(NamedTuple):
     """The same of images as a token loop's products read them: k [L,B,N,H,P], v [L,B,N,P,H], on a single CPU in
-    float32.
+    float32 and a layer's for itself, [B,...].
 
-    Else every token would transpose and raise all of it again.
+    Else every token would transpose and raise all of it again, and copy it out of its stack.
     """
 
     k: Any
@@ -32,19 +32,20 @@ class StoredKeysAndValues(NamedTuple):
 
 
 def images_of(kv) -> int:
-    """How many images (or questions) keys and values belong to, stored or not: of any tree of arrays [L,B,...]."""
-    return jax.tree.leaves(kv)[0].shape[1]
+    """How many images (or questions) keys and values belong to: any tree of them, stored or not, [L,B,...] or apart."""
+    return jax.tree.leaves(kv)[0].shape[-4]
 
 
 def stored(kv):
-    """Keys and values, `KeysAndValues` or a tree of them, for many calls of a text model's `extend`."""
+    """Keys and values, `KeysAndValues` or a tree of them, for many calls of a text model's `extend`; the layers apart
+    where they are no loop (`stack.unrolled`)."""
     return jax.tree.map(_stored, kv, is_leaf=lambda x: isinstance(x, KeysAndValues))
 
 
-def _stored(kv: KeysAndValues) -> StoredKeysAndValues:
+def _stored(kv: KeysAndValues):
     wide = _loop_dtype(kv.k.dtype)
     found = StoredKeysAndValues(jnp.moveaxis(kv.k, 2, -1).astype(wide), jnp.moveaxis(kv.v, 2, 3).astype(wide))
-    return jax.lax.optimization_barrier(found)
+    return jax.lax.optimization_barrier(apart(found) if stack.unrolled() else found)
 
 
 def opened(kv, dtype):
