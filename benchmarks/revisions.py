@@ -9,6 +9,7 @@ that NEW is faster. What is called is the command line alone, so the two may be 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     made.add_argument("--rounds", type=int, default=5, help="in which both take turns")
     made.add_argument("--threads", type=int, default=0, help="of each side; 0: all cores")
     made.add_argument("--least", type=float, default=0.0, help="ratio that is asked for, as 0.97")
+    made.add_argument("--cache", default="", help="folder in which what both compile stays for the next run")
     made.add_argument("--out", default="", help="JSON file to write")
     args = made.parse_args(argv)
 
@@ -46,9 +48,9 @@ def main(argv: list[str]) -> int:
         "cases": [],
     }
     print(f"old {result['old']}, new {result['new']}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(args.cache) if args.cache else tempfile.TemporaryDirectory() as folder:
         for case in itertools.product(args.workload.split(","), args.size.split(","), args.dtype.split(",")):
-            found = measure(args, *case, pathlib.Path(folder))
+            found = measure(args, *case, pathlib.Path(folder).resolve())
             result["cases"].append(found)
             print(words(found), flush=True)
             if args.out:
@@ -107,7 +109,7 @@ def measure(args: argparse.Namespace, workload: str, size: str, dtype: str, fold
 def timed(workload: str, flags: list[str], checkout: pathlib.Path, folder: pathlib.Path) -> float:
     """Median seconds of a batch, of one process of a checkout. ValueError: it failed; the last line that it said
     is in the message."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     out = folder / "found.json"
     command = [sys.executable, "-m", "blip_jax", "bench", workload, *flags, f"--out={out}"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

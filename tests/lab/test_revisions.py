@@ -31,11 +31,13 @@ def checkouts(tmp_path, workload, **seconds):
 def test_both_take_turns_and_the_ratio_is_the_median_within_rounds(tmp_path, workload, capsys):
     both = checkouts(tmp_path, workload, old=3.0, new=2.0)
     flags = [f"--workload={workload}", "--dtype=float32", "--rounds=3", f"--out={tmp_path / 'out.json'}"]
+    flags += [f"--cache={tmp_path / 'kept'}"]
     assert revisions.main([*both, *flags, "--least=1.5"]) == 0
     assert (tmp_path / "order").read_text() == "on" + "on" + "no" + "on"  # the first two only compile
     (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert case["seconds"] == {"old": [3.0] * 3, "new": [2.0] * 3} and case["ratio"] == 1.5
     assert f"| {workload} | base | float32 | 4 | 3 | 2 | 1.500, 1.500, 1.500 | 1.500 |" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["new", "old"]
     assert revisions.main([*both, *flags, "--least=1.6"]) == 1
 
 
