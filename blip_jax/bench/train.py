@@ -119,7 +119,7 @@ class Program:
 
     def program(self, batch: dict):
         """The step for batches like this one, compiled if it is not yet."""
-        T = batch["ids"].shape[-1]
+        T = batch["ids"].shape[-1] if "ids" in batch else self.cfg.text.max_len
         if T not in self.compiled:
             start = time.perf_counter()
             traced = self.step.trace(self.state, batch)
@@ -148,7 +148,7 @@ class Program:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            T = batch["ids"].shape[-1]
+            T = batch["ids"].shape[-1] if "ids" in batch else self.cfg.text.max_len
             cold = WARM_UP + 1 if T not in self.compiled else cold
             self.state, values = self.program(batch)(self.state, batch)
             jax.block_until_ready(ahead or values)  # at most one step is in flight while the next batch is fetched

@@ -22,7 +22,7 @@ FILE = "capfilt.json"
 # what may differ between two starts of one run: places and speed, nothing that changes a result
 NOT_COMPARED = re.compile(
     r"written_by|(captioner|filter)\.path|settings\.(captioner|filter|text\.(captioner_)?vocab)|"
-    r"settings\.data\.(threads|prefetch|max_bad_share|sources\.\w+\.(path|images|weight|cache))"
+    r"settings\.data\.(threads|prefetch|max_bad_share|sources\.[^.]+\.(path|images|weight|cache))"
 )
 RANGES = {  # leaf -> (least, most, what that is)
     **dict.fromkeys(("threshold", "data.max_bad_share", "method.top_p"), (0, 1, "between 0 and 1")),

@@ -190,7 +190,8 @@ def _retrieval(values: flags.FlagValues) -> Found:
     scores = (recall.video if pairs.videos else recall.both_ways)(i2t, t2i, pairs.text_owner)
     texts = recall.image_to_text_ranks(i2t, pairs.text_owner) + 1
     back = recall.text_to_image_ranks(t2i, pairs.text_owner) + 1
-    each = [{"image": i, "rank": int(rank)} for i, rank in enumerate(texts)]
+    with_text = sorted({*pairs.text_owner.tolist()})
+    each = [{"image": i, "rank": int(rank)} for i, rank in zip(with_text, texts)]
     return Found(scores, each + [{"text": i, "rank": int(rank)} for i, rank in enumerate(back)])
 
 

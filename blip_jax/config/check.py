@@ -57,6 +57,7 @@ RANGES = {  # leaf -> (least, most), both allowed
             "optim.warmup_lr",
             "optim.weight_decay",
             "optim.clip",
+            "seed",
         ),
         (0, math.inf),
     ),
@@ -122,9 +123,13 @@ def _values(cfg) -> list[str]:
             out.append(f"{path} is {value}: it must {_allowed(least, most)}")
 
     scale = tuple(cfg.data.crop_scale)
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+    if len(scale) != 2 or not all(map(_is_number, scale)) or not 0 < scale[0] <= scale[1] <= 1:
         out.append(f"data.crop_scale is {scale}: give two shares of the area, 0 < least <= most <= 1")
     return out + _kept(cfg) + _patterns(cfg) + _buckets(cfg)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _kept(cfg) -> list[str]:
@@ -150,7 +155,7 @@ def _allowed(least: float, most: float) -> str:
 def _patterns(cfg) -> list[str]:
     """What is wrong with the regular expressions that name parameters."""
     factors = tuple(cfg.optim.lr_factors)
-    if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in factors):
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in factors):
         return [f"optim.lr_factors is {factors}: give (regex, factor) pairs"]
 
     out = []
@@ -158,15 +163,15 @@ def _patterns(cfg) -> list[str]:
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as e:
+            except (re.error, TypeError) as e:
                 out.append(f"optim.{leaf} holds {pattern!r}, which is no regular expression: {e}")
 
     for pattern, factor in factors:
         of_layers = factor if isinstance(factor, (tuple, list)) else (factor,)
-        if not all(f > 0 for f in of_layers):
+        if not all(_is_number(f) and f > 0 for f in of_layers):
             out.append(
-                f"optim.lr_factors has {factor} for {pattern!r}: factors are positive; to keep parameters as they are, "
-                "name them in optim.freeze"
+                f"optim.lr_factors has {factor!r} for {pattern!r}: factors are positive numbers; to keep "
+                "parameters as they are, name them in optim.freeze"
             )
     return out
 

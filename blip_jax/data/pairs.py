@@ -71,7 +71,7 @@ def number(source: str, image_id: str) -> np.int64:
 @functools.lru_cache
 def prompt_length(tokenizer, prompt: str) -> int:
     """Positions of [CLS] and the prompt."""
-    return int(tokenizer.encode([prompt], len(prompt) + 2)[1].sum()) - 1
+    return int(tokenizer.lengths([prompt], 1 << 20)[0]) - 1
 
 
 def prompt_problems(cfg, tokenizer) -> list[str]:

@@ -29,7 +29,7 @@ def content(path: str) -> Any:
         except ValueError:
             if not text.startswith("{") or "\n" not in text:
                 raise
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: neither JSON nor JSON lines ({e})") from None
 

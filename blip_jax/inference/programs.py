@@ -169,8 +169,9 @@ def example_key(key: str, seed: int) -> np.ndarray:
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """[DEC] and the tokens of `prompt`, without [SEP]: what every caption begins with."""
-    ids, mask = tokenizer.encode([prompt], 2 + len(prompt))
-    return [tokenizer.dec, *ids[0, 1 : int(mask.sum()) - 1].tolist()]
+    size = int(tokenizer.lengths([prompt], 1 << 20)[0])  # a letter may be several tokens
+    ids, _ = tokenizer.encode([prompt], size)
+    return [tokenizer.dec, *ids[0, 1 : size - 1].tolist()]
 
 
 def captioning(model, tokenizer, method: Method) -> Callable:

@@ -75,7 +75,7 @@ def _halves(caption: str, rng: np.random.Generator) -> tuple[str, str]:
 
 @functools.lru_cache
 def _prompt_length(tokenizer, prompt: str) -> int:
-    return int(tokenizer.encode([prompt], len(prompt) + 2)[1].sum())
+    return int(tokenizer.lengths([prompt], 1 << 20)[0])
 
 
 def shapes(cfg) -> dict:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.source import BadRecord
-from blip_jax.data.text.clean import clean_question, too_long
+from blip_jax.data.text.clean import clean_question, plain_text, too_long
 from blip_jax.data.text.tokenizers import WithQuestions
 from blip_jax.decode import limits
 from blip_jax.inference import language
@@ -106,8 +106,9 @@ def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
     if not given:
         raise BadRecord(record["key"], "question without an answer")
     texts, people = list(given), np.array(list(given.values()), np.float64)
-    answer = texts[int(rng.choice(len(texts), p=people / people.sum()))]
+    answer, broken = plain_text(texts[int(rng.choice(len(texts), p=people / people.sum()))])
     row, U = question(record, cfg, tokenizer, pad_left=False), cfg.task.answer_len
+    row["notes"] += broken
     opt = cfg.model.llm.kind == "opt"
     written = f" {answer}\n" if opt else answer
     tokens = int(tokenizer.lengths([written], 1 << 20)[0]) - opt  # without the "</s>" before a text of OPT's
@@ -131,8 +132,9 @@ def question(record: dict, cfg, tokenizer, *, pad_left: bool = True) -> dict:
     Of a question that is too long the last words are left out, so that the prompt is whole. pad_left: of OPT, where it
     is to go on from the prompt.
     """
-    words, T = clean_question(record["question"]).split(" "), cfg.text.max_len
-    notes = ["long question, cut"] if too_long(record["question"]) else []
+    written, broken = plain_text(record["question"])
+    words, T = clean_question(written).split(" "), cfg.text.max_len
+    notes = ["long question, cut"] if too_long(written) else []
     prompt = lambda: cfg.text.prompt.replace("{}", " ".join(words))
     while len(words) > 1 and tokenizer.lengths([prompt()], 1 << 20)[0] > T:
         words.pop()
@@ -141,7 +143,7 @@ def question(record: dict, cfg, tokenizer, *, pad_left: bool = True) -> dict:
     (ids,), (mask,) = tokenizer.encode([prompt()], T, **how)
     asked = cfg.text.question.replace("{}", " ".join(words)) or prompt()
     (own,), (own_mask,) = tokenizer.questions.encode([asked], T, keep_end=True)
-    row = {"img": record["image"], "ids": ids, "txt_mask": mask, "notes": notes}
+    row = {"img": record["image"], "ids": ids, "txt_mask": mask, "notes": broken + notes}
     return row | {"question": own, "question_mask": own_mask}
 
 

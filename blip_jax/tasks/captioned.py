@@ -1,8 +1,9 @@
 """Captions made and scored: the evaluation that BLIP's captioner and BLIP-2's have in common (BLIP paper, section 5.2).
 
 Every picture of data.eval gets one caption, by beam search as cfg.eval says. What people wrote about it are the
-captions of its record. Pictures are known by the number at the end of their image_id, as COCO's results name them;
-those of NoCaps have domains, each of which is scored as a corpus of its own.
+captions of its record. Pictures are known by the number at the end of their image_id, as COCO's results name them, or,
+where that does not tell them apart, by their image_id; those of NoCaps have domains, each of which is scored as a
+corpus of its own.
 """
 
 from __future__ import annotations
@@ -183,25 +184,30 @@ def _evaluated(loaded, data: EvalRows, mesh, approximate: bool) -> dict:
     told: dict[Hashable, str] = {}
     people: dict[Hashable, list[str]] = {}
     domains: dict[Hashable, str] = {}
-    named: dict[Hashable, tuple[str, str]] = {}
     for record, text in samples(loaded, data, mesh):
         own = record["source"], record["image_id"]
-        found = files.image_number(record["image_id"])
-        key = record["image_id"] if found is None else found
-        if named.setdefault(key, own) != own:
-            raise ValueError(
-                f"data.eval: {named[key]} and {own}, (source, image_id), are two pictures of number {key}: evaluate "
-                "them one after another"
-            )
-        told.setdefault(key, text)  # rows of one picture, a caption of people each
-        people.setdefault(key, []).extend(record["captions"])
-        domains |= {key: record["domain"]} if record.get("domain") else {}
+        told.setdefault(own, text)  # rows of one picture, a caption of people each
+        people.setdefault(own, []).extend(record["captions"])
+        domains |= {own: record["domain"]} if record.get("domain") else {}
+    names = _names(list(told))
+    told, people, domains = ({names[own]: x for own, x in each.items()} for each in (told, people, domains))
     scores = {} if unable else _scores(loaded.cfg, told, people, domains, approximate)
     return {
         "pictures": len(told),
         **scores,
         "predictions": [{"image_id": key, "caption": text} for key, text in told.items()],
     }
+
+
+def _names(pictures: list[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
+    """What results call pictures, (source, image_id) each: by number, or all by image_id, or with the source before."""
+    kinds = (
+        [files.image_number(image_id) for _, image_id in pictures],
+        [image_id for _, image_id in pictures],
+        [f"{source}:{image_id}" for source, image_id in pictures],
+    )
+    fits = [None not in found and len(set(found)) == len(pictures) for found in kinds[:-1]] + [True]
+    return dict(zip(pictures, kinds[fits.index(True)]))
 
 
 def _unable(approximate: bool) -> str:

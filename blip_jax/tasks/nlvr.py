@@ -14,7 +14,7 @@ import numpy as np
 from blip_jax import losses
 from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.source import BadRecord, expand
-from blip_jax.data.text.clean import clean_caption
+from blip_jax.data.text.clean import clean_caption, plain_text
 from blip_jax.eval import nlvr
 from blip_jax.eval import submission as servers
 from blip_jax.inference.batching import Runner
@@ -72,14 +72,16 @@ def exchanged(record: dict) -> dict:
 
 def sentence(record: dict, cfg, tokenizer) -> dict:
     """{"img0", "img1": bytes, "ids": i32[T], "txt_mask": bool[T], "notes"} of a record as it is."""
-    text = clean_caption(record["sentence"], cfg.text.max_words)
+    written, notes = plain_text(record["sentence"])
+    text = clean_caption(written, cfg.text.max_words)
     ids, mask = tokenizer.encode([text], cfg.text.max_len)
-    cut = tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
+    if tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len:
+        notes.append("long sentence, cut")
     return {
         **dict(zip(SIDES, record["images"])),
         "ids": ids[0],
         "txt_mask": mask[0],
-        "notes": ["long sentence, cut"] if cut else [],
+        "notes": notes,
     }
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from blip_jax.data.evaluation import EvalVideos
-from blip_jax.data.text.clean import clean_question
+from blip_jax.data.text.clean import clean_question, plain_text
 from blip_jax.decode.beam import Beam
 from blip_jax.eval import video_qa as scores
 from blip_jax.inference import programs
@@ -69,13 +69,17 @@ def check(cfg, tokenizer=None) -> list[str]:
 def eval_data(cfg, tokenizer, skipped_path) -> EvalVideos:
     """The questions of cfg.data.eval with their videos. ValueError: a list of answers cannot be read."""
     candidates(cfg)
+    asked = functools.partial(question, cfg=cfg, tokenizer=tokenizer)
+    return EvalVideos(cfg, cfg.data.eval, asked, cfg.task.frames, skipped_path=skipped_path)
 
-    def question(record: dict) -> tuple[list[str], list[str]]:
-        text = clean_question(record["question"])
-        cut = tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
-        return [text], ["long question, cut"] if cut else []
 
-    return EvalVideos(cfg, cfg.data.eval, question, cfg.task.frames, skipped_path=skipped_path)
+def question(record: dict, cfg, tokenizer) -> tuple[list[str], list[str]]:
+    """The cleaned question of a record, alone in a list, and notes."""
+    written, notes = plain_text(record["question"])
+    text = clean_question(written)
+    if tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len:
+        notes.append("long question, cut")
+    return [text], notes
 
 
 def evaluate(loaded, data: EvalVideos, mesh) -> dict:

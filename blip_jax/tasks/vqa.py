@@ -21,7 +21,7 @@ from blip_jax.data.evaluation import EvalRows
 from blip_jax.data.formats import open_source
 from blip_jax.data.formats.vqa import Questions
 from blip_jax.data.source import BadRecord, expand
-from blip_jax.data.text.clean import clean_question, too_long
+from blip_jax.data.text.clean import clean_question, plain_text, too_long
 from blip_jax.decode.beam import Beam
 from blip_jax.eval import submission as servers
 from blip_jax.eval import vqa
@@ -104,7 +104,11 @@ def example(record: dict, rng: np.random.Generator, cfg, tokenizer) -> dict:
     kept, people = given.most_common(task.answers), given.total()
     if len(kept) < len(given):
         notes.append(f"too many answers: {len(given)}, of which the {len(given) - len(kept)} rarest are left out")
-    texts = [answer for answer, _ in kept]
+    texts = []
+    for answer, _ in kept:
+        text, found = plain_text(answer)
+        texts.append(text)
+        notes += found
     longest = int(tokenizer.lengths(texts, cfg.model.med.positions).max())
     if longest > task.answer_len:
         notes.append(f"long answer: {longest} positions, of which {task.answer_len} are kept")
@@ -121,10 +125,12 @@ def question(record: dict, cfg, tokenizer) -> dict:
     """{"img": bytes, "ids": i32[T], "txt_mask": bool[T], "notes"} of a record's picture and question, T =
     text.max_len.
     """
-    text = clean_question(record["question"])
+    written, notes = plain_text(record["question"])
+    text = clean_question(written)
     ids, mask = tokenizer.encode([text], cfg.text.max_len)
-    cut = too_long(record["question"]) or tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len
-    return {"img": record["image"], "ids": ids[0], "txt_mask": mask[0], "notes": ["long question, cut"] if cut else []}
+    if too_long(written) or tokenizer.lengths([text], cfg.model.med.positions)[0] > cfg.text.max_len:
+        notes.append("long question, cut")
+    return {"img": record["image"], "ids": ids[0], "txt_mask": mask[0], "notes": notes}
 
 
 def shapes(cfg) -> dict:
@@ -213,11 +219,12 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
 
 
 def scored(answers) -> dict:
-    """`evaluate`'s numbers of (record, answer)s."""
+    """`evaluate`'s numbers of (record, answer)s; a question without a number, or with one that another has, is known by
+    its key."""
     given, known = {}, {}
     for record, answer in answers:
         number = record["question_id"]
-        number = record["key"] if number is None else number
+        number = record["key"] if number is None or number in given else number
         given[number] = answer
         if record["answers"]:
             known[number] = record

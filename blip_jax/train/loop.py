@@ -150,8 +150,8 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
             waited = time.perf_counter() - asked
             crc += _checksum(run, at.order.examples(step, cfg.train.batch), local["key"])
             batch = to_devices(local, run.mesh, cfg.optim.accumulate, run.rows, cfg.train.batch // cfg.optim.accumulate)
-            T, compiling = local["ids"].shape[1], contextlib.nullcontext()
-            if cfg.text.buckets and T not in compiled:
+            T, compiling = local["ids"].shape[1] if cfg.text.buckets else None, contextlib.nullcontext()
+            if T and T not in compiled:
                 say(f"step {step + 1}: compiling the step for texts of {T} positions")
                 compiled.add(T)
                 compiling = clock.paused()
@@ -162,7 +162,7 @@ def _loop(run: Run, state, at: At, manager, writer: metrics.Writer, stop: Interr
             sums, ahead = metrics.add(metrics.zeros(values) if sums is None else sums, values), values
             step += 1
             trace.after(step, values)
-            clock.step(waited, flops(T if cfg.text.buckets else None))
+            clock.step(waited, flops(T))
             if step == at.step + 1:
                 say(f"step {step}: the first one is done, after {time.perf_counter() - asked:.0f} s")
             if step % every.log_every == 0 or step >= last:

@@ -398,6 +398,19 @@ def test_models_that_do_not_fit(cfg, models, tiny_cfg, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_may_move_whatever_its_source_is_called(cfg, tmp_path):
+    def record(path):
+        with cfg.data.unlocked():
+            cfg.data.sources = ConfigDict(
+                {"cc-12m": config.source("tar", path), "SBU (photos)": config.source("tar", path)}
+            )
+        model = {"path": "m", "crc32": 1}
+        return run_settings.on_record(cfg, model, model, 1, {"cc-12m": 3, "SBU (photos)": 2})
+
+    run_settings.settle(tmp_path, record("/here/*.tar"))
+    run_settings.settle(tmp_path, record("/there/*.tar"))
+
+
 def test_output_of_a_run_with_other_settings(cfg, models, finished, tmp_path):
     cfg.data.threads, cfg.data.max_bad_share = 1, 0.9
     cfg.captioner = str(shutil.copytree(models["captioner"], tmp_path / "moved"))

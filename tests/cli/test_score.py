@@ -1,19 +1,19 @@
 """`blip-jax score` on the golden cases of every task, and on files that are not what they should be."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from world.golden import folder
 
 from blip_jax.cli import main
+from blip_jax.data.formats import video_text
 from blip_jax.eval import recall
 
-ROOT = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "scores"
-VQA, NLVR, VISDIAL, VIDEO = (ROOT / name for name in ("vqa_accuracy", "nlvr_consistency", "visdial", "video_retrieval"))
+NAMES = ("vqa_accuracy", "nlvr_consistency", "visdial", "video_retrieval")
+VQA, NLVR, VISDIAL, VIDEO = (folder(f"scores/{name}") for name in NAMES)
 EXAMPLES = next(path for path in NLVR.glob("*.json") if path.name != "expected.json")
 
 
@@ -120,6 +120,23 @@ def test_pictures_with_several_captions(capsys, tmp_path):
     np.save(tmp_path / "s.npy", np.array([[3.0, 1.0, 2.0], [0.0, 2.0, 1.0]]))
     got = scores(capsys, "retrieval", tmp_path / "s.npy", lists)
     assert got["txt_r1"] == 50 and got["img_r1"] == pytest.approx(100 / 3) and "vid_mdR" not in got
+
+
+def test_ranks_are_of_the_pictures_that_have_texts(capsys, tmp_path):
+    lists = [{"image": name, "caption": own} for name, own in (("a", ["1"]), ("none", []), ("b", ["2", "3"]))]
+    np.save(tmp_path / "s.npy", np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 0.0], [4.0, 2.0, 1.0]]))
+    scores(capsys, "retrieval", tmp_path / "s.npy", write(tmp_path / "l.json", lists), f"--out={tmp_path}/each.json")
+    each = read(tmp_path / "each.json")["each"]
+    assert [(row["image"], row["rank"]) for row in each if "image" in row] == [(0, 1), (2, 2)]
+
+
+def test_json_lines_end_where_lines_of_json_do(capsys, tmp_path):
+    """U+2028 and others, which Python takes for the end of a line, may stand in a text of JSON."""
+    rows = [{"clip_name": f"v{i}", "caption": f"a\u2028b\x85c {i}"} for i in range(2)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    np.save(tmp_path / "s.npy", np.eye(2))
+    assert scores(capsys, "retrieval", tmp_path / "s.npy", write(tmp_path / "l.jsonl", lines))["vid_r1"] == 100
+    assert list(video_text.rows("name", str(tmp_path / "l.jsonl"))) == rows
 
 
 def shortlists(scores, owner):

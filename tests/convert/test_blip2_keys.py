@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 import pytest
-from world.blip2 import GOLDEN, save
+from world.blip2 import save
 from world.convert import same_bits
+from world.golden import folder
 
 from blip_jax import config
 from blip_jax.cli import usage
@@ -18,8 +19,8 @@ from blip_jax.convert.rules.families import FAMILIES
 from blip_jax.convert.source import official
 from blip_jax.trees import Lazy
 
-LAVIS = json.loads((GOLDEN / "keys" / "meta.json").read_text())["checkpoints"]
-HF = json.loads((GOLDEN / "keys" / "hf.json").read_text())["models"]
+LAVIS = json.loads((folder("blip2/keys") / "meta.json").read_text())["checkpoints"]
+HF = json.loads((folder("blip2/keys") / "hf.json").read_text())["models"]
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 
 

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from world import blip2 as cases
 from world import towers
 from world.convert import same_bits
+from world.golden import folder
 
 from blip_jax import trees
 from blip_jax.convert import read, write
@@ -147,7 +148,7 @@ def test_golden_folders_that_we_write_give_transformers_numbers(tmp_path):
         vocab = {"vocab": cases.vocab(tmp_path / "v.txt", size)} if case == "hf_itm" else {}
         write.convert(cases.folder(tmp_path / case, case), tmp_path / f"{case}-out", to="hf", **vocab)
         net = getattr(transformers, cases.CLASSES[case]).from_pretrained(tmp_path / f"{case}-out").eval()
-        io = np.load(cases.GOLDEN / case / "io.npz")
+        io = np.load(folder(f"blip2/{case}") / "io.npz")
         text = {name: torch.from_numpy(io[name]) for name in ("input_ids", "attention_mask")}
         if case == "hf_opt":
             queries = cases.settings(case)["num_query_tokens"]

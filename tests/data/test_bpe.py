@@ -1,8 +1,6 @@
 """OPT's byte-level BPE: ids, paddings, texts and back, two kinds of files, and files that are wrong."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from world.golden import folder
 
 from blip_jax.data.text import bpe
 from blip_jax.data.text.bpe import SPECIAL, Tokenizer, train_bpe
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text, tidy
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 CAPTIONS = ["a photo of a dog", "two dogs and a cat's house", "the café naïve dogs\n", "a dog in a photo"] * 5
 SIZE = 300
 
@@ -196,7 +194,7 @@ def test_transformers_gives_the_same_ids(files, tok):
 
 
 def test_captions_and_questions_are_cleaned_as_by_lavis():
-    case = json.loads((GOLDEN / "text_and_scores" / "meta.json").read_text(encoding="utf-8"))
+    case = json.loads((folder("blip2/text_and_scores") / "meta.json").read_text(encoding="utf-8"))
     for text, plain, prompted in case["caption"]:
         assert clean_caption(text, 50) == plain and "a photo of " + clean_caption(text, 50) == prompted, text
     for text, plain in case["question"]:

@@ -14,6 +14,7 @@ from blip_jax.data import pairs
 from blip_jax.data.text import wordpiece
 from blip_jax.data.text.clean import clean_caption, clean_question, plain_text
 from blip_jax.data.text.wordpiece import SPECIAL, Tokenizer, train_vocab
+from blip_jax.inference import programs
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "bert-base-uncased-vocab.txt"
 WORDS = [
@@ -115,6 +116,14 @@ def test_expected_pieces(tok):
 def test_any_text_as_berts(tok, s):
     vocab = {t: i for i, t in enumerate(list(SPECIAL) + WORDS)}
     assert real(tok, s, 200)[1:-1] == [vocab[p] for p in reference(vocab, s)]
+
+
+def test_a_prompt_may_have_more_tokens_than_letters(tmp_path):
+    """As in Korean, whose syllables are three letters to BERT."""
+    pieces = ["ᄉ", "##ᅡ", "##ᄌ", "##ᅵ", "##ᆫ"]
+    tok = Tokenizer(write(tmp_path / "vocab.txt", [*SPECIAL, *pieces]))
+    assert programs.prompt_ids(tok, "사진") == [tok.dec, *range(len(SPECIAL), len(SPECIAL) + 5)]
+    assert pairs.prompt_length(tok, "사진") == 6
 
 
 def test_decode(tok):

@@ -14,13 +14,14 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from world.golden import folder
 
 from blip_jax import config
 from blip_jax.data import pairs, video
 from blip_jax.data.evaluation import EvalVideos
 
 HERE = pathlib.Path(__file__).parent.parent
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or HERE / "golden") / "scores" / "video_retrieval"
+GOLDEN = folder("scores/video_retrieval")
 CLIPS = {path.name: path for data in ("msrvtt", "msvd_qa") for path in (HERE / "mini" / data / "videos").iterdir()}
 FRAMES = 40  # of a clip that is made here; frame i has the grey value 20 + 5 * i
 

@@ -6,7 +6,6 @@ METEOR takes some ten seconds of a core to start: one runs for all tests here.
 import contextlib
 import json
 import os
-import pathlib
 import random
 import re
 import stat
@@ -14,16 +13,14 @@ import sys
 import zipfile
 
 import pytest
+from world.golden import folder
 
 from blip_jax.cli import main
 from blip_jax.eval import captions, files, java, spice, tokens
 from blip_jax.eval.meteor import Meteor
 
-ROOT = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "scores"
-CASES = sorted(
-    path.name.removesuffix("_annotations.json") for path in (ROOT / "caption_metrics").glob("*_annotations.json")
-)
-NOCAPS = ROOT / "nocaps_domains"
+CAPTIONS, NOCAPS = folder("scores/caption_metrics"), folder("scores/nocaps_domains")
+CASES = sorted(path.name.removesuffix("_annotations.json") for path in CAPTIONS.glob("*_annotations.json"))
 TOLERANCE = {"METEOR": 1e-12}  # of the rest 1e-9
 
 
@@ -40,7 +37,7 @@ def shared(meteor, monkeypatch):
 
 
 def case(name, what):
-    return ROOT / "caption_metrics" / f"{name}_{what}.json"
+    return CAPTIONS / f"{name}_{what}.json"
 
 
 def read(path):

@@ -1,18 +1,13 @@
 """NLVR2's accuracy and consistency against what the official program gave."""
 
 import json
-import os
-import pathlib
 
 import pytest
+from world.golden import folder
 
 from blip_jax.eval import nlvr
 
-GOLDEN = (
-    pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden")
-    / "scores"
-    / "nlvr_consistency"
-)
+GOLDEN = folder("scores/nlvr_consistency")
 
 
 def test_the_official_numbers():

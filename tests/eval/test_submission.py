@@ -1,15 +1,14 @@
 """Files for servers: in their form, whole, and nothing where they would not be."""
 
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from world.golden import folder
 
 from blip_jax.eval import submission
 
-ROOT = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "scores"
+VISDIAL = folder("scores/visdial")
 
 
 def write(path, value):
@@ -65,10 +64,10 @@ def test_nlvr2s_lines(tmp_path):
         submission.nlvr2([*labels, labels[0]], examples)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "visdial").glob("submission_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(VISDIAL.glob("submission_*.json")), ids=lambda path: path.stem)
 def test_visdials_ranks_equal_the_golden_file(path, tmp_path):
     want = json.loads(path.read_text())
-    with np.load(ROOT / "visdial" / "cases.npz") as found:
+    with np.load(VISDIAL / "cases.npz") as found:
         ranks = found[f"{path.stem.removeprefix('submission_')}/ranks"]
     ids, options = list(dict.fromkeys(row["image_id"] for row in want)), list(range(ranks.shape[-1]))
     turn = {"question": 0, "answer": 0, "answer_options": options, "gt_index": 0}

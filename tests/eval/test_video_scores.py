@@ -1,16 +1,14 @@
 """Video retrieval's numbers against what the original gave."""
 
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from world.golden import folder
 
 from blip_jax.eval import recall
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden")
-GOLDEN = GOLDEN / "scores" / "video_retrieval"
+GOLDEN = folder("scores/video_retrieval")
 WANT = json.loads((GOLDEN / "expected.json").read_text())
 
 

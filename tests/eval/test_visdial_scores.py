@@ -1,17 +1,14 @@
 """Visual Dialog's numbers against what the challenge's starter code gave, and by hand."""
 
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from world.golden import folder
 
 from blip_jax.eval import visdial
 
-GOLDEN = (
-    pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "scores" / "visdial"
-)
+GOLDEN = folder("scores/visdial")
 WANT = json.loads((GOLDEN / "expected.json").read_text())
 
 

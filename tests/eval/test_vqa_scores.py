@@ -1,16 +1,14 @@
 """VQA's accuracy against what the official program gave, and by hand."""
 
 import json
-import os
-import pathlib
 
 import pytest
+from world.golden import folder
 
 from blip_jax.eval import vqa
 
-ROOT = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden")
-GOLDEN = ROOT / "scores" / "vqa_accuracy"
-LAVIS = ROOT / "blip2" / "text_and_scores" / "meta.json"
+GOLDEN = folder("scores/vqa_accuracy")
+LAVIS = folder("blip2/text_and_scores") / "meta.json"
 
 
 def golden(name):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 from world import blip2 as cases
 from world.convert import same_bits
+from world.golden import folder
 from world.verbs import photos
 
 import blip_jax
@@ -22,7 +23,7 @@ HALVES = {  # family -> (transformers' class, where meta.json lists its tensors)
     "blip2_vision": ("Blip2VisionModelWithProjection", "keys_vision_model"),
     "blip2_text": ("Blip2TextModelWithProjection", "keys_text_model"),
 }
-IO = np.load(cases.GOLDEN / CASE / "io.npz")
+IO = np.load(folder(f"blip2/{CASE}") / "io.npz")
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@ given, so that nothing but the language model is at work. Every size comes from 
 
 import functools
 import json
-import os
-import pathlib
 import types
 
 import jax
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from world.golden import folder
 
 from blip_jax import losses
 from blip_jax.convert import apply
@@ -20,7 +19,6 @@ from blip_jax.decode import beam, generate, limits
 from blip_jax.models.text.cache import stored
 from blip_jax.models.text.t5 import T5
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 PAD, START, END = 0, 0, 1
 
 
@@ -51,9 +49,9 @@ class Case:
     """One golden folder and its language model, whose tensors' names begin with `prefix`."""
 
     def __init__(self, name, llm, prefix):
-        self.meta = json.loads((GOLDEN / name / "meta.json").read_text())
-        self.io = np.load(GOLDEN / name / "io.npz")
-        self.tensors = load_file(GOLDEN / name / "weights.safetensors")
+        self.meta = json.loads((folder(f"blip2/{name}") / "meta.json").read_text())
+        self.io = np.load(folder(f"blip2/{name}") / "io.npz")
+        self.tensors = load_file(folder(f"blip2/{name}") / "weights.safetensors")
         sizes = sizes_of(functools.reduce(dict.__getitem__, llm.split("/"), self.meta))
         self.model = T5(**sizes)
         self.params = loaded(self.tensors, sizes, prefix)

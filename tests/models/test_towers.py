@@ -6,8 +6,6 @@ Every size comes from a case's meta.json or the shapes of its arrays.
 
 import functools
 import json
-import os
-import pathlib
 import re
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
+from world.golden import folder
 from world.towers import ln_vision, of_shapes, parameters, pixels, under_our_paths
 
 from blip_jax import config, trees
@@ -27,7 +26,6 @@ from blip_jax.models.vision.towers import kind_of, tower
 from blip_jax.models.vision.vit import Vit, resize_pos_embed
 from blip_jax.parallel import sharding
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 ATOL = 2e-5
 GRAD_TOL = 1e-4  # of the largest entry
 
@@ -40,7 +38,7 @@ def close(ours, theirs, atol=ATOL, what=""):
 @pytest.mark.parametrize("kind, heads", [("eva", "vheads"), ("clip", "heads")])
 def test_golden_tower(kind, heads):
     """Tokens after each block (of EVA), behind ln_vision, gradients, and a larger image with the table resized."""
-    case = GOLDEN / f"vit_{kind}"
+    case = folder(f"blip2/vit_{kind}")
     meta, io = json.loads((case / "meta.json").read_text()), np.load(case / "io.npz")
     tensors, heads = load_file(case / "weights.safetensors"), meta["config"][heads]
     params = parameters(kind, tensors, heads)
@@ -78,7 +76,7 @@ def test_golden_tower(kind, heads):
 
 
 def test_golden_position_tables():
-    io = np.load(GOLDEN / "pos_embed" / "io.npz")
+    io = np.load(folder("blip2/pos_embed") / "io.npz")
     names = [name for name in io.files if name != "pos_embed"]
     assert {name.split("_")[0] for name in names} == {"eva", "clip"}
     for name in names:
@@ -88,10 +86,11 @@ def test_golden_position_tables():
 
 def test_golden_norm_epsilons():
     """Weights so small that another epsilon would show."""
-    case = GOLDEN / "norm_eps"
+    case = folder("blip2/norm_eps")
     meta, io = json.loads((case / "meta.json").read_text()), np.load(case / "io.npz")
     tensors, clip_heads = load_file(case / "weights.safetensors"), re.search(r"(\d+) heads", meta["what"])
-    heads = {"eva": meta["config"]["vheads"], "clip": int(clip_heads[1])}
+    vit_heads = meta["config"]["vheads"]
+    heads = {"eva": vit_heads, "clip": int(clip_heads[1]) if clip_heads else vit_heads}
     for kind, prefix, name in (("eva", "visual_encoder.", "vision"), ("clip", "clip_visual_encoder.", "clip_vision")):
         params = parameters(kind, tensors, heads[kind], prefix)
         vit = of_shapes(kind, params, heads[kind], io["image"].shape[-1])

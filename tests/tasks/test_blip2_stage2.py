@@ -42,6 +42,10 @@ def test_opt_learns_the_caption_and_its_end_but_not_prompt_and_padding(vocabular
     assert row["ids"][0] == tokenizer.bos and tokenizer.decode(row["ids"]) == "a photo of a red circle"
     assert not row["lm_mask"][row["txt_mask"].sum() :].any()
 
+    cfg.text.prompt = "사진"  # of more tokens than letters
+    row = task.example(record("a red circle"), np.random.default_rng(0), cfg, tokenizer)
+    assert tokenizer.decode(row["ids"][row["lm_mask"]]) == "a red circle"
+
     cfg.text.prompt = ""
     row = task.example(record("a red circle"), np.random.default_rng(0), cfg, tokenizer)
     assert (row["lm_mask"] == row["txt_mask"]).all() and row["lm_mask"][0]  # the first id is learned too

@@ -13,6 +13,7 @@ from world.mini import MINI
 
 from blip_jax import config
 from blip_jax.eval import captions, files, java
+from blip_jax.eval import submission as servers
 from blip_jax.inference.load import Loaded
 from blip_jax.parallel import sharding
 from blip_jax.tasks import caption, captioned, validate
@@ -78,12 +79,21 @@ def test_rows_of_one_picture_are_one_caption_of_it_and_all_of_peoples(told, pict
     assert set(captioned.BEST) < set(want)
 
 
-def test_two_pictures_of_one_number_are_refused(told, pictures):
+def test_pictures_of_one_number_are_known_by_their_image_id(told, pictures):
     one, other = (
         mini.found(pictures, "nocaps", "nocaps", f"nocaps/annotation/nocaps_{s}.json") for s in ("val", "test")
     )
-    with pytest.raises(ValueError, match="are two pictures of number 0: evaluate them one after another"):
-        told({"val": one, "test": other}, ["a"] * 20)
+    alone = told(one, [f"caption {i}" for i in range(12)])
+    both = told({"a": one, "b": other}, [f"caption {i}" for i in range(20)])
+    assert [row["caption"] for row in both["predictions"]] == [f"caption {i}" for i in range(20)]
+    assert both["predictions"][0]["image_id"].startswith("a:") and both["pictures"] == 20
+    assert {name: x for name, x in both.items() if "/" in name} == {name: x for name, x in alone.items() if "/" in name}
+    with pytest.raises(ValueError, match="have no prediction"):  # no server knows them so
+        servers.captions({row["image_id"]: row["caption"] for row in both["predictions"]}, one.path)
+
+    names = lambda *ids: list(captioned._names([("web", image_id) for image_id in ids]).values())
+    assert names("cats/1.jpg", "dogs/2.jpg") == [1, 2]
+    assert names("cats/1.jpg", "dogs/1.jpg", "x.jpg") == ["cats/1.jpg", "dogs/1.jpg", "x.jpg"]
 
 
 def test_an_empty_caption_is_a_caption(told, pictures, cfg):

@@ -5,7 +5,6 @@ pre-training.
 import functools
 import json
 import os
-import pathlib
 import re
 import signal
 
@@ -16,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from world import dialogs
+from world.golden import folder
 from world.runs import begun, leaves, rows
 
 from blip_jax import checkpoint, config, tasks, trees
@@ -35,9 +35,7 @@ from blip_jax.tasks import dialog
 from blip_jax.tasks.step import Keys
 from blip_jax.train import evaluation, loop
 
-GOLDEN = (
-    pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip" / "visdial"
-)
+GOLDEN = folder("blip/visdial")
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ pre-training.
 
 import functools
 import json
-import os
-import pathlib
 import re
 import shutil
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
+from world.golden import folder
 from world.pictures import encode, noise
 from world.runs import begun, leaves
 
@@ -29,8 +28,6 @@ from blip_jax.models.layers import stack
 from blip_jax.tasks import nlvr
 from blip_jax.tasks.step import Keys
 from blip_jax.train import evaluation, loop
-
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip"
 
 
 def sized(s, objective, layers):
@@ -48,10 +45,11 @@ def sized(s, objective, layers):
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 def test_golden_nlvr_task_loss_predictions_and_every_gradient():
-    meta, io = json.loads((GOLDEN / "nlvr" / "meta.json").read_text()), np.load(GOLDEN / "nlvr" / "io.npz")
+    case = folder("blip/nlvr")
+    meta, io = json.loads((case / "meta.json").read_text()), np.load(case / "io.npz")
     s = meta["config"]
     cfg = sized(s, "nlvr", s["nl_tl"])
-    model, tensors = nlvr.build(cfg), load_file(GOLDEN / "nlvr" / "weights.safetensors")
+    model, tensors = nlvr.build(cfg), load_file(case / "weights.safetensors")
     params = jax.tree.map(jnp.asarray, from_torch("nlvr", tensors, heads=dict(vit=s["vheads"], med=s["th"]))["params"])
     left, right = jnp.split(jnp.asarray(io["image"]).transpose(0, 2, 3, 1), 2)
     batch = {
@@ -71,7 +69,8 @@ def test_golden_nlvr_task_loss_predictions_and_every_gradient():
         np.testing.assert_allclose(told(params, batch), io["prediction"], atol=1e-5)
         swapped = told(params, batch | {"img0": right, "img1": left})
     np.testing.assert_allclose(swapped, io["prediction_swapped"], atol=1e-5)
-    assert float(metrics["accuracy"]) == np.mean(io["prediction"].argmax(1) == io["targets"]) and found == {}
+    right = np.mean(io["prediction"].argmax(1) == io["targets"])
+    assert float(metrics["accuracy"]) == pytest.approx(right) and found == {}
 
     grads = to_torch("nlvr", {"params": jax.tree.map(np.asarray, grads)}, vocab_size=s["vocab"])
     names = [name for name in io.files if name.startswith("grad/")]
@@ -86,7 +85,7 @@ def test_golden_nlvr_task_loss_predictions_and_every_gradient():
 
 
 def test_golden_initial_weights_come_from_where_the_original_takes_them():
-    origin = json.loads((GOLDEN / "nlvr_init" / "origin.json").read_text())
+    origin = json.loads((folder("blip/nlvr_init") / "origin.json").read_text())
     s, fresh = origin["config"], "initialised"
     before, after = sized(s, "pretrain", s["nl_tl"]), sized(s, "nlvr", s["nl_tl"])
     shapes = lambda cfg: jax.eval_shape(lambda: initial.init_params(cfg, tasks.build(cfg), jax.random.key(0)))
@@ -142,6 +141,7 @@ def test_half_of_the_time_the_pictures_change_sides_and_the_words_with_them(cfg)
         np.testing.assert_array_equal(one["ids"], tokenizer.encode([text], 40)[0][0])
     cfg.text.max_len = 5
     assert nlvr.sentence(told(), cfg, tokenizer)["notes"] == ["long sentence, cut"]
+    assert nlvr.sentence(told("left \ud83d"), cfg, tokenizer)["notes"] == ["broken characters replaced"]
     with pytest.raises(BadRecord, match="sentence without a label"):
         nlvr.example(told(label=None), np.random.default_rng(0), cfg, tokenizer)
 

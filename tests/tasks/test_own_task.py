@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from blip_jax import tasks
 from blip_jax.cli import configs, main
 from blip_jax.config import base
+from blip_jax.train import loop
 
 OWN = """
 from blip_jax import tasks
@@ -22,6 +23,39 @@ def get_config():
 
 def check(cfg, tokenizer=None):
     return ["no: {word}"]
+"""
+
+
+PICTURES = """
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from blip_jax.models import flops as counts
+from blip_jax.models.blip import Blip
+
+def check(cfg, tokenizer=None):
+    return []
+
+def build(cfg):
+    return Blip.from_config(cfg.model, decoder=False)
+
+def example(record, rng, cfg, tokenizer):
+    return {"img": record["image"], "target": np.float32(len(record["captions"][0]) % 2), "notes": []}
+
+def shapes(cfg):
+    B, S = cfg.train.batch, cfg.model.img_size
+    return {"img": ((B, S, S, 3), np.uint8), "target": ((B,), np.float32)}
+
+def loss(model, cfg, params, extra, batch, keys):
+    apply = functools.partial(model.apply, {"params": params})
+    img_emb = apply(apply(batch["img"], method="encode_image"), method="project_image")
+    total = jnp.mean((img_emb[:, 0] - batch["target"]) ** 2)
+    return total, ({"loss": total}, {})
+
+def flops(cfg, T=None):
+    return counts.trained(cfg, {"vision": counts.vision(cfg.model)[0]})
 """
 
 
@@ -106,3 +140,13 @@ def test_a_file_that_raises_is_no_task(tmp_path):
     assert "own_broken" not in tasks.names() and "blip_jax.tasks.own_broken" not in sys.modules
     file.write_text(OWN.format(word="mended"))
     assert tasks.bring(file) == "own_broken"
+
+
+def test_a_task_without_texts_is_trained(tiny_cfg, tmp_path):
+    file = tmp_path / "own_pictures.py"
+    file.write_text(PICTURES)
+    tiny_cfg.objective, tiny_cfg.model.vit.depth, tiny_cfg.model.med.layers = tasks.bring(file), 1, 1
+    tiny_cfg.loss.update(momentum=False, queue=0)
+    tiny_cfg.train.steps = 1
+    out = loop.fit(tiny_cfg, tmp_path / "run")
+    assert out["step"] == 1 and 0 < out["log"]["loss"] < 4

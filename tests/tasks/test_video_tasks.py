@@ -3,7 +3,6 @@ checkpoint to scores, on any mesh."""
 
 import functools
 import json
-import os
 import pathlib
 import re
 
@@ -14,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from world import questions
+from world.golden import folder
 from world.runs import begun
 
 from blip_jax import config, losses, tasks
@@ -34,7 +34,6 @@ from blip_jax.tasks import two_stage, video_qa, video_retrieval, vqa
 from blip_jax.train import evaluation, loop
 
 HERE = pathlib.Path(__file__).parent.parent
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or HERE / "golden") / "blip"
 MINI = HERE / "mini"
 ANSWERS = MINI / "msrvtt/qa_lavis/qa_ans2label.json"
 ATOL, GRAD_TOL = 1e-5, 1e-4  # the second of the largest entry
@@ -44,7 +43,10 @@ ATOL, GRAD_TOL = 1e-5, 1e-4  # the second of the largest entry
 @functools.cache
 def golden(name: str, task, family: str):
     """(meta, arrays of the original, config, model, parameters) of a golden case."""
-    meta, io = json.loads((GOLDEN / name / "meta.json").read_text()), np.load(GOLDEN / name / "io.npz")
+    meta, io = (
+        json.loads((folder(f"blip/{name}") / "meta.json").read_text()),
+        np.load(folder(f"blip/{name}") / "io.npz"),
+    )
     s, cfg = meta["config"], config.base("tiny")
     with cfg.unlocked():
         cfg.objective, cfg.task = name, task.leaves()
@@ -54,7 +56,7 @@ def golden(name: str, task, family: str):
         )
         cfg.model.update(img_size=s["img"], embed_dim=s["embed"], dropout=0.0, dtype="float32")
         cfg.task.frames = s["frames"]
-    tensors = load_file(GOLDEN / name / "weights.safetensors")
+    tensors = load_file(folder(f"blip/{name}") / "weights.safetensors")
     params = jax.tree.map(jnp.asarray, from_torch(family, tensors, heads=dict(vit=s["vheads"], med=s["th"]))["params"])
     return meta, io, cfg, task.build(cfg), params
 

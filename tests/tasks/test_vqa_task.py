@@ -5,8 +5,6 @@ pre-training.
 import collections
 import functools
 import json
-import os
-import pathlib
 import shutil
 
 import jax
@@ -16,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from world import questions
+from world.golden import folder
 from world.questions import PEOPLE, QUESTIONS
 from world.runs import begun, leaves, rows
 
@@ -24,18 +23,18 @@ from blip_jax.convert.apply import from_torch, to_torch
 from blip_jax.convert.rules.blip import TIED
 from blip_jax.data.formats import open_source
 from blip_jax.data.source import BadRecord
+from blip_jax.data.text.clean import plain_text
 from blip_jax.data.text.wordpiece import Tokenizer
-from blip_jax.tasks import vqa
+from blip_jax.tasks import video_qa, vqa
 from blip_jax.tasks.step import Keys, accumulated
 from blip_jax.train import evaluation, loop
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parent.parent / "golden") / "blip" / "vqa"
-SLOTS = 5  # rows of answers for a question, more than any golden question has
+GOLDEN = folder("blip/vqa")
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 def golden():
-    """(config, model, parameters, batch with SLOTS rows of answers for each question, arrays of the original)"""
+    """(config, model, parameters, batch with a row more than the most answers of a question, arrays of the original)"""
     meta, io = json.loads((GOLDEN / "meta.json").read_text()), np.load(GOLDEN / "io.npz")
     s, cfg = meta["config"], config.base("tiny")
     with cfg.unlocked():
@@ -49,7 +48,7 @@ def golden():
     tensors = load_file(GOLDEN / "weights.safetensors")
     params = jax.tree.map(jnp.asarray, from_torch("vqa", tensors, heads=dict(vit=s["vheads"], med=s["th"]))["params"])
     n = io["n"].tolist()
-    slots = max(SLOTS, *n)
+    slots = max(n) + 1  # a row more than any question has answers
     ids, mask = (
         np.zeros((len(n), slots, io["answer_ids"].shape[1]), np.int32),
         np.zeros((len(n), slots, io["answer_ids"].shape[1]), bool),
@@ -130,6 +129,13 @@ def test_micro_batches_add_up_to_the_batch():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+def test_questions_of_two_files_with_one_number_all_count():
+    rows = [{"key": f"{name}:1", "question_id": 7, "answers": [name] * 10} for name in ("yes", "no")]
+    found = vqa.scored([(row, "yes") for row in rows])
+    assert (found["questions"], found["accuracy"]) == (2, 50)
+    assert [row["question_id"] for row in found["predictions"]] == [7, "no:1"]
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def cfg(tiny_cfg):
@@ -184,6 +190,17 @@ def test_what_does_not_fit_is_noted(cfg):
     assert vqa.question(asked([], text=" ".join(words[:50]) + "?"), cfg, tokenizer)["notes"] == []
     with pytest.raises(BadRecord, match="question without an answer"):
         vqa.example(asked([]), None, cfg, tokenizer)
+
+
+def test_what_cannot_be_encoded_is_replaced_and_noted(cfg):
+    """Half of a pair of surrogates, as of an emoji that was cut, which the tokenizer takes for no text."""
+    tokenizer, broken = Tokenizer(cfg.text.vocab), "broken characters replaced"
+    star, ring = (plain_text(text)[0] for text in ("a star \ud83d?", "a ring \ud83d"))
+    row = vqa.example(asked(["a ring \ud83d"] * 3, text="a star \ud83d?"), None, cfg, tokenizer)
+    assert row["notes"] == [broken, broken] and star.isprintable()
+    np.testing.assert_array_equal(row["ids"], tokenizer.encode([star], 12)[0][0])
+    np.testing.assert_array_equal(row["answer_ids"][:1], tokenizer.encode([ring], 6)[0])
+    assert video_qa.question({"question": "a star \ud83d?"}, cfg, tokenizer) == ([star], [broken])
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """Checkpoints of BLIP-2 from the golden cases: as files of LAVIS, as Hugging Face folders, and cut into their parts."""
 
 import json
-import os
-import pathlib
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from world import official
+from world import golden, official
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 CLASSES = {
     "hf_opt": "Blip2ForConditionalGeneration",
     "hf_t5": "Blip2ForConditionalGeneration",
@@ -19,17 +16,19 @@ TOWER, LANGUAGE_MODELS = "visual_encoder.", ("opt_model.", "t5_model.")
 
 
 def meta(case):
-    return json.loads((GOLDEN / case / "meta.json").read_text())
+    return json.loads((golden.folder(f"blip2/{case}") / "meta.json").read_text())
 
 
 def weights(case):
-    return load_file(GOLDEN / case / "weights.safetensors")
+    return load_file(golden.folder(f"blip2/{case}") / "weights.safetensors")
 
 
 def heads(case):
-    """Of a case under LAVIS's names; its CLIP tower has one head of 64, whatever the sizes say."""
-    m = meta(case)
-    out = {"vit": 1 if "clip" in case else m["config"]["vheads"], "qformer": m["config"]["th"]}
+    """Of a case under LAVIS's names; its CLIP tower has heads of 64, whatever the sizes say."""
+    m, tensors = meta(case), weights(case)
+    clip = "visual_encoder.class_embedding" in tensors
+    vit = len(tensors["ln_vision.weight"]) // 64 if clip else m["config"]["vheads"]
+    out = {"vit": vit, "qformer": m["config"]["th"]}
     return out | ({"llm": m["llm"].get("num_attention_heads", m["llm"].get("num_heads"))} if "llm" in m else {})
 
 

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,8 @@ from blip_jax.convert.layouts import to_ours
 from blip_jax.convert.rules import qformer as rules
 from blip_jax.tasks import blip2_stage1
 from world import towers
+from world.golden import folder
 
-GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR") or pathlib.Path(__file__).parents[1] / "golden") / "blip2"
 ATOL = 1e-5  # losses and activations
 GRAD_TOL = 1e-4  # gradients, of the largest entry
 
@@ -25,10 +23,10 @@ class Case:
     """One folder; weights: of another one."""
 
     def __init__(self, name: str, weights: str = ""):
-        self.meta = json.loads((GOLDEN / name / "meta.json").read_text())
-        self.io = np.load(GOLDEN / name / "io.npz")
+        self.meta = json.loads((folder(f"blip2/{name}") / "meta.json").read_text())
+        self.io = np.load(folder(f"blip2/{name}") / "io.npz")
         self.sizes, self.tokens = self.meta["config"], self.meta.get("tokens", {})
-        self.tensors = load_file(GOLDEN / (weights or name) / "weights.safetensors")
+        self.tensors = load_file(folder(f"blip2/{weights or name}") / "weights.safetensors")
         s = self.sizes
         self.qformer = dict(
             width=s["tw"], layers=s["tl"], heads=s["th"], mlp=s["ti"], positions=s["pos"], vocab_size=s["vocab"]

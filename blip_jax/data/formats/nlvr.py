@@ -81,9 +81,7 @@ def _content(name: str, path: str) -> tuple[list[Example | None], bool]:
     """The rows of a file, and whether it is an official one."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").strip()
-        rows = (
-            parsed(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
+        rows = parsed(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as e:
         raise ValueError(f"data source {name!r}: {path} is neither JSON nor JSON lines ({e})") from e
     official = any(isinstance(row, dict) and "identifier" in row for row in rows)

@@ -65,7 +65,7 @@ def rows(name: str, path: str):
         try:
             return parsed(text)
         except ValueError:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as e:
         raise ValueError(f"data source {name!r}: {path} is neither JSON nor JSON lines ({e})") from e
 
