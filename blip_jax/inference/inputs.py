@@ -116,7 +116,7 @@ def texts(given, name: str, clean: Callable[[str], str], empty: bool = False) ->
             problems.append(f"{where} is {_kind(row)}: give a str")
             continue
         out.append(clean(plain_text(row)[0]))
-        if not out[-1].strip() and not empty:
+        if not any(letter.isprintable() and not letter.isspace() for letter in out[-1]) and not empty:
             problems.append(
                 f"{where} is empty" if not row.strip() else f"{where} is {row[:40]!r}, of which cleaning leaves no word"
             )

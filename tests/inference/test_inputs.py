@@ -161,6 +161,7 @@ def test_a_text_file_is_no_picture(models, tmp_path):
         ([], "texts is empty: give at least one"),
         (["a", " \n"], r"texts\[1\] is empty"),
         ("...!", r"texts is '...!', of which cleaning leaves no word"),
+        ("\u200d", r"texts is '\\u200d', of which cleaning leaves no word"),  # of which no token is made
         (["a", 7, b"c"], r"texts\[1\] is of type int: give a str; texts\[2\] is of type bytes"),
         (b"star", "texts is of type bytes"),
     ],

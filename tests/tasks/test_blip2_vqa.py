@@ -124,7 +124,7 @@ def test_a_long_question_loses_its_last_words_and_no_part_of_the_prompt(llm, voc
 def test_what_cannot_be_encoded_is_replaced_and_noted(llm, vocabularies):
     cfg = tiny(llm, vocabularies[llm])
     row = task.example(asked(["red \ud83d"], "red \ud83d?"), np.random.default_rng(0), cfg, tokenizers.of_config(cfg))
-    assert row["notes"] == ["broken characters replaced"] * 2
+    assert row["notes"].count("broken characters replaced") == 2
 
 
 @pytest.mark.parametrize(
