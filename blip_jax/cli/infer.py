@@ -140,7 +140,7 @@ def answer(argv: list[str]) -> int:
     )
     files, how = _parse(values, argv, "images", "question"), own()
     if values.answers:
-        lines = buckets.fetched(values.answers).read_text(encoding="utf-8").splitlines()
+        lines = buckets.fetched(values.answers).read_text(encoding="utf-8-sig").splitlines()
         how |= {"method": "rank", "answers": [line for line in lines if line.strip()]}
     asked = values.question
 

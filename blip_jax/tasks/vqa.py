@@ -285,7 +285,7 @@ def candidates(cfg) -> list[str]:
         sources = tuple((name, source.to_json()) for name, source in sorted(cfg.data.train.items()))
         return list(made_from(sources, missing))
     try:
-        texts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        texts = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise ValueError(f"task.answer_list {path} cannot be read as JSON ({e}): give a list of answers") from e
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):

@@ -97,7 +97,7 @@ def test_match_answer_and_features_from_the_shell(folder, models, files, tmp_pat
     assert capsys.readouterr().out.splitlines() == [
         f"{files[i // 2]}: {QUESTIONS[i % 2]} {a['answer']}" for i, a in enumerate(want)
     ]
-    (tmp_path / "answers.txt").write_text("red\n\nblue\na small star\n")
+    (tmp_path / "answers.txt").write_text("red\n\nblue\na small star\n", encoding="utf-8-sig")
     assert main.main([*asked, f"--answers={tmp_path / 'answers.txt'}", "--json"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     want = models("vqa").answer(files[0], QUESTIONS[0], method="rank", answers=["red", "blue", "a small star"])

@@ -283,6 +283,9 @@ def test_without_a_list_of_answers_one_is_made_and_said(tiny_cfg, files, tmp_pat
     assert "nowhere.json is not there; 1 answers are ranked" in capsys.readouterr().out
     tiny_cfg.task.answer_list = str(files / "answer_list.json")
     assert vqa.candidates(tiny_cfg)[0] == "ring" and len(vqa.candidates(tiny_cfg)) == 6
+    tiny_cfg.task.answer_list = str(tmp_path / "marked.json")  # with a byte order mark
+    (tmp_path / "marked.json").write_text('["star"]', encoding="utf-8-sig")
+    assert vqa.candidates(tiny_cfg) == ["star"]
     with tiny_cfg.data.unlocked():
         tiny_cfg.task.answer_list, tiny_cfg.data.train = "", ConfigDict()
     assert "no data.train to make one from" in vqa.check(tiny_cfg)[0]
