@@ -189,7 +189,7 @@ def _evaluated(loaded, data: EvalRows, mesh, approximate: bool) -> dict:
         told.setdefault(own, text)  # rows of one picture, a caption of people each
         people.setdefault(own, []).extend(record["captions"])
         domains |= {own: record["domain"]} if record.get("domain") else {}
-    names = _names(list(told))
+    names = called(list(told))
     told, people, domains = ({names[own]: x for own, x in each.items()} for each in (told, people, domains))
     scores = {} if unable else _scores(loaded.cfg, told, people, domains, approximate)
     return {
@@ -199,7 +199,7 @@ def _evaluated(loaded, data: EvalRows, mesh, approximate: bool) -> dict:
     }
 
 
-def _names(pictures: list[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
+def called(pictures: list[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
     """What results call pictures, (source, image_id) each: by number, or all by image_id, or with the source before."""
     kinds = (
         [files.image_number(image_id) for _, image_id in pictures],

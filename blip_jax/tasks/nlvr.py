@@ -146,7 +146,7 @@ def shown(record: dict, cfg, tokenizer) -> dict:
     """`sentence`; with eval.exchange of half of the records, drawn by seed and key, exchanged, as the original's
     evaluation shows them.
     """
-    half = zlib.crc32(f"{cfg.seed} {record['key']}".encode()) % 2
+    half = zlib.crc32(f"{cfg.seed} {record['key']}".encode(errors="backslashreplace")) % 2
     return sentence(exchanged(record) if cfg.eval.exchange and half else record, cfg, tokenizer)
 
 

@@ -217,7 +217,9 @@ def _checksum(run: Run, seen: int, keys: list[str]) -> int:
     micro = run.cfg.train.batch // run.cfg.optim.accumulate
     at = (seen + np.arange(run.cfg.optim.accumulate)[:, None] * micro + run.rows).ravel()
     own = np.tile(run.first, run.cfg.optim.accumulate)
-    return sum(zlib.crc32(f"{i} {key}".encode()) for i, key, counts in zip(at, keys, own) if counts)
+    return sum(
+        zlib.crc32(f"{i} {key}".encode(errors="backslashreplace")) for i, key, counts in zip(at, keys, own) if counts
+    )
 
 
 def _log(run: Run, writer, step: int, sums: dict, crc: int, clock: metrics.Clock, order: Order) -> dict:

@@ -91,7 +91,7 @@ def test_pictures_of_one_number_are_known_by_their_image_id(told, pictures):
     with pytest.raises(ValueError, match="have no prediction"):  # no server knows them so
         servers.captions({row["image_id"]: row["caption"] for row in both["predictions"]}, one.path)
 
-    names = lambda *ids: list(captioned._names([("web", image_id) for image_id in ids]).values())
+    names = lambda *ids: list(captioned.called([("web", image_id) for image_id in ids]).values())
     assert names("cats/1.jpg", "dogs/2.jpg") == [1, 2]
     assert names("cats/1.jpg", "dogs/1.jpg", "x.jpg") == ["cats/1.jpg", "dogs/1.jpg", "x.jpg"]
 

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 from ml_collections import ConfigDict
+from world.pictures import encode, noise
 
 from blip_jax import tasks
 from blip_jax.cli import configs, main
-from blip_jax.config import base
+from blip_jax.config import base, source
+from blip_jax.data.formats.array_record import write_array_record
 from blip_jax.train import loop
 
 OWN = """
@@ -142,8 +144,12 @@ def test_a_file_that_raises_is_no_task(tmp_path):
     assert tasks.bring(file) == "own_broken"
 
 
-def test_a_task_without_texts_is_trained(tiny_cfg, tmp_path):
-    file = tmp_path / "own_pictures.py"
+def test_a_task_without_texts_is_trained_also_on_records_whose_keys_are_no_utf8(tiny_cfg, tmp_path):
+    data, file = tmp_path / "a.array_record", tmp_path / "own_pictures.py"
+    rows = ({"key": f"{i}\udce9", "image": encode(noise(i)), "captions": ["a" * (1 + i % 2)]} for i in range(16))
+    write_array_record(data, rows)
+    with tiny_cfg.data.unlocked():
+        tiny_cfg.data.train = ConfigDict({"a": source("array_record", str(data))})
     file.write_text(PICTURES)
     tiny_cfg.objective, tiny_cfg.model.vit.depth, tiny_cfg.model.med.layers = tasks.bring(file), 1, 1
     tiny_cfg.loss.update(momentum=False, queue=0)
