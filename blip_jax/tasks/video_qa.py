@@ -113,9 +113,7 @@ def answered(loaded, data: EvalVideos, mesh) -> list[dict[str, str]]:
     ids, txt_mask = tokenizer.encode(data.captions, cfg.text.max_len)
     first = np.searchsorted(data.text_image, np.arange(data.n_images + 1))  # question of each video
     lists = candidates(cfg)
-    view, answer = compiled(
-        loaded.model, vqa.beam(cfg.task), cfg.task.k, tuple(lists), tokenizer.sep, tokenizer.pad
-    )
+    view, answer = compiled(loaded.model, vqa.beam(cfg.task), cfg.task.k, tuple(lists), tokenizer.sep, tokenizer.pad)
     encoded = {name: _encoded(texts, tokenizer, cfg) for name, texts in lists.items()}
     hidden = jax.process_index() != 0
     batches = tqdm(

@@ -137,8 +137,8 @@ def run(cfg, mesh, skipped, monkeypatch) -> list:
 
         return call
 
-    kept = (captioned, "writer"), (vqa, "jitted"), *((m, "compiled") for m in (dialog, nlvr, two_stage, video_qa))
-    for module, kept in kept:
+    compiled = ((module, "compiled") for module in (dialog, nlvr, two_stage, video_qa))
+    for module, kept in ((captioned, "writer"), (vqa, "jitted"), *compiled):
         monkeypatch.setattr(module, kept, getattr(module, kept).__wrapped__)
     task, tokenizer = tasks.of(cfg), Words()
     loaded = Loaded(tasks.build(cfg), parameters(cfg, mesh), cfg, tokenizer, "")
