@@ -119,10 +119,13 @@ class Pass(NamedTuple):
 
     name: str
     function: Callable  # (params, rows...) -> rows, which the evaluation jits
-    rows: tuple  # of jax.ShapeDtypeStruct, those of all devices together
+    rows: tuple  # of trees of jax.ShapeDtypeStruct, those of all devices together
     flops: float  # of a row, by the formulas of models.flops
     pictures: int = 0  # of a row, that the image tower sees
     trips: int = 0  # most iterations of its token loop, 0: it has none
+    # how `rows` lie, trees of PartitionSpec as prefixes of theirs; (): all are split along their first dimension
+    specs: tuple = ()
+    stays: bool = False  # its results stay on the devices as they lie there, for another program
 
 
 class Runner:

@@ -27,8 +27,11 @@ from blip_jax.models.layers.cpu import single_cpu
 from blip_jax.models.layers.dense import stacked_as_bits, text_layers_apart
 from blip_jax.models.text.cache import images_of, stored
 from blip_jax.models.vision.vit import normalize_pixels
+from blip_jax.parallel.sharding import partition_spec
 
 CPU_ROWS = 1200  # of activations [rows, D], about: more and the float32 results of a ViT-B layer leave a CPU's caches
+# how keys and values of images, each [L,B,P,N,H], lie on a mesh: as every layer pins its own
+KV = partition_spec(("layers", "act_batch", None, "act_heads", None))
 VIEW_ROWS = {"img_tok": 0, "kv": 1, "img_emb": 0}  # the dimension of what `view` gives that counts the images
 
 

@@ -348,12 +348,33 @@ def rank_image(model, T: int, answer: int, k: int, candidates: int) -> float:
     [DEC] is read once for all of them, and the last position predicts nothing. An image has one question.
     """
     med, own, k = model.med, answer - 2, min(k, candidates)
-    asked = (
-        encode_image(model) + image_kv(model) + text(model, T, True) + med.layers * 2 * T * med.width * 2 * med.width
-    )
-    first = med.layers * text_layer(med, 1, 1, T) + lm_head(med)
     each = med.layers * (text_layer(med, own, own, T) + 4 * own * med.width) + own * lm_head(med)  # [DEC]'s key too
-    return asked + first + k * each
+    return encode_image(model) + image_kv(model) + question(model, T) + generated(model, T, 1) + k * each
+
+
+def question(model, T: int, frames: int = 1) -> float:
+    """FLOPs of a question of T positions about an image, or a video, whose keys and values are there: its states, and
+    what the answer decoder sees of them (`inference.programs.question_kv`)."""
+    med = model.med
+    return text(model, T, True, frames) + med.layers * 2 * T * med.width * 2 * med.width
+
+
+def generated(model, T: int, tokens: int, n: int = 1) -> float:
+    """FLOPs of n answers to a question of T positions, each of `tokens` tokens after [DEC]
+    (`inference.programs.answers`).
+
+    [DEC] is read once for all n and gives the first token; every pass reads a cache as long as the whole answer.
+    """
+    med = model.med
+    token = med.layers * (text_layer(med, 1, 1, T) + 4 * (tokens - 1) * med.width) + lm_head(med)
+    return (1 + n * (tokens - 1)) * token
+
+
+def ranked(model, T: int, answer: int, k: int) -> float:
+    """FLOPs of scoring k candidates of `answer` positions in full, of a question of T positions
+    (`inference.programs.rank_answers`): each is read from [DEC] on, which `rank_image` counts once."""
+    med, own = model.med, answer - 1  # the last position predicts nothing
+    return generated(model, T, 1) + k * (med.layers * text_layer(med, own, own, T) + own * lm_head(med))
 
 
 def retrieval_eval(cfg, images: int, texts: int, frames: int = 1) -> dict[str, float]:

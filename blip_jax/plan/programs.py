@@ -210,18 +210,24 @@ def evaluate(cfg, mesh) -> list[Program]:
             f"workload evaluate: objective {cfg.objective} does not say what its evaluation runs (passes, "
             "blip_jax/tasks); plan its training, or the evaluation of another objective"
         )
-    model = task.build(cfg)
-    params, place = _rounded(cfg, model, mesh), sharding.batch_sharding(mesh)
+    model, split = task.build(cfg), sharding.partition_spec(("act_batch",))
+    params = _rounded(cfg, model, mesh)
+
+    def lie(spec, part):
+        place = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
 
     def program(found) -> Program:
-        batch = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in found.rows)
-        images = len(batch[0])
+        batch = jax.tree.map(lie, found.specs or (split,) * len(found.rows), found.rows)
+        first = jax.tree.leaves(batch)[0]
+        images = next(n for n, axes in zip(first.shape, first.sharding.spec) if axes == sharding.AXES["act_batch"])
         more = found.pictures * beyond(cfg.model, platform_of(mesh)) if found.pictures else 0.0
         return Program(
             name=found.name,
             function=found.function,
             args=(params, *batch),
-            jit={"out_shardings": NamedSharding(mesh, P())},  # of several hosts each gets all results
+            # of several hosts each gets all results
+            jit={} if found.stays else {"out_shardings": NamedSharding(mesh, P())},
             images=images,
             flops=images * found.flops,
             recomputed=images * more,

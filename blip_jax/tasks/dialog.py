@@ -23,10 +23,12 @@ from blip_jax.data.text.clean import clean_caption, plain_text
 from blip_jax.eval import files, visdial
 from blip_jax.eval import submission as servers
 from blip_jax.inference import programs
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner, at_most
 from blip_jax.models import flops as counts
+from blip_jax.models import initial
 from blip_jax.models.build import Start
 from blip_jax.models.dialog import BlipDialog
+from blip_jax.parallel import sharding
 from blip_jax.tasks import step
 
 BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base.pth"
@@ -265,21 +267,43 @@ def eval_data(cfg, tokenizer, skipped_path) -> EvalRows:
     return EvalRows(cfg, tokenizer, dialog, cfg.data.eval, skipped_path=skipped_path)
 
 
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans; texts count at text.max_len, though `groups` pads most of them to less. unit: as
+    of `Runner`."""
+    B, G, T, C = at_most(cfg.eval.batch, unit), cfg.eval.rerank_texts, cfg.text.max_len, cfg.task.caption_len
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)
+    size, (look, match) = cfg.model.img_size, programs_of(model, cfg.task.score)
+    picture = rows(np.uint8, size, size, 3), rows(np.int32, C), rows(bool, C)
+    params = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
+    seen = jax.eval_shape(look, params, *picture)
+
+    parts, split = counts.dialog(cfg.model, C, T, G), sharding.partition_spec(("act_batch",))
+    own = sum(parts[name] for name in ("dialog", "head"))
+    read = seen, rows(np.int32, G, T), rows(bool, G, T)
+    return [
+        Pass("encode images", look, picture, sum(parts.values()) - own, pictures=1, stays=True),
+        Pass("match", match, read, own, specs=((programs.KV, split), split, split)),
+    ]
+
+
 @functools.cache
 def compiled(model, score: str):
-    """(look, match), jitted, kept from one evaluation of a run to the next.
+    """Those of `programs_of`, jitted, kept from one evaluation of a run to the next."""
+    return tuple(map(jax.jit, programs_of(model, score)))
+
+
+def programs_of(model, score: str):
+    """(look, match), not jitted.
 
     look: (params, img u8[B,S,S,3], captions i32[B,C], bool[B,C]) -> `BlipDialog.seen`. match: (params, that, texts
     i32[B,G,T], bool[B,G,T]) -> f32[B,G], as task.score has it.
     """
 
-    @jax.jit
     def look(params, img, ids, mask):
         apply = functools.partial(model.apply, {"params": params})
         img_tok = programs.encode_pixels(model, params, img)
         return apply(img_tok, apply(ids, mask, method="encode_caption"), mask, method="seen")
 
-    @jax.jit
     def match(params, seen, ids, mask):
         B, G, T = ids.shape
         texts = (x.reshape(B * G, T) for x in (ids, mask))

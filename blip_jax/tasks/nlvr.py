@@ -17,7 +17,7 @@ from blip_jax.data.source import BadRecord, expand
 from blip_jax.data.text.clean import clean_caption, plain_text
 from blip_jax.eval import nlvr
 from blip_jax.eval import submission as servers
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner, at_most
 from blip_jax.models import flops as counts
 from blip_jax.models.build import Start
 from blip_jax.models.nlvr import FIRST_MERGE, BlipNlvr
@@ -151,11 +151,23 @@ def shown(record: dict, cfg, tokenizer) -> dict:
 
 
 @functools.cache
-def labels(model) -> Callable:
-    """The jitted program of `evaluate`, i32[B] of pictures and sentences, kept from one evaluation of a run to the
-    next."""
+def compiled(model) -> Callable:
+    """`labels` of a model, jitted, kept from one evaluation of a run to the next."""
+    return jax.jit(labels(model))
 
-    @jax.jit
+
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans. unit: as of `Runner`."""
+    B, S, T = at_most(cfg.eval.batch, unit), cfg.model.img_size, cfg.text.max_len
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)
+    given = *(rows(np.uint8, S, S, 3) for _ in SIDES), rows(np.int32, T), rows(bool, T)
+    return [Pass("labels", labels(model), given, flops(cfg)["forward"], pictures=len(SIDES))]
+
+
+def labels(model) -> Callable:
+    """The program of `evaluate`: (params, left and right img u8[B,S,S,3], ids i32[B,T], txt_mask bool[B,T]) ->
+    i32[B]."""
+
     def program(params, *arrays):
         batch = dict(zip((*SIDES, "ids", "txt_mask"), arrays))
         batch |= {side: normalize_pixels(batch[side]) for side in SIDES}
@@ -183,7 +195,7 @@ def evaluate(loaded, data: EvalRows, mesh) -> dict:
 def samples(loaded, data: EvalRows, mesh) -> Iterator[tuple[dict, bool]]:
     """(record, label) of each example in order; each once, whatever fills the last batch."""
     runner = Runner(mesh)
-    size, program = runner.size(len(data), loaded.cfg.eval.batch), labels(loaded.model)
+    size, program = runner.size(len(data), loaded.cfg.eval.batch), compiled(loaded.model)
 
     def passes():
         for records, rows in data.batches(size):

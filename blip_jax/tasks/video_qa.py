@@ -25,9 +25,12 @@ from blip_jax.data.text.clean import clean_question, plain_text
 from blip_jax.decode.beam import Beam
 from blip_jax.eval import video_qa as scores
 from blip_jax.inference import programs
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner
+from blip_jax.models import flops as counts
+from blip_jax.models import initial
 from blip_jax.models.vqa import BlipVqa
-from blip_jax.tasks import vqa
+from blip_jax.parallel import sharding
+from blip_jax.tasks import two_stage, vqa
 
 INSTEAD = "train objective vqa, and evaluate this one with --checkpoint"
 build = vqa.build
@@ -110,12 +113,11 @@ def answered(loaded, data: EvalVideos, mesh) -> list[dict[str, str]]:
     computed once. Rows that only fill a shape repeat a question, and their answers are dropped.
     """
     cfg, tokenizer, runner = loaded.cfg, loaded.tokenizer, Runner(mesh)
-    size, group = -(-cfg.eval.batch // runner.unit) * runner.unit, cfg.eval.rerank_texts
+    size, group = two_stage.batch_of(cfg, runner.unit), cfg.eval.rerank_texts
     ids, txt_mask = tokenizer.encode(data.captions, cfg.text.max_len)
     first = np.searchsorted(data.text_image, np.arange(data.n_images + 1))  # question of each video
     lists = candidates(cfg)
-    how = Beam(beams=cfg.task.beams, min_length=1, max_length=cfg.task.max_length)
-    view, answer = compiled(loaded.model, how, cfg.task.k, tuple(lists), tokenizer.sep, tokenizer.pad)
+    view, answer = compiled(loaded.model, vqa.beam(cfg.task), cfg.task.k, tuple(lists), tokenizer.sep, tokenizer.pad)
     encoded = {name: _encoded(texts, tokenizer, cfg) for name, texts in lists.items()}
     hidden = jax.process_index() != 0
     batches = tqdm(
@@ -143,6 +145,33 @@ def answered(loaded, data: EvalVideos, mesh) -> list[dict[str, str]]:
     if not any(found):
         raise ValueError(f"evaluation: not one of the {data.n_images} videos can be read; see skipped.jsonl, data.eval")
     return found
+
+
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans, which read no list of answers: each is counted as `vqa.listed`. unit: as of
+    `Runner`."""
+    B, G, T, R, task = two_stage.batch_of(cfg, unit), cfg.eval.rerank_texts, cfg.text.max_len, cfg.task.frames, cfg.task
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)
+    img = rows(np.uint8, R, cfg.model.img_size, cfg.model.img_size, 3)
+    view, lists, new = programs.view(model, "kv"), ranked(cfg), task.max_length - 1
+    params = jax.eval_shape(lambda: initial.init_params(cfg, model, jax.random.key(0)))
+    kv = jax.eval_shape(view, params, img)["kv"]
+
+    look = R * counts.encode_image(cfg.model) + counts.image_kv(cfg.model, R)
+    each = counts.question(cfg.model, T, R) + counts.generated(cfg.model, T, new, task.beams)
+    each += len(lists) * counts.ranked(cfg.model, T, vqa.LONGEST, min(task.k, vqa.LISTED))
+    split, whole = sharding.partition_spec(("act_batch",)), sharding.partition_spec(())
+    return [
+        Pass("encode videos", view, (img,), look, pictures=R, stays=True),
+        Pass(
+            "answers",
+            answering(model, vqa.beam(task), task.k, lists, eos=2, pad=0),
+            (kv, rows(np.int32, G, T), rows(bool, G, T), {name: vqa.listed() for name in lists}),
+            G * each,
+            trips=new - 1,
+            specs=(programs.KV, split, split, whole),
+        ),
+    ]
 
 
 @functools.cache
@@ -175,7 +204,12 @@ def answering(model: BlipVqa, how: Beam, k: int, lists: tuple[str, ...], *, eos:
 
 def candidates(cfg) -> dict[str, list[str]]:
     """The lists that are ranked, by the names of LISTS. ValueError: one cannot be read, or is empty."""
-    return {name: _read(leaf, cfg.task[leaf]) for name, leaf in LISTS.items() if cfg.task[leaf]}
+    return {name: _read(LISTS[name], cfg.task[LISTS[name]]) for name in ranked(cfg)}
+
+
+def ranked(cfg) -> tuple[str, ...]:
+    """Which of LISTS are ranked: those that cfg.task names."""
+    return tuple(name for name, leaf in LISTS.items() if cfg.task[leaf])
 
 
 @functools.cache

@@ -26,14 +26,16 @@ from blip_jax.decode.beam import Beam
 from blip_jax.eval import submission as servers
 from blip_jax.eval import vqa
 from blip_jax.inference import programs
-from blip_jax.inference.batching import Runner
+from blip_jax.inference.batching import Pass, Runner, at_most
 from blip_jax.models import flops as counts
 from blip_jax.models.build import Start
 from blip_jax.models.vqa import BlipVqa
+from blip_jax.parallel import sharding
 from blip_jax.tasks import step
 
 BEGINS_FROM = "a pre-training checkpoint, as the paper's model_base_capfilt_large.pth"
 OFTEN = 9  # questions whose majority gives an answer that a made list holds
+LISTED, LONGEST = 3128, 8  # answers of the published list; positions that plans give the longest, with [DEC] and [SEP]
 # Both text models start as the shared one of pre-training. Where image and text widths differ the decoder, which looks
 # at question states, has keys and values of another shape; these start random, as in the original.
 START = Start(lambda path: path.replace("med_dec/", "med/"), misfit="med_dec/.*/cross_attn/[kv]/kernel")
@@ -241,7 +243,7 @@ def answered(loaded, data: EvalRows, mesh):
     task, tokenizer, runner = loaded.cfg.task, loaded.tokenizer, Runner(mesh)
     size = runner.size(len(data), loaded.cfg.eval.batch)
     if task.method == "generate":
-        how = Beam(beams=task.beams, min_length=1, max_length=task.max_length)
+        how = beam(task)
         program, whole = jitted(programs.answering, loaded.model, how, 1, eos=tokenizer.sep, pad=tokenizer.pad), ()
     else:
         texts = candidates(loaded.cfg)
@@ -266,6 +268,33 @@ def answered(loaded, data: EvalRows, mesh):
 
 
 samples = answered
+
+
+def passes(cfg, model, unit: int) -> list[Pass]:
+    """What `evaluate` runs, for plans, which read no list of answers: it is counted as `listed`. unit: as of
+    `Runner`."""
+    B, S, T, task = at_most(cfg.eval.batch, unit), cfg.model.img_size, cfg.text.max_len, cfg.task
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)
+    given = rows(np.uint8, S, S, 3), rows(np.int32, T), rows(bool, T)
+    flops = counts.encode_image(cfg.model) + counts.image_kv(cfg.model) + counts.question(cfg.model, T)
+    if task.method == "generate":
+        program, new = programs.answering(model, beam(task), 1, eos=2, pad=0), task.max_length - 1
+        flops += counts.generated(cfg.model, T, new, task.beams)
+        return [Pass("answers", program, given, flops, pictures=1, trips=new - 1)]
+    k = min(task.k, LISTED)
+    split, whole = sharding.partition_spec(("act_batch",)), sharding.partition_spec(())
+    specs, flops = (split,) * len(given) + (whole,) * 2, flops + counts.ranked(cfg.model, T, LONGEST, k)
+    return [Pass("answers", programs.ranking(model, k), (*given, *listed()), flops, pictures=1, specs=specs)]
+
+
+def listed() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """A list of answers as plans count it: ids i32[C,U] and their mask, bool."""
+    return tuple(jax.ShapeDtypeStruct((LISTED, LONGEST), dtype) for dtype in (np.int32, bool))
+
+
+def beam(task) -> Beam:
+    """How a task, `cfg.task`, has answers generated."""
+    return Beam(beams=task.beams, min_length=1, max_length=task.max_length)
 
 
 @functools.cache

@@ -14,15 +14,20 @@ from blip_jax.models import flops, initial
 from blip_jax.models.layers import stack
 from blip_jax.parallel import sharding
 from blip_jax.plan import aot, chips, plan, programs
-from blip_jax.tasks import captioned, two_stage, vqa
+from blip_jax.tasks import captioned, dialog, nlvr, two_stage, video_qa, vqa
 
 SIZE, T = 16, 12
 TRIPS = 6  # of a token loop
+GENERATED = "vqa, generated"  # a task with another of its settings
+PICTURE = {"img": np.zeros((SIZE, SIZE, 3), np.uint8)}
+TEXT = {"ids": np.zeros(T, np.int32), "txt_mask": np.zeros(T, bool)}
+QUESTION = {"question": TEXT["ids"], "question_mask": TEXT["txt_mask"]}
 
 
 def sized(task: str, llm: str = ""):
-    """A tiny config of a task, of BLIP-2 but for "caption"; vocabularies have no padding."""
-    blip = task == "caption"
+    """A tiny config of a task, of BLIP-2 where it is one of its; vocabularies have no padding."""
+    blip, generated = not task.startswith("blip2"), task == GENERATED
+    task = "vqa" if generated else task
     c = (config.base("tiny") if blip else config.blip2("eva_tiny", "tiny", llm)).unlock()
     c.objective = task
     if hasattr(tasks.of(c), "leaves"):
@@ -43,6 +48,15 @@ def sized(task: str, llm: str = ""):
         c.task.eval_len = T + 4
     if task == "blip2_vqa":
         c.task.update(beams=2, max_length=TRIPS + 1)
+    if task in ("vqa", "video_qa"):
+        c.task.update(beams=2, max_length=TRIPS + 2, k=4)  # [DEC], the first token
+    if generated:
+        c.task.method = "generate"
+    if task.startswith("video"):
+        c.task.frames = 3
+    if task == "dialog":
+        c.task.caption_len = 9
+        c.model.vit.update(width=c.model.med.width, heads=c.model.med.heads)
     with c.data.unlocked():
         c.data.train.world = c.data.eval.world = config.source("scenes", count=20, size=32)
     return c
@@ -64,16 +78,44 @@ class Words:
         return "a word"
 
 
-class Questions:
-    """Rows of `blip2_vqa.eval_data`."""
+class Rows:
+    """What a task's `eval_data` gives, 20 of one row."""
+
+    def __init__(self, record: dict, row: dict):
+        self.record, self.row = record, row
 
     def __len__(self):
         return 20
 
     def batches(self, size):
-        words = {"ids": np.int32, "txt_mask": bool, "question": np.int32, "question_mask": bool}
-        rows = {name: np.zeros((size, T), dtype) for name, dtype in words.items()}
-        yield [{"question_id": i} for i in range(size)], {"img": np.zeros((size, SIZE, SIZE, 3), np.uint8)} | rows
+        yield [self.record] * size, {name: np.stack([x] * size) for name, x in self.row.items()}
+
+
+class Videos:
+    """What `video_qa.eval_data` gives: 20 videos with a question each."""
+
+    n_images, captions, text_image = 20, ["what is it"] * 20, np.arange(20)
+    records = [{"question_id": i, "answer": "x"} for i in range(20)]
+
+    def image_batches(self, size):
+        yield {"index": np.arange(size), "img": np.zeros((size, 3, SIZE, SIZE, 3), np.uint8)}
+
+
+def told(cfg) -> Rows | Videos | None:
+    """Of a task whose data are of other kinds than captions, in the place of its `eval_data`."""
+    asked = np.empty((), object)
+    asked[()] = [dialog.Asked(1, dialog.Texts([1] * (T - 3), [[1, 2], [3, 2]]), [0, 1])]
+    caption = {"caption_ids": np.zeros(9, np.int32), "caption_mask": np.zeros(9, bool)}
+    rounds = [{"truth": None, "relevance": None}]
+    rows = {
+        "blip2_vqa": ({"question_id": 1}, PICTURE | TEXT | QUESTION),
+        "vqa": ({"question_id": 1}, PICTURE | TEXT),
+        "nlvr": ({}, {side: PICTURE["img"] for side in nlvr.SIDES} | TEXT),
+        "dialog": ({"image_id": "1", "rounds": rounds}, PICTURE | caption | {"asked": asked}),
+    }
+    if cfg.objective == "video_qa":
+        return Videos()
+    return Rows(*rows[cfg.objective]) if cfg.objective in rows else None
 
 
 def parameters(cfg, mesh) -> dict:
@@ -95,11 +137,12 @@ def run(cfg, mesh, skipped, monkeypatch) -> list:
 
         return call
 
-    for module, kept in ((captioned, "writer"), (two_stage, "compiled"), (vqa, "jitted")):
+    compiled = ((module, "compiled") for module in (dialog, nlvr, two_stage, video_qa))
+    for module, kept in ((captioned, "writer"), (vqa, "jitted"), *compiled):
         monkeypatch.setattr(module, kept, getattr(module, kept).__wrapped__)
     task, tokenizer = tasks.of(cfg), Words()
     loaded = Loaded(tasks.build(cfg), parameters(cfg, mesh), cfg, tokenizer, "")
-    data = Questions() if cfg.objective == "blip2_vqa" else task.eval_data(cfg, tokenizer, skipped)
+    data = told(cfg) or task.eval_data(cfg, tokenizer, skipped)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "jit", traced)
         list(task.samples(loaded, data, mesh)) if hasattr(task, "samples") else task.evaluate(loaded, data, mesh)
@@ -113,23 +156,45 @@ def bare(args):
 @pytest.mark.parametrize(
     "task, llm, names",
     [
-        ("caption", "", ["captions"]),
-        ("blip2_stage1", "", ["encode images", "encode texts", "re-rank"]),
-        ("blip2_stage2", "opt_tiny", ["captions"]),
-        ("blip2_stage2", "flant5_tiny", ["captions"]),
-        ("blip2_vqa", "opt_tiny", ["answers"]),
+        ("caption", "", {"captions": TRIPS}),
+        ("vqa", "", {"answers": 0}),
+        (GENERATED, "", {"answers": TRIPS}),
+        ("nlvr", "", {"labels": 0}),
+        ("dialog", "", {"encode images": 0, "match": 0}),
+        ("video_qa", "", {"encode videos": 0, "answers": TRIPS}),
+        ("blip2_stage1", "", {"encode images": 0, "encode texts": 0, "re-rank": 0}),
+        ("blip2_stage2", "opt_tiny", {"captions": TRIPS}),
+        ("blip2_stage2", "flant5_tiny", {"captions": TRIPS}),
+        ("blip2_vqa", "opt_tiny", {"answers": TRIPS}),
     ],
 )
 def test_what_is_planned_is_what_an_evaluation_runs(task, llm, names, tmp_path, monkeypatch):
     cfg, mesh = sized(task, llm), sharding.mesh_of((2, 2, 1), jax.devices()[:4])
+    if task in ("vqa", "video_qa"):  # as long as plans count a list, and one answer as long
+        (tmp_path / "answers.json").write_text(json.dumps(["a"] * (vqa.LISTED - 1) + ["a " * (vqa.LONGEST - 1)]))
+        leaves = ["answer_list"] if task == "vqa" else [*video_qa.LISTS.values()]
+        cfg.task.update({leaf: str(tmp_path / "answers.json") for leaf in leaves})
     with stack.looped():
         planned, ran = programs.evaluate(cfg, mesh), run(cfg, mesh, tmp_path / "skipped.jsonl", monkeypatch)
-        assert [p.name for p in planned] == names and len(ran) == len(planned)
+        assert {p.name: p.trips for p in planned} == names and len(ran) == len(planned)
         for program, (counted, args) in zip(planned, ran):
             assert bare(program.args) == args
             own = flops.count_function(program.function, *program.args, trips=program.trips or None)
             assert own == counted == pytest.approx(program.flops, rel=1e-3), program.name
-            assert program.trips == (0 if len(names) > 1 else TRIPS)
+
+
+@pytest.mark.parametrize("task", ["dialog", "video_qa"])
+def test_what_stays_on_the_devices_is_planned_as_it_lies_there(task):
+    """Keys and values of pictures, from one program to the next, on a mesh whose every axis splits them."""
+    cfg, mesh = sized(task), sharding.mesh_of((2, 2, 2), jax.devices())
+    first, second = programs.evaluate(cfg, mesh)
+    with jax.set_mesh(mesh):
+        found = jax.jit(first.function, **first.jit).lower(*first.args).compile()
+    given = jax.tree.leaves(second.args[1])
+    for x, place in zip(given, jax.tree.leaves(found.output_shardings), strict=True):
+        assert place.is_equivalent_to(x.sharding, x.ndim), (x, place)
+    (L, B, P, N, H), part = given[0].shape, given[0].sharding.shard_shape(given[0].shape)
+    assert part == (L, B // 4, P, N // 2, H) and B == second.images
 
 
 def test_parameters_are_planned_in_the_dtype_and_the_parts_that_an_evaluation_keeps():
@@ -159,11 +224,11 @@ def test_the_plan_of_captions_has_a_rate_and_that_of_retrieval_none(monkeypatch)
 
 def test_an_objective_that_does_not_say_what_it_evaluates_is_refused(tmp_path, capsys):
     (tmp_path / "c.py").write_text(
-        "from blip_jax.config import base, source\nfrom blip_jax.tasks import nlvr\n\n"
-        "def get_config():\n    c = base('tiny')\n    c.objective = 'nlvr'\n    c.loss.queue = 0\n"
+        "from blip_jax.config import blip2, source\n\n"
+        "def get_config():\n    c = blip2('eva_tiny', 'tiny', 'opt_tiny')\n    c.objective = 'language'\n"
         "    c.train.batch, c.train.steps = 16, 10\n"
-        "    with c.data.unlocked():\n        c.data.train.x = source('nlvr', 'x.json', images='.')\n    return c\n"
+        "    with c.data.unlocked():\n        c.data.train.x = source('json', 'x.json')\n    return c\n"
     )
     assert main.main(["plan", f"--config={tmp_path / 'c.py'}", "--topology=v5e:2x2", "--workload=evaluate"]) == 2
     err = capsys.readouterr().err
-    assert "objective nlvr does not say what its evaluation runs" in err and err.count("\n") == 1
+    assert "objective language does not say what its evaluation runs" in err and err.count("\n") == 1

@@ -235,8 +235,10 @@ def test_a_plan_of_the_evaluation_has_every_frame(tiny_cfg):
     assert see.flops == flops.count_function(see.function, *see.args)
     with pytest.raises(ValueError, match="video_retrieval is evaluated, not trained"):
         plan.request(cfg, chip, "train")
-    with pytest.raises(ValueError, match="objective video_qa does not say what its evaluation runs"):
-        plan.made(plan.request(questions_of(tiny_cfg, "msrvtt"), chip, "evaluate"))
+    cfg = questions_of(tiny_cfg, "msrvtt")
+    look, _ = plan.made(plan.request(cfg, chip, "evaluate"))
+    assert look.args[1].shape == (4, 3, 16, 16, 3)
+    assert look.flops == flops.count_function(look.function, *look.args)
 
 
 def test_lists_of_answers(tiny_cfg, tmp_path):
