@@ -69,7 +69,7 @@ class Ours:
             ranked = programs.ranking(self.model, self.settings.k)
             return ranked(weights, batch["img"], batch["ids"], batch["txt_mask"], *map(jnp.asarray, self.answers()))
         if self.settings.workload == "dialog":
-            look, match = dialog.compiled(self.model, dialog.leaves().score)
+            look, match = dialog.programs_of(self.model, dialog.leaves().score)
             seen = look(weights, batch["img"], batch["caption_ids"], batch["caption_mask"])
             return {"score": match(weights, seen, batch["ids"], batch["txt_mask"])}
         seen = programs.view(self.model, "kv", "img_emb")(weights, batch["img"])
