@@ -228,9 +228,8 @@ class Prompted(Pretrained):
 
     def _answers(self, answers: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """ids i32[C,U] and mask of answers as they follow a prompt, their ends included."""
-        most = at_least(int(self.tokenizer.lengths(answers, 1 << 20).max()) + 1, LEAST_TOKENS)
-        if self.cfg.model.llm.kind == "t5":
-            return self.tokenizer.encode(answers, most)
-        # behind a prompt, which brings the "</s>" before them, and a space
-        ids, mask = self.tokenizer.encode([f" {answer}\n" for answer in answers], most + 1)
-        return ids[:, 1:], mask[:, 1:]
+        opt = self.cfg.model.llm.kind == "opt"
+        written = [f" {answer}\n" for answer in answers] if opt else answers
+        most = at_least(int(self.tokenizer.lengths(written, 1 << 20).max()), LEAST_TOKENS) + opt
+        ids, mask = self.tokenizer.encode(written, most)
+        return ids[:, opt:], mask[:, opt:]  # OPT's "</s>" before a text, the prompt brings

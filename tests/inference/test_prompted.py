@@ -14,6 +14,7 @@ import blip_jax
 from blip_jax import config, tasks
 from blip_jax.cli import infer
 from blip_jax.data.scenes.world import vocab_captions
+from blip_jax.data.text import bpe
 from blip_jax.data.text.bpe import train_bpe
 from blip_jax.inference import language
 
@@ -65,6 +66,18 @@ def test_captions_are_texts_behind_the_trained_prompt(llm, models):
     assert found[0]["log_prob"] >= found[1]["log_prob"] - 10 and len(found) == 2
     drawn = [model.caption(img, 3, "nucleus", max_length=6, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 3
+
+
+def test_an_answer_that_a_space_before_it_makes_longer_is_ranked_whole(models, tmp_path, monkeypatch):
+    """Six tokens as it is given, nine behind a space."""
+    vocab = {token: i for i, token in enumerate([*bpe.SPECIAL, *sorted(bpe.pre_tokenizers.ByteLevel.alphabet())])}
+    vocab |= {token: len(vocab) + i for i, token in enumerate(("Ġa", "ab", "abc", "abcd"))}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ a\na b\nab c\nabc d\n", encoding="utf-8")
+    model, tokenizer = models("opt"), bpe.Tokenizer(tmp_path / "vocab.json")
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    ids, mask = model._answers(["abcdvwxyz"])
+    assert tokenizer.decode(ids[0][mask[0]]) == "abcdvwxyz" and ids[0][mask[0]][-1] == vocab["Ċ"]
 
 
 @KINDS
