@@ -18,7 +18,8 @@ import transformers_peer
 from blip_jax.bench import caption, inference
 from blip_jax.inference import programs
 from blip_jax.inference.programs import encode_pixels
-from blip_jax.models.text.cache import KeysAndValues
+from blip_jax.models.layers.dense import apart
+from blip_jax.models.text.cache import KeysAndValues, opened
 
 LOGITS = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of the captioners' logits, whose deviation is about 1
 OUTPUTS = {"float32": 1e-3, "bfloat16": 0.2}  # root mean square difference of outputs, of their standard deviation
@@ -65,8 +66,9 @@ class OriginalWay:
         self.model, self.empty_cache = model, model.empty_cache
 
     def apply(self, variables, ids, start, cache, states, method):
-        # else XLA takes it out of the loop
-        img_tok = jnp.moveaxis(states.v[0], 1, 2)[:, :, 0].astype(self.model.dtype)
+        (states,) = apart(states)  # of the one layer that they pretend to be
+        img_tok = opened(states, self.model.dtype)[0][:, :, 0]
+        # else XLA takes the projection out of the loop
         img_tok, start = jax.lax.optimization_barrier((img_tok, start))
         img_tok = jnp.repeat(img_tok, len(ids) // len(img_tok), axis=0)
         kv = self.model.apply(variables, img_tok, method="image_kv")
