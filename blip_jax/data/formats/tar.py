@@ -14,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 
-from blip_jax.data import members
+from blip_jax.data import headers, members
 from blip_jax.data.index import indexes
 from blip_jax.data.source import (
     MAX_BYTES,
@@ -154,7 +154,7 @@ class TarShards(Source):
         member = self._members[s][int(ends[k - 1]) if k else 0 : int(ends[k])].tobytes().decode(errors="replace")
         key = f"{self._names[s]}/{member}"
         if row["fault"]:
-            raise BadRecord(key, members.FAULTS[row["fault"]])
+            raise BadRecord(key, headers.FAULTS[row["fault"]])
         if not row["image"]:
             raise BadRecord(key, "no picture: no member with an extension of one")
         if row["image_size"] > MAX_BYTES:
@@ -165,7 +165,7 @@ class TarShards(Source):
         size = int(row[f"{place}_size"])
         if place != "image" and size > MAX_TEXT:
             raise ValueError(f"{size} bytes, at most {MAX_TEXT} are read")
-        return read_at(self._shards[s], int(row[place]) * members.BLOCK, size)
+        return read_at(self._shards[s], int(row[place]) * headers.BLOCK, size)
 
     def _json(self, s: int, row: np.void) -> dict:
         """The object in a sample's .json, {} where there is none. OSError, ValueError, RecursionError: not readable."""
